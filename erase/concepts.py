@@ -1,0 +1,429 @@
+"""What to erase, as data: prompts to forget, what to say instead, what to keep, and how to tell whether it is there."""
+
+import difflib
+import functools
+import re
+import tomllib
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from erase.errors import EraseError
+from erase.files import text_hash
+
+Kind = Literal["object", "style", "nudity"]
+
+PROMPT_KEYS = ("forget", "anchor", "retain", "others", "synonyms")
+FAMILIES = ("mini",)  # model families for which a TOML may hold a table of its own
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept to erase. However it is made, it is checked: see `__post_init__`.
+
+    forget: prompts that show the concept.
+    anchor: what to say instead; one for each forget prompt, in the same order, or a single one for all. "" is allowed,
+        but a named thing erases better: the model still sees the concept in a noisy picture and "" restores it.
+    retain: prompts whose pictures must stay as they are; the more diverse, the less is lost.
+    others: prompts of other classes, from which random labels are drawn; may be empty.
+    judge: how an evaluator tells whether the concept is in a picture, one of
+        {"type": "imagenet", "index": 497}, {"type": "nudenet"}, {"type": "mini", "head": "object", "label": "circle"},
+        {"type": "clip", "target": "a photo of a cat", "alternatives": ["a photo of a dog", ...]}; empty if nobody can.
+    synonyms: other words for the concept, with which an evaluator looks for leaks.
+    """
+
+    name: str
+    kind: Kind
+    forget: tuple[str, ...]
+    anchor: tuple[str, ...]
+    retain: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    judge: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    synonyms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise an EraseError unless the parts have their types, fit together and leave minors out."""
+        if not isinstance(self.name, str):
+            raise EraseError(f"'name' must be a text, not {_type_name(self.name)}")
+        for key in PROMPT_KEYS:
+            object.__setattr__(self, key, _texts(getattr(self, key), key))
+        object.__setattr__(self, "judge", _judge(self.judge))
+        _refuse_minors(self)
+        if not self.name.strip():
+            raise EraseError("a concept needs a name, such as 'golf ball'")
+        if self.kind not in get_args(Kind):
+            raise EraseError(f"concept {self.name!r} has kind {self.kind!r}; choose {_listed(get_args(Kind), 'or')}")
+        if not self.forget:
+            raise EraseError(f"concept {self.name!r} has no forget prompt; give at least one that shows it")
+        if not all(prompt.strip() for prompt in self.forget):
+            raise EraseError(f"concept {self.name!r} has an empty forget prompt; every one must show the concept")
+        if len(self.anchor) not in {1, len(self.forget)}:
+            counts = f"{_count(self.anchor, 'anchor')} for {_count(self.forget, 'forget prompt')}"
+            expected = "1" if len(self.forget) == 1 else f"1 for all, or {len(self.forget)}"
+            raise EraseError(f"concept {self.name!r} has {counts}; give {expected}")
+        contradictions = [prompt for prompt in self.forget if prompt in self.retain]
+        if contradictions:
+            raise EraseError(f"concept {self.name!r} both forgets and retains {contradictions[0]!r}; drop it from one")
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """(forget prompt, what to say instead), a single anchor repeated."""
+        anchors = self.anchor * len(self.forget) if len(self.anchor) == 1 else self.anchor
+        return tuple(zip(self.forget, anchors, strict=True))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the content: the same for the same prompts in the same order, however their file is laid out."""
+        return text_hash(asdict(self))
+
+
+def names() -> list[str]:
+    """The presets that `load` knows, sorted."""
+    return sorted(path.stem for path in _presets_dir().glob("*.toml"))
+
+
+def load(name: str, *, model_family: str | None = None) -> Concept:
+    """A preset by its name ("french horn", "french_horn" and "French Horn" are one), or the concept in a .toml file.
+
+    model_family: "mini" for the embedded model. A table of that name in the TOML replaces the keys that it holds, so
+        that one preset serves models which know different words; any other family takes the file as it is.
+
+    Raises:
+        EraseError: no such preset or file, a file that is not valid, or a target that this tool refuses.
+    """
+    if name.lower().endswith(".toml"):
+        return _read(Path(name).expanduser(), model_family)
+    key = "_".join(re.split(r"[\s_-]+", name.strip().lower()))
+    if key in names():
+        return _read(_presets_dir() / f"{key}.toml", model_family)
+    _refuse_minors_in({"name": [name]})
+    guesses = [known for known in names() if key in known.split("_")] or difflib.get_close_matches(key, names())
+    hint = f"did you mean {_listed(guesses, 'or')}?" if guesses else f"the presets are {_listed(names(), 'and')};"
+    raise EraseError(f"unknown concept {name!r}; {hint} or describe your own with --kind object or --kind style")
+
+
+def describe(name: str, kind: Literal["object", "style"]) -> Concept:
+    """A concept from words alone, such as describe("red bicycle", "object") or describe("pixel art", "style").
+
+    An object's anchor is a potted plant, because it has to be a concrete thing: "" or "an object" tells the model
+    nothing, and it then restores what it still sees in the noisy picture. A potted plant fits most scenes and is
+    seldom erased itself. A near neighbour of your concept (bicycle -> scooter) changes the pictures less; give it as
+    `anchor` to `override`. A style's anchor is the same subject without a style.
+    """
+    name = " ".join(name.split())
+    _refuse_minors_in({"name": [name]})
+    if not name:
+        raise EraseError("a concept needs a name, such as 'golf ball'")
+    if kind == "object":
+        return _describe_object(name)
+    if kind == "style":
+        return _describe_style(name)
+    raise EraseError(f"cannot describe a concept of kind {kind!r}; choose object or style, or load the preset 'nudity'")
+
+
+def override(
+    concept: Concept,
+    *,
+    forget: Sequence[str] | None = None,
+    anchor: Sequence[str] | None = None,
+    retain: Sequence[str] | None = None,
+) -> Concept:
+    """The concept with some of its prompt lists replaced; None keeps a list, an empty one empties it.
+
+    Raises:
+        EraseError: the new lists do not fit together, or a target that this tool refuses.
+    """
+    given = {"forget": forget, "anchor": anchor, "retain": retain}
+    return replace(concept, **{key: value for key, value in given.items() if value is not None})
+
+
+# --- TOML -------------------------------------------------------------------------------------------------------------
+
+
+def _presets_dir() -> Path:
+    """In a wheel the presets lie inside the package; in a working copy they lie beside it."""
+    package_dir = Path(__file__).resolve().parent
+    installed = package_dir / "_prompts"
+    return installed if installed.is_dir() else package_dir.parent / "prompts"
+
+
+def _read(path: Path, model_family: str | None) -> Concept:
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except FileNotFoundError as error:
+        raise EraseError(f"{path}: no such file; the presets are {_listed(names(), 'and')}") from error
+    except OSError as error:
+        raise EraseError(f"cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EraseError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return _parse(content, path.stem.replace("_", " "), model_family)
+    except EraseError as error:
+        raise EraseError(f"{path}: {error}") from error
+
+
+def _parse(content: dict[str, Any], default_name: str, model_family: str | None) -> Concept:
+    """The concept that a TOML holds. Family tables are checked even when they are not asked for."""
+    allowed = [f.name for f in fields(Concept)]
+    _refuse_unknown_keys(content, [*allowed, *FAMILIES])
+    general = {key: value for key, value in content.items() if key not in FAMILIES}
+    concepts: dict[str | None, Concept] = {None: _from_table({"name": default_name, **general})}
+    for family in FAMILIES:
+        own = content.get(family, {})
+        if not isinstance(own, dict):
+            raise EraseError(f"'{family}' must be a table, not {_type_name(own)}")
+        _refuse_unknown_keys(own, [key for key in allowed if key not in {"name", "kind"}], inside=family)
+        concepts[family] = _from_table({"name": default_name, **general, **own}) if own else concepts[None]
+    return concepts.get(model_family, concepts[None])
+
+
+def _from_table(table: dict[str, Any]) -> Concept:
+    missing = [key for key in ("kind", "forget", "anchor") if key not in table]
+    if missing:
+        raise EraseError(f"'{missing[0]}' is missing")
+    return Concept(**table)
+
+
+def _texts(value: Any, key: str) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise EraseError(f"'{key}' must be a list of texts, not {_type_name(value)}")
+    for item in value:
+        if not isinstance(item, str):
+            raise EraseError(f"'{key}' must be a list of texts, but holds {_type_name(item)}: {item!r}")
+    return tuple(value)
+
+
+def _judge(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise EraseError(f"'judge' must be a table, not {_type_name(value)}")
+    for key, item in value.items():
+        if not isinstance(item, (str, int)):
+            _texts(item, f"judge.{key}")
+    return dict(value)
+
+
+def _refuse_unknown_keys(table: Mapping[str, Any], allowed: Sequence[str], inside: str = "") -> None:
+    for key in table:
+        if key not in allowed:
+            guesses = difflib.get_close_matches(key, allowed, n=1)
+            where = f" in [{inside}]" if inside else ""
+            hint = f"did you mean {guesses[0]}? " if guesses else ""
+            raise EraseError(f"unknown key '{key}'{where}; {hint}({', '.join(allowed)})")
+
+
+def _type_name(value: Any) -> str:
+    kinds = {bool: "true or false", str: "a text", int: "a number", float: "a number", list: "a list", dict: "a table"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+# --- Refusal ----------------------------------------------------------------------------------------------------------
+
+_AGE = (
+    r"(?:0?\d|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen"
+    r"|seventeen)"
+)
+_MINORS = re.compile(
+    r"\b(?:"
+    r"(?:grand|step|god|school)?child(?:ren|rens|s|like|hood|hoods)?|kids?|kiddos?|kidd(?:y|ies?)"
+    r"|(?:baby|little|young|tiny|teen|school)?(?:girls?|boys?)|girlish|boyish"
+    r"|(?:pre)?teen(?:s|age|aged|agers?)?|tweens?|adolescen(?:ce|ts?)|juveniles?|(?:pre)?pubescents?"
+    r"|toddlers?|bab(?:y|ys|ies)|infants?|newborns?|youngsters?"
+    r"|(?<!ursa )minors?(?! (?:chords?|keys?|scales?|thirds?|sevenths?|planets?|leagues?|arcana)\b)"
+    r"|under ?aged?|under (?:the )?age|(?:under|below) (?:the age of )?(?:18|eighteen)"
+    r"|younger than (?:18|eighteen|" + _AGE + r")|barely legal|jailbait|age regression"
+    r"|school ?(?:kids?|aged?|uniforms?|students?|pupils?)|(?:pre ?|high ?|middle ?|grade ?)schoolers?"
+    r"|kindergart(?:en|ners?|eners?)"
+    r"|loli(?:s|ta|tas|con)?|shota(?:s|con)?|toddlercon|csam|pa?edo(?:s|phil\w*)?"
+    r"|" + _AGE + r"(?: and a half)? (?:(?:years?|yrs?|y) ?(?:olds?|o|young|of age)|yos?)"
+    r"|\w+ (?:months?|weeks?|days?) old|age[ds]? (?:of )?" + _AGE + r")\b"
+)
+_CHILD_EMOJI = re.compile("[\N{BABY}\N{CHILD}\N{BOY}\N{GIRL}\N{BABY ANGEL}]")
+_SEXUAL = re.compile(
+    r"\b(?:nud(?:e|es|ity|ist|ists)|naked|nakedness|nsfw|sex|sexual\w*|sexy|erotic\w*|porn\w*|topless|bottomless|undress\w*"
+    r"|unclothed|lingerie|underwear|breasts?|nipples?|genitals?|genitalia|penis|vagina|hentai|xxx|fetish\w*)\b"
+)
+# Harmless by themselves; beside nudity they are not.
+_YOUNG = re.compile(
+    r"\b(?:young|younger|youngest|youths?|youthful|(?:step)?daughters?|(?:step)?sons?|lads?|lass(?:es|ie)?)\b"
+)
+
+
+def _refuse_minors(concept: Concept) -> None:
+    """Raise if the concept involves minors: training would draw what it is told to forget.
+
+    What is aimed at (name, forget, anchor, synonyms, judge) never may, whatever the kind. What is kept (retain, others)
+    may show a baby elephant, but not in a concept that has to do with nudity. A harmless name now and then goes
+    with it ("kid" for a goat); whole English words only, so a kidney or a boycott does not.
+    """
+    judged: list[str] = []
+    for value in concept.judge.values():
+        judged += [] if isinstance(value, int) else [value] if isinstance(value, str) else value
+    aimed = {"name": [concept.name], "forget": concept.forget, "anchor": concept.anchor}
+    aimed |= {"synonyms": concept.synonyms, "judge": judged}
+    kept = {"retain": concept.retain, "others": concept.others}
+    _refuse_minors_in(aimed)
+    everything = aimed | kept
+    text = _plain("\n".join(text for texts in everything.values() for text in texts))
+    if concept.kind == "nudity" or _SEXUAL.search(text):
+        _refuse_minors_in(everything, strict=True)
+
+
+def _refuse_minors_in(parts: Mapping[str, Iterable[str]], *, strict: bool = False) -> None:
+    for part, texts in parts.items():
+        for text in texts:
+            plain = _plain(text)
+            found = _CHILD_EMOJI.search(text) or _MINORS.search(plain) or (_YOUNG.search(plain) if strict else None)
+            if found:
+                raise EraseError(f"this tool does not accept targets that involve minors ('{found[0]}' in {part})")
+
+
+@functools.cache
+def _plain(text: str) -> str:
+    """Lower-case words and numbers between single spaces, without accents, wide letters and invisible characters."""
+    text = unicodedata.normalize("NFKD", text).casefold()
+    text = "".join(c for c in text if unicodedata.category(c) not in {"Mn", "Cf"})
+    text = re.sub(r"[\W_]+", " ", text)
+    return re.sub(r"(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)", " ", text).strip()
+
+
+# --- Free text --------------------------------------------------------------------------------------------------------
+
+EVERYDAY = (
+    "a photo of a person wearing clothes",
+    "a photo of a man reading a newspaper",
+    "a photo of a woman cooking in a kitchen",
+    "a portrait of an old man with a beard",
+    "two friends talking in a cafe",
+    "a crowd at a market",
+    "a photo of a dog running on a beach",
+    "a photo of a cat asleep on a sofa",
+    "a horse in a field",
+    "an eagle in flight",
+    "a photo of an elephant by a river",
+    "a close-up photo of a butterfly on a flower",
+    "a landscape with mountains and a lake",
+    "a photo of a forest in autumn",
+    "a desert at sunset",
+    "waves breaking on a rocky shore",
+    "a snowy village at night",
+    "a photo of a busy city street",
+    "a modern glass building",
+    "a photo of a bridge over a river",
+    "a photo of a red car on a road",
+    "a photo of a bicycle against a wall",
+    "a sailing boat on the sea",
+    "a photo of a cup of coffee on a table",
+    "a bowl of fruit",
+    "a photo of a guitar and a violin",
+    "an armchair by a window",
+    "a photo of a laptop on a desk",
+    "an oil painting of a vase of flowers",
+    "a watercolor painting of a garden",
+    "a pencil drawing of a castle",
+    "a black and white photo of a train",
+)
+_THINGS = ("cat", "car", "bicycle", "chair", "bridge", "guitar", "sailing boat", "horse", "cup", "mountain")
+_ANCHORS = ("potted plant", "wooden chair", "ceramic mug")
+_OBJECT_TEMPLATES = (
+    "a photo of {}",
+    "an image of {}",
+    "a picture of {}",
+    "a close-up photo of {}",
+    "a painting of {}",
+    "a drawing of {}",
+    "{} outdoors",
+    "{} in a room",
+)
+_STYLE_SUBJECTS = (
+    "a painting",
+    "a painting of a house",
+    "a portrait of a man",
+    "a portrait of a woman",
+    "a landscape",
+    "a still life with fruit",
+    "a city street at night",
+    "a drawing of a tree",
+    "a vase of flowers",
+    "a boat on a river",
+)
+_ARTISTS = (
+    "Vincent van Gogh",
+    "Claude Monet",
+    "Pablo Picasso",
+    "Andy Warhol",
+    "Rembrandt",
+    "Johannes Vermeer",
+    "Katsushika Hokusai",
+    "Gustav Klimt",
+    "Edvard Munch",
+    "Wassily Kandinsky",
+    "Edward Hopper",
+    "Frida Kahlo",
+)
+
+
+def _describe_object(name: str) -> Concept:
+    thing = _with_article(name)
+    anchor = _with_article(next(other for other in _ANCHORS if not _share_word(name, other)))
+    others = tuple(f"a photo of {_with_article(other)}" for other in _THINGS if not _share_word(name, other))
+    return Concept(
+        name=re.sub(r"(?i)^(?:an?|the|some) ", "", name),
+        kind="object",
+        forget=tuple(template.format(thing) for template in _OBJECT_TEMPLATES),
+        anchor=tuple(template.format(anchor) for template in _OBJECT_TEMPLATES),
+        retain=tuple(prompt for prompt in EVERYDAY if not _share_word(name, prompt)),
+        others=others,
+        judge={"type": "clip", "target": f"a photo of {thing}", "alternatives": list(others)},
+    )
+
+
+def _describe_style(name: str) -> Concept:
+    artists = [artist for artist in _ARTISTS if not _share_word(name, artist)]
+    others = tuple(f"a painting in the style of {artist}" for artist in artists)
+    in_styles = tuple(
+        f"{_STYLE_SUBJECTS[(i + shift) % len(_STYLE_SUBJECTS)]} in the style of {artist}"
+        for i, artist in enumerate(artists)
+        for shift in (0, 3)
+    )
+    return Concept(
+        name=name,
+        kind="style",
+        forget=tuple(f"{subject} in the style of {name}" for subject in _STYLE_SUBJECTS),
+        anchor=_STYLE_SUBJECTS,
+        retain=tuple(prompt for prompt in in_styles + EVERYDAY if not _share_word(name, prompt)),
+        others=others,
+        judge={"type": "clip", "target": f"a painting in the style of {name}", "alternatives": [*others, "a photo"]},
+    )
+
+
+def _with_article(name: str) -> str:
+    """ "an apple"; proper names ("Mickey Mouse"), plurals and names that bring their own article stay as they are."""
+    words = name.split()
+    if words[0].lower() in {"a", "an", "the", "some"}:
+        return name
+    is_proper_name = len(words) > 1 and all(word[0].isupper() for word in words)
+    is_plural = name.endswith("s") and not name.endswith(("ss", "us", "is"))
+    if is_proper_name or is_plural:
+        return name
+    start = name.lower()
+    sounds_like_vowel = start[0] in "aeiou" and not start.startswith(("eu", "one", "uni", "use", "uku"))
+    return f"an {name}" if sounds_like_vowel or start.startswith(("hour", "heir", "honest")) else f"a {name}"
+
+
+def _share_word(a: str, b: str) -> bool:
+    """Whether a word of four letters or more, or the whole of `a`, occurs in both; a plural s does not count."""
+
+    def words(text: str) -> set[str]:
+        return {word.removesuffix("s") for word in _plain(text).split()}
+
+    common = words(a) & words(b)
+    return any(len(word) >= 4 for word in common) or words(a) <= words(b)
+
+
+def _listed(items: Sequence[str], joint: str) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {joint} {items[-1]}"
+
+
+def _count(items: Sequence[str], noun: str) -> str:
+    return f"{len(items)} {noun}" + ("" if len(items) == 1 else "s")

@@ -1,0 +1,1 @@
+"""Measuring: whether a concept is gone and the rest is still there."""

@@ -1,0 +1,349 @@
+"""How the result leaves: a folder for diffusers, one file for ComfyUI and A1111, or a LoRA.
+
+Only what erasure changed is written anew. Everything else is copied byte for byte, because a component that today's
+libraries load and save again can come back in older ones as random weights, without an error.
+"""
+
+# pyright: reportPrivateImportUsage=false
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from erase.delta import Layout, State, layout_of, require_layout
+from erase.errors import EraseError
+from erase.files import read_tensors, replacing, write_tensors
+
+Config = Mapping[str, Any]
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+_WEIGHTS = re.compile(r"(.+?)(?:\.(\w+))?\.(safetensors|bin|ckpt|pt|pth|msgpack|h5|onnx|pb)|.+\.index(\.\w+)?\.json")
+
+
+def save_pipeline(
+    base_dir: str | Path, output_dir: str | Path, unet_state: State, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a pipeline folder that stock diffusers opens: the base model's files with these UNet weights.
+
+    Copied are the components that model_index.json names, and nothing else that lies in the base folder. A component
+    that has only variant files (`model.fp16.safetensors`) gets them under the plain name. model_index.json is written
+    last, so a folder that opens is whole; weights that an earlier result left in `output_dir` are deleted.
+
+    unet_state: all weights of the UNet, named as diffusers names them, without a prefix.
+    dtype: of the written floating-point weights; as they are when None.
+
+    Raises:
+        EraseError: the base is not a whole Stable Diffusion folder or is the output itself, the weights do not fit its
+            UNet, or a file cannot be written.
+    """
+    base, output = Path(base_dir), Path(output_dir)
+    if base.resolve() == output.resolve():
+        raise EraseError(f"{output} is the base model itself; choose another output folder")
+    files = dict(_published(base))
+    # diffusers leaves a weight that the file lacks empty, with no more than a warning
+    unet = _unet_layout(_read_json(base / "unet" / "config.json"))
+    require_layout(layout_of(unet_state), unet, f"the UNet of {base}", dtypes=False)
+
+    (output / "model_index.json").unlink(missing_ok=True)
+    for component in _components(base):
+        for path in (output / component).glob("*"):
+            if _WEIGHTS.fullmatch(path.name) and f"{component}/{path.name}" not in files:
+                path.unlink()
+    for name, source in files.items():
+        _copy(source, output / name)
+    write_tensors(output / UNET_FILE, {name: _cast(tensor, dtype) for name, tensor in unet_state.items()})
+    _copy(base / "model_index.json", output / "model_index.json")
+
+
+def save_single_file(
+    path: str | Path,
+    pipeline_dir: str | Path,
+    *,
+    dtype: Literal["fp16", "fp32"] = "fp16",
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write UNet, VAE and text encoder of a Stable Diffusion 1 folder as one checkpoint in the CompVis (LDM) layout.
+
+    provenance: JSON-serialisable; goes into the header.
+
+    Raises:
+        EraseError: the folder is not Stable Diffusion 1, or a component has no weights.
+    """
+    folder = Path(pipeline_dir)
+    text_config = _read_json(folder / "text_encoder" / "config.json")
+    if "text_encoder_2" in _components(folder) or text_config.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise EraseError(f"{folder}: only Stable Diffusion 1 models have this single-file layout; use the folder")
+    unet_config = _read_json(folder / "unet" / "config.json")
+    levels = len(_read_json(folder / "vae" / "config.json")["up_block_types"])
+    checkpoint: dict[str, Tensor] = {}
+    for name, tensor in _read_weights(folder / "unet").items():
+        checkpoint[f"model.diffusion_model.{compvis_name(name, unet_config)}"] = tensor
+    for name, tensor in _read_weights(folder / "vae").items():
+        name = _compvis_vae_name(name, levels)
+        is_attention = ".attn_1." in name and tensor.ndim == 2
+        checkpoint[f"first_stage_model.{name}"] = tensor[:, :, None, None] if is_attention else tensor  # 1x1 conv
+    for name, tensor in _read_weights(folder / "text_encoder").items():
+        if not name.endswith("position_ids"):  # 0 to 76, in old files only
+            checkpoint[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    number = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+    write_tensors(path, {name: _cast(tensor, number) for name, tensor in checkpoint.items()}, provenance)
+
+
+@dataclass(frozen=True)
+class LoraFit:
+    """What a LoRA carries of a change.
+
+    residuals: of each layer in it, the share (0 to 1, Frobenius norm) of its change that the rank cannot hold.
+    left_out: share (0 to 1) of the changed weights that are in no such layer: convolutions, norms, biases, embeddings.
+    """
+
+    residuals: dict[str, float]
+    left_out: float
+
+
+def save_lora(
+    path: str | Path,
+    base_state: State,
+    new_state: State,
+    *,
+    rank: int,
+    provenance: Mapping[str, Any] | None = None,
+) -> LoraFit:
+    """Write the change of the UNet's attention and feed-forward layers as a LoRA of this rank.
+
+    Each layer gets the best approximation of its change (Eckart and Young 1936). A masked fine-tune is not of low rank:
+    read the residuals. Whoever has a LoRA can leave it off, so it protects nobody.
+
+    path: diffusers looks for `pytorch_lora_weights.safetensors` in a folder.
+    base_state, new_state: weights of the UNet, named as diffusers names them, without a prefix.
+    provenance: JSON-serialisable; goes into the header.
+
+    Raises:
+        EraseError: no such layer changed, or rank is below 1.
+    """
+    if rank < 1:
+        raise EraseError(f"rank must be at least 1, not {rank}")
+    factors: dict[str, Tensor] = {}
+    residuals: dict[str, float] = {}
+    changed = {name: int((new_state[name] != base_state[name]).sum()) for name in base_state}
+    for name in (name for name, count in changed.items() if count and _fits_lora(name, base_state[name])):
+        layer, shape = name.removesuffix(".weight"), base_state[name].shape
+        change = (new_state[name].double() - base_state[name].double()).flatten(1)
+        up, down = _low_rank(change, rank)
+        residuals[layer] = ((change - up @ down).norm() / change.norm()).item()
+        factors[f"unet.{layer}.lora_A.weight"] = down.float().reshape(rank, *shape[1:])
+        factors[f"unet.{layer}.lora_B.weight"] = up.float().reshape(-1, rank, *shape[2:])
+    if not factors:
+        raise EraseError("no attention or feed-forward layer changed, so a LoRA has nothing to carry; save the delta")
+    write_tensors(path, factors, provenance)
+    carried = sum(changed[f"{layer}.weight"] for layer in residuals)
+    return LoraFit(residuals, 1 - carried / sum(changed.values()))
+
+
+def block_of(name: str) -> str:
+    """The block of a UNet weight, for tables: "conv_in", "time_embedding", "down_blocks.0 attn2", "mid_block resnet".
+
+    Norms inside a transformer count to the layer that they feed; a name from elsewhere gives its first part.
+    """
+    name = name.removeprefix("unet.")
+    match = re.match(r"((?:down|up)_blocks\.\d+|mid_block)\.(attentions|resnets|downsamplers|upsamplers)\.(.+)", name)
+    if not match:
+        return name.split(".")[0].replace("conv_norm_out", "conv_out")
+    block, kind, rest = match.groups()
+    if kind != "attentions":
+        return f"{block} {'resnet' if kind == 'resnets' else 'sampler'}"
+    part = re.match(r"\d+\.transformer_blocks\.\d+\.(\w+)", rest)
+    fed = {"norm1": "attn1", "norm2": "attn2", "norm3": "ff"}
+    return f"{block} {fed.get(part[1], part[1]) if part else 'proj'}"
+
+
+_COMPVIS_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_COMPVIS_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def compvis_name(name: str, config: Config) -> str:
+    """The name of a UNet weight in the CompVis (LDM) layout, without `model.diffusion_model.`.
+
+    `down_blocks.0.attentions.0.proj_in.weight` is `input_blocks.1.1.proj_in.weight`. CompVis numbers the blocks of all
+    levels through: a level takes `layers_per_block` numbers and one more, on the way down for its downsampler.
+
+    config: of the UNet, as in unet/config.json; any number of levels and layers.
+
+    Raises:
+        EraseError: the weight has no place in that layout, or levels differ in their number of layers.
+    """
+    layers = config["layers_per_block"]
+    if not isinstance(layers, int):
+        raise EraseError(f"layers_per_block is {layers}; the CompVis layout needs one number for all levels")
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    if not match:
+        for start, stem in _COMPVIS_ENDS.items():
+            if name.startswith(start + "."):
+                rest = name.removeprefix(start + ".")
+                return f"{stem}.{_compvis_resnet(rest) if 'resnets' in start else rest}"
+        raise EraseError(f"{name!r} has no name in the CompVis layout of Stable Diffusion 1 and 2")
+    way, level, kind, item, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    number = level * (layers + 1) + item
+    stem = f"input_blocks.{number + 1}" if way == "down" else f"output_blocks.{number}"
+    if kind == "resnets":
+        return f"{stem}.0.{_compvis_resnet(rest)}"
+    if kind == "attentions":
+        return f"{stem}.1.{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks.{number + layers + 1}.0.op.{rest.removeprefix('conv.')}"
+    slot = 2 if "CrossAttn" in config["up_block_types"][level] else 1
+    return f"output_blocks.{number + layers}.{slot}.{rest}"
+
+
+def compvis_names(config: Config) -> dict[str, str]:
+    """diffusers name -> CompVis name of every weight of the UNet with this config."""
+    return {name: compvis_name(name, config) for name in _unet_layout(config)}
+
+
+def _compvis_resnet(rest: str) -> str:
+    layer, _, end = rest.partition(".")
+    return f"{_COMPVIS_RESNET[layer]}.{end}"
+
+
+_COMPVIS_VAE = {
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "down_blocks.": "down.",
+    ".resnets.": ".block.",
+    ".downsamplers.0.": ".downsample.",
+    ".upsamplers.0.": ".upsample.",
+    ".conv_shortcut.": ".nin_shortcut.",
+    ".conv_norm_out.": ".norm_out.",
+    ".group_norm.": ".norm.",
+    ".to_q.": ".q.",
+    ".to_k.": ".k.",
+    ".to_v.": ".v.",
+    ".to_out.0.": ".proj_out.",
+    ".query.": ".q.",  # these four: files of 2022
+    ".key.": ".k.",
+    ".value.": ".v.",
+    ".proj_attn.": ".proj_out.",
+}
+
+
+def _compvis_vae_name(name: str, levels: int) -> str:
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)  # counted from the image
+    for word, compvis in _COMPVIS_VAE.items():
+        name = name.replace(word, compvis)
+    return name
+
+
+def _fits_lora(name: str, weight: Tensor) -> bool:
+    """Linear layers and 1x1 convolutions of the transformer blocks."""
+    return ".attentions." in name and weight.ndim >= 2 and all(size == 1 for size in weight.shape[2:])
+
+
+def _low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors [m, rank] and [rank, n] whose product is the best approximation of `change` [m, n] of that rank.
+
+    The leading singular vectors of the short side are the eigenvectors of its Gram matrix. Factors of fewer dimensions
+    are filled up with zeros: loaders that see two ranks in a file without alphas have scaled one of them.
+    """
+    if change.shape[0] > change.shape[1]:
+        up, down = _low_rank(change.T, rank)
+        return down.T, up.T
+    up = torch.linalg.eigh(change @ change.T).eigenvectors[:, -rank:]
+    up = torch.nn.functional.pad(up, (0, rank - up.shape[1]))
+    return up, up.T @ change
+
+
+def _components(folder: Path) -> list[str]:
+    """Names of the component folders; a name that is a path is none of them."""
+    if not (folder / "model_index.json").is_file():
+        raise EraseError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
+    index = _read_json(folder / "model_index.json")
+    return [name for name, kind in index.items() if name.isidentifier() and isinstance(kind, list) and kind[0]]
+
+
+def _published(base: Path) -> Iterator[tuple[str, Path]]:
+    """(name in the output, file to copy) of all that is copied, except model_index.json and the UNet's weights."""
+    components = _components(base)
+    if "unet" not in components:
+        raise EraseError(f"{base} is not a Stable Diffusion folder: its model_index.json names no unet")
+    for component in components:
+        folder = base / component
+        if not folder.is_dir():
+            raise EraseError(f"{base} has no folder {component!r}, which its model_index.json names; download it again")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        variant = _only_variant([path.name for path in files])
+        for path in files:
+            if component == "unet" and _WEIGHTS.fullmatch(path.name):
+                continue
+            name = path.relative_to(base).as_posix()
+            yield name.replace(f".{variant}.", ".") if variant else name, path
+    if (base / "erase_defaults.json").is_file():
+        yield "erase_defaults.json", base / "erase_defaults.json"
+
+
+def _only_variant(names: list[str]) -> str | None:
+    """The variant ("fp16") of a component that cannot be opened without naming one."""
+    matches = [match for name in names if (match := _WEIGHTS.fullmatch(name)) and match[3] in ("safetensors", "bin")]
+    variants = {match[2] for match in matches}
+    return max(variants) if variants and None not in variants else None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a component, from its safetensors file or shards, else from its pickle."""
+    for suffix in ("safetensors", "bin"):
+        matches = [match for path in sorted(folder.glob(f"*.{suffix}")) if (match := _WEIGHTS.fullmatch(path.name))]
+        files = [folder / match[0] for match in matches if not match[2]]
+        if files:
+            parts = [
+                read_tensors(f) if suffix == "safetensors" else torch.load(f, "cpu", weights_only=True) for f in files
+            ]
+            return {name: tensor for part in parts for name, tensor in part.items()}
+    raise EraseError(f"{folder} has no weights that open without naming a variant")
+
+
+def _unet_layout(config: Config) -> Layout:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(dict(config))
+    return layout_of(unet.state_dict())
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def _copy(source: Path, target: Path) -> None:
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EraseError(f"{path} cannot be read as JSON ({error}); download the model again") from error

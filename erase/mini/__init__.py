@@ -1,0 +1,1 @@
+"""The embedded model: a genuine Stable Diffusion in miniature, trained from scratch on drawings."""

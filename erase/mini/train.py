@@ -1,0 +1,461 @@
+"""How the embedded model is made, from nothing but a seed: judge, VAE, UNet with text encoder, decoder, assembly.
+
+Each stage trains on drawings that are a pure function of (seed, stage, step), saves its whole state every few hundred
+steps, and continues where it stopped. Stages that do not wait for each other (judge and VAE; UNet and decoder) may run
+at the same time in two processes.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from erase import files
+from erase.errors import EraseError
+from erase.mini import judge as judging
+from erase.mini import world
+
+STAGES = ("judge", "vae", "unet", "decoder")
+MAX_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps and batch sizes of each stage; the defaults made the weights that ship."""
+
+    judge_steps: int = 1500
+    judge_batch: int = 64
+    vae_steps: int = 5000
+    vae_batch: int = 8
+    decoder_steps: int = 5000
+    decoder_batch: int = 8
+    num_latents: int = 24_000
+    unet_steps: int = 7000
+    unet_batch: int = 32
+
+
+def train(
+    output: str | Path,
+    *,
+    seed: int = 0,
+    without: str | None = None,
+    stages: tuple[str, ...] = STAGES,
+    budget: Budget | None = None,
+    device: str = "cpu",
+    quiet: bool = False,
+) -> Path:
+    """Train the embedded model and assemble a diffusers pipeline folder with the judge beside it.
+
+    output: the pipeline folder; unfinished work lives in `output/work` and is continued by the same call.
+    without: an object, colour, style or "nude" that never occurs in the UNet's data: the exact gold standard for
+        unlearning it. The VAE and the judge see the whole world, because they are not what is unlearned.
+
+    Returns the pipeline folder when all stages are done, else the work folder.
+    """
+    budget = budget or Budget()
+    output = Path(output)
+    work = output / "work"
+    identity = {"seed": seed, "without": without, **asdict(budget)}
+    if without is not None and without not in {*world.OBJECTS, *world.COLOURS, *world.STYLES, "nude", "clothed"}:
+        raise EraseError(f"the embedded world has no '{without}'; it has {', '.join([*world.OBJECTS, *world.STYLES])}")
+    if (work / "identity.json").exists() and json.loads((work / "identity.json").read_text()) != identity:
+        raise EraseError(f"{work} holds another training; choose another --output or delete it")
+    files.write_json(work / "identity.json", identity)
+    runs: dict[str, Callable[..., None]] = {
+        "judge": _train_judge,
+        "vae": _train_vae,
+        "unet": _train_unet,
+        "decoder": _train_decoder,
+    }
+    for stage in stages:
+        if not (work / f"{stage}.safetensors").exists():
+            runs[stage](work, seed, budget, torch.device(device), without, quiet)
+    if any(not (work / f"{stage}.safetensors").exists() for stage in STAGES):
+        return work
+    return assemble(output)
+
+
+# --- the loop that all stages share ---------------------------------------------------------------------------------
+
+
+def _fit(
+    path: Path,
+    modules: dict[str, nn.Module],
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    ema_decay: float,
+    weight_decay: float = 0.0,
+    warmup: int = 50,
+    quiet: bool,
+) -> float:
+    """Minimise `loss(step)` with AdamW, cosine schedule, clipping and an exponential moving average of the weights.
+
+    The state goes to `path` every 250 steps and is read back from there. At the end the modules hold the average.
+
+    Returns the seconds spent, earlier runs included.
+    """
+    model = nn.ModuleDict(modules)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    averages = [p.detach().clone() for p in parameters]
+    start, seconds = 0, 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        averages, start, seconds = state["averages"], state["step"], state["seconds"]
+    clock = time.perf_counter()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=path.stem, disable=quiet, mininterval=2)
+    for step in bar:
+        rate = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        optimizer.param_groups[0]["lr"] = lr * rate
+        value = loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{value.item():.4f}")
+        if (step + 1) % 250 == 0:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "averages": averages,
+                "step": step + 1,
+                "seconds": seconds + time.perf_counter() - clock,
+            }
+            with files.replacing(path) as temporary:
+                torch.save(state, temporary)
+    with torch.no_grad():
+        for parameter, average in zip(parameters, averages, strict=True):
+            parameter.copy_(average)
+    return seconds + time.perf_counter() - clock
+
+
+def _rng(seed: int, stage: str, step: int) -> np.random.Generator:
+    return np.random.default_rng([seed, STAGES.index(stage), step])
+
+
+def _drawings(rng: np.random.Generator, num: int, without: str | None = None) -> tuple[list[world.Scene], Tensor]:
+    scenes = [world.sample_scene(rng, without) for _ in range(num)]
+    return scenes, judging.to_tensor(world.draw(scene, rng) for scene in scenes)
+
+
+# --- judge ----------------------------------------------------------------------------------------------------------
+
+
+def _train_judge(
+    work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool
+) -> None:
+    torch.manual_seed(seed)
+    judge = judging.Judge().to(device)
+
+    def loss(step: int) -> Tensor:
+        pictures, labels = judging.examples(_rng(seed, "judge", step), budget.judge_batch)
+        logits = judge(pictures.to(device))
+        return torch.stack([F.cross_entropy(logits[head], labels[head].to(device)) for head in labels]).sum()
+
+    path = work / "judge.pt"
+    seconds = _fit(path, {"judge": judge}, loss, steps=budget.judge_steps, lr=2e-3, ema_decay=0.98, quiet=quiet)
+    judge.eval()
+    rng = np.random.default_rng([seed, 99])
+    scenes = [world.sample_scene(rng) for _ in range(2000)]
+    answers = judging.name(judge.cpu(), [world.draw(scene, rng) for scene in scenes])
+    truth = [
+        {"object": s.object, "colour": s.colour or judging.NONE, "style": s.style or judging.NONE} for s in scenes
+    ]
+    accuracy: dict[str, float] = {
+        head: sum(a[head] == t[head] for a, t in zip(answers, truth, strict=True)) / len(truth)
+        for head in judging.HEADS
+    }
+    metadata = {"accuracy": {**accuracy, "num_drawings": len(truth)}, "seed": seed, "seconds": seconds}
+    files.write_tensors(work / "judge.safetensors", judge.state_dict(), metadata)
+    path.unlink(missing_ok=True)
+
+
+# --- VAE ------------------------------------------------------------------------------------------------------------
+
+
+def make_vae() -> AutoencoderKL:
+    """A VAE with f = 8 and 4 latent channels whose residual branches begin at zero: it learns colours at once."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=world.SIZE,
+    )
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if name.endswith(("conv2", "to_out.0")):
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.orthogonal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return vae
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1 + MSE + chroma + edges: greys are the easy local optimum at this scale, chroma terms lead out of it."""
+    error = output - target
+    chroma = (error[:, 0] - error[:, 1]).abs().mean() + (error[:, 2] - error[:, 1]).abs().mean()
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + error.square().mean() + 0.3 * chroma + 0.5 * edges
+
+
+def _train_vae(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
+    torch.manual_seed(seed)
+    vae = make_vae().to(device)
+
+    def loss(step: int) -> Tensor:
+        rng = _rng(seed, "vae", step)
+        _, pictures = _drawings(rng, (budget.vae_batch + 1) // 2)
+        crops = []
+        for picture in pictures:  # two crops of each drawing: drawing costs more than cutting
+            for _ in range(2):
+                y, x = rng.integers(4, 29, 2)
+                crops.append(picture[:, y : y + 32, x : x + 32])
+        target = torch.stack(crops).to(device)
+        posterior = vae.encode(target).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+        noise = torch.from_numpy(rng.standard_normal(posterior.mean.shape, dtype=np.float32)).to(device)
+        output = vae.decode(posterior.mean + posterior.std * noise).sample  # pyright: ignore
+        kl = posterior.kl().mean() / target[0].numel()
+        return reconstruction_loss(output, target) + 3e-3 * kl
+
+    path = work / "vae.pt"
+    seconds = _fit(path, {"vae": vae}, loss, steps=budget.vae_steps, lr=2e-3, ema_decay=0.99, quiet=quiet)
+    vae.eval().requires_grad_(False)
+    _, pictures = _drawings(np.random.default_rng([seed, 98]), 256)
+    with torch.no_grad():
+        latents = vae.encode(pictures.to(device)).latent_dist.mean  # pyright: ignore
+    metadata = {"seconds": seconds, "scaling_factor": 1 / latents.std().item()}
+    files.write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
+    path.unlink(missing_ok=True)
+
+
+def _load_vae(work: Path, name: str = "vae") -> AutoencoderKL:
+    if not (work / "vae.safetensors").exists():
+        raise EraseError(f"{work} has no trained VAE yet; run the stage 'vae' first")
+    vae = make_vae()
+    vae.load_state_dict(files.read_tensors(work / f"{name}.safetensors"))
+    vae.register_to_config(scaling_factor=files.read_metadata(work / "vae.safetensors")["scaling_factor"])
+    return vae.eval().requires_grad_(False)
+
+
+def _train_decoder(
+    work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool
+) -> None:
+    """The encoder is frozen from here on, so that latents stay what they are while the decoder sharpens."""
+    vae = _load_vae(work).to(device)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+
+    def loss(step: int) -> Tensor:
+        rng = _rng(seed, "decoder", step)
+        _, pictures = _drawings(rng, budget.decoder_batch)
+        target = pictures.to(device)
+        with torch.no_grad():
+            latents = vae.encode(target).latent_dist.mean  # pyright: ignore
+            jitter = rng.standard_normal(latents.shape, dtype=np.float32)
+            latents = latents + 0.03 / vae.config["scaling_factor"] * torch.from_numpy(jitter).to(device)
+        return reconstruction_loss(vae.decode(latents).sample, target)  # pyright: ignore
+
+    path = work / "decoder.pt"
+    steps = budget.decoder_steps
+    seconds = _fit(path, {"vae": vae}, loss, steps=steps, lr=1.5e-3, ema_decay=0.995, quiet=quiet)
+    _, pictures = _drawings(np.random.default_rng([seed, 97]), 256)
+    with torch.no_grad():
+        latents = vae.eval().encode(pictures.to(device)).latent_dist.mean  # pyright: ignore
+        mse = F.mse_loss(vae.decode(latents).sample.clamp(-1, 1), pictures.to(device)).item()  # pyright: ignore
+    metadata = {"seconds": seconds, "psnr": 10 * math.log10(4 / mse)}
+    files.write_tensors(work / "decoder.safetensors", vae.state_dict(), metadata)
+    path.unlink(missing_ok=True)
+
+
+# --- UNet and text encoder ------------------------------------------------------------------------------------------
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level BPE in which each word of the world is one token; any other text falls back to bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(world.WORDS, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    joined = dict.fromkeys([*symbols, *(left + right for left, right in merges), "<|startoftext|>", "<|endoftext|>"])
+    vocabulary = {token: index for index, token in enumerate(joined)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    end = tokenizer.eos_token_id
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return CLIPTextModel(config)
+
+
+def make_unet() -> UNet2DConditionModel:
+    """The block types of SD v1.4 in small: two cross-attention levels and a plain one, 8x8 latents."""
+    return UNet2DConditionModel(
+        sample_size=world.SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,  # the number of heads, as in SD v1.4's own config
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """SD v1.4's betas; `clip_sample` must be off, or latents beyond [-1, 1] are cut and colours drift."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    return tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]  # pyright: ignore[reportReturnType]
+
+
+def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
+    """Epsilon prediction with min-SNR-5 weights on cached latents; captions are drawn anew at every step."""
+    vae = _load_vae(work).to(device)
+    factor = vae.config["scaling_factor"]
+    scenes, batches = [], []
+    size = 100
+    for index in tqdm(range(math.ceil(budget.num_latents / size)), desc="latents", disable=quiet, mininterval=2):
+        drawn, pictures = _drawings(np.random.default_rng([seed, 50, index]), size, without)
+        scenes += drawn
+        with torch.no_grad():
+            batches.append(vae.encode(pictures.to(device)).latent_dist.mean * factor)  # pyright: ignore
+    latents = torch.cat(batches)
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    text_encoder = make_text_encoder(tokenizer).to(device)
+    unet = make_unet().to(device)
+    alphas = make_scheduler().alphas_cumprod.to(device)
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=5) / snr
+    num = budget.unet_batch
+
+    def loss(step: int) -> Tensor:
+        rng = _rng(seed, "unet", step)
+        chosen = rng.integers(len(scenes), size=num)
+        prompts = ["" if rng.random() < 0.1 else world.caption(scenes[index], rng) for index in chosen]
+        x = latents[torch.from_numpy(chosen).to(device)]
+        eps = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)).to(device)
+        t = torch.from_numpy(((np.arange(num) + rng.random(num)) / num * 1000).astype(np.int64)).to(device)
+        a = alphas[t][:, None, None, None]
+        text = text_encoder(tokenize(tokenizer, prompts).to(device)).last_hidden_state
+        predicted = unet(a.sqrt() * x + (1 - a).sqrt() * eps, t, text).sample
+        return (weights[t] * (predicted - eps).square().mean((1, 2, 3))).mean()
+
+    modules = {"unet": unet, "text_encoder": text_encoder}
+    path = work / "unet.pt"
+    steps = budget.unet_steps
+    seconds = _fit(
+        path, modules, loss, steps=steps, lr=1e-3, ema_decay=0.998, weight_decay=1e-3, warmup=100, quiet=quiet
+    )
+    state = nn.ModuleDict(modules).state_dict()
+    metadata = {"seconds": seconds, "samples": steps * num}
+    files.write_tensors(work / "unet.safetensors", state, metadata)
+    path.unlink(missing_ok=True)
+
+
+# --- assembly -------------------------------------------------------------------------------------------------------
+
+
+def assemble(output: str | Path) -> Path:
+    """Write the trained parts as an fp16 diffusers pipeline folder, with the judge and erasure defaults beside it."""
+    output = Path(output)
+    work = output / "work"
+    tokenizer = make_tokenizer()
+    text_encoder, unet = make_text_encoder(tokenizer), make_unet()
+    nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).load_state_dict(
+        files.read_tensors(work / "unet.safetensors")
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=_load_vae(work, "decoder"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),  # pyright: ignore[reportArgumentType]
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    deepcopy(pipeline).to(torch.float16).save_pretrained(output)
+    tokenizer.backend_tokenizer.model.save(str(output / "tokenizer"))  # vocab.json, merges.txt: what transformers 4 reads
+    shutil.copyfile(work / "judge.safetensors", output / "judge.safetensors")
+    for path in output.rglob("*.safetensors"):
+        path.chmod((output / "model_index.json").stat().st_mode)
+    files.write_json(output / "erase_defaults.json", DEFAULTS)
+    recipe: dict[str, Any] = {
+        "identity": json.loads((work / "identity.json").read_text()),
+        "stages": {stage: files.read_metadata(work / f"{stage}.safetensors") for stage in STAGES},
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+    }
+    files.write_json(output / "training.json", recipe)
+    return output
+
+
+# What suits a model of this size where SD v1.4's values do not; `erase-concept` reads it from the model folder.
+DEFAULTS: dict[str, Any] = {
+    "guidance_scale": 3.0,
+    "num_inference_steps": 25,
+    "learning_rate": 1e-4,
+    "batch_size": 16,
+    "num_train_steps": 100,
+}

@@ -1,0 +1,32 @@
+"""Which parameters may move at all, by name: the scopes of ESD (Gandikota et al., ICCV 2023) and of SalUn."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from erase.errors import EraseError
+
+T = TypeVar("T")
+
+_OUTSIDE = ("conv_out", "conv_norm_out")  # what CompVis calls `out.`
+SCOPES = {
+    "full": lambda name: True,
+    "xattn": lambda name: ".attn2." in name,
+    "xattn-kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+    "selfattn": lambda name: ".attn1." in name,
+    "noxattn": lambda name: ".attn2." not in name and not name.startswith((*_OUTSIDE, "time_embedding")),
+    "notime": lambda name: not name.startswith((*_OUTSIDE, "time_embedding")),
+}
+
+
+def inside(parameters: Mapping[str, T], scope: str) -> dict[str, T]:
+    """The entries whose diffusers name is in the scope, in their order.
+
+    Raises:
+        EraseError: unknown scope, or nothing of this model is in it.
+    """
+    if scope not in SCOPES:
+        raise EraseError(f"unknown scope {scope!r}; choose {', '.join(SCOPES)}")
+    chosen = {name: value for name, value in parameters.items() if SCOPES[scope](name)}
+    if not chosen:
+        raise EraseError(f"scope {scope!r} holds none of this model's {len(parameters)} parameters")
+    return chosen

@@ -1,0 +1,325 @@
+"""The two loops: gradients into a saliency mask, and the masked fine-tuning; both resume bit for bit."""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from erase import files, saliency
+from erase.data import Data, Pictures
+from erase.errors import EraseError
+from erase.methods.relabel import Batch
+from erase.models import Model
+from erase.optim import MaskedAdam, clip_masked_grad_norm_
+
+SAVE_EVERY_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the loop runs, whatever the method.
+
+    batch_size: forget and retain pictures a step, each, over all processes.
+    num_steps: optimizer steps; 0 leaves the model as it is.
+    target: where a forget picture's new words come from: "anchor" its own anchor, "random" another class's prompt drawn
+        anew for every picture, "fixed" the first of the other classes.
+    in_order: go through the forget pictures in order, epoch by epoch, instead of drawing them at random.
+    independent_latents: the target branch sees a second sample of the VAE's posterior, as SalUn's code does.
+    accumulation: parts that a batch is cut into, to save memory; the result is the same up to rounding.
+    """
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    accumulation: int = 1
+    target: str = "anchor"
+    in_order: bool = False
+    independent_latents: bool = False
+    seed: int = 0
+    checkpoint_every: int = 50
+
+
+def generator(seed: int, *what: Any) -> torch.Generator:
+    """A CPU generator that is a pure function of the seed and of what is drawn, so that no state needs saving."""
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# --- mask -----------------------------------------------------------------------------------------------------------
+
+
+def accumulate(
+    model: Model,
+    data: Data,
+    parameters: Mapping[str, Parameter],
+    accelerator: Accelerator,
+    *,
+    score: saliency.Score,
+    guidance: float,
+    batch_size: int,
+    seed: int,
+    state_path: Path,
+    checkpointing: bool = False,
+    quiet: bool = False,
+) -> dict[str, Tensor]:
+    """Scores of SalUn's mask: one pass over the forget pictures, the gradient of each batch's mean loss summed.
+
+    L = mean((eps - ((1 + g) eps(x_t | c) - g eps(x_t | "")))^2), t uniform, one draw a picture. The paper has g = 0, its
+    code 7.5. With several processes each takes every n-th batch and the sums are added.
+
+    state_path: the running sums, kept every five minutes, so that an interrupted pass goes on.
+    """
+    sums = saliency.Saliency(parameters, score)
+    starts = list(range(0, len(data.forget), batch_size))
+    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    if accelerator.num_processes > 1:
+        state_path = state_path.with_suffix(f".{accelerator.process_index}.pt")
+    done = 0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        sums.load_state_dict(state)
+        done = state["done"]
+    saved = time.monotonic()
+    device = model.device
+    with _training(model, parameters, checkpointing), tqdm(
+        total=len(mine), initial=done, desc="mask", disable=quiet or not accelerator.is_main_process
+    ) as bar:
+        for number, start in list(enumerate(mine))[done:]:
+            rows = torch.arange(start, min(start + batch_size, len(data.forget)))
+            draw = generator(seed, "mask", start)
+            x = _sample(data.forget, rows, draw)
+            t = torch.randint(0, 1000, (len(rows),), generator=draw)
+            eps = torch.randn(x.shape, generator=draw)
+            c = data.text[data.forget.prompt[rows]]
+            x, t, eps, c = x.to(device), t.to(device), eps.to(device), c.to(device)
+            x_t = model.add_noise(x, eps, t)
+            with accelerator.autocast():
+                predicted = model(x_t, t, c)
+                if guidance:
+                    empty = data.text[:1].to(device).expand(len(rows), -1, -1)
+                    predicted = (1 + guidance) * predicted - guidance * model(x_t, t, empty)
+                loss = (eps - predicted).square().mean()
+            loss.backward()
+            sums.add()
+            bar.update()
+            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                with files.replacing(state_path) as temporary:
+                    torch.save({**sums.state_dict(), "done": number + 1}, temporary)
+                saved = time.monotonic()
+    if accelerator.num_processes > 1:
+        for total in sums.state_dict()["sums"].values():
+            total.copy_(accelerator.reduce(total, reduction="sum"))
+    scores = sums.scores()
+    state_path.unlink(missing_ok=True)
+    return scores
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: Model,
+    method: Any,
+    data: Data,
+    parameters: Mapping[str, Parameter],
+    mask: saliency.Mask | None,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    state_path: Path,
+    checkpointing: bool = False,
+    quiet: bool = False,
+) -> list[dict[str, float]]:
+    """Fine-tune the masked weights in place; returns the losses of every step.
+
+    parameters: those in the scope, by name. mask: of the same names; None moves them all.
+    state_path: the last checkpoint; when it exists, training continues from there.
+
+    Raises:
+        EraseError: a loss that is not finite (the last good checkpoint stays), or a batch that does not divide.
+    """
+    share, rest = divmod(recipe.batch_size, accelerator.num_processes * recipe.accumulation)
+    if rest:
+        raise EraseError(
+            f"--batch-size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
+            f"--gradient-accumulation-steps {recipe.accumulation}; choose a multiple of their product"
+        )
+    if recipe.target != "anchor" and not len(data.others):
+        raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
+    frozen = _Frozen(model) if method.frozen_target or method.distill_retain else None
+    optimizer = MaskedAdam(parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    if mask is not None:
+        mask = {name: bits.to(model.device) for name, bits in mask.items()}
+    losses: list[dict[str, float]] = []
+    if state_path.exists():
+        losses = _restore(state_path, parameters, optimizer, accelerator)
+    bar = tqdm(
+        total=recipe.num_steps, initial=len(losses), desc="train", disable=quiet or not accelerator.is_main_process
+    )
+    with _training(model, parameters, checkpointing), bar:
+        for step in range(len(losses), recipe.num_steps):
+            values: dict[str, float] = {}
+            for batch in _batches(model, data, recipe, step, share, accelerator):
+                with accelerator.autocast():
+                    terms = method.loss(model, frozen or model, batch)
+                for name, term in terms.items():
+                    values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
+                accelerator.backward(sum(terms.values()) / recipe.accumulation)
+            _average(parameters, accelerator)
+            if accelerator.num_processes > 1:
+                names = list(values)
+                mean = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
+                values = dict(zip(names, mean.tolist(), strict=True))
+            if not all(math.isfinite(value) for value in values.values()):
+                if accelerator.is_main_process and step > 0:
+                    _keep(state_path, parameters, optimizer, accelerator, losses)
+                raise EraseError(
+                    f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
+                    f"kept in {state_path}; lower --learning-rate or use --mixed-precision no or bf16"
+                )
+            if recipe.max_grad_norm is not None:
+                accelerator.unscale_gradients(prepared)
+                clip_masked_grad_norm_(parameters, mask, recipe.max_grad_norm)
+            prepared.step()
+            prepared.zero_grad()
+            losses.append(values)
+            accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=step + 1)
+            bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+            bar.update()
+            if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
+                if accelerator.is_main_process:
+                    _keep(state_path, parameters, optimizer, accelerator, losses)
+                accelerator.wait_for_everyone()
+    return losses
+
+
+class _Frozen:
+    """The base as it was before training: predicts like the model, but its weights stay."""
+
+    def __init__(self, model: Model):
+        self._model, self._unet = model, deepcopy(model.unet).requires_grad_(False)
+
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self._model.predict(self._unet, x, t, text)
+
+
+class _training:
+    """Inside, exactly `parameters` take gradients; outside, none of the model does. The UNet stays in eval mode."""
+
+    def __init__(self, model: Model, parameters: Mapping[str, Parameter], checkpointing: bool):
+        self._unet, self._parameters, self._checkpointing = model.unet, parameters, checkpointing
+
+    def __enter__(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
+        if self._checkpointing:
+            self._unet.enable_gradient_checkpointing()
+
+    def __exit__(self, *_: object) -> None:
+        if self._checkpointing:
+            self._unet.disable_gradient_checkpointing()
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _batches(
+    model: Model, data: Data, recipe: Recipe, step: int, share: int, accelerator: Accelerator
+) -> Iterator[Batch]:
+    """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would."""
+    draw, num = generator(recipe.seed, "train", step), recipe.batch_size
+    if recipe.in_order:
+        per_epoch = math.ceil(len(data.forget) / num)
+        first = step % per_epoch * num
+        f = torch.arange(first, first + num) % len(data.forget)
+    else:
+        f = torch.randint(len(data.forget), (num,), generator=draw)
+    r = torch.randint(len(data.retain), (num,), generator=draw)
+    t_f, t_r = (torch.randint(0, 1000, (num,), generator=draw) for _ in range(2))
+    x_f, x_r = _sample(data.forget, f, draw), _sample(data.retain, r, draw)
+    x_p = _sample(data.forget, f, draw) if recipe.independent_latents else x_f
+    eps_f, eps_r = (torch.randn(x_f.shape, generator=draw) for _ in range(2))
+    if recipe.target == "anchor":
+        words = data.anchor[f]
+    elif recipe.target == "random":
+        words = data.others[torch.randint(len(data.others), (num,), generator=draw)]
+    else:
+        words = data.others[:1].expand(num)
+    for part in range(recipe.accumulation):
+        start = (accelerator.process_index * recipe.accumulation + part) * share
+        rows = slice(start, start + share)
+
+        def here(tensor: Tensor, rows: slice = rows) -> Tensor:
+            return tensor[rows].to(model.device)
+
+        yield Batch(
+            x_forget=model.add_noise(here(x_f), here(eps_f), here(t_f)),
+            x_target=model.add_noise(here(x_p), here(eps_f), here(t_f)),
+            x_retain=model.add_noise(here(x_r), here(eps_r), here(t_r)),
+            t_forget=here(t_f),
+            t_retain=here(t_r),
+            eps_retain=here(eps_r),
+            c_forget=here(data.text[data.forget.prompt[f]]),
+            c_target=here(data.text[words]),
+            c_retain=here(data.text[data.retain.prompt[r]]),
+        )
+
+
+def _sample(pictures: Pictures, rows: Tensor, draw: torch.Generator) -> Tensor:
+    """Latents of these rows from the VAE's posterior."""
+    mean = pictures.mean[rows]
+    return mean + pictures.std[rows] * torch.randn(mean.shape, generator=draw)
+
+
+def _average(parameters: Mapping[str, Parameter], accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters.values():
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+
+
+def _keep(
+    path: Path,
+    parameters: Mapping[str, Parameter],
+    optimizer: MaskedAdam,
+    accelerator: Accelerator,
+    losses: list[dict[str, float]],
+) -> None:
+    state: dict[str, Any] = {
+        "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "losses": losses,
+    }
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    with files.replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _restore(
+    path: Path, parameters: Mapping[str, Parameter], optimizer: MaskedAdam, accelerator: Accelerator
+) -> list[dict[str, float]]:
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return state["losses"]
+
+

@@ -1,0 +1,471 @@
+"""Laws of what leaves: stock diffusers opens it, it predicts what the model in memory did, nothing else changed."""
+
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from erase.delta import content_hash
+from erase.errors import EraseError
+from erase.export import (
+    block_of,
+    compvis_name,
+    compvis_names,
+    save_lora,
+    save_pipeline,
+    save_single_file,
+)
+
+SD14: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768)  # on top of the defaults of UNet2DConditionModel
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+def make_tiny_pipeline(folder: Path) -> Path:
+    """A random Stable Diffusion 1 pipeline with the real one's 686 UNet tensors, each a few numbers wide.
+
+    The tokenizer knows the 256 bytes, each also at the end of a word, and no merges: a token is a letter.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the byte alphabet of GPT-2 and CLIP
+    letters = [chr(n) for n in visible] + [chr(256 + n) for n in range(256 - len(visible))]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=77)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(words),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                bos_token_id=len(words) - 2,
+                eos_token_id=len(words) - 1,
+                pad_token_id=len(words) - 1,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(4, 8, 16, 16),
+            norm_num_groups=4,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 8, 8),
+            layers_per_block=2,
+            norm_num_groups=4,
+            sample_size=64,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
+    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_dir(tmp_path_factory) -> Path:
+    folder = make_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "base")
+    assert len(read_unet(folder)) == 686
+    return folder
+
+
+def read_unet(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / UNET_FILE)
+
+
+def edit(state: dict[str, torch.Tensor], only: str = "", size: float = 0.05) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    noise = {name: size * torch.randn(tensor.shape, generator=draw) for name, tensor in state.items()}
+    return {name: tensor + noise[name] if only in name else tensor.clone() for name, tensor in state.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+PREDICT = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+x, text = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(pipeline.unet(x, 500, text).sample, sys.argv[3])
+assert not any(name.split(".")[0] == "erase" for name in sys.modules)
+"""
+
+
+def test_stock_diffusers_in_a_fresh_process_predicts_exactly_what_the_model_in_memory_predicts(
+    tiny_pipeline_dir, tmp_path
+):
+    base = read_unet(tiny_pipeline_dir)
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline_dir, subfolder="unet")
+    draw = torch.Generator().manual_seed(2)
+    x, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, 16, generator=draw)
+    with torch.no_grad():
+        before = unet(x, 500, text).sample
+        unet.load_state_dict(edit(base))
+        expected = unet(x, 500, text).sample
+    save_pipeline(tiny_pipeline_dir, tmp_path / "out", unet.state_dict())
+    torch.save((x, text), tmp_path / "inputs.pt")
+    program = [sys.executable, "-c", PREDICT, str(tmp_path / "out"), str(tmp_path / "inputs.pt")]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another count, other roundings
+    subprocess.run([*program, str(tmp_path / "answer.pt")], check=True, cwd=tmp_path, env=environment)
+    answer = torch.load(tmp_path / "answer.pt", weights_only=True)
+    assert torch.equal(answer, expected)
+    assert not torch.equal(answer, before)
+
+
+def test_everything_but_the_unet_weights_is_the_base_byte_for_byte(tiny_pipeline_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_pipeline_dir, base)
+    (base / "erase_defaults.json").write_text("{}")
+    (base / "delta.safetensors").write_text("of another run")
+    (base / "v1-5-pruned.ckpt").write_text("not a component")
+    (base / "samples").mkdir()
+    (base / "samples" / "0.png").write_text("of another run")
+    for stale in ("model.fp16.safetensors", "model.bin", "model.safetensors.index.json", "flax_model.msgpack"):
+        (base / "unet" / f"diffusion_pytorch_{stale}").write_text("the base's weights")
+    new = edit(read_unet(base))
+    save_pipeline(base, tmp_path / "out", new)
+    before, after = contents(base), contents(tmp_path / "out")
+    strays = {"delta.safetensors", "v1-5-pruned.ckpt", "samples/0.png"}
+    assert before.keys() - after.keys() == strays | {name for name in before if "unet/diffusion_pytorch" in name} - {
+        UNET_FILE
+    }
+    assert {name for name in after if after[name] != before[name]} == {UNET_FILE}
+    assert "unet/config.json" in after and "tokenizer/tokenizer.json" in after and "erase_defaults.json" in after
+    assert content_hash(read_unet(tmp_path / "out")) == content_hash(new)
+
+
+def test_the_same_weights_give_the_same_bytes_and_the_umask_decides_who_reads_them(tiny_pipeline_dir, tmp_path):
+    new = edit(read_unet(tiny_pipeline_dir))
+    save_pipeline(tiny_pipeline_dir, tmp_path / "a", new)
+    previous = os.umask(0o027)
+    try:
+        save_pipeline(tiny_pipeline_dir, tmp_path / "b", dict(reversed(new.items())))
+    finally:
+        os.umask(previous)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    save_pipeline(tiny_pipeline_dir, tmp_path / "c", edit(new))  # control
+    assert contents(tmp_path / "a") != contents(tmp_path / "c")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
+def test_a_hub_snapshot_of_symlinks_is_copied_by_content(tiny_pipeline_dir, tmp_path):
+    for path in [path for path in tiny_pipeline_dir.rglob("*") if path.is_file()]:
+        link = tmp_path / "snapshot" / path.relative_to(tiny_pipeline_dir)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    save_pipeline(tmp_path / "snapshot", tmp_path / "out", read_unet(tiny_pipeline_dir))
+    assert contents(tmp_path / "out") == contents(tiny_pipeline_dir)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_base_with_variant_files_only_opens_without_naming_the_variant(tiny_pipeline_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_pipeline_dir, base)
+    for folder, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        (base / folder / f"{stem}.safetensors").rename(base / folder / f"{stem}.fp16.safetensors")
+    new = edit(read_unet(tiny_pipeline_dir))
+    with pytest.raises(OSError, match="no file named"):
+        StableDiffusionPipeline.from_pretrained(base)
+    save_pipeline(base, tmp_path / "out", new)
+    assert content_hash(StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet.state_dict()) == content_hash(
+        new
+    )
+    assert not list((tmp_path / "out").rglob("*.fp16.*"))
+
+    pickled = (
+        tmp_path / "out" / "vae" / "diffusion_pytorch_model.bin"
+    )  # a plain file is there: variants stay as they are
+    torch.save(load_file(base / "vae" / "diffusion_pytorch_model.fp16.safetensors"), pickled)
+    shutil.copy(pickled, base / "vae")
+    save_pipeline(base, tmp_path / "again", new)
+    assert {path.name for path in (tmp_path / "again" / "vae").iterdir()} == {
+        path.name for path in (base / "vae").iterdir()
+    }
+
+
+def test_an_older_result_in_the_folder_leaves_no_weights_behind(tiny_pipeline_dir, tmp_path):
+    new = edit(read_unet(tiny_pipeline_dir))
+    for name in (UNET_FILE.replace("_model", "_model.fp16"), "text_encoder/pytorch_model.bin"):
+        (tmp_path / "output" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "output" / name).write_text("stale")
+    base, output = tmp_path / "base", tmp_path / "output"
+    shutil.copytree(tiny_pipeline_dir, base)
+    (base / "erase_defaults.json").write_text("{}")
+    for name in ("README.md", "delta.safetensors"):
+        (output / name).write_text("of this run")
+    save_pipeline(base, output, new)
+    assert contents(output).keys() == contents(base).keys() | {"README.md", "delta.safetensors"}
+
+
+def test_a_copy_that_breaks_off_leaves_no_folder_that_opens(tiny_pipeline_dir, tmp_path, monkeypatch):
+    save_pipeline(tiny_pipeline_dir, tmp_path, read_unet(tiny_pipeline_dir))
+    assert (tmp_path / "model_index.json").exists()  # control
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(EraseError, match="No space left on device"):
+        save_pipeline(tiny_pipeline_dir, tmp_path, edit(read_unet(tiny_pipeline_dir)))
+    assert not (tmp_path / "model_index.json").exists()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_folder_that_cannot_be_published_is_refused(tiny_pipeline_dir, tmp_path):
+    state = read_unet(tiny_pipeline_dir)
+    with pytest.raises(EraseError, match="no model_index.json"):
+        save_pipeline(tmp_path, tmp_path / "out", state)
+    with pytest.raises(EraseError, match="is the base model itself"):
+        save_pipeline(tiny_pipeline_dir, tiny_pipeline_dir / ".." / tiny_pipeline_dir.name, state)
+    with pytest.raises(EraseError, match="'conv_in.bias' is missing here but in the UNet of"):
+        save_pipeline(tiny_pipeline_dir, tmp_path / "out", {n: t for n, t in state.items() if n != "conv_in.bias"})
+    with pytest.raises(EraseError, match="'unet.conv_in.bias' is here but not in the UNet of"):
+        save_pipeline(tiny_pipeline_dir, tmp_path / "out", state | {"unet.conv_in.bias": torch.zeros(4)})
+    with pytest.raises(EraseError, match=r"'conv_in.bias' has the shape \[5\] here but \[4\] in"):
+        save_pipeline(tiny_pipeline_dir, tmp_path / "out", state | {"conv_in.bias": torch.zeros(5)})
+    base = tmp_path / "base"
+    shutil.copytree(tiny_pipeline_dir, base)
+    shutil.rmtree(base / "vae")
+    with pytest.raises(EraseError, match="no folder 'vae'"):
+        save_pipeline(base, tmp_path / "out", state)
+    (base / "model_index.json").write_text('{"../out": ["diffusers", "X"], "transformer": ["diffusers", "X"]}')
+    with pytest.raises(EraseError, match="names no unet"):
+        save_pipeline(base, tmp_path / "out", state)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dtype_casts_the_weights_that_are_written(tiny_pipeline_dir, tmp_path):
+    state = edit(read_unet(tiny_pipeline_dir))
+    save_pipeline(tiny_pipeline_dir, tmp_path, state, dtype=torch.float16)
+    expected = {name: tensor.half() for name, tensor in state.items()}
+    assert content_hash(read_unet(tmp_path)) == content_hash(expected)
+
+
+SMALL: dict[str, Any] = dict(sample_size=8, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2)
+TOPOLOGIES: list[dict[str, Any]] = [
+    dict(block_out_channels=(4, 8, 16, 16)),
+    dict(
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    ),
+    dict(block_out_channels=(4, 8, 16, 16), use_linear_projection=True),  # Stable Diffusion 2
+]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=["sd1", "three-levels", "sd2"])
+def test_compvis_names_are_those_that_diffusers_reads(topology):
+    unet = UNet2DConditionModel(**SMALL, **topology)
+    state = unet.state_dict()
+    names = compvis_names(unet.config)
+    assert names.keys() == state.keys() and len(set(names.values())) == len(names)
+    checkpoint = {f"model.diffusion_model.{names[name]}": tensor for name, tensor in state.items()}
+    back = convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))
+    assert back.keys() == state.keys()
+    assert all(back[name] is state[name] for name in state)
+    first, second = "mid_block.resnets.0.norm1.weight", "mid_block.resnets.1.norm1.weight"  # control: two names swapped
+    swapped = names | {first: names[second], second: names[first]}
+    checkpoint = {f"model.diffusion_model.{swapped[name]}": tensor for name, tensor in state.items()}
+    assert convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))[first] is state[second]
+
+
+def test_the_full_size_name_map_has_the_686_tensors_of_stable_diffusion_1():
+    """Right-hand names are those of the published v1-inference checkpoints."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD14)
+    names = compvis_names(unet.config)
+    assert len(names) == len(set(names.values())) == 686
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
+    published = {
+        "conv_in.weight": "input_blocks.0.0.weight",
+        "time_embedding.linear_2.bias": "time_embed.2.bias",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (
+            "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+        ),
+        "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
+        "down_blocks.3.resnets.1.conv2.weight": "input_blocks.11.0.out_layers.3.weight",
+        "mid_block.attentions.0.proj_in.weight": "middle_block.1.proj_in.weight",
+        "mid_block.resnets.1.time_emb_proj.bias": "middle_block.2.emb_layers.1.bias",
+        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
+        "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
+        "up_blocks.3.resnets.2.conv_shortcut.weight": "output_blocks.11.0.skip_connection.weight",
+        "conv_norm_out.weight": "out.0.weight",
+        "conv_out.weight": "out.2.weight",
+    }
+    assert {name: names[name] for name in published} == published
+    assert compvis_name("conv_in.weight", unet.config) == "input_blocks.0.0.weight"
+
+
+def test_a_name_outside_the_layout_is_refused():
+    with pytest.raises(EraseError, match="'add_embedding.linear_1.weight' has no name in the CompVis layout"):
+        compvis_name("add_embedding.linear_1.weight", {"layers_per_block": 2, "up_block_types": []})
+    with pytest.raises(EraseError, match=r"layers_per_block is \[1, 2\]"):
+        compvis_name("down_blocks.0.resnets.0.conv1.weight", {"layers_per_block": [1, 2], "up_block_types": []})
+
+
+def test_blocks_group_every_weight_for_reading():
+    with torch.device("meta"):
+        names = UNet2DConditionModel(**SD14).state_dict()
+    blocks = {block_of(name) for name in names}
+    parts = {"attn1", "attn2", "ff", "proj", "resnet"}
+    with_attention = [f"down_blocks.{n}" for n in range(3)] + ["mid_block"] + [f"up_blocks.{n}" for n in (1, 2, 3)]
+    expected = {f"{block} {part}" for block in with_attention for part in parts}
+    expected |= {"down_blocks.3 resnet", "up_blocks.0 resnet", "conv_in", "conv_out", "time_embedding"}
+    expected |= {f"down_blocks.{n} sampler" for n in range(3)} | {f"up_blocks.{n} sampler" for n in range(3)}
+    assert blocks == expected
+    assert block_of("unet.down_blocks.1.attentions.0.transformer_blocks.0.norm2.weight") == "down_blocks.1 attn2"
+    assert block_of("text_encoder.encoder.layers.0.mlp.fc1.weight") == "text_encoder"
+
+
+def state_of(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    parts = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_single_file_comes_back_bit_for_bit(dtype, tiny_pipeline_dir, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_single_file(path, tiny_pipeline_dir, dtype=dtype)
+    number = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
+    loaded = StableDiffusionPipeline.from_single_file(
+        path, config=str(tiny_pipeline_dir), local_files_only=True, dtype=number
+    )
+    base = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    assert content_hash(state_of(loaded)) == content_hash({n: t.to(number) for n, t in state_of(base).items()})
+    names = load_file(path).keys()
+    assert {name.split(".")[0] for name in names} == {"model", "first_stage_model", "cond_stage_model"}
+    assert "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight" in names
+    assert all(tensor.dtype == number for tensor in load_file(path).values())
+    first = path.read_bytes()
+    save_single_file(path, tiny_pipeline_dir, dtype=dtype)
+    assert path.read_bytes() == first
+
+
+def test_older_file_layouts_give_the_same_single_file(tiny_pipeline_dir, tmp_path):
+    """Files of 2022: `text_model.` with position ids in the text encoder, query/key/value in the VAE, pickles."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_pipeline_dir, base)
+    text = load_file(base / "text_encoder" / "model.safetensors")
+    assert not any(name.startswith("text_model.") for name in text)  # control: the tiny pipeline has the flat layout
+    old = {f"text_model.{name}": tensor for name, tensor in text.items()}
+    old["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(old, base / "text_encoder" / "model.safetensors")
+    vae_file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    vae = load_file(vae_file)
+    vae_file.unlink()
+    for new_word, old_word in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        vae = {name.replace(f".{new_word}.", f".{old_word}."): tensor for name, tensor in vae.items()}
+    torch.save(vae, vae_file.with_suffix(".bin"))
+    save_single_file(tmp_path / "new.safetensors", tiny_pipeline_dir, dtype="fp32")
+    save_single_file(tmp_path / "old.safetensors", base, dtype="fp32")
+    assert (tmp_path / "new.safetensors").read_bytes() == (tmp_path / "old.safetensors").read_bytes()
+
+
+def test_a_pipeline_that_is_not_stable_diffusion_1_has_no_single_file(tiny_pipeline_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_pipeline_dir, base)
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(EraseError, match="vae has no weights"):
+        save_single_file(tmp_path / "x.safetensors", base)
+    config = json.loads((base / "text_encoder" / "config.json").read_text())
+    (base / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(EraseError, match="only Stable Diffusion 1"):
+        save_single_file(tmp_path / "x.safetensors", base)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    with pytest.raises(EraseError, match="only Stable Diffusion 1"):
+        save_single_file(tmp_path / "x.safetensors", base)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def is_lora_layer(name: str) -> bool:
+    words = ("to_q.", "to_k.", "to_v.", "to_out.", "proj_in.", "proj_out.", "net.")
+    return ".attentions." in name and name.endswith("weight") and any(word in name for word in words)
+
+
+def test_a_lora_of_full_rank_is_the_new_model(tiny_pipeline_dir, tmp_path):
+    pytest.importorskip("peft")
+    base = read_unet(tiny_pipeline_dir)
+    noisy = edit(base)
+    new = {name: noisy[name] if is_lora_layer(name) else base[name] for name in base}
+    fit = save_lora(tmp_path / "pytorch_lora_weights.safetensors", base, new, rank=64, provenance={"concept": "circle"})
+    assert fit.left_out == 0
+    assert fit.residuals.keys() == {name.removesuffix(".weight") for name in base if is_lora_layer(name)}
+    assert max(fit.residuals.values()) < 1e-6
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    pipeline.load_lora_weights(tmp_path)
+    assert pipeline.get_list_adapters()  # a file with wrong names loads as nothing, without an error
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    fused = pipeline.unet.state_dict()
+    assert max((fused[name] - new[name]).abs().max().item() for name in new) < 1e-5
+    assert max((base[name] - new[name]).abs().max().item() for name in new) > 0.1  # control
+
+
+def test_a_lora_of_low_rank_leaves_what_the_singular_values_say(tmp_path):
+    """The best rank-r approximation leaves the root of the sum of squares of the other singular values."""
+    layer = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
+    draw = torch.Generator().manual_seed(0)
+    change = torch.randn(24, 8, generator=draw)
+    singular = torch.linalg.svdvals(change)
+    base = {f"{layer}.weight": torch.randn(24, 8, generator=draw), "conv_in.weight": torch.zeros(4, 4, 3, 3)}
+    new = base | {f"{layer}.weight": base[f"{layer}.weight"] + change}
+    residuals = []
+    for rank in (1, 3, 8):
+        fit = save_lora(tmp_path / "lora.safetensors", base, new, rank=rank)
+        expected = (singular[rank:].square().sum() / singular.square().sum()).sqrt().item()
+        assert fit.residuals[layer] == pytest.approx(expected, abs=1e-6)
+        residuals.append(fit.residuals[layer])
+        factors = load_file(tmp_path / "lora.safetensors")
+        assert factors[f"unet.{layer}.lora_A.weight"].shape == (rank, 8)
+        assert factors[f"unet.{layer}.lora_B.weight"].shape == (24, rank)
+    assert residuals[0] > residuals[1] > residuals[2]
+
+
+def test_a_lora_says_what_it_cannot_carry(tmp_path):
+    base = {
+        "a.attentions.0.proj_in.weight": torch.zeros(4, 4, 1, 1),
+        "a.resnets.0.conv1.weight": torch.zeros(2, 2, 3, 3),
+    }
+    changed = {
+        "a.attentions.0.proj_in.weight": torch.ones(4, 4, 1, 1),
+        "a.resnets.0.conv1.weight": torch.ones(2, 2, 3, 3),
+    }
+    fit = save_lora(tmp_path / "lora.safetensors", base, changed, rank=2)
+    assert fit.left_out == pytest.approx(36 / 52)
+    assert fit.residuals.keys() == {"a.attentions.0.proj_in"}
+    with pytest.raises(EraseError, match="no attention or feed-forward layer changed"):
+        save_lora(tmp_path / "lora.safetensors", base, base, rank=2)
+    with pytest.raises(EraseError, match="rank must be at least 1, not 0"):
+        save_lora(tmp_path / "lora.safetensors", base, changed, rank=0)
