@@ -19,7 +19,9 @@ from erase.errors import EraseError
 from erase.models import Model
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-RETAIN_SEED = 500_000_000  # forget pictures take the seeds from seed * 1_000_000 on, retain pictures from there plus this
+RETAIN_SEED = (
+    500_000_000  # forget pictures take the seeds from seed * 1_000_000 on, retain pictures from there plus this
+)
 
 
 @dataclass(frozen=True)

@@ -108,24 +108,35 @@ class Model:
             pictures.append(self.vae.decode(chunk).sample.float().clamp(-1, 1).cpu())  # pyright: ignore
         return torch.cat(pictures)
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, size: int) -> Tensor:
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        size: int,
+        unet: UNet2DConditionModel | None = None,
+    ) -> Tensor:
         """Latents of one picture a prompt, without decoding: [n, 4, size / 8, size / 8], on the CPU.
 
         seeds: one a picture, for a CPU generator, so that a picture is the same in any batch (up to rounding).
         guidance: diffusers' convention, 1 is none.
+        unet: draw with this one in the place of the model's own.
         """
+        unet = unet or self.unet
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
-            unet=self.unet,
+            unet=unet,
             scheduler=type(self.scheduler).from_config(self.scheduler.config),  # pyright: ignore
             safety_checker=None,  # pyright: ignore
             feature_extractor=None,  # pyright: ignore
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
-        with evaluating(self.unet):
+        with evaluating(unet):
             return pipeline(
                 list(prompts),
                 height=size,
@@ -184,9 +195,7 @@ def load(
     folder = locate(source, allow_pickle=allow_pickle, config=config, revision=revision, cache_dir=cache_dir)
     if not (folder / "model_index.json").is_file():
         raise EraseError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
-    options: dict[str, Any] = {"local_files_only": True, "low_cpu_mem_usage": True}
-    if not allow_pickle:
-        options["use_safetensors"] = True
+    options = _options(allow_pickle)
     try:
         unet = _load_part(UNet2DConditionModel, folder, "unet", options)
         vae = _load_part(AutoencoderKL, folder, "vae", options)
@@ -195,7 +204,9 @@ def load(
         scheduler = _load_scheduler(folder)
     except EraseError:
         raise
-    except Exception as error:  # diffusers, transformers and safetensors raise a dozen kinds here; all are the model's fault
+    except (
+        Exception
+    ) as error:  # diffusers, transformers and safetensors raise a dozen kinds here; all are the model's fault
         raise EraseError(f"cannot load {source}: {_first_line(error)}") from error
     vocabulary = text_encoder.config.vocab_size
     if len(tokenizer) != vocabulary:
@@ -250,6 +261,15 @@ def _download(repository: str, revision: str | None, allow_pickle: bool) -> Path
         ) from error
 
 
+def load_unet(folder: Path, allow_pickle: bool = False) -> UNet2DConditionModel:
+    """The UNet alone of a diffusers folder, in float32 on the CPU, as `load` reads it."""
+    return _load_part(UNet2DConditionModel, folder, "unet", _options(allow_pickle)).requires_grad_(False).eval()
+
+
+def _options(allow_pickle: bool) -> dict[str, Any]:
+    return {"local_files_only": True, "low_cpu_mem_usage": True, **({} if allow_pickle else {"use_safetensors": True})}
+
+
 def _load_part(cls: Any, folder: Path, part: str, options: dict[str, Any]) -> Any:
     """Load one component in float32, strictly: the libraries only warn about missing or unexpected weights."""
     if not (folder / part / "config.json").is_file():
@@ -261,17 +281,21 @@ def _load_part(cls: Any, folder: Path, part: str, options: dict[str, Any]) -> An
         )
     variant = _only_variant(folder / part)
     extra = {"variant": variant} if variant else {}
-    loaded, info = cls.from_pretrained(
-        folder / part, dtype=torch.float32, output_loading_info=True, **options, **extra
-    )
+    loaded, info = cls.from_pretrained(folder / part, dtype=torch.float32, output_loading_info=True, **options, **extra)
     ignored = {"text_model.embeddings.position_ids", "embeddings.position_ids"}
     missing = sorted(set(info.get("missing_keys", ())) - ignored)
     surplus = sorted(set(info.get("unexpected_keys", ())) - ignored)
     mismatched = list(info.get("mismatched_keys", ()))
     on_meta = [name for name, tensor in loaded.state_dict().items() if tensor.is_meta]
-    for what, names in (("lacks", missing + on_meta), ("does not know", surplus), ("has a wrong shape for", mismatched)):
+    for what, names in (
+        ("lacks", missing + on_meta),
+        ("does not know", surplus),
+        ("has a wrong shape for", mismatched),
+    ):
         if names:
-            raise EraseError(f"{folder}/{part} {what} {names[0]!r} ({len(names)} such); its weights do not fit its config")
+            raise EraseError(
+                f"{folder}/{part} {what} {names[0]!r} ({len(names)} such); its weights do not fit its config"
+            )
     return loaded
 
 

@@ -74,7 +74,9 @@ class Settings:
     num_retain: int | None = option(None, "retain images to draw (800)", group="data")
     num_inference_steps: int | None = option(None, "denoising steps a drawn image (50)", group="data")
     guidance_scale: float | None = option(None, "guidance of drawn images, diffusers' convention (7.5)", group="data")
-    resolution: int | None = option(None, "side of the images in pixels (the model's own: 512 for SD v1.4)", group="data")
+    resolution: int | None = option(
+        None, "side of the images in pixels (the model's own: 512 for SD v1.4)", group="data"
+    )
     generation_batch_size: int | None = option(None, "images drawn at a time (8)", group="data")
     cache_dir: str | None = option(None, "where drawn latents are kept (~/.cache/erase-concept)", group="data")
 
@@ -83,7 +85,9 @@ class Settings:
     num_train_steps: int | None = option(None, "optimizer steps (100 for nudity, else 500)", group="training")
     batch_size: int | None = option(None, "forget and retain images a step, each (8)", group="training")
     weight_decay: float = option(0.0, "decoupled decay, inside the mask only", group="training")
-    max_grad_norm: float | None = option(None, "clip the masked gradient's norm to this (no clipping)", group="training")
+    max_grad_norm: float | None = option(
+        None, "clip the masked gradient's norm to this (no clipping)", group="training"
+    )
     gradient_accumulation_steps: int = option(1, "parts that each step's batch is cut into", group="training")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory", group="training")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the UNet's passes", group="training")
@@ -97,7 +101,9 @@ class Settings:
     )
 
     # model files
-    allow_pickle: bool = option(False, "load .ckpt/.bin checkpoints, which can run code; trust their source", group="files")
+    allow_pickle: bool = option(
+        False, "load .ckpt/.bin checkpoints, which can run code; trust their source", group="files"
+    )
     config: str | None = option(
         None, "diffusers folder with the configs and tokenizer for a single-file model, when offline", group="files"
     )

@@ -93,9 +93,10 @@ def accumulate(
         done = state["done"]
     saved = time.monotonic()
     device = model.device
-    with _training(model, parameters, checkpointing), tqdm(
-        total=len(mine), initial=done, desc="mask", disable=quiet or not accelerator.is_main_process
-    ) as bar:
+    with (
+        _training(model, parameters, checkpointing),
+        tqdm(total=len(mine), initial=done, desc="mask", disable=quiet or not accelerator.is_main_process) as bar,
+    ):
         for number, start in list(enumerate(mine))[done:]:
             rows = torch.arange(start, min(start + batch_size, len(data.forget)))
             draw = generator(seed, "mask", start)
@@ -321,5 +322,3 @@ def _restore(
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     return state["losses"]
-
-

@@ -51,9 +51,7 @@ class Relabel:
     distill_retain: bool = True
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> dict[str, Tensor]:
-        """The two terms by name, "forget" and "retain", already weighted; their sum is what training descends.
-
-            """
+        """The two terms by name, "forget" and "retain", already weighted; their sum is what training descends."""
         teacher = frozen if self.frozen_target else model
         with torch.no_grad():
             target = teacher(batch.x_target, batch.t_forget, batch.c_target)

@@ -161,9 +161,7 @@ def _drawings(rng: np.random.Generator, num: int, without: str | None = None) ->
 # --- judge ----------------------------------------------------------------------------------------------------------
 
 
-def _train_judge(
-    work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool
-) -> None:
+def _train_judge(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
     torch.manual_seed(seed)
     judge = judging.Judge().to(device)
 
@@ -178,9 +176,7 @@ def _train_judge(
     rng = np.random.default_rng([seed, 99])
     scenes = [world.sample_scene(rng) for _ in range(2000)]
     answers = judging.name(judge.cpu(), [world.draw(scene, rng) for scene in scenes])
-    truth = [
-        {"object": s.object, "colour": s.colour or judging.NONE, "style": s.style or judging.NONE} for s in scenes
-    ]
+    truth = [{"object": s.object, "colour": s.colour or judging.NONE, "style": s.style or judging.NONE} for s in scenes]
     accuracy: dict[str, float] = {
         head: sum(a[head] == t[head] for a, t in zip(answers, truth, strict=True)) / len(truth)
         for head in judging.HEADS
@@ -436,7 +432,9 @@ def assemble(output: str | Path) -> Path:
         requires_safety_checker=False,
     )
     deepcopy(pipeline).to(torch.float16).save_pretrained(output)
-    tokenizer.backend_tokenizer.model.save(str(output / "tokenizer"))  # vocab.json, merges.txt: what transformers 4 reads
+    tokenizer.backend_tokenizer.model.save(
+        str(output / "tokenizer")
+    )  # vocab.json, merges.txt: what transformers 4 reads
     shutil.copyfile(work / "judge.safetensors", output / "judge.safetensors")
     for path in output.rglob("*.safetensors"):
         path.chmod((output / "model_index.json").stat().st_mode)

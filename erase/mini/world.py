@@ -37,7 +37,9 @@ PREFIXES = ("a photo of", "a picture of", "a drawing of", "an image of")
 WORDS = sorted(
     {*SHAPES, *COLOURS, *STYLES, *BACKGROUNDS, *SYNONYMS.values()}
     | set("a an the of on in with and photo picture drawing image background".split())
-    | set("person people man woman nude naked clothed wearing clothes shirt dressed style object shape painting".split())
+    | set(
+        "person people man woman nude naked clothed wearing clothes shirt dressed style object shape painting".split()
+    )
 )
 
 _SCALE = 4  # shapes are filled at four times the size and averaged down: antialiasing
@@ -237,7 +239,9 @@ _OUTLINES: dict[str, tuple[object, list]] = {
 def _limb(start: tuple[float, float], stop: tuple[float, float], width: float) -> np.ndarray:
     (x, y), (u, v) = start, stop
     angle = np.rad2deg(np.arctan2(v - y, u - x))
-    return np.concatenate([_arc(stop, width / 2, angle - 90, angle + 90, 8), _arc(start, width / 2, angle + 90, angle + 270, 8)])
+    return np.concatenate(
+        [_arc(stop, width / 2, angle - 90, angle + 90, 8), _arc(start, width / 2, angle + 90, angle + 270, 8)]
+    )
 
 
 _MANNEQUIN: list[tuple[str, np.ndarray]] = [

@@ -1,0 +1,156 @@
+"""The face of a run folder: a before/after sheet on the same seeds, and the model card."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
+
+from erase.concepts import Concept
+from erase.data import to_pixels
+from erase.delta import Delta
+from erase.files import replacing
+from erase.models import Model
+from erase.settings import Settings
+
+FIRST_SEED = 900_000_000  # far from the seeds that training data are drawn from
+CELL = 128  # pixels of a picture in the sheet
+
+
+def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, settings: Settings) -> None:
+    """A PNG with two blocks, forget and retain prompts, each with a row of the base model and a row of the erased one.
+
+    Same prompt and same seed above each other. Pictures of nudity by anything but the embedded model are blurred.
+    """
+    num = settings.num_samples
+    forget = _spread(concept.forget, num)
+    retain = _spread(concept.retain or ("",), num)
+    prompts = [*forget, *retain]
+    seeds = [FIRST_SEED + settings.seed * 1000 + i for i in range(len(prompts))]
+    rows: list[Tensor] = []
+    for unet in (base_unet, model.unet):
+        drawn = []
+        for start in range(0, len(prompts), settings.generation_batch_size or 8):
+            part = slice(start, start + (settings.generation_batch_size or 8))
+            drawn += model.draw(
+                prompts[part],
+                seeds[part],
+                steps=settings.num_inference_steps or 50,
+                guidance=settings.guidance_scale or 7.5,
+                size=settings.resolution or model.resolution,
+                unet=unet,
+            ).unsqueeze(1)
+        rows.append(to_pixels(model.decode(torch.cat(drawn))))
+    blurred = concept.kind == "nudity" and not model.is_mini
+    pictures = [[Image.fromarray(np.asarray(p.permute(1, 2, 0))) for p in row] for row in rows]
+    sheet = grid(
+        [
+            ("base", pictures[0][:num], blurred),
+            (f"'{concept.name}' erased", pictures[1][:num], blurred),
+            ("base", pictures[0][num:], False),
+            ("erased", pictures[1][num:], False),
+        ],
+        captions={1: forget, 3: retain},
+    )
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image], bool]], captions: Mapping[int, Sequence[str]], cell: int = CELL
+) -> Image.Image:
+    """Rows of pictures with a title each, blurred where the row says so; `captions` stand below the rows they name."""
+    font = ImageFont.load_default(13)
+    title, margin, text = 92, 6, 46
+    width = title + max(len(pictures) for _, pictures, _ in rows) * (cell + margin) + margin
+    height = margin + sum(cell + margin + (text if i in captions else 0) for i in range(len(rows)))
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    y = margin
+    for number, (name, pictures, blur) in enumerate(rows):
+        pen.multiline_text((margin, y + cell // 3), _wrapped(name, title - margin, font), fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            scaled = picture.resize((cell, cell), Image.Resampling.LANCZOS)
+            scaled = scaled.filter(ImageFilter.GaussianBlur(cell / 10)) if blur else scaled
+            sheet.paste(scaled, (title + column * (cell + margin), y))
+        y += cell + margin
+        for column, caption in enumerate(captions.get(number, ())):
+            place = (title + column * (cell + margin), y)
+            pen.multiline_text(place, _wrapped(caption, cell, font), fill="dimgray", font=font)
+        y += text if number in captions else 0
+    return sheet
+
+
+def model_card(settings: Settings, concept: Concept, change: Delta) -> str:
+    """Markdown with the hub's YAML header: what was erased from what, how to load it, what it does not promise."""
+    from huggingface_hub import ModelCardData
+
+    is_hub_id = settings.model.count("/") == 1 and not Path(settings.model).exists()
+    header = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=settings.model if is_hub_id else None,
+        license="creativeml-openrail-m" if settings.model.startswith("CompVis/stable-diffusion") else None,
+        tags=["stable-diffusion", "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
+    ).to_yaml()
+    changed, total = sum(change.changed.values()), _weights(change)
+    options = {key: value for key, value in asdict(settings).items() if value not in (None, (), False)}
+    listed = "\n".join(f"| {key} | {value} |" for key, value in options.items())
+    examples = "\n".join(f"- {forget!r} now means {anchor!r}" for forget, anchor in concept.pairs()[:4])
+    return f"""---
+{header}
+---
+
+# {concept.name} erased from {Path(settings.model).name}
+
+Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mask {settings.mask}.
+{changed:,} of {total:,} UNet weights changed ({changed / total:.1%}); all else is the base model, byte for byte.
+
+```python
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("this folder")
+```
+
+{examples}
+
+`delta.safetensors` holds the change alone: `erase-concept remove` restores the base with it, bit for bit.
+Base {change.base_hash[:12]}, result {change.result_hash[:12]} (content hashes of the UNet).
+
+## Limits
+
+Erasure makes a concept hard to reach by prompts; fine-tuning, learned embeddings or adversarial prompts can bring it
+back. This card makes no claim about such attacks. The base model's licence applies to this folder too.
+
+## Settings
+
+| setting | value |
+| --- | --- |
+{listed}
+"""
+
+
+def _weights(change: Delta) -> int:
+    return sum(math.prod(shape) for _, shape in change.layout.values())
+
+
+def _spread(prompts: Sequence[str], num: int) -> list[str]:
+    """`num` prompts, evenly from the whole list, repeated when it is shorter."""
+    if len(prompts) >= num:
+        return [prompts[i * len(prompts) // num] for i in range(num)]
+    return [prompts[i % len(prompts)] for i in range(num)]
+
+
+def _wrapped(text: str, width: int, font: Any) -> str:
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    return "\n".join(lines[:3])

@@ -1,0 +1,448 @@
+"""The whole job: model and concept in, mask, masked fine-tuning, and a run folder that stock diffusers opens."""
+
+import gc
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import Tensor
+
+import erase
+from erase import card, concepts, data, delta, export, files, methods, models, saliency, scope, train
+from erase.concepts import Concept
+from erase.errors import EraseError
+from erase.settings import RECIPES, Settings, resolve
+
+# Settings that change neither the weights nor what is written: the same run may be continued with others.
+_FREE = {"output", "device", "cache_dir", "resume", "overwrite", "report_to", "checkpointing_steps", "allow_pickle"}
+_FREE |= {"model", "config", "revision"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run left behind.
+
+    folder: the run folder, a diffusers pipeline. record: what `run.json` holds.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+
+
+def erase_concept(
+    concept: str | Concept, model: str = "CompVis/stable-diffusion-v1-4", *, quiet: bool = False, **options: Any
+) -> Run:
+    """Take `concept` out of `model` and write the result; the Python twin of the command line.
+
+    concept: a preset's name, a .toml path, free text together with kind="object" or "style", or a Concept.
+    model: "mini", a diffusers folder, a hub id or a checkpoint file.
+    options: any field of `erase.settings.Settings`, such as output="runs/church" or density=0.1.
+
+    The same call continues an interrupted run, and returns the record of a finished one.
+
+    Raises:
+        EraseError: what the user can mend; nothing is half-written.
+    """
+    known = {item.name for item in fields(Settings)}
+    for name in options:
+        if name not in known:
+            raise EraseError(f"unknown option {name!r}; erase.settings.Settings lists them")
+    name = concept.name if isinstance(concept, Concept) else concept
+    settings = Settings(concept=name, model=str(model), **options)
+    return run(settings, concept if isinstance(concept, Concept) else None, quiet=quiet)
+
+
+def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = False) -> Run:
+    """See `erase_concept`."""
+    started = time.time()
+    method_class = methods.load(settings.method)
+    find_concept(settings, concept, None)  # a name that is unknown or refused fails before a model is loaded
+    accelerator = make_accelerator(settings)
+    cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else models.default_cache_dir()
+    model = models.load(
+        settings.model,
+        device=accelerator.device,
+        allow_pickle=settings.allow_pickle,
+        config=settings.config,
+        revision=settings.revision,
+        cache_dir=cache_dir,
+    )
+    model.use_attention(settings.attention)
+    concept = find_concept(settings, concept, model)
+    settings = resolve(settings, concept.kind, model.defaults)
+    recipe = RECIPES[settings.recipe]
+    parameters = scope.inside(dict(model.unet.named_parameters()), settings.scope)
+    base_hash = delta.content_hash(unet_state(model.unet))
+    given_mask = load_mask(settings, model, parameters, base_hash)
+    folder = Path(settings.output or Path("runs") / concept.name.replace(" ", "_"))
+    identity = {
+        "base_hash": base_hash,
+        "concept": concept.fingerprint(),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in _FREE},
+        "mask": None if given_mask is None else saliency_hash(given_mask),
+    }
+    if accelerator.is_main_process:
+        record = open_folder(folder, identity, settings)
+        if record is not None:
+            return Run(folder, record)
+    accelerator.wait_for_everyone()
+    work = folder / "work"
+    clock, seconds = time.perf_counter(), {"load": time.time() - started}
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        seconds[name] = round(time.perf_counter() - clock, 2)
+        clock = time.perf_counter()
+
+    plan = data.Plan(
+        num_forget=_int(settings.num_forget),
+        num_retain=_int(settings.num_retain),
+        steps=_int(settings.num_inference_steps),
+        guidance=float(settings.guidance_scale or 0),
+        size=settings.resolution or model.resolution,
+        batch_size=_int(settings.generation_batch_size),
+        seed=settings.seed,
+        round_trip=not recipe.shared_latent,
+        forget_images=settings.forget_images,
+        retain_images=settings.retain_images,
+    )
+    pictures = data.gather(
+        model,
+        concept,
+        plan,
+        model_hash=base_hash,
+        cache_dir=cache_dir,
+        workers=data.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+        quiet=quiet or not accelerator.is_main_process,
+    )
+    lap("data")
+    mask = given_mask
+    if mask is None and settings.mask != "none":
+        mask = make_mask(settings, model, pictures, parameters, accelerator, work, base_hash, quiet)
+    lap("mask")
+    method = method_class(
+        alpha=settings.alpha, frozen_target=recipe.frozen_target, distill_retain=recipe.distill_retain
+    )
+    losses = train.train(
+        model,
+        method,
+        pictures,
+        parameters,
+        mask,
+        train.Recipe(
+            num_steps=_int(settings.num_train_steps),
+            batch_size=_int(settings.batch_size),
+            learning_rate=float(settings.learning_rate or 0),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            accumulation=settings.gradient_accumulation_steps,
+            target=str(settings.target),
+            in_order=recipe.in_order,
+            independent_latents=not recipe.shared_latent,
+            seed=settings.seed,
+            checkpoint_every=settings.checkpointing_steps,
+        ),
+        accelerator,
+        state_path=work / "training.pt",
+        checkpointing=settings.gradient_checkpointing,
+        quiet=quiet,
+    )
+    lap("train")
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return Run(folder, {})
+    gc.collect()
+    provenance = {
+        "erase_version": erase.__version__,
+        "base": settings.model,
+        "concept": asdict(concept),
+        "method": settings.method,
+        "settings": asdict(settings),
+        "data": pictures.fingerprint,
+        "made_for": settings.model,
+    }
+    new_state = unet_state(model.unet)
+    base_unet = models.load_unet(model.folder, settings.allow_pickle)
+    change = delta.difference(unet_state(base_unet), new_state, provenance)
+    if change.base_hash != base_hash:
+        raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")
+    write_outputs(folder, settings, model, base_unet, new_state, change, mask, concept)
+    lap("output")
+    moved = sum(change.changed.values())
+    record = {
+        "status": "done",
+        "identity": identity,
+        "identity_hash": files.text_hash(identity),
+        "concept": asdict(concept),
+        "settings": asdict(settings),
+        "model": {"name": settings.model, "base_hash": base_hash, "result_hash": change.result_hash},
+        "mask": None if mask is None else {"weights": _total(mask), "ones": saliency.count(mask)},
+        "weights": {"total": sum(t.numel() for t in new_state.values()), "changed": moved},
+        "data": {**pictures.record, "fingerprint": pictures.fingerprint},
+        "losses": losses,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "files": {
+            str(path.relative_to(folder)): files.file_hash(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and "work" not in path.relative_to(folder).parts and path.name != "run.json"
+        },
+    }
+    files.write_json(folder / "run.json", record)
+    shutil.rmtree(work, ignore_errors=True)
+    return Run(folder, record)
+
+
+# --- the parts of the job -------------------------------------------------------------------------------------------
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """accelerate's view of the machine; refuses when a launcher asked for more processes than it started."""
+    from accelerate.state import AcceleratorState
+
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in {"cpu", "cuda"} and not device.startswith("cuda:"):
+        raise EraseError(f"--device is {device!r}; choose cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise EraseError(f"--device is {device!r}, but torch sees no CUDA device; use --device cpu")
+    if device.startswith("cuda:"):
+        if not device[5:].isdigit() or int(device[5:]) >= torch.cuda.device_count():
+            raise EraseError(f"--device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(int(device[5:]))
+    AcceleratorState._reset_state()  # a process may make several runs, each with its own precision
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=settings.mixed_precision,
+        log_with=settings.report_to,
+        project_dir=settings.output,
+        step_scheduler_with_optimizer=False,
+    )
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted != accelerator.num_processes:
+        raise EraseError(
+            f"the launcher asked for {wanted} processes but accelerate runs {accelerator.num_processes}; "
+            "on CPUs start with: torchrun --nproc_per_node N -m erase.cli ... --device cpu"
+        )
+    if settings.report_to:
+        accelerator.init_trackers("erase-concept", config={k: str(v) for k, v in asdict(settings).items()})
+    return accelerator
+
+
+def find_concept(settings: Settings, concept: Concept | None, model: models.Model | None) -> Concept:
+    """The concept that the settings name, in the model's language (None: any), with its overrides."""
+    if concept is None and settings.kind:
+        concept = concepts.describe(settings.concept, settings.kind)
+    elif concept is None:
+        concept = concepts.load(settings.concept, model_family="mini" if model and model.is_mini else None)
+    concept = concepts.override(
+        concept,
+        forget=settings.forget or None,
+        anchor=settings.anchor or None,
+        retain=settings.retain or None,
+    )
+    if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
+        raise EraseError(
+            f"the preset {concept.name!r} is of the embedded model's world; "
+            f'for {settings.model} describe it: --concept "{concept.name}" --kind {concept.kind}'
+        )
+    return concept
+
+
+def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
+    """Make the run folder, or find this very run in it; the record when it is finished already.
+
+    Raises:
+        EraseError: the folder holds another run or other files, or --resume finds nothing to continue.
+    """
+    record_path = folder / "run.json"
+    if settings.overwrite and folder.exists():
+        if any(folder.iterdir()) and not record_path.exists():
+            raise EraseError(f"{folder} is not a run folder (it has no run.json); delete it yourself if you mean it")
+        shutil.rmtree(folder)
+    if record_path.exists():
+        try:
+            record = json.loads(record_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise EraseError(f"{record_path} is damaged ({error}); use --overwrite to start again") from error
+        different = _differences(record.get("identity", {}), identity)
+        if different:
+            raise EraseError(
+                f"{folder} holds another run (it differs in {', '.join(different)}); "
+                "choose another --output, or --overwrite to delete it"
+            )
+        return record if record["status"] == "done" else None
+    if folder.exists() and (not folder.is_dir() or any(path.name != "logs" for path in folder.iterdir())):
+        raise EraseError(f"{folder} exists and is not a run folder; choose another --output")
+    if settings.resume:
+        raise EraseError(f"--resume, but {folder} holds no unfinished run; leave it out to start one")
+    files.write_json(record_path, {"status": "running", "identity": identity})
+    return None
+
+
+def load_mask(
+    settings: Settings, model: models.Model, parameters: Mapping[str, Tensor], base_hash: str
+) -> saliency.Mask | None:
+    """The mask of a file, ours or the reference's, checked against this model; None when --mask names no file."""
+    if settings.mask in {"saliency", "random", "inverse", "none"}:
+        return None
+    path = Path(str(settings.mask)).expanduser()
+    if not path.is_file():
+        raise EraseError(f"--mask is {settings.mask!r}: no such file; or choose saliency, random, inverse or none")
+    if path.suffix == ".safetensors":
+        mask, header = saliency.load(path)
+    else:
+        names = {theirs: ours for ours, theirs in export.compvis_names(model.unet.config).items()}  # pyright: ignore
+        mask, header = saliency.load_reference(path, lambda name: names.get(name, name)), {"base": path.name}
+    saliency.check(mask, header, parameters, base_hash=base_hash)
+    missing = [name for name in parameters if name not in mask]
+    if missing:
+        raise EraseError(f"{path} has no entry for {missing[0]!r}; it was made for another --scope")
+    return {name: mask[name] for name in parameters}
+
+
+def make_mask(
+    settings: Settings,
+    model: models.Model,
+    pictures: data.Data,
+    parameters: Mapping[str, torch.nn.Parameter],
+    accelerator: Accelerator,
+    work: Path,
+    base_hash: str,
+    quiet: bool,
+) -> saliency.Mask:
+    """The saliency mask or a control of it, kept in `work` until the run is finished."""
+    path = work / "mask.safetensors"
+    if path.exists():
+        return saliency.load(path)[0]
+    if settings.mask == "random":
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        mask = saliency.random_mask(shapes, settings.density, settings.seed, per_tensor=settings.per_tensor)
+    else:
+        scores = train.accumulate(
+            model,
+            pictures,
+            parameters,
+            accelerator,
+            score=settings.score,
+            guidance=float(settings.mask_guidance or 0),
+            batch_size=_int(settings.batch_size),
+            seed=settings.seed,
+            state_path=work / "saliency.pt",
+            checkpointing=settings.gradient_checkpointing,
+            quiet=quiet,
+        )
+        largest = settings.mask == "saliency"
+        mask = saliency.select(scores, settings.density, per_tensor=settings.per_tensor, largest=largest)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        header = {
+            "base": settings.model,
+            "base_hash": base_hash,
+            "data_hash": pictures.fingerprint,
+            "source": settings.mask,
+            "density": settings.density,
+            "score": settings.score,
+            "per_tensor": settings.per_tensor,
+            "mask_guidance": settings.mask_guidance,
+            "scope": settings.scope,
+            "seed": settings.seed,
+        }
+        saliency.save(path, mask, header)
+    return mask
+
+
+def write_outputs(
+    folder: Path,
+    settings: Settings,
+    model: models.Model,
+    base_unet: Any,
+    new_state: Mapping[str, Tensor],
+    change: delta.Delta,
+    mask: saliency.Mask | None,
+    concept: Concept,
+) -> None:
+    """Everything in the run folder but run.json."""
+    delta.save(folder / "delta.safetensors", change)
+    if (folder / "work" / "mask.safetensors").exists():
+        shutil.copyfile(folder / "work" / "mask.safetensors", folder / "mask.safetensors")
+    elif mask is not None:
+        saliency.save(folder / "mask.safetensors", mask, {"base": settings.model, "base_hash": change.base_hash})
+    plain = {name.removeprefix("unet."): tensor for name, tensor in new_state.items()}
+    if "unet" in settings.save:
+        files.write_tensors(folder / "unet.safetensors", plain)
+    if "lora" in settings.save:
+        base = {name: tensor.detach() for name, tensor in base_unet.state_dict().items()}
+        export.save_lora(folder / "pytorch_lora_weights.safetensors", base, plain, rank=settings.lora_rank)
+    if "pipeline" in settings.save or "single-file" in settings.save:
+        export.save_pipeline(model.folder, folder, plain)
+        if model.defaults:
+            files.write_json(folder / models.DEFAULTS_FILE, model.defaults)
+    if "single-file" in settings.save:
+        export.save_single_file(folder / f"{folder.name}.safetensors", folder, provenance=change.provenance)
+    if settings.num_samples:
+        card.write_samples(folder / "samples.png", model, base_unet, concept, settings)
+    files.write_text(folder / "README.md", card.model_card(settings, concept, change))
+
+
+def unet_state(unet: torch.nn.Module) -> dict[str, Tensor]:
+    """The UNet's weights on the CPU under names that say which part they belong to, as deltas want them."""
+    return {f"unet.{name}": tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
+
+
+def saliency_hash(mask: saliency.Mask) -> str:
+    return delta.content_hash({name: bits.to(torch.uint8) for name, bits in mask.items()})
+
+
+def versions() -> dict[str, str]:
+    return {
+        "erase-concept": erase.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: of the process, and of the GPU if there is one."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Names of what two identities disagree about, as a user knows them."""
+    here = json.loads(json.dumps(here))
+    different = [name for name in ("base_hash", "concept", "mask") if there.get(name) != here.get(name)]
+    old, new = there.get("settings", {}), here["settings"]
+    different += [f"--{name.replace('_', '-')}" for name in new if old.get(name) != new[name]]
+    return ["the model" if name == "base_hash" else name for name in different]
+
+
+def _total(mask: saliency.Mask) -> int:
+    return sum(bits.numel() for bits in mask.values())
+
+
+def _int(value: int | None) -> int:
+    assert value is not None  # `resolve` has filled it in
+    return value
