@@ -1,15 +1,17 @@
 """`erase-concept`: arguments in, one call, a few lines out; the only place that prints or exits."""
 
 import argparse
+import difflib
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from erase import __version__, concepts
 from erase.errors import EraseError
-from erase.settings import Settings, choices_of, flag
+from erase.settings import SD_DEFAULTS, Settings, flag, forms
 
 GROUPS = {
     "what": "what to erase, from what",
@@ -18,27 +20,54 @@ GROUPS = {
     "training": "training",
     "files": "files",
 }
-EXAMPLE = """\
+DESCRIPTION = """\
+Take a concept out of a Stable Diffusion model: draw pictures of it, find the weights that matter for it,
+retrain only those, and write a diffusers folder."""
+EPILOG = """\
+The defaults are those for Stable Diffusion 1; a model may bring its own in erase_defaults.json, as 'mini' does.
+
 examples:
   erase-concept --concept circle --model mini --output runs/circle
   erase-concept --concept nudity
   erase-concept --concept "Van Gogh" --kind style --model path/to/diffusers/folder
   erase-concept remove --delta runs/circle/delta.safetensors --model runs/circle --output restored
 
-other commands (each has its own --help): apply, remove, inspect
+other commands (each has its own --help):
+  apply    erase again, from a delta
+  remove   take an erasure back
+  inspect  show what a delta or a mask holds
 """
-COMMANDS = ("apply", "remove", "inspect")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help texts that are broken between words only: a model's name has hyphens of its own."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=32, **options)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and which takes --num_forget for --num-forget."""
+    """argparse without abbreviations whose errors are one line, and which takes --num_forget for --num-forget."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        options.setdefault("formatter_class", Help)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {_one_line(message)}\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = [_dashes(arg) for arg in (sys.argv[1:] if args is None else args)]
-        return super().parse_args(args, namespace)
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            guess = difflib.get_close_matches(unknown[0].partition("=")[0], [*known, *COMMANDS], n=1)
+            hint = f"did you mean {guess[0]}? " if guess else ""
+            self.error(f"unknown argument {unknown[0]!r}; {hint}(see {self.prog} --help)")
+        return given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,25 +75,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in COMMANDS:
-            globals()[f"_{arguments[0]}"](arguments[1:])
+            COMMANDS[arguments[0]](arguments[1:])
         else:
             _erase(arguments)
     except EraseError as error:
-        print(f"erase-concept: {error}", file=sys.stderr)
+        print(f"erase-concept: {_one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("erase-concept: interrupted; the same command continues", file=sys.stderr)
+        print("erase-concept: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def _erase(arguments: list[str]) -> None:
     parser = Parser(
         prog="erase-concept",
-        description="Take a concept out of a Stable Diffusion model: draw pictures of it, find the weights that matter "
-        "for it, retrain only those, and write a diffusers folder.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage="erase-concept --concept CONCEPT [--model MODEL] [--output DIR] [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"erase-concept {__version__}")
     parser.add_argument("--list", action="store_true", help="show the presets and exit")
@@ -79,10 +106,16 @@ def _erase(arguments: list[str]) -> None:
         return
     quiet = given.pop("quiet") or not sys.stderr.isatty()
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    _check_concept(settings)
     _silence_libraries()
     from erase.run import run
 
-    result = run(settings, quiet=quiet)
+    try:
+        result = run(settings, quiet=quiet)
+    except KeyboardInterrupt:
+        again = "the same command without --overwrite" if settings.overwrite else "the same command"
+        print(f"erase-concept: interrupted; {again} continues", file=sys.stderr)
+        raise SystemExit(130) from None
     if not result.record:  # a helper process of a distributed run
         return
     record, weights = result.record, result.record["weights"]
@@ -94,32 +127,46 @@ def _erase(arguments: list[str]) -> None:
         print(f'load it: StableDiffusionPipeline.from_pretrained("{result.folder}")')
 
 
+def _check_concept(settings: Settings) -> None:
+    """Raise what `run` would, for a misspelt or refused name, before the seconds in which torch is imported."""
+    if settings.kind:
+        concepts.describe(settings.concept, settings.kind)
+    else:
+        concepts.load(settings.concept)
+
+
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """One option for each field of Settings, in its group; nothing is written down twice."""
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for item in fields(Settings):
-        help_text = item.metadata["help"].replace("%", "%%")
-        default = item.default if item.default is not MISSING else None
-        if default not in (None, "", (), False):
-            shown = ", ".join(default) if isinstance(default, tuple) else default
-            help_text += f" [{shown}]"
-        options: dict[str, Any] = {"dest": item.name, "help": help_text, "default": None}
-        annotation = str(item.type)
-        if item.type is bool:
+        form = forms()[item.name]
+        shown = _shown_default(item)
+        help_text = item.metadata["help"] + (f" [default: {shown}]" if shown else "")
+        options: dict[str, Any] = {"dest": item.name, "help": help_text.replace("%", "%%"), "default": None}
+        if form.type is bool:
             options["action"] = "store_true"
         else:
-            options["action"] = "append" if "tuple" in annotation else "store"
-            options["type"] = int if "int" in annotation else float if "float" in annotation else str
-            choices = choices_of(item.type)
-            options["metavar"] = "{" + ",".join(choices) + "}" if choices else item.name.split("_")[-1].upper()
+            word = {int: "N", float: "X"}.get(form.type, item.name.split("_")[-1].upper())
+            choices = "{" + ",".join(form.choices) + "}" if form.choices else None
+            options["metavar"] = choices or item.metadata.get("metavar", word)
+            options["action"] = "append" if form.is_repeated else "store"
+            options["type"] = form.type
         groups[item.metadata["group"]].add_argument(flag(item.name), **options)
+
+
+def _shown_default(item: Field[Any]) -> str:
+    """The default as `--help` shows it; "" if there is none, or only the absence of a flag."""
+    default = SD_DEFAULTS.get(item.name) if item.default is None else item.default
+    if isinstance(default, tuple):
+        default = ", ".join(default)
+    return item.metadata.get("shown") or ("" if default is None or isinstance(default, bool) else str(default))
 
 
 # --- deltas and masks -----------------------------------------------------------------------------------------------
 
 
 def _delta_parser(command: str, description: str) -> Parser:
-    parser = Parser(prog=f"erase-concept {command}", description=description, allow_abbrev=False)
+    parser = Parser(prog=f"erase-concept {command}", description=description)
     parser.add_argument("--delta", required=True, help="delta.safetensors of a run")
     parser.add_argument("--model", required=True, help="'mini', a diffusers folder, or a hub id")
     parser.add_argument("--output", required=True, help="diffusers folder to write")
@@ -144,10 +191,13 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise EraseError(f"{output} exists already; choose another --output")
     _silence_libraries()
-    from erase import delta, export, models
+    from erase import delta
+
+    change = delta.load(given.delta)  # a file that is no delta must not wait for diffusers
+
+    from erase import export, models
     from erase.run import unet_state
 
-    change = delta.load(given.delta)
     folder = models.locate(given.model, allow_pickle=given.allow_pickle)
     state = unet_state(models.load_unet(folder, given.allow_pickle))
     new = delta.apply(state, change) if direction == "apply" else delta.remove(state, change)
@@ -156,11 +206,7 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
 
 
 def _inspect(arguments: list[str]) -> None:
-    parser = Parser(
-        prog="erase-concept inspect",
-        description="Show what a delta or a mask holds, block by block.",
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="erase-concept inspect", description="Show what a delta or a mask holds, block by block.")
     parser.add_argument("file", help="delta.safetensors or mask.safetensors")
     path = parser.parse_args(arguments).file
     _silence_libraries()
@@ -190,7 +236,14 @@ def _inspect(arguments: list[str]) -> None:
     ones, total = (sum(share[i] for share in shares.values()) for i in (0, 1))
     print(f"{'block':34} {word:>12} {'of':>12} {'share':>7}")
     for block, (some, of) in [*shares.items(), ("all", (ones, total))]:
-        print(f"{block:34} {some:12,} {of:12,} {some / of:7.1%}")
+        print(f"{block:34} {some:12,} {of:12,} {some / max(of, 1):7.1%}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"apply": _apply, "remove": _remove, "inspect": _inspect}
+
+
+def _one_line(message: str) -> str:
+    return " ".join(line.strip() for line in message.splitlines())
 
 
 def _dashes(argument: str) -> str:

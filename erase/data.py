@@ -1,6 +1,7 @@
 """What a run trains on: forget and retain pictures as cached latents, each with its prompt's text states."""
 
 import csv
+import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from erase import files
 from erase.concepts import Concept
+from erase.delta import content_hash
 from erase.errors import EraseError
 from erase.models import Model
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-RETAIN_SEED = (
-    500_000_000  # forget pictures take the seeds from seed * 1_000_000 on, retain pictures from there plus this
-)
+SEEDS_PER_RUN = 1_000_000  # a run draws its forget pictures with the seeds from seed * this on
+RETAIN_SEED = 500_000_000  # and its retain pictures from there plus this
 
 
 @dataclass(frozen=True)
@@ -101,83 +102,116 @@ def gather(
 ) -> Data:
     """Draw or read the concept's forget and retain sets; what is in the cache already is taken from there.
 
-    model_hash: content hash of the model's weights; pictures of another model are never taken for its own.
+    model_hash: content hash of the UNet; pictures of another model are never taken for its own.
 
     Raises:
         EraseError: no retain prompts, an empty image folder, an image that cannot be read.
     """
-    if not concept.retain and plan.retain_images is None:
-        raise EraseError(f"concept {concept.name!r} has no retain prompts; give --retain or --retain-images")
-    forget_pairs = concept.pairs()
+    if plan.size % max(8, model.vae_scale):
+        raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {max(8, model.vae_scale)}")
     workers = workers or Workers()
-    prompts: dict[str, int] = {"": 0}
+    pairs = concept.pairs()
+    first_seed = plan.seed * SEEDS_PER_RUN
+    first_retain_seed = first_seed + RETAIN_SEED
+    # both sources are listed before anything is drawn, so that a wrong folder is an error at once
+    forget_source = _source(
+        model, plan, plan.forget_images, [prompt for prompt, _ in pairs], plan.num_forget, first_seed
+    )
+    retain_source = _source(model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed)
+    if None in retain_source.prompts:
+        unnamed = f"; --retain-images {plan.retain_images} names no prompts either" if plan.retain_images else ""
+        raise EraseError(f"concept {concept.name!r} has no retain prompts{unnamed}; give --retain PROMPT")
+    hashes = [model_hash, *(content_hash(part.state_dict()) for part in (model.vae, model.text_encoder))]
 
-    def row(prompt: str) -> int:
-        return prompts.setdefault(prompt, len(prompts))
+    def read(source: _Source, label: str) -> tuple[Tensor, Tensor, str]:
+        key = files.text_hash([hashes, plan.batch_size, source.identity])
+        return *_cached(cache_dir / "latents" / key[:32], source, plan.batch_size, workers, label, quiet), key
 
-    def pictures(kind: str, source: str | None, texts: Sequence[str], num: int) -> tuple[Pictures, list[str], str]:
-        if source is None:
-            chosen = [texts[i % len(texts)] for i in range(num)]
-            first = plan.seed * 1_000_000 + (RETAIN_SEED if kind == "retain" else 0)
-            identity: Any = [chosen, first, plan.steps, plan.guidance, plan.size, plan.round_trip, plan.batch_size]
-            identity += [dict(model.scheduler.config), type(model.scheduler).__name__]  # pyright: ignore
+    rows: dict[str, int] = {"": 0}
 
-            def make(rows: range) -> tuple[Tensor, Tensor]:
-                seeds = [first + i for i in rows]
-                drawn = [chosen[i] for i in rows]
-                latents = model.draw(drawn, seeds, steps=plan.steps, guidance=plan.guidance, size=plan.size)
-                if not plan.round_trip:
-                    return latents, torch.zeros_like(latents)
-                return model.encode_images(to_pixels(model.decode(latents)).float() / 127.5 - 1)
-        else:
-            entries = list_images(source)
-            chosen = [text if text is not None else texts[i % len(texts)] for i, (_, text) in enumerate(entries)]
-            identity = [[entry.digest() for entry, _ in entries], plan.size]
+    def row(prompts: Iterable[str]) -> Tensor:
+        return torch.tensor([rows.setdefault(prompt, len(rows)) for prompt in prompts], dtype=torch.int64)
 
-            def make(rows: range) -> tuple[Tensor, Tensor]:
-                return model.encode_images(torch.stack([entries[i][0].pixels(plan.size) for i in rows]))
-
-        key = files.text_hash([model_hash, kind if source is None else "images", repr(identity)])
-        label = f"{kind} pictures"
-        mean, std = _cached(cache_dir / "latents" / key[:32], len(chosen), plan.batch_size, make, workers, label, quiet)
-        return Pictures(mean, std, torch.tensor([row(text) for text in chosen])), chosen, key
-
-    forget_texts = [forget for forget, _ in forget_pairs]
-    forget, forget_used, forget_key = pictures("forget", plan.forget_images, forget_texts, plan.num_forget)
-    retain, _, retain_key = pictures("retain", plan.retain_images, concept.retain, plan.num_retain)
-    anchors = dict(reversed(forget_pairs))
-    fallback = forget_pairs[0][1]
-    anchor = torch.tensor([row(anchors.get(text, fallback)) for text in forget_used])
-    others = torch.tensor([row(text) for text in concept.others], dtype=torch.int64)
+    mean, std, forget_key = read(forget_source, "forget pictures")
+    forget = Pictures(mean, std, row(forget_source.prompts))
+    mean, std, retain_key = read(retain_source, "retain pictures")
+    retain = Pictures(mean, std, row(retain_source.prompts))
+    anchor = row(_anchors(forget_source.prompts, pairs))
+    others = row(concept.others)
     record = {
         "num_forget": len(forget),
         "num_retain": len(retain),
-        "first_seed": None if plan.forget_images else plan.seed * 1_000_000,
-        "first_retain_seed": None if plan.retain_images else plan.seed * 1_000_000 + RETAIN_SEED,
+        "first_seed": None if plan.forget_images else first_seed,
+        "first_retain_seed": None if plan.retain_images else first_retain_seed,
         "forget_key": forget_key,
         "retain_key": retain_key,
     }
-    fingerprint = files.text_hash([forget_key, retain_key, list(prompts), anchor.tolist(), others.tolist()])
-    text = model.encode_text(list(prompts))
-    return Data(forget, retain, anchor, others, tuple(prompts), text, fingerprint, record)
+    fingerprint = files.text_hash([forget_key, retain_key, list(rows), anchor.tolist(), others.tolist()])
+    text = model.encode_text(list(rows))
+    return Data(forget, retain, anchor, others, tuple(rows), text, fingerprint, record)
+
+
+def _anchors(prompts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """What to say instead of each prompt; instead of one that the concept does not know, its first anchor."""
+    known = dict(reversed(pairs))
+    anchors = []
+    for number, prompt in enumerate(prompts):
+        own, anchor = pairs[number % len(pairs)]  # one prompt may have several anchors, in turn
+        anchors.append(anchor if prompt == own else known.get(prompt, pairs[0][1]))
+    return anchors
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where pictures come from: one prompt each, what makes the rows of a range, and all that this depends on."""
+
+    prompts: Sequence[Any]  # texts; None where neither the images nor the concept name one
+    make: Callable[[range], tuple[Tensor, Tensor]]
+    identity: Any
+
+
+def _source(model: Model, plan: Plan, images: str | None, prompts: Sequence[str], num: int, first_seed: int) -> _Source:
+    """`num` pictures that the model draws of the prompts in turn, or all pictures of a folder.
+
+    prompts: also for images that have none of their own.
+    """
+    if images is None:
+        return _drawn(model, plan, [prompts[i % len(prompts)] if prompts else None for i in range(num)], first_seed)
+    entries = list_images(images)
+    own = [text or (prompts[i % len(prompts)] if prompts else None) for i, (_, text) in enumerate(entries)]
+
+    def make(rows: range) -> tuple[Tensor, Tensor]:
+        return model.encode_images(torch.stack([entries[i][0].pixels(plan.size) for i in rows]))
+
+    return _Source(own, make, [[entry.digest() for entry, _ in entries], plan.size])
+
+
+def _drawn(model: Model, plan: Plan, prompts: Sequence[Any], first_seed: int) -> _Source:
+    def make(rows: range) -> tuple[Tensor, Tensor]:
+        seeds, texts = [first_seed + i for i in rows], [prompts[i] for i in rows]
+        latents = model.draw(texts, seeds, steps=plan.steps, guidance=plan.guidance, size=plan.size)
+        if not plan.round_trip:
+            return latents, torch.zeros_like(latents)
+        return model.encode_images(to_pixels(model.decode(latents)).float() / 127.5 - 1)
+
+    # names with an underscore are diffusers' notes, and one of them is a list in random order
+    scheduler: Any = model.scheduler
+    sampler = {name: repr(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+    identity = [prompts, first_seed, plan.steps, plan.guidance, plan.size, plan.round_trip, type(scheduler).__name__]
+    return _Source(prompts, make, [*identity, sampler])
 
 
 def _cached(
-    folder: Path,
-    num: int,
-    batch_size: int,
-    make: Callable[[range], tuple[Tensor, Tensor]],
-    workers: Workers,
-    label: str,
-    quiet: bool,
+    folder: Path, source: _Source, batch_size: int, workers: Workers, label: str, quiet: bool
 ) -> tuple[Tensor, Tensor]:
-    """`make` for every chunk of rows, each kept in a file of its own, so that interrupted work goes on where it was."""
+    """All rows of the source, each chunk kept in a file of its own, so that interrupted work goes on where it was."""
+    num = len(source.prompts)
     chunks = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
     paths = [folder / f"{rows.start:06d}.safetensors" for rows in chunks]
     mine = [i for i in range(workers.rank, len(chunks), workers.count) if not paths[i].exists()]
     with tqdm(total=sum(len(chunks[i]) for i in mine), desc=label, disable=quiet or not mine, unit="img") as bar:
         for i in mine:
-            mean, std = make(chunks[i])
+            mean, std = source.make(chunks[i])
             files.write_tensors(paths[i], {"mean": mean, "std": std})
             bar.update(len(chunks[i]))
     workers.wait()
@@ -200,8 +234,6 @@ class Picture:
         return self.path.read_bytes() if self.path else self.content
 
     def digest(self) -> str:
-        import hashlib
-
         return hashlib.sha256(self._bytes()).hexdigest()
 
     def pixels(self, size: int) -> Tensor:
@@ -211,9 +243,9 @@ class Picture:
             EraseError: the image cannot be read.
         """
         try:
-            image = Image.open(io.BytesIO(self._bytes())).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise EraseError(f"cannot read the image {self.name}: {error}; mend or remove it") from error
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(self._bytes()))).convert("RGB")
+        except Exception as error:  # Pillow's decoders raise a dozen kinds; all are the file's fault
+            raise EraseError(f"cannot read the image {self.name} ({error}); mend or remove it") from error
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -237,19 +269,32 @@ def list_images(source: str) -> list[tuple[Picture, str | None]]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise EraseError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
-    texts: dict[Path, str] = {}
-    if (folder / "metadata.csv").is_file():
-        with open(folder / "metadata.csv", newline="", encoding="utf-8-sig") as file:
-            for line in csv.DictReader(file):
-                path = folder / (line.get("file_name") or "")
-                if "text" not in line or not path.is_file():
-                    raise EraseError(f"{folder}/metadata.csv: no image {line.get('file_name')!r}, or no column 'text'")
-                texts[path] = line["text"]
+    texts = _captions(folder / "metadata.csv") if (folder / "metadata.csv").is_file() else {}
     for path in paths:
         if path not in texts and path.parent != folder:
             label = path.parent.name.replace("_", " ")
             texts[path] = f"an image of {'an' if label[:1].lower() in 'aeiou' else 'a'} {label}"
     return [(Picture(str(path), path), texts.get(path)) for path in paths]
+
+
+def _captions(path: Path) -> dict[Path, str]:
+    """Prompt of each image in a metadata.csv."""
+    texts: dict[Path, str] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise EraseError(f"{path} cannot be read as CSV ({error}); save it again, in UTF-8") from error
+    for number, line in enumerate(lines, start=2):
+        name, text = line.get("file_name"), line.get("text")
+        if name is None or text is None:
+            raise EraseError(
+                f"{path}, line {number}: the columns file_name and text are needed, as in 'a.png,a church'"
+            )
+        if not (path.parent / name).is_file():
+            raise EraseError(f"{path}, line {number}: there is no image {name!r}; mend the line or remove it")
+        texts[path.parent / name] = text
+    return texts
 
 
 def _from_datasets(name: str) -> list[tuple[Picture, str | None]]:
@@ -263,7 +308,9 @@ def _from_datasets(name: str) -> list[tuple[Picture, str | None]]:
     try:
         rows: Iterable[Any] = load_dataset(name, split="train").cast_column("image", Column(decode=False))
     except Exception as error:  # the hub client's and datasets' errors share no class
-        raise EraseError(f"{name}: no such folder, and not a data set with a column 'image': {error}") from error
+        raise EraseError(
+            f"{name}: no such folder, and not a data set with a column 'image' ({' '.join(str(error).split())[:300]})"
+        ) from error
     pictures = []
     for number, line in enumerate(rows):
         text = line.get("text") if isinstance(line.get("text"), str) else None

@@ -4,26 +4,28 @@ Only what erasure changed is written anew. Everything else is copied byte for by
 libraries load and save again can come back in older ones as random weights, without an error.
 """
 
-# pyright: reportPrivateImportUsage=false
-
-import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from erase import compvis
 from erase.delta import Layout, State, layout_of, require_layout
 from erase.errors import EraseError
-from erase.files import read_tensors, replacing, write_tensors
+from erase.files import read_json, read_tensors, replacing, write_tensors
 
 Config = Mapping[str, Any]
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+DEFAULTS_FILE = "erase_defaults.json"  # beside model_index.json: what this model needs other than Stable Diffusion 1
 
 _WEIGHTS = re.compile(r"(.+?)(?:\.(\w+))?\.(safetensors|bin|ckpt|pt|pth|msgpack|h5|onnx|pb)|.+\.index(\.\w+)?\.json")
 
@@ -49,7 +51,7 @@ def save_pipeline(
         raise EraseError(f"{output} is the base model itself; choose another output folder")
     files = dict(_published(base))
     # diffusers leaves a weight that the file lacks empty, with no more than a warning
-    unet = _unet_layout(_read_json(base / "unet" / "config.json"))
+    unet = _unet_layout(read_json(base / "unet" / "config.json"))
     require_layout(layout_of(unet_state), unet, f"the UNet of {base}", dtypes=False)
 
     (output / "model_index.json").unlink(missing_ok=True)
@@ -61,6 +63,34 @@ def save_pipeline(
         _copy(source, output / name)
     write_tensors(output / UNET_FILE, {name: _cast(tensor, dtype) for name, tensor in unet_state.items()})
     _copy(base / "model_index.json", output / "model_index.json")
+
+
+def write_pipeline(pipeline: Any, folder: str | Path) -> None:
+    """Write a pipeline that exists only in memory as a folder that transformers 4 and 5 both read.
+
+    What transformers 5 alone would write opens in transformers 4 with a text encoder of random weights, or not at all.
+    model_index.json is written last; weights that lie in the folder from an earlier call are deleted.
+
+    pipeline: a StableDiffusionPipeline, with or without safety checker and feature extractor.
+
+    Raises:
+        EraseError: a file cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            written = Path(temporary)
+            pipeline.save_pretrained(written)
+            for component, level in _OLD_LEVELS.items():
+                _restore_level(written / component / "model.safetensors", *level)
+            pipeline.tokenizer.backend_tokenizer.model.save(str(written / "tokenizer"))  # vocab.json and merges.txt
+            for path in (written / "model_index.json", written / "feature_extractor" / "preprocessor_config.json"):
+                if path.exists():
+                    path.write_text(re.sub("(CLIP\\w*Processor)Pil", r"\1", path.read_text()))
+            _move(written, folder)
+    except (OSError, SafetensorError) as error:
+        raise EraseError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
 
 
 def save_single_file(
@@ -78,16 +108,16 @@ def save_single_file(
         EraseError: the folder is not Stable Diffusion 1, or a component has no weights.
     """
     folder = Path(pipeline_dir)
-    text_config = _read_json(folder / "text_encoder" / "config.json")
+    text_config = read_json(folder / "text_encoder" / "config.json")
     if "text_encoder_2" in _components(folder) or text_config.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise EraseError(f"{folder}: only Stable Diffusion 1 models have this single-file layout; use the folder")
-    unet_config = _read_json(folder / "unet" / "config.json")
-    levels = len(_read_json(folder / "vae" / "config.json")["up_block_types"])
+    unet_config = read_json(folder / "unet" / "config.json")
+    levels = len(read_json(folder / "vae" / "config.json")["up_block_types"])
     checkpoint: dict[str, Tensor] = {}
     for name, tensor in _read_weights(folder / "unet").items():
-        checkpoint[f"model.diffusion_model.{compvis_name(name, unet_config)}"] = tensor
+        checkpoint[f"model.diffusion_model.{compvis.unet_name(name, unet_config)}"] = tensor
     for name, tensor in _read_weights(folder / "vae").items():
-        name = _compvis_vae_name(name, levels)
+        name = compvis.vae_name(name, levels)
         is_attention = ".attn_1." in name and tensor.ndim == 2
         checkpoint[f"first_stage_model.{name}"] = tensor[:, :, None, None] if is_attention else tensor  # 1x1 conv
     for name, tensor in _read_weights(folder / "text_encoder").items():
@@ -165,97 +195,11 @@ def block_of(name: str) -> str:
     return f"{block} {fed.get(part[1], part[1]) if part else 'proj'}"
 
 
-_COMPVIS_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_COMPVIS_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def compvis_name(name: str, config: Config) -> str:
-    """The name of a UNet weight in the CompVis (LDM) layout, without `model.diffusion_model.`.
-
-    `down_blocks.0.attentions.0.proj_in.weight` is `input_blocks.1.1.proj_in.weight`. CompVis numbers the blocks of all
-    levels through: a level takes `layers_per_block` numbers and one more, on the way down for its downsampler.
-
-    config: of the UNet, as in unet/config.json; any number of levels and layers.
-
-    Raises:
-        EraseError: the weight has no place in that layout, or levels differ in their number of layers.
-    """
-    layers = config["layers_per_block"]
-    if not isinstance(layers, int):
-        raise EraseError(f"layers_per_block is {layers}; the CompVis layout needs one number for all levels")
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
-    if not match:
-        for start, stem in _COMPVIS_ENDS.items():
-            if name.startswith(start + "."):
-                rest = name.removeprefix(start + ".")
-                return f"{stem}.{_compvis_resnet(rest) if 'resnets' in start else rest}"
-        raise EraseError(f"{name!r} has no name in the CompVis layout of Stable Diffusion 1 and 2")
-    way, level, kind, item, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    number = level * (layers + 1) + item
-    stem = f"input_blocks.{number + 1}" if way == "down" else f"output_blocks.{number}"
-    if kind == "resnets":
-        return f"{stem}.0.{_compvis_resnet(rest)}"
-    if kind == "attentions":
-        return f"{stem}.1.{rest}"
-    if kind == "downsamplers":
-        return f"input_blocks.{number + layers + 1}.0.op.{rest.removeprefix('conv.')}"
-    slot = 2 if "CrossAttn" in config["up_block_types"][level] else 1
-    return f"output_blocks.{number + layers}.{slot}.{rest}"
-
-
-def compvis_names(config: Config) -> dict[str, str]:
-    """diffusers name -> CompVis name of every weight of the UNet with this config."""
-    return {name: compvis_name(name, config) for name in _unet_layout(config)}
-
-
-def _compvis_resnet(rest: str) -> str:
-    layer, _, end = rest.partition(".")
-    return f"{_COMPVIS_RESNET[layer]}.{end}"
-
-
-_COMPVIS_VAE = {
-    "mid_block.resnets.0.": "mid.block_1.",
-    "mid_block.resnets.1.": "mid.block_2.",
-    "mid_block.attentions.0.": "mid.attn_1.",
-    "down_blocks.": "down.",
-    ".resnets.": ".block.",
-    ".downsamplers.0.": ".downsample.",
-    ".upsamplers.0.": ".upsample.",
-    ".conv_shortcut.": ".nin_shortcut.",
-    ".conv_norm_out.": ".norm_out.",
-    ".group_norm.": ".norm.",
-    ".to_q.": ".q.",
-    ".to_k.": ".k.",
-    ".to_v.": ".v.",
-    ".to_out.0.": ".proj_out.",
-    ".query.": ".q.",  # these four: files of 2022
-    ".key.": ".k.",
-    ".value.": ".v.",
-    ".proj_attn.": ".proj_out.",
-}
-
-
-def _compvis_vae_name(name: str, levels: int) -> str:
-    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)  # counted from the image
-    for word, compvis in _COMPVIS_VAE.items():
-        name = name.replace(word, compvis)
-    return name
+def only_variant(names: list[str]) -> str | None:
+    """The variant ("fp16") of a component that cannot be opened without naming one."""
+    matches = [match for name in names if (match := _WEIGHTS.fullmatch(name)) and match[3] in ("safetensors", "bin")]
+    variants = {match[2] for match in matches}
+    return max(variants) if variants and None not in variants else None
 
 
 def _fits_lora(name: str, weight: Tensor) -> bool:
@@ -281,7 +225,7 @@ def _components(folder: Path) -> list[str]:
     """Names of the component folders; a name that is a path is none of them."""
     if not (folder / "model_index.json").is_file():
         raise EraseError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     return [name for name, kind in index.items() if name.isidentifier() and isinstance(kind, list) and kind[0]]
 
 
@@ -295,21 +239,14 @@ def _published(base: Path) -> Iterator[tuple[str, Path]]:
         if not folder.is_dir():
             raise EraseError(f"{base} has no folder {component!r}, which its model_index.json names; download it again")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        variant = _only_variant([path.name for path in files])
+        variant = only_variant([path.name for path in files])
         for path in files:
             if component == "unet" and _WEIGHTS.fullmatch(path.name):
                 continue
             name = path.relative_to(base).as_posix()
             yield name.replace(f".{variant}.", ".") if variant else name, path
-    if (base / "erase_defaults.json").is_file():
-        yield "erase_defaults.json", base / "erase_defaults.json"
-
-
-def _only_variant(names: list[str]) -> str | None:
-    """The variant ("fp16") of a component that cannot be opened without naming one."""
-    matches = [match for name in names if (match := _WEIGHTS.fullmatch(name)) and match[3] in ("safetensors", "bin")]
-    variants = {match[2] for match in matches}
-    return max(variants) if variants and None not in variants else None
+    if (base / DEFAULTS_FILE).is_file():
+        yield DEFAULTS_FILE, base / DEFAULTS_FILE
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -333,6 +270,38 @@ def _unet_layout(config: Config) -> Layout:
     return layout_of(unet.state_dict())
 
 
+# component -> what its tensors' names begin with in files that all versions of transformers read, and where that goes:
+# transformers 5.6 left a level out
+_OLD_LEVELS = {
+    "text_encoder": ("text_model.", ""),
+    "safety_checker": ("vision_model.vision_model.", "vision_model."),
+}
+
+
+def _restore_level(path: Path, old: str, new: str) -> None:
+    """Rename the tensors of a file from the flat layout, `new` + rest, to `old` + rest."""
+    tensors = read_tensors(path) if path.exists() else {}
+    if tensors and not any(name.startswith(old) for name in tensors):
+        write_tensors(path, {_restored(name, old, new): tensor for name, tensor in tensors.items()})
+
+
+def _restored(name: str, old: str, new: str) -> str:
+    return old + name.removeprefix(new) if name.startswith(new) else name
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move all files of a pipeline folder, model_index.json last, in the place of an older one's."""
+    (target / "model_index.json").unlink(missing_ok=True)
+    names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    for component in {name.parent for name in names if name.parent.name}:
+        for path in (target / component).glob("*"):
+            if _WEIGHTS.fullmatch(path.name):
+                path.unlink()
+    for name in sorted(names, key=lambda name: name.name == "model_index.json"):
+        with replacing(target / name) as temporary:
+            os.replace(source / name, temporary)
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
@@ -340,10 +309,3 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _copy(source: Path, target: Path) -> None:
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EraseError(f"{path} cannot be read as JSON ({error}); download the model again") from error

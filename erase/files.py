@@ -53,6 +53,21 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        EraseError: the file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EraseError(f"{path} cannot be read as JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise EraseError(f"{path} holds no JSON object; copy or download it again")
+    return value
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
     """Write a safetensors file: same tensors and metadata, same bytes.
 

@@ -1,8 +1,9 @@
 """All knowledge of diffusers: where a Stable Diffusion comes from, its parts, and how it noises, predicts and draws."""
 
-import json
-import warnings
-from collections.abc import Iterator, Sequence
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from erase import export
 from erase.errors import EraseError
+from erase.files import file_hash, open_tensors, read_json, text_hash
 
 MINI_DIR = Path(__file__).parent / "mini" / "weights"
-DEFAULTS_FILE = "erase_defaults.json"  # beside model_index.json: settings that suit this model
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Model:
     """A Stable Diffusion, its parts as methods see them. Called with (x, t, text) it predicts the noise.
 
     folder: the diffusers folder that it came from; exports copy the untouched parts from there.
-    defaults: settings that the folder recommends for itself.
+    defaults: what the folder's erase_defaults.json says: settings that suit the model, and "family": "mini" when it
+        speaks the embedded world's language.
     """
 
     name: str
@@ -38,7 +41,13 @@ class Model:
     defaults: dict[str, Any]
 
     def __post_init__(self) -> None:
-        noise = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
+        channels, width = self.unet.config["in_channels"], self.unet.config["cross_attention_dim"]
+        if channels != 4 or width != self.text_encoder.config.hidden_size:
+            raise EraseError(
+                f"{self.name} is not a text-to-image Stable Diffusion 1 or 2: its UNet takes {channels} channels and "
+                f"text states of width {width}, but its text encoder makes {self.text_encoder.config.hidden_size}"
+            )
+        noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
         self.alphas_cumprod: Tensor = noise.alphas_cumprod
         self.prediction_type: str = noise.config["prediction_type"]
         if self.prediction_type not in {"epsilon", "v_prediction"}:
@@ -50,8 +59,7 @@ class Model:
 
     @property
     def is_mini(self) -> bool:
-        """Whether the model speaks the embedded world's language: its vocabulary says so."""
-        return len(self.tokenizer) < 2000
+        return self.defaults.get("family") == "mini"
 
     @property
     def vae_scale(self) -> int:
@@ -149,15 +157,17 @@ class Model:
             )[0].cpu()  # pyright: ignore
 
     def use_attention(self, kind: str) -> None:
-        """Raises EraseError when xformers or its GPU is missing; `sdpa` is what diffusers does by itself."""
+        """`sdpa` is what diffusers does by itself; `xformers` needs its package and a GPU that it has kernels for."""
         if kind != "xformers":
             return
+        if self.device.type != "cuda":
+            raise EraseError(f"xformers needs a CUDA device but the model is on {self.device}; leave out --attention")
         try:
             self.unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError) as error:
+        except ModuleNotFoundError as error:
             raise EraseError("xformers is not installed; pip install 'erase-concept[xformers]'") from error
-        except ValueError as error:
-            raise EraseError(f"xformers cannot be used here ({error}); leave out --attention xformers") from error
+        except Exception as error:  # diffusers tries the kernels out, and they fail in their own ways
+            raise EraseError(f"xformers cannot be used here ({_one_line(error)}); leave out --attention") from error
 
 
 @contextmanager
@@ -186,7 +196,8 @@ def load(
     """A Stable Diffusion in float32 from 'mini', a diffusers folder, a hub id or a single checkpoint file.
 
     allow_pickle: accept weights that are not safetensors (.ckpt, .bin), which can run code when loaded.
-    config: a diffusers folder whose configs and tokenizer a single file is read with; without one they come from the hub.
+    config: a diffusers folder whose configs and tokenizer a single file is read with; without one they come from
+        the hub.
     cache_dir: where a single file is converted to a diffusers folder, once.
 
     Raises:
@@ -195,30 +206,20 @@ def load(
     folder = locate(source, allow_pickle=allow_pickle, config=config, revision=revision, cache_dir=cache_dir)
     if not (folder / "model_index.json").is_file():
         raise EraseError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
-    options = _options(allow_pickle)
-    try:
-        unet = _load_part(UNet2DConditionModel, folder, "unet", options)
-        vae = _load_part(AutoencoderKL, folder, "vae", options)
-        text_encoder = _load_part(CLIPTextModel, folder, "text_encoder", options)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-        scheduler = _load_scheduler(folder)
-    except EraseError:
-        raise
-    except (
-        Exception
-    ) as error:  # diffusers, transformers and safetensors raise a dozen kinds here; all are the model's fault
-        raise EraseError(f"cannot load {source}: {_first_line(error)}") from error
-    vocabulary = text_encoder.config.vocab_size
-    if len(tokenizer) != vocabulary:
-        raise EraseError(
-            f"{folder}/tokenizer has {len(tokenizer)} tokens but the text encoder {vocabulary}; "
-            "its files are missing or broken, download the model again"
-        )
+    unet = _load_part(UNet2DConditionModel, folder, "unet", allow_pickle)
+    vae = _load_part(AutoencoderKL, folder, "vae", allow_pickle)
+    text_encoder = _load_part(CLIPTextModel, folder, "text_encoder", allow_pickle)
+    tokenizer = _load_tokenizer(folder, text_encoder)
+    scheduler = _load_scheduler(folder)
     for part in (unet, vae, text_encoder):
-        part.requires_grad_(False).eval().to(device)
-    defaults_path = folder / DEFAULTS_FILE
-    defaults = json.loads(defaults_path.read_text()) if defaults_path.is_file() else {}
+        part.to(device)
+    defaults = read_json(folder / export.DEFAULTS_FILE) if (folder / export.DEFAULTS_FILE).is_file() else {}
     return Model(str(source), folder, unet, vae, text_encoder, tokenizer, scheduler, defaults)
+
+
+def load_unet(folder: Path, allow_pickle: bool = False) -> UNet2DConditionModel:
+    """The UNet alone of a diffusers folder, in float32 on the CPU, as `load` reads it."""
+    return _load_part(UNet2DConditionModel, folder, "unet", allow_pickle)
 
 
 def locate(
@@ -244,117 +245,173 @@ def locate(
     return _download(str(source), revision, allow_pickle)
 
 
+_WEIGHTED = ("unet", "vae", "text_encoder")
+
+
 def _download(repository: str, revision: str | None, allow_pickle: bool) -> Path:
+    """The hub's snapshot with the smallest choice of weights that is whole: plain, half precision only, pickles."""
     from huggingface_hub import snapshot_download
 
-    weights = ["*.safetensors", "*.bin"] if allow_pickle else ["*.safetensors"]
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
-    patterns = ["model_index.json", DEFAULTS_FILE]
-    patterns += [f"{part}/{pattern}" for part in parts for pattern in ("*.json", "*.txt", *weights)]
-    skip = ["*.fp16.safetensors", "*.fp16.bin", "*non_ema*"]
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=skip))
-    except Exception as error:  # the hub client's errors share no class; each means that the model is not to be had
+    parts = (*_WEIGHTED, "tokenizer", "scheduler", "safety_checker", "feature_extractor")
+    configs = [
+        "model_index.json",
+        export.DEFAULTS_FILE,
+        *(f"{part}/*.{end}" for part in parts for end in ("json", "txt")),
+    ]
+    choices = [("*.safetensors", ["*.fp16.*", "*non_ema*"]), ("*.fp16.safetensors", [])]
+    choices += [("*.bin", ["*.fp16.*", "*non_ema*"])] if allow_pickle else []
+    folder = Path()
+    for weights, skip in choices:
+        patterns = [*configs, *(f"{part}/{weights}" for part in parts)]
+        try:
+            folder = Path(
+                snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=skip)
+            )
+        except Exception as error:  # the hub client's errors share no class; each means that the model is not to be had
+            raise EraseError(
+                f"{repository!r} is no folder here and cannot be had from the hub ({_one_line(error)}); "
+                "check name and network, give the folder of a local copy with --model DIR, or try --model mini"
+            ) from error
+        if all(_weights(folder / part, ".safetensors") for part in _WEIGHTED):
+            break
+    return folder
+
+
+def _weights(folder: Path, *suffixes: str) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.name.endswith(suffixes))
+
+
+def _load_part(cls: Any, folder: Path, part: str, allow_pickle: bool) -> Any:
+    """One component in float32, frozen, loaded strictly: the libraries only warn of missing or surplus weights."""
+    folder = folder / part
+    if not (folder / "config.json").is_file():
+        raise EraseError(f"{folder}/config.json is missing; give the folder of a whole Stable Diffusion pipeline")
+    stored = _weights(folder, ".safetensors")
+    pickled = _weights(folder, ".bin")
+    if pickled and not stored and not allow_pickle:
         raise EraseError(
-            f"cannot get {repository!r} from the hub ({_first_line(error)}); "
-            "check the name and the network, give a local copy with --model DIR, or try --model mini"
-        ) from error
-
-
-def load_unet(folder: Path, allow_pickle: bool = False) -> UNet2DConditionModel:
-    """The UNet alone of a diffusers folder, in float32 on the CPU, as `load` reads it."""
-    return _load_part(UNet2DConditionModel, folder, "unet", _options(allow_pickle)).requires_grad_(False).eval()
-
-
-def _options(allow_pickle: bool) -> dict[str, Any]:
-    return {"local_files_only": True, "low_cpu_mem_usage": True, **({} if allow_pickle else {"use_safetensors": True})}
-
-
-def _load_part(cls: Any, folder: Path, part: str, options: dict[str, Any]) -> Any:
-    """Load one component in float32, strictly: the libraries only warn about missing or unexpected weights."""
-    if not (folder / part / "config.json").is_file():
-        raise EraseError(f"{folder} has no {part}/config.json; give the folder of a whole Stable Diffusion pipeline")
-    if options.get("use_safetensors") and not list((folder / part).glob("*.safetensors")):
-        raise EraseError(
-            f"{folder}/{part} has no safetensors weights; a pickle can run code when loaded: "
+            f"{folder} has no safetensors weights; a pickle can run code when loaded: "
             "convert it, or pass --allow-pickle if you trust its source"
         )
-    variant = _only_variant(folder / part)
-    extra = {"variant": variant} if variant else {}
-    loaded, info = cls.from_pretrained(folder / part, dtype=torch.float32, output_loading_info=True, **options, **extra)
-    ignored = {"text_model.embeddings.position_ids", "embeddings.position_ids"}
-    missing = sorted(set(info.get("missing_keys", ())) - ignored)
-    surplus = sorted(set(info.get("unexpected_keys", ())) - ignored)
-    mismatched = list(info.get("mismatched_keys", ()))
-    on_meta = [name for name, tensor in loaded.state_dict().items() if tensor.is_meta]
+    if not stored and not pickled:
+        raise EraseError(f"{folder} has no weights (*.safetensors); download the model again")
+    for path in stored:
+        with open_tensors(path):  # a truncated file ends here, with its name
+            pass
+    options: dict[str, Any] = {
+        "use_safetensors": bool(stored),
+        "variant": export.only_variant([path.name for path in stored or pickled]),
+    }
+    if part == "text_encoder":  # transformers names a tensor of the wrong shape only when it may go on without it
+        options["ignore_mismatched_sizes"] = True
+    try:
+        loaded, info = cls.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
+        )
+    except Exception as error:  # diffusers, transformers and torch raise a dozen kinds; all are the files' fault
+        raise EraseError(f"cannot load {folder}: {_one_line(error)}") from error
+    mismatched = [item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]]
+    _require_whole(folder, loaded, info["missing_keys"], info["unexpected_keys"], mismatched)
+    return loaded.requires_grad_(False).eval()
+
+
+def _require_whole(
+    where: Path, module: torch.nn.Module, missing: Iterable[str], surplus: Iterable[str], mismatched: Iterable[str]
+) -> None:
+    on_meta = {name for name, tensor in module.state_dict().items() if tensor.is_meta}
     for what, names in (
-        ("lacks", missing + on_meta),
-        ("does not know", surplus),
-        ("has a wrong shape for", mismatched),
+        ("has a wrong shape for", set(mismatched)),
+        ("lacks", set(missing) | on_meta),
+        ("has a weight too many,", set(surplus)),
     ):
         if names:
-            raise EraseError(
-                f"{folder}/{part} {what} {names[0]!r} ({len(names)} such); its weights do not fit its config"
-            )
-    return loaded
+            count = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise EraseError(f"{where} {what} {min(names)!r}{count}; its weights do not fit its config")
 
 
-def _only_variant(folder: Path) -> str | None:
-    """ "fp16" when a component's folder holds only files of that variant."""
-    names = [path.name for path in folder.glob("*.safetensors")] or [path.name for path in folder.glob("*.bin")]
-    variants = {name.split(".")[-2] for name in names if name.count(".") >= 2 and "-of-" not in name}
-    return variants.pop() if len(variants) == 1 and all(name.count(".") >= 2 for name in names) else None
+def _load_tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
+    """Without its files transformers makes a tokenizer of two tokens, and does not say so."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    except Exception as error:
+        raise EraseError(f"cannot load {folder / 'tokenizer'}: {_one_line(error)}; download it again") from error
+    vocabulary, positions = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
+    if len(tokenizer) != vocabulary:
+        raise EraseError(
+            f"{folder / 'tokenizer'} has {len(tokenizer)} tokens but the text encoder {vocabulary}; "
+            "its files are missing or broken, download the model again"
+        )
+    if tokenizer.model_max_length > positions:
+        raise EraseError(
+            f"{folder / 'tokenizer'} does not cut prompts at the text encoder's {positions} tokens; "
+            "its tokenizer_config.json is missing or broken, download the model again"
+        )
+    return tokenizer
 
 
 def _load_scheduler(folder: Path) -> SchedulerMixin:
     import diffusers
 
-    index = json.loads((folder / "model_index.json").read_text())
-    class_name = index.get("scheduler", ["diffusers", None])[1]
-    cls = getattr(diffusers, class_name or "", None)
+    class_name = (read_json(folder / "model_index.json").get("scheduler") or ["", ""])[1]
+    cls = getattr(diffusers, class_name, None) if class_name else None
     if cls is None:
         raise EraseError(f"{folder}/model_index.json names the scheduler {class_name!r}, which diffusers does not have")
-    return cls.from_pretrained(folder, subfolder="scheduler")
+    try:
+        return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    except Exception as error:
+        raise EraseError(f"cannot load {folder / 'scheduler'}: {_one_line(error)}; download it again") from error
 
 
 def _convert_single_file(path: Path, allow_pickle: bool, config: str | None, cache_dir: Path | None) -> Path:
-    """Convert an LDM checkpoint to a diffusers folder in the cache, keyed by its content."""
-    from erase import export
-    from erase.files import file_hash
-
-    if path.suffix != ".safetensors" and not allow_pickle:
+    """Convert an LDM checkpoint to a diffusers folder in the cache, keyed by its content and its config's."""
+    if path.suffix == ".safetensors":
+        with open_tensors(path):  # a truncated file ends here, with its name
+            pass
+    elif not allow_pickle:
         raise EraseError(
             f"{path} is a pickle, which can run code when loaded; "
             "use a .safetensors file, or pass --allow-pickle if you trust its source"
         )
-    if path.suffix == ".safetensors":
-        from erase.files import open_tensors
-
-        with open_tensors(path):  # truncated files end here, with one clear line
-            pass
-    folder = (cache_dir or default_cache_dir()) / "converted" / file_hash(path)[:32]
+    options: dict[str, Any] = {}
+    if config is not None:
+        if not (Path(config).expanduser() / "model_index.json").is_file():
+            raise EraseError(f"--config is {config!r}, which has no model_index.json; give a diffusers folder")
+        options = {"config": str(Path(config).expanduser()), "local_files_only": True}
+    key = text_hash([file_hash(path), _configs_hash(Path(options["config"])) if options else None])[:32]
+    folder = (cache_dir or default_cache_dir()) / "converted" / key
     if (folder / "model_index.json").exists():
         return folder
-    options: dict[str, Any] = {"config": config, "local_files_only": True} if config else {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            pipeline = StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
-    except Exception as error:  # as in `load`: many libraries, one meaning
+        pipeline: Any = StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
+    except Exception as error:  # as in `_load_part`: many libraries, one meaning
         hint = "" if config else "; offline, name a diffusers folder with its configs and tokenizer: --config DIR"
-        raise EraseError(f"cannot load {path}: {_first_line(error)}{hint}") from error
-    export.write_pipeline(pipeline, folder)
+        reason = "it lacks weights that its config asks for" if "meta tensor" in str(error) else _one_line(error)
+        raise EraseError(f"cannot load {path}: {reason}{hint}") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{key}.", dir=folder.parent) as own:
+            export.write_pipeline(pipeline, Path(own) / "pipeline")
+            if not (folder / "model_index.json").exists():  # else another process was first
+                (Path(own) / "pipeline").rename(folder)
+    except OSError as error:
+        raise EraseError(f"cannot write {folder}: {error.strerror}; choose another --cache-dir") from error
     return folder
+
+
+def _configs_hash(folder: Path) -> str:
+    paths = sorted(path for path in folder.glob("**/*") if path.suffix in {".json", ".txt"})
+    return text_hash([[path.relative_to(folder).as_posix(), file_hash(path)] for path in paths])
 
 
 def default_cache_dir() -> Path:
     """$ERASE_CACHE, else erase-concept under $XDG_CACHE_HOME or ~/.cache."""
-    import os
-
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ERASE_CACHE") or Path(base) / "erase-concept")
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:300]
+def _one_line(error: BaseException) -> str:
+    """What a library says, without its advice on arguments that nobody here can pass."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r" If you want to instead| For more information", text)[0].removeprefix("Cannot load because ")[
+        :300
+    ]

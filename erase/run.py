@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import erase
-from erase import card, concepts, data, delta, export, files, methods, models, saliency, scope, train
+from erase import card, compvis, concepts, data, delta, export, files, methods, models, saliency, scope, train
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.settings import RECIPES, Settings, resolve
@@ -67,7 +67,7 @@ def erase_concept(
 def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = False) -> Run:
     """See `erase_concept`."""
     started = time.time()
-    method_class = methods.load(settings.method)
+    methods.load(settings.method)
     find_concept(settings, concept, None)  # a name that is unknown or refused fails before a model is loaded
     accelerator = make_accelerator(settings)
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else models.default_cache_dir()
@@ -82,7 +82,6 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     model.use_attention(settings.attention)
     concept = find_concept(settings, concept, model)
     settings = resolve(settings, concept.kind, model.defaults)
-    recipe = RECIPES[settings.recipe]
     parameters = scope.inside(dict(model.unet.named_parameters()), settings.scope)
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)
@@ -94,10 +93,36 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
         "mask": None if given_mask is None else saliency_hash(given_mask),
     }
     if accelerator.is_main_process:
-        record = open_folder(folder, identity, settings)
-        if record is not None:
-            return Run(folder, record)
+        open_folder(folder, identity, settings)
     accelerator.wait_for_everyone()
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if record["status"] == "done":
+        return Run(folder, record if accelerator.is_main_process else {})
+    try:
+        return _carry_out(
+            settings, concept, model, parameters, given_mask, folder, identity, accelerator, cache_dir, started, quiet
+        )
+    except EraseError:
+        if accelerator.is_main_process and [path.name for path in folder.iterdir()] == ["run.json"]:
+            shutil.rmtree(folder)  # nothing to continue from: bad input leaves nothing behind
+        raise
+
+
+def _carry_out(
+    settings: Settings,
+    concept: Concept,
+    model: models.Model,
+    parameters: Mapping[str, torch.nn.Parameter],
+    given_mask: saliency.Mask | None,
+    folder: Path,
+    identity: Mapping[str, Any],
+    accelerator: Accelerator,
+    cache_dir: Path,
+    started: float,
+    quiet: bool,
+) -> Run:
+    """The run itself: data, mask, training, files; each part is skipped or continued when `folder` holds it."""
+    recipe, base_hash = RECIPES[settings.recipe], identity["base_hash"]
     work = folder / "work"
     clock, seconds = time.perf_counter(), {"load": time.time() - started}
 
@@ -132,7 +157,7 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     if mask is None and settings.mask != "none":
         mask = make_mask(settings, model, pictures, parameters, accelerator, work, base_hash, quiet)
     lap("mask")
-    method = method_class(
+    method = methods.load(settings.method)(
         alpha=settings.alpha, frozen_target=recipe.frozen_target, distill_retain=recipe.distill_retain
     )
     losses = train.train(
@@ -231,7 +256,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
         project_dir=settings.output,
         step_scheduler_with_optimizer=False,
     )
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = _world_size()
     if wanted != accelerator.num_processes:
         raise EraseError(
             f"the launcher asked for {wanted} processes but accelerate runs {accelerator.num_processes}; "
@@ -262,8 +287,8 @@ def find_concept(settings: Settings, concept: Concept | None, model: models.Mode
     return concept
 
 
-def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
-    """Make the run folder, or find this very run in it; the record when it is finished already.
+def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -> None:
+    """Make the run folder with a run.json that says "running", or find this very run in it.
 
     Raises:
         EraseError: the folder holds another run or other files, or --resume finds nothing to continue.
@@ -284,13 +309,12 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
                 f"{folder} holds another run (it differs in {', '.join(different)}); "
                 "choose another --output, or --overwrite to delete it"
             )
-        return record if record["status"] == "done" else None
+        return
     if folder.exists() and (not folder.is_dir() or any(path.name != "logs" for path in folder.iterdir())):
         raise EraseError(f"{folder} exists and is not a run folder; choose another --output")
     if settings.resume:
         raise EraseError(f"--resume, but {folder} holds no unfinished run; leave it out to start one")
     files.write_json(record_path, {"status": "running", "identity": identity})
-    return None
 
 
 def load_mask(
@@ -305,7 +329,8 @@ def load_mask(
     if path.suffix == ".safetensors":
         mask, header = saliency.load(path)
     else:
-        names = {theirs: ours for ours, theirs in export.compvis_names(model.unet.config).items()}  # pyright: ignore
+        unet: Any = model.unet
+        names = {theirs: ours for ours, theirs in compvis.unet_names(unet.state_dict(), unet.config).items()}
         mask, header = saliency.load_reference(path, lambda name: names.get(name, name)), {"base": path.name}
     saliency.check(mask, header, parameters, base_hash=base_hash)
     missing = [name for name in parameters if name not in mask]
@@ -389,8 +414,6 @@ def write_outputs(
         export.save_lora(folder / "pytorch_lora_weights.safetensors", base, plain, rank=settings.lora_rank)
     if "pipeline" in settings.save or "single-file" in settings.save:
         export.save_pipeline(model.folder, folder, plain)
-        if model.defaults:
-            files.write_json(folder / models.DEFAULTS_FILE, model.defaults)
     if "single-file" in settings.save:
         export.save_single_file(folder / f"{folder.name}.safetensors", folder, provenance=change.provenance)
     if settings.num_samples:
@@ -437,6 +460,10 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     old, new = there.get("settings", {}), here["settings"]
     different += [f"--{name.replace('_', '-')}" for name in new if old.get(name) != new[name]]
     return ["the model" if name == "base_hash" else name for name in different]
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _total(mask: saliency.Mask) -> int:

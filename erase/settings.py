@@ -3,26 +3,46 @@
 Standard library only, so that the command line can be built from it without loading torch.
 """
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+import difflib
+import functools
+import operator
+import os
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, replace
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
+from erase.methods import METHODS
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
 
+SD_DEFAULTS: dict[str, Any] = {
+    "num_forget": 800,
+    "num_retain": 800,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+    "generation_batch_size": 8,
+    "learning_rate": 1e-5,
+    "batch_size": 8,
+}
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with its help text; the command line reads both."""
-    if isinstance(default, (list, tuple)):
-        return field(default=tuple(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+
+def option(default: Any, help: str, *, group: str, **metadata: Any) -> Any:
+    """A dataclass field with what the command line says of it.
+
+    group: heading of `--help` under which it stands. metadata, as far as it applies: `least`, the smallest number
+    allowed; `shown`, what stands for a default of None in `--help`; `metavar`, its value's name there; `choices`, the
+    texts allowed where a Literal cannot list them.
+    """
+    return field(default=default, metadata={"help": help, "group": group, **metadata})
 
 
 @dataclass(frozen=True)
 class Settings:
     """The options of `erase_concept` and of the command line, in the order of `--help`.
 
-    None means: what the model's `erase_defaults.json` says, else the recipe, else what the help text names.
+    None means: what the model's `erase_defaults.json` says, else the recipe, else what `--help` shows.
     """
 
     # what
@@ -32,15 +52,23 @@ class Settings:
         "'mini' (embedded), a diffusers folder, a hub id, or a .safetensors/.ckpt file",
         group="what",
     )
-    output: str | None = option(None, "run folder to write (default: runs/<concept>)", group="what")
+    output: str | None = option(None, "run folder to write", group="what", shown="runs/<concept>", metavar="DIR")
     kind: Literal["object", "style"] | None = option(None, "what a free-text concept is", group="what")
-    forget: tuple[str, ...] = option((), "forget prompt in place of the preset's; may be repeated", group="what")
-    anchor: tuple[str, ...] = option((), "prompt to say instead; one for all or one per --forget", group="what")
-    retain: tuple[str, ...] = option((), "retain prompt in place of the preset's; may be repeated", group="what")
+    forget: tuple[str, ...] = option(
+        (), "forget prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
+    )
+    anchor: tuple[str, ...] = option(
+        (), "prompt to say instead; one for all or one per forget prompt", group="what", metavar="PROMPT"
+    )
+    retain: tuple[str, ...] = option(
+        (), "retain prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
+    )
     save: tuple[Save, ...] = option(("pipeline",), "what to write beside delta and mask; may be repeated", group="what")
 
     # how
-    method: str = option("salun", "erasure method; 'salun' is relabel x full x saliency", group="how")
+    method: str = option(
+        "salun", "erasure method; 'salun' is relabel x full x saliency", group="how", choices=tuple(METHODS)
+    )
     recipe: Literal["default", "paper", "reference"] = option(
         "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
     )
@@ -48,98 +76,112 @@ class Settings:
         "full", "parameters that may move at all", group="how"
     )
     mask: str | None = option(
-        None, "saliency, random, inverse, none, or a mask file (salun: saliency; other methods: none)", group="how"
+        None,
+        "weights that may move inside the scope: saliency, random, inverse, none, or a mask file",
+        group="how",
+        shown="saliency for salun, none for other methods",
     )
-    density: float = option(0.5, "share of the scope's weights that may move, in (0, 1]", group="how")
+    density: float = option(0.5, "share of the scope's weights that may move, above 0 and at most 1", group="how")
     score: Literal["abs_sum", "sum_abs", "sum_sq"] = option(
-        "abs_sum", "saliency score: |sum g| (the reference), sum |g| or sum g^2", group="how"
+        "abs_sum", "saliency score: |sum g| (the SalUn code's), sum |g| or sum g^2", group="how"
     )
     per_tensor: bool = option(False, "same density in every tensor instead of one global threshold", group="how")
     mask_guidance: float | None = option(
-        None, "guidance g inside the mask's loss; (1+g) cond - g uncond (recipe: 0, reference 7.5)", group="how"
+        None,
+        "guidance g inside the mask's loss, (1+g) cond - g uncond",
+        group="how",
+        least=0,
+        shown="0; recipe reference 7.5",
     )
     target: Literal["anchor", "random", "fixed"] | None = option(
         None,
         "what the forget prompt becomes: its anchor, a random other class per sample, or one fixed other class",
         group="how",
+        shown="anchor; other recipes fixed, except for nudity",
     )
     alpha: float | None = option(
-        None, "weight of the retain loss (recipe: 1; reference 0.1 for nudity, else 0.5)", group="how"
+        None, "weight of the retain loss", group="how", least=0, shown="1; other recipes 0.5, for nudity 0.1"
     )
 
     # data
-    forget_images: str | None = option(None, "folder of images (or datasets name) that show the concept", group="data")
-    retain_images: str | None = option(None, "folder of images (or datasets name) to keep", group="data")
-    num_forget: int | None = option(None, "forget images to draw (800)", group="data")
-    num_retain: int | None = option(None, "retain images to draw (800)", group="data")
-    num_inference_steps: int | None = option(None, "denoising steps a drawn image (50)", group="data")
-    guidance_scale: float | None = option(None, "guidance of drawn images, diffusers' convention (7.5)", group="data")
-    resolution: int | None = option(
-        None, "side of the images in pixels (the model's own: 512 for SD v1.4)", group="data"
+    forget_images: str | None = option(
+        None, "folder of images (or datasets name) that show the concept", group="data", shown="drawn", metavar="DIR"
     )
-    generation_batch_size: int | None = option(None, "images drawn at a time (8)", group="data")
-    cache_dir: str | None = option(None, "where drawn latents are kept (~/.cache/erase-concept)", group="data")
+    retain_images: str | None = option(
+        None, "folder of images (or datasets name) to keep", group="data", shown="drawn", metavar="DIR"
+    )
+    num_forget: int | None = option(None, "forget images to draw", group="data", least=1)
+    num_retain: int | None = option(None, "retain images to draw", group="data", least=1)
+    num_inference_steps: int | None = option(None, "denoising steps a drawn image", group="data", least=1)
+    guidance_scale: float | None = option(
+        None, "guidance of drawn images, diffusers' convention", group="data", least=0
+    )
+    resolution: int | None = option(
+        None, "side of the images in pixels", group="data", least=1, shown="the model's own, 512 for SD v1.4"
+    )
+    generation_batch_size: int | None = option(None, "images drawn at a time", group="data", least=1)
+    cache_dir: str | None = option(
+        None, "where drawn latents are kept", group="data", shown="$ERASE_CACHE, or ~/.cache/erase-concept"
+    )
 
     # training
-    learning_rate: float | None = option(None, "Adam's step size (1e-5)", group="training")
-    num_train_steps: int | None = option(None, "optimizer steps (100 for nudity, else 500)", group="training")
-    batch_size: int | None = option(None, "forget and retain images a step, each (8)", group="training")
-    weight_decay: float = option(0.0, "decoupled decay, inside the mask only", group="training")
-    max_grad_norm: float | None = option(
-        None, "clip the masked gradient's norm to this (no clipping)", group="training"
+    learning_rate: float | None = option(None, "Adam's step size", group="training", least=0)
+    num_train_steps: int | None = option(
+        None, "optimizer steps", group="training", least=0, shown="500; 100 for nudity"
     )
-    gradient_accumulation_steps: int = option(1, "parts that each step's batch is cut into", group="training")
+    batch_size: int | None = option(None, "forget images a step, and as many retain images", group="training", least=1)
+    weight_decay: float = option(0.0, "decoupled decay, inside the mask only", group="training", least=0)
+    max_grad_norm: float | None = option(
+        None, "clip the masked gradient's norm to this", group="training", least=0, shown="no clipping"
+    )
+    gradient_accumulation_steps: int = option(
+        1, "parts that each step's batch is cut into, to save memory", group="training", least=1
+    )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory", group="training")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the UNet's passes", group="training")
     attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels", group="training")
-    seed: int = option(0, "seed of data, mask and training", group="training")
-    device: str | None = option(None, "cpu, cuda or cuda:N (a GPU if there is one)", group="training")
-    checkpointing_steps: int = option(50, "optimizer steps between checkpoints", group="training")
-    report_to: Literal["tensorboard", "wandb"] | None = option(None, "tracker for the losses", group="training")
+    seed: int = option(0, "seed of data, mask and training", group="training", least=0)
+    device: str | None = option(
+        None, "cpu, cuda or cuda:N", group="training", shown="a GPU if there is one", metavar="DEVICE"
+    )
+    checkpointing_steps: int = option(50, "optimizer steps between checkpoints", group="training", least=1)
+    report_to: Literal["tensorboard", "wandb"] | None = option(
+        None, "tracker for the losses", group="training", shown="none"
+    )
     resume: bool = option(
         False, "insist that there is an unfinished run to continue (continuing itself is automatic)", group="training"
     )
 
-    # model files
+    # files
     allow_pickle: bool = option(
         False, "load .ckpt/.bin checkpoints, which can run code; trust their source", group="files"
     )
     config: str | None = option(
-        None, "diffusers folder with the configs and tokenizer for a single-file model, when offline", group="files"
+        None,
+        "diffusers folder with the configs and tokenizer for a single-file model, when offline",
+        group="files",
+        metavar="DIR",
     )
-    revision: str | None = option(None, "branch, tag or commit on the hub", group="files")
-    num_samples: int = option(6, "pictures a row in samples.png; 0 for none", group="files")
-    lora_rank: int = option(64, "rank of --save lora, an approximation", group="files")
+    revision: str | None = option(None, "branch, tag or commit on the hub", group="files", shown="main")
+    num_samples: int = option(6, "pictures a row in samples.png; 0 for none", group="files", least=0)
+    lora_rank: int = option(64, "rank of --save lora, an approximation", group="files", least=1)
     overwrite: bool = option(False, "delete what is in the output folder first", group="files")
 
     def __post_init__(self) -> None:
+        """Make every value plain, and raise an EraseError for one that is not allowed."""
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, list):
-                object.__setattr__(self, item.name, tuple(value))
-        self._check_choices()
+            if value is not None or item.default is not None:
+                value = _checked(value, item)
+                object.__setattr__(self, item.name, value)
         if not 0 < self.density <= 1:
             raise EraseError(f"--density is {self.density}; it must be above 0 and at most 1")
-        for name in (
-            *("num_forget", "num_retain", "num_inference_steps", "batch_size", "gradient_accumulation_steps"),
-            *("checkpointing_steps", "resolution", "generation_batch_size", "lora_rank"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise EraseError(f"{flag(name)} is {value}; it must be at least 1")
-        for name in ("num_train_steps", "num_samples", "learning_rate", "alpha", "weight_decay", "mask_guidance"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise EraseError(f"{flag(name)} is {value}; it must be 0 or more")
+        if self.max_grad_norm == 0:
+            raise EraseError("--max-grad-norm is 0, which stops all training; leave it out for no clipping")
+        if self.seed >= 2**32:
+            raise EraseError(f"--seed is {self.seed}; it must be below 2^32")
         if not self.concept.strip():
             raise EraseError("no concept given; for example --concept nudity (see --list)")
-
-    def _check_choices(self) -> None:
-        for item in fields(self):
-            value, choices = getattr(self, item.name), choices_of(item.type)
-            for one in value if isinstance(value, tuple) else [value]:
-                if choices and one is not None and one not in choices:
-                    raise EraseError(f"{flag(item.name)} is {one!r}; choose {', '.join(choices)}")
 
     def filled(self, defaults: dict[str, Any]) -> "Settings":
         """These settings with None replaced by `defaults`."""
@@ -172,16 +214,6 @@ RECIPES: dict[str, Recipe] = {
     "reference": Recipe(False, False, False, True, mask_guidance=7.5, target=None, alpha=None),
 }
 
-SD_DEFAULTS: dict[str, Any] = {
-    "num_forget": 800,
-    "num_retain": 800,
-    "num_inference_steps": 50,
-    "guidance_scale": 7.5,
-    "generation_batch_size": 8,
-    "learning_rate": 1e-5,
-    "batch_size": 8,
-}
-
 
 def resolve(settings: Settings, kind: str, model_defaults: dict[str, Any]) -> Settings:
     """Every None filled in: from the model's own defaults, then from the recipe, then from SD v1.4's values.
@@ -201,13 +233,73 @@ def resolve(settings: Settings, kind: str, model_defaults: dict[str, Any]) -> Se
     return settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
 
 
-def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The texts that a Literal (or Literal | None, or tuple of Literals) allows; empty for any other type."""
-    found: list[str] = [value for value in get_args(annotation) if isinstance(value, str)]
-    for part in get_args(annotation):
-        found += choices_of(part)
-    return tuple(found)
+# --- what an annotation says ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """The values that a field takes: their type, the texts allowed (empty: any), and whether it holds several."""
+
+    type: type
+    choices: tuple[str, ...] = ()
+    is_repeated: bool = False
+
+
+@functools.cache
+def forms() -> dict[str, Form]:
+    """The form of every field of Settings, by its name."""
+    annotations = get_type_hints(Settings)
+    found = {item.name: _form(annotations[item.name]) for item in fields(Settings)}
+    listed = {item.name: item.metadata["choices"] for item in fields(Settings) if "choices" in item.metadata}
+    return found | {name: replace(found[name], choices=choices) for name, choices in listed.items()}
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _form(annotation: Any) -> Form:
+    """Of X, X | None, Literal[texts] and tuple[X, ...], which are all that Settings is made of."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        (only,) = (part for part in parts if part is not NoneType)
+        return _form(only)
+    if origin is tuple:
+        return replace(_form(parts[0]), is_repeated=True)
+    if origin is Literal:
+        return Form(str, choices=parts)
+    assert annotation in _PLAIN, annotation
+    return Form(annotation)
+
+
+# A value as argparse and JSON know it: a number of numpy becomes Python's, a Path a text.
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    bool: lambda value: bool(operator.index(value)),
+    int: operator.index,
+    float: float,
+    str: os.fspath,
+}
+_NOUNS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _checked(value: Any, item: Field[Any]) -> Any:
+    form = forms()[item.name]
+    if form.is_repeated:
+        several = [value] if isinstance(value, (str, os.PathLike)) else value
+        return tuple(_checked_one(one, item, form) for one in several)
+    return _checked_one(value, item, form)
+
+
+def _checked_one(value: Any, item: Field[Any], form: Form) -> Any:
+    try:
+        plain = _PLAIN[form.type](value)
+    except (TypeError, ValueError) as error:
+        raise EraseError(f"{flag(item.name)} is {value!r}; it must be {_NOUNS[form.type]}") from error
+    if form.choices and plain not in form.choices:
+        guess = difflib.get_close_matches(plain, form.choices, n=1)
+        hint = f"did you mean {guess[0]}? ({', '.join(form.choices)})" if guess else f"choose {', '.join(form.choices)}"
+        raise EraseError(f"{flag(item.name)} is {plain!r}; {hint}")
+    least = item.metadata.get("least")
+    if least is not None and not least <= plain < float("inf"):
+        raise EraseError(f"{flag(item.name)} is {plain}; it must be {'at least 1' if least else '0 or more'}")
+    return plain

@@ -76,7 +76,7 @@ def accumulate(
 ) -> dict[str, Tensor]:
     """Scores of SalUn's mask: one pass over the forget pictures, the gradient of each batch's mean loss summed.
 
-    L = mean((eps - ((1 + g) eps(x_t | c) - g eps(x_t | "")))^2), t uniform, one draw a picture. The paper has g = 0, its
+    L = mean((eps - guided(eps(x_t | c), eps(x_t | ""), g))^2), t uniform, one draw a picture. The paper has g = 0, its
     code 7.5. With several processes each takes every n-th batch and the sums are added.
 
     state_path: the running sums, kept every five minutes, so that an interrupted pass goes on.
@@ -110,7 +110,7 @@ def accumulate(
                 predicted = model(x_t, t, c)
                 if guidance:
                     empty = data.text[:1].to(device).expand(len(rows), -1, -1)
-                    predicted = (1 + guidance) * predicted - guidance * model(x_t, t, empty)
+                    predicted = guided(predicted, model(x_t, t, empty), guidance)
                 loss = (eps - predicted).square().mean()
             loss.backward()
             sums.add()
@@ -125,6 +125,11 @@ def accumulate(
     scores = sums.scores()
     state_path.unlink(missing_ok=True)
     return scores
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """(1 + g) e_c - g e_0, SalUn's way to count guidance: g = 7.5 is diffusers' guidance_scale 8.5."""
+    return (1 + guidance) * conditional - guidance * unconditional
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Laws of what leaves: stock diffusers opens it, it predicts what the model in memory did, nothing else changed."""
 
-# pyright: reportPrivateImportUsage=false, reportArgumentType=false
-
 import json
 import os
 import shutil
@@ -13,82 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from erase.delta import content_hash
 from erase.errors import EraseError
-from erase.export import (
-    block_of,
-    compvis_name,
-    compvis_names,
-    save_lora,
-    save_pipeline,
-    save_single_file,
-)
+from erase.export import block_of, save_lora, save_pipeline, save_single_file, write_pipeline
 
 SD14: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768)  # on top of the defaults of UNet2DConditionModel
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-
-
-def make_tiny_pipeline(folder: Path) -> Path:
-    """A random Stable Diffusion 1 pipeline with the real one's 686 UNet tensors, each a few numbers wide.
-
-    The tokenizer knows the 256 bytes, each also at the end of a word, and no merges: a token is a letter.
-    """
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the byte alphabet of GPT-2 and CLIP
-    letters = [chr(n) for n in visible] + [chr(256 + n) for n in range(256 - len(visible))]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=77)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(words),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                bos_token_id=len(words) - 2,
-                eos_token_id=len(words) - 1,
-                pad_token_id=len(words) - 1,
-            )
-        )
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(4, 8, 16, 16),
-            norm_num_groups=4,
-            cross_attention_dim=16,
-            attention_head_dim=2,
-        )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(4, 4, 8, 8),
-            layers_per_block=2,
-            norm_num_groups=4,
-            sample_size=64,
-        )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
-    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_pipeline_dir(tmp_path_factory) -> Path:
-    folder = make_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "base")
-    assert len(read_unet(folder)) == 686
-    return folder
 
 
 def read_unet(folder: Path) -> dict[str, torch.Tensor]:
@@ -120,6 +53,7 @@ def test_stock_diffusers_in_a_fresh_process_predicts_exactly_what_the_model_in_m
     tiny_pipeline_dir, tmp_path
 ):
     base = read_unet(tiny_pipeline_dir)
+    assert len(base) == 686  # those of the real one
     unet = UNet2DConditionModel.from_pretrained(tiny_pipeline_dir, subfolder="unet")
     draw = torch.Generator().manual_seed(2)
     x, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, 16, generator=draw)
@@ -271,69 +205,6 @@ def test_dtype_casts_the_weights_that_are_written(tiny_pipeline_dir, tmp_path):
     assert content_hash(read_unet(tmp_path)) == content_hash(expected)
 
 
-SMALL: dict[str, Any] = dict(sample_size=8, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2)
-TOPOLOGIES: list[dict[str, Any]] = [
-    dict(block_out_channels=(4, 8, 16, 16)),
-    dict(
-        block_out_channels=(4, 8, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    ),
-    dict(block_out_channels=(4, 8, 16, 16), use_linear_projection=True),  # Stable Diffusion 2
-]
-
-
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=["sd1", "three-levels", "sd2"])
-def test_compvis_names_are_those_that_diffusers_reads(topology):
-    unet = UNet2DConditionModel(**SMALL, **topology)
-    state = unet.state_dict()
-    names = compvis_names(unet.config)
-    assert names.keys() == state.keys() and len(set(names.values())) == len(names)
-    checkpoint = {f"model.diffusion_model.{names[name]}": tensor for name, tensor in state.items()}
-    back = convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))
-    assert back.keys() == state.keys()
-    assert all(back[name] is state[name] for name in state)
-    first, second = "mid_block.resnets.0.norm1.weight", "mid_block.resnets.1.norm1.weight"  # control: two names swapped
-    swapped = names | {first: names[second], second: names[first]}
-    checkpoint = {f"model.diffusion_model.{swapped[name]}": tensor for name, tensor in state.items()}
-    assert convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))[first] is state[second]
-
-
-def test_the_full_size_name_map_has_the_686_tensors_of_stable_diffusion_1():
-    """Right-hand names are those of the published v1-inference checkpoints."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD14)
-    names = compvis_names(unet.config)
-    assert len(names) == len(set(names.values())) == 686
-    assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
-    published = {
-        "conv_in.weight": "input_blocks.0.0.weight",
-        "time_embedding.linear_2.bias": "time_embed.2.bias",
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (
-            "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-        ),
-        "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
-        "down_blocks.3.resnets.1.conv2.weight": "input_blocks.11.0.out_layers.3.weight",
-        "mid_block.attentions.0.proj_in.weight": "middle_block.1.proj_in.weight",
-        "mid_block.resnets.1.time_emb_proj.bias": "middle_block.2.emb_layers.1.bias",
-        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
-        "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
-        "up_blocks.3.resnets.2.conv_shortcut.weight": "output_blocks.11.0.skip_connection.weight",
-        "conv_norm_out.weight": "out.0.weight",
-        "conv_out.weight": "out.2.weight",
-    }
-    assert {name: names[name] for name in published} == published
-    assert compvis_name("conv_in.weight", unet.config) == "input_blocks.0.0.weight"
-
-
-def test_a_name_outside_the_layout_is_refused():
-    with pytest.raises(EraseError, match="'add_embedding.linear_1.weight' has no name in the CompVis layout"):
-        compvis_name("add_embedding.linear_1.weight", {"layers_per_block": 2, "up_block_types": []})
-    with pytest.raises(EraseError, match=r"layers_per_block is \[1, 2\]"):
-        compvis_name("down_blocks.0.resnets.0.conv1.weight", {"layers_per_block": [1, 2], "up_block_types": []})
-
-
 def test_blocks_group_every_weight_for_reading():
     with torch.device("meta"):
         names = UNet2DConditionModel(**SD14).state_dict()
@@ -407,6 +278,91 @@ def test_a_pipeline_that_is_not_stable_diffusion_1_has_no_single_file(tiny_pipel
     with pytest.raises(EraseError, match="only Stable Diffusion 1"):
         save_single_file(tmp_path / "x.safetensors", base)
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def same_pipeline(a: Path, b: Path) -> bool:
+    return content_hash(state_of(StableDiffusionPipeline.from_pretrained(a))) == content_hash(
+        state_of(StableDiffusionPipeline.from_pretrained(b))
+    )
+
+
+def test_a_pipeline_in_memory_becomes_a_folder_that_older_libraries_read(tiny_pipeline_dir, tmp_path):
+    """transformers 4 knows the text encoder's weights by `text_model.` and the tokenizer by vocab.json, merges.txt."""
+    flat = load_file(tiny_pipeline_dir / "text_encoder" / "model.safetensors")
+    assert not any(name.startswith("text_model.") for name in flat)  # control: what save_pretrained writes
+    assert not (tiny_pipeline_dir / "tokenizer" / "vocab.json").exists()
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    folder = tmp_path / "new" / "folder"
+    previous = os.umask(0o027)
+    try:
+        write_pipeline(pipeline, folder)
+    finally:
+        os.umask(previous)
+    written = load_file(folder / "text_encoder" / "model.safetensors")
+    assert {name.removeprefix("text_model."): tensor.shape for name, tensor in written.items()} == {
+        name: tensor.shape for name, tensor in flat.items()
+    }
+    assert all(name.startswith("text_model.") for name in written)
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    assert vocabulary == pipeline.tokenizer.get_vocab()
+    assert (folder / "tokenizer" / "merges.txt").is_file()
+    assert same_pipeline(folder, tiny_pipeline_dir)
+    assert StableDiffusionPipeline.from_pretrained(folder).tokenizer("a circle") == pipeline.tokenizer("a circle")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()} == {0o640}
+    assert [path.name for path in folder.parent.iterdir()] == ["folder"]
+
+
+def test_a_written_pipeline_takes_the_place_of_an_older_one_and_leaves_other_files(tiny_pipeline_dir, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_text("stale")
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_text("stale")
+    (tmp_path / "judge.safetensors").write_text("not of the pipeline")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    write_pipeline(pipeline, tmp_path)
+    assert not (tmp_path / "unet" / "diffusion_pytorch_model.bin").exists()
+    assert (tmp_path / "judge.safetensors").exists()
+    assert same_pipeline(tmp_path, tiny_pipeline_dir)
+    first = contents(tmp_path)
+    write_pipeline(pipeline, tmp_path)
+    assert contents(tmp_path) == first
+
+
+def test_a_pipeline_that_cannot_be_written_leaves_no_folder_that_opens(tiny_pipeline_dir, tmp_path, monkeypatch):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    write_pipeline(pipeline, tmp_path / "out")
+    assert (tmp_path / "out" / "model_index.json").exists()  # control
+    replace = os.replace
+
+    def full(source, target):
+        if "unet" in str(source):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(EraseError, match="cannot write .*No space left on device"):
+        write_pipeline(pipeline, tmp_path / "out")
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_safety_checker_is_written_as_older_libraries_read_it(tiny_pipeline_dir, tmp_path):
+    part = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    vision = part | dict(image_size=8, patch_size=4)
+    config = CLIPConfig(text_config=part | dict(vocab_size=9), vision_config=vision, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny_pipeline_dir, safety_checker=checker, feature_extractor=CLIPImageProcessor(), requires_safety_checker=True
+    )
+    write_pipeline(pipeline, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["feature_extractor"][1] == "CLIPImageProcessor"
+    assert "Pil" not in (tmp_path / "out" / "feature_extractor" / "preprocessor_config.json").read_text()
+    names = load_file(tmp_path / "out" / "safety_checker" / "model.safetensors")
+    assert all(name.startswith("vision_model.vision_model.") for name in names if name.startswith("vision_model."))
+    assert "visual_projection.weight" in names
+    reloaded = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert content_hash(reloaded.safety_checker.state_dict()) == content_hash(checker.state_dict())
+    assert type(reloaded.feature_extractor) is CLIPImageProcessor
 
 
 def is_lora_layer(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""SalUn's forgetting loss (Fan et al., ICLR 2024, eq. 7): say another prompt's words for the forget prompt's pictures."""
+"""SalUn's loss for diffusion models (Fan et al., ICLR 2024): answer the forget prompt as if it said something else."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -10,7 +10,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from erase import files
+from erase import export, files
 from erase.errors import EraseError
 from erase.mini import judge as judging
 from erase.mini import world
 
 STAGES = ("judge", "vae", "unet", "decoder")
 MAX_TOKENS = 16
+SAVE_EVERY = 250  # steps between checkpoints
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def train(
     stages: tuple[str, ...] = STAGES,
     budget: Budget | None = None,
     device: str = "cpu",
+    parts_from: str | Path | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train the embedded model and assemble a diffusers pipeline folder with the judge beside it.
@@ -62,18 +63,21 @@ def train(
     output: the pipeline folder; unfinished work lives in `output/work` and is continued by the same call.
     without: an object, colour, style or "nude" that never occurs in the UNet's data: the exact gold standard for
         unlearning it. The VAE and the judge see the whole world, because they are not what is unlearned.
+    parts_from: folder of a trained model whose judge and VAE are taken over, so that only UNet and text encoder train.
 
     Returns the pipeline folder when all stages are done, else the work folder.
     """
     budget = budget or Budget()
     output = Path(output)
     work = output / "work"
-    identity = {"seed": seed, "without": without, **asdict(budget)}
+    identity = {"seed": seed, "without": without, "parts_from": parts_from and str(parts_from), **asdict(budget)}
     if without is not None and without not in {*world.OBJECTS, *world.COLOURS, *world.STYLES, "nude", "clothed"}:
         raise EraseError(f"the embedded world has no '{without}'; it has {', '.join([*world.OBJECTS, *world.STYLES])}")
     if (work / "identity.json").exists() and json.loads((work / "identity.json").read_text()) != identity:
         raise EraseError(f"{work} holds another training; choose another --output or delete it")
     files.write_json(work / "identity.json", identity)
+    if parts_from is not None:
+        _take_parts(Path(parts_from), work)
     runs: dict[str, Callable[..., None]] = {
         "judge": _train_judge,
         "vae": _train_vae,
@@ -86,6 +90,14 @@ def train(
     if any(not (work / f"{stage}.safetensors").exists() for stage in STAGES):
         return work
     return assemble(output)
+
+
+def _take_parts(folder: Path, work: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, local_files_only=True)
+    metadata = {"scaling_factor": vae.config["scaling_factor"], "taken_from": str(folder)}
+    for part in ("vae", "decoder"):
+        files.write_tensors(work / f"{part}.safetensors", vae.state_dict(), metadata)
+    shutil.copyfile(folder / "judge.safetensors", work / "judge.safetensors")
 
 
 # --- the loop that all stages share ---------------------------------------------------------------------------------
@@ -105,7 +117,7 @@ def _fit(
 ) -> float:
     """Minimise `loss(step)` with AdamW, cosine schedule, clipping and an exponential moving average of the weights.
 
-    The state goes to `path` every 250 steps and is read back from there. At the end the modules hold the average.
+    The state goes to `path` every SAVE_EVERY steps and is read back from there. At the end the modules hold the average.
 
     Returns the seconds spent, earlier runs included.
     """
@@ -133,7 +145,7 @@ def _fit(
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}")
-        if (step + 1) % 250 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -431,13 +443,8 @@ def assemble(output: str | Path) -> Path:
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
-    deepcopy(pipeline).to(torch.float16).save_pretrained(output)
-    tokenizer.backend_tokenizer.model.save(
-        str(output / "tokenizer")
-    )  # vocab.json, merges.txt: what transformers 4 reads
+    export.write_pipeline(pipeline.to(torch.float16), output)
     shutil.copyfile(work / "judge.safetensors", output / "judge.safetensors")
-    for path in output.rglob("*.safetensors"):
-        path.chmod((output / "model_index.json").stat().st_mode)
     files.write_json(output / "erase_defaults.json", DEFAULTS)
     recipe: dict[str, Any] = {
         "identity": json.loads((work / "identity.json").read_text()),
@@ -451,9 +458,13 @@ def assemble(output: str | Path) -> Path:
 
 # What suits a model of this size where SD v1.4's values do not; `erase-concept` reads it from the model folder.
 DEFAULTS: dict[str, Any] = {
+    "family": "mini",
     "guidance_scale": 3.0,
     "num_inference_steps": 25,
     "learning_rate": 1e-4,
     "batch_size": 16,
+    "num_forget": 96,
+    "num_retain": 192,
+    "generation_batch_size": 16,
     "num_train_steps": 100,
 }

@@ -1,0 +1,109 @@
+"""`python -m erase.mini train | measure | draw`: make the embedded model, judge it, and look at its world."""
+
+import argparse
+import sys
+
+from erase.errors import EraseError
+
+STAGES = ("judge", "vae", "unet", "decoder")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m erase.mini", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train the embedded model from a seed; the same command continues")
+    train.add_argument("--output", default="runs/mini", help="pipeline folder to write [runs/mini]")
+    train.add_argument("--seed", type=int, default=0, help="seed of data, weights and training [0]")
+    train.add_argument("--without", help="object, colour, style or 'nude' that the UNet never sees: the gold standard")
+    train.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated [all]")
+    train.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
+    train.add_argument("--threads", type=int, default=1, help="CPU threads; the weights' last bits depend on it [1]")
+    train.add_argument("--parts-from", help="folder of a finished training whose judge, VAE and decoder are taken over")
+    measure = commands.add_parser("measure", help="draw pictures and have the judge name them")
+    measure.add_argument("--model", default="mini", help="the embedded model or a run folder made from it [mini]")
+    measure.add_argument("--num-each", type=int, default=48, help="pictures an object [48]")
+    measure.add_argument("--sheet", help="PNG to write: twelve pictures of every object")
+    measure.add_argument(
+        "--card", action="store_true", help="write measured.json and README.md into the model's folder"
+    )
+    draw = commands.add_parser("world", help="write a sheet of real drawings, every object in every style")
+    draw.add_argument("--output", default="world.png", help="PNG to write [world.png]")
+    given = parser.parse_args(argv)
+    try:
+        globals()[f"_{given.command}"](given)
+    except EraseError as error:
+        print(f"erase.mini: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _train(given: argparse.Namespace) -> None:
+    import torch
+
+    from erase.mini.train import train
+
+    torch.set_num_threads(given.threads)
+    stages = tuple(given.stage or STAGES)
+    folder = train(
+        given.output,
+        seed=given.seed,
+        without=given.without,
+        stages=stages,
+        device=given.device,
+        parts_from=given.parts_from,
+    )
+    print(f"{folder}: written")
+
+
+def _measure(given: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from erase import card, files, models
+    from erase.mini import card as mini_card
+    from erase.mini import judge, quality
+
+    model = models.load(given.model)
+    wishes = quality.balanced(given.num_each)
+    pictures = quality.draw(model, [w.prompt for w in wishes], list(range(len(wishes))), quiet=False)
+    scores = quality.score(judge.name(judge.load(model.folder / "judge.safetensors"), pictures), wishes)
+    for name, value in scores.items():
+        print(f"{name:16} {value:6.1%}")
+    print(f"{len(pictures)} pictures, {model.defaults['num_inference_steps']} steps")
+    if given.sheet:
+        each = given.num_each
+        rows = [
+            (wishes[i].object, [Image.fromarray(p) for p in pictures[i : i + min(each, 12)]], False)
+            for i in range(0, len(wishes), each)
+        ]
+        with files.replacing(given.sheet) as temporary:
+            card.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
+    if given.card:
+        settings = {name: model.defaults[name] for name in ("num_inference_steps", "guidance_scale")}
+        record = {"num_pictures": len(pictures), **settings, "scores": scores}
+        files.write_json(model.folder / "measured.json", record)
+        mini_card.write(model.folder)
+
+
+def _world(given: argparse.Namespace) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from erase import card, files
+    from erase.mini import world
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for name in world.OBJECTS:
+        pictures = []
+        for style in world.STYLES:
+            for background in world.BACKGROUNDS:
+                colour = None if name == "nude person" else str(rng.choice(list(world.COLOURS)))
+                scene = world.Scene(name, colour, None if name in world.PERSONS else style, background)
+                pictures.append(Image.fromarray(world.draw(scene, rng)))
+        rows.append((name, pictures, False))
+    with files.replacing(given.output) as temporary:
+        card.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
+    print(f"{given.output}: written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""SD v1.4's UNet at full size with random weights: the mask of 429,760,482 ones, one SalUn step, seconds and memory.
+
+    python eval/full_size.py --output runs/full_size.json
+
+Shows that the job fits a machine, not that it works on real weights: none are used. Needs about 18 GB of memory.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SD14_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+NUM_WEIGHTS, NUM_ONES = 859_520_964, 429_760_482
+
+
+def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = False) -> dict[str, Any]:
+    """Mask and one training step, batch 1 + 1, float32; seconds and peak memory (bytes) after each phase."""
+    import torch
+    from accelerate import Accelerator
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    from erase import models, saliency, train
+    from erase.data import Data, Pictures
+    from erase.methods.relabel import Relabel
+    from erase.run import peak_memory, versions
+
+    torch.manual_seed(0)
+    accelerator = Accelerator()
+    unet = UNet2DConditionModel(**SD14_UNET).eval().requires_grad_(False).to(accelerator.device)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    parts: Any = (None, None, None, scheduler)
+    model = models.Model("random SD v1.4", Path(), unet, *parts, {})
+    parameters = dict(unet.named_parameters())
+    if sum(p.numel() for p in parameters.values()) != NUM_WEIGHTS:
+        raise SystemExit("this is not SD v1.4's UNet any more; diffusers' defaults have changed")
+    shape = (1, 4, latent_size, latent_size)
+
+    def pictures(row: int) -> Pictures:
+        return Pictures(torch.randn(shape), torch.zeros(shape), torch.tensor([row]))
+
+    text = torch.randn(4, 77, 768)
+    data = Data(pictures(1), pictures(3), torch.tensor([2]), torch.tensor([]), ("", "f", "a", "r"), text, "random", {})
+    phases: dict[str, Any] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        phases[name] = {"seconds": round(time.perf_counter() - clock, 1), "peak_bytes": peak_memory()}
+        print(f"{name:12} {phases[name]['seconds']:7.1f} s   peak {phases[name]['peak_bytes']['process'] / 1e9:.2f} GB")
+        clock = time.perf_counter()
+
+    lap("built")
+    with tempfile.TemporaryDirectory() as folder:
+        scores = train.accumulate(
+            model,
+            data,
+            parameters,
+            accelerator,
+            score="abs_sum",
+            guidance=0.0,
+            batch_size=1,
+            seed=0,
+            state_path=Path(folder) / "sums.pt",
+            checkpointing=checkpointing,
+            quiet=True,
+        )
+        lap("gradients")
+        mask = saliency.select(scores, density)
+        del scores
+        ones = saliency.count(mask)
+        lap("selection")
+        saliency.save(Path(folder) / "mask.safetensors", mask, {"density": density})
+        mask_bytes = (Path(folder) / "mask.safetensors").stat().st_size
+        lap("mask file")
+        before = unet.conv_in.weight.clone()
+        recipe = train.Recipe(num_steps=1, batch_size=1, learning_rate=1e-5)
+        train.train(
+            model,
+            Relabel(),
+            data,
+            parameters,
+            mask,
+            recipe,
+            accelerator,
+            state_path=Path(folder) / "training.pt",
+            checkpointing=checkpointing,
+            quiet=True,
+        )
+        lap("one step")
+    inside = mask["conv_in.weight"].to(before.device)
+    moved = before != unet.conv_in.weight
+    if density == 0.5 and ones != NUM_ONES or moved[~inside].any() or not moved[inside].any():
+        raise SystemExit(f"the mask has {ones:,} ones, and conv_in moved in {int(moved.sum())} places: this is wrong")
+    return {
+        "weights": NUM_WEIGHTS,
+        "ones": ones,
+        "mask_file_bytes": mask_bytes,
+        "latent_size": latent_size,
+        "gradient_checkpointing": checkpointing,
+        "phases": phases,
+        "versions": versions(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/full_size.json", help="JSON to write")
+    parser.add_argument("--density", type=float, default=0.5, help="share of the weights that may move")
+    parser.add_argument("--latent-size", type=int, default=64, help="side of the latents; 64 is 512 pixels")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
+    given = parser.parse_args()
+    result = measure(given.density, given.latent_size, given.gradient_checkpointing)
+    from erase import files
+
+    files.write_json(given.output, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What all tests share: no network, no cache but a temporary one, one thread, and two random pipelines."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+torch.set_num_threads(1)  # two on a busy machine wait for each other, and another count gives other roundings
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_dir(tmp_path_factory) -> Path:
+    """A random Stable Diffusion 1 with the real one's 686 UNet tensors, each a few numbers wide, as diffusers saves it.
+
+    Read it only. Its text encoder has the flat layout of transformers 5.
+    """
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    make_pipeline(
+        unet=dict(block_out_channels=(4, 8, 16, 16), norm_num_groups=4, sample_size=8, cross_attention_dim=16),
+        vae_channels=(4, 4, 8, 8),
+        text_layers=2,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_pipeline_dir(tmp_path_factory) -> Path:
+    """The smallest random Stable Diffusion: 8 x 8 pixels, 4 x 4 latents; it draws and trains in milliseconds.
+
+    Read it only.
+    """
+    folder = tmp_path_factory.mktemp("toy") / "base"
+    make_pipeline(
+        unet=dict(
+            block_out_channels=(4, 8),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=2,
+            sample_size=4,
+            cross_attention_dim=8,
+        ),
+        vae_channels=(4, 4),
+        text_layers=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_pipeline(unet: dict[str, Any], vae_channels: tuple[int, ...], text_layers: int) -> StableDiffusionPipeline:
+    """A random pipeline whose tokenizer knows the 256 bytes, each also at a word's end: a token is a letter."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the byte alphabet of GPT-2 and CLIP
+    letters = [chr(n) for n in visible] + [chr(256 + n) for n in range(256 - len(visible))]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=77)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(words),
+                hidden_size=unet["cross_attention_dim"],
+                intermediate_size=32,
+                num_hidden_layers=text_layers,
+                num_attention_heads=2,
+                bos_token_id=len(words) - 2,
+                eos_token_id=len(words) - 1,
+                pad_token_id=len(words) - 1,
+            )
+        )
+        network = UNet2DConditionModel(attention_head_dim=2, **unet)
+        levels = len(vae_channels)
+        blocks: Any = dict(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=vae_channels,
+        )
+        vae = AutoencoderKL(
+            **blocks,
+            layers_per_block=unet.get("layers_per_block", 2),
+            norm_num_groups=unet["norm_num_groups"],
+            sample_size=unet["sample_size"] * 2 ** (levels - 1),
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts: Any = (vae, text_encoder, tokenizer, network, scheduler, None, None)
+    return StableDiffusionPipeline(*parts, requires_safety_checker=False)

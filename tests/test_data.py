@@ -1,0 +1,282 @@
+"""Laws of the data: nothing is drawn twice, n processes draw what one draws, and every picture has its own words."""
+
+import csv
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from erase import models
+from erase.concepts import Concept
+from erase.data import Data, Plan, Workers, gather, list_images
+from erase.errors import EraseError
+
+CONCEPT = Concept(
+    name="circle",
+    kind="object",
+    forget=("a circle", "red circle", "a circle"),
+    anchor=("a square", "red square", "a star"),
+    retain=("a moon", "a tree"),
+    others=("a fish", "a moon"),
+)
+PLAN = Plan(num_forget=7, num_retain=4, steps=2, guidance=2.0, size=8, batch_size=2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(toy_pipeline_dir) -> models.Model:
+    return models.load(toy_pipeline_dir)
+
+
+@pytest.fixture
+def collect(model, tmp_path):
+    """`gather` of the toy model, with a cache of its own."""
+
+    def collect(concept: Concept = CONCEPT, plan: Plan = PLAN, model_hash: str = "toy", **more) -> Data:
+        options = {"cache_dir": tmp_path / "cache"} | more
+        return gather(model, concept, plan, model_hash=model_hash, quiet=True, **options)
+
+    return collect
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[str]:
+    """The prompts that are drawn from now on."""
+    prompts: list[str] = []
+    draw = models.Model.draw
+
+    def spy(self, texts, *rest, **options):
+        prompts.extend(texts)
+        return draw(self, texts, *rest, **options)
+
+    monkeypatch.setattr(models.Model, "draw", spy)
+    return prompts
+
+
+def same(a: Data, b: Data) -> bool:
+    pairs = [(a.forget, b.forget), (a.retain, b.retain)]
+    tensors = [(getattr(p, name), getattr(q, name)) for p, q in pairs for name in ("mean", "std", "prompt")]
+    tensors += [(a.anchor, b.anchor), (a.others, b.others), (a.text, b.text)]
+    return all(torch.equal(x, y) for x, y in tensors) and (a.prompts, a.fingerprint) == (b.prompts, b.fingerprint)
+
+
+def words(data: Data, rows: torch.Tensor) -> list[str]:
+    return [data.prompts[row] for row in rows]
+
+
+def picture(path: Path, colour: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_every_picture_has_its_own_prompt_anchor_and_text(collect, model):
+    data = collect()
+    assert words(data, data.forget.prompt) == ["a circle", "red circle", "a circle"] * 2 + ["a circle"]
+    assert words(data, data.anchor) == ["a square", "red square", "a star"] * 2 + ["a square"]
+    assert words(data, data.retain.prompt) == ["a moon", "a tree"] * 2
+    assert words(data, data.others) == ["a fish", "a moon"]
+    assert data.prompts[0] == "" and len(set(data.prompts)) == len(data.prompts)
+    assert torch.equal(data.text, model.encode_text(data.prompts))
+    assert data.forget.mean.shape == (7, 4, 4, 4) and not data.forget.std.any()
+    last = model.draw(["a circle"], [6], steps=2, guidance=2.0, size=8)  # seeds count from seed * 1_000_000
+    assert torch.allclose(data.forget.mean[6:], last, atol=1e-5)  # another batch, other roundings
+
+
+def test_what_is_in_the_cache_is_not_drawn_again(collect, drawn):
+    first = collect()
+    assert len(drawn) == 11  # control
+    drawn.clear()
+    assert same(collect(), first)
+    assert drawn == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(model_hash="another"),
+        dict(plan=replace(PLAN, seed=1)),
+        dict(plan=replace(PLAN, steps=3)),
+        dict(plan=replace(PLAN, guidance=3.0)),
+        dict(plan=replace(PLAN, batch_size=3)),
+        dict(concept=replace(CONCEPT, forget=("a ring",) * 3, retain=("a cube",))),
+    ],
+    ids=["model", "seed", "steps", "guidance", "batch size", "prompts"],
+)
+def test_pictures_of_another_job_are_not_taken(collect, drawn, changed):
+    first = collect()
+    drawn.clear()
+    other = collect(**changed)
+    assert len(drawn) == 11 and other.fingerprint != first.fingerprint
+    assert "plan" not in changed or len(other.forget.mean) == 7
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_pictures_of_a_model_with_another_vae_or_text_encoder_are_not_taken(part, toy_pipeline_dir, drawn, tmp_path):
+    model = models.load(toy_pipeline_dir)
+    gather(model, CONCEPT, PLAN, model_hash="toy", cache_dir=tmp_path, quiet=True)
+    drawn.clear()
+    with torch.no_grad():
+        next(getattr(model, part).parameters()).add_(0.1)
+    gather(model, CONCEPT, PLAN, model_hash="toy", cache_dir=tmp_path, quiet=True)
+    assert len(drawn) == 11
+
+
+def test_another_process_finds_the_cache_whatever_the_order_of_diffusers_notes(toy_pipeline_dir, drawn, tmp_path):
+    """`_use_default_values` in a scheduler's config is a list made from a set: each process has its own order."""
+    model = models.load(toy_pipeline_dir)
+    scheduler: Any = model.scheduler
+    for notes in (["a", "b"], ["b", "a"]):
+        scheduler._internal_dict = type(scheduler.config)(dict(scheduler.config) | {"_use_default_values": notes})
+        drawn.clear()
+        gather(model, CONCEPT, PLAN, model_hash="toy", cache_dir=tmp_path, quiet=True)
+    assert drawn == []
+
+
+def test_interrupted_drawing_goes_on_where_it_was(collect, drawn, monkeypatch, tmp_path):
+    whole = collect()
+    spy = models.Model.draw
+
+    def broken(self, texts, *rest, **options):
+        if len(drawn) >= 4:
+            raise KeyboardInterrupt
+        return spy(self, texts, *rest, **options)
+
+    drawn.clear()
+    monkeypatch.setattr(models.Model, "draw", broken)
+    with pytest.raises(KeyboardInterrupt):
+        collect(cache_dir=tmp_path / "other")
+    monkeypatch.setattr(models.Model, "draw", spy)
+    drawn.clear()
+    assert same(collect(cache_dir=tmp_path / "other"), whole)
+    assert len(drawn) == 11 - 4
+
+
+def test_several_processes_draw_what_one_draws_and_each_picture_once(collect, drawn, tmp_path):
+    """Two threads in the place of two processes; a barrier in the place of accelerate's."""
+    whole = collect()
+    drawn.clear()
+    with pytest.raises(EraseError, match="no such file"):  # control: rank 0 alone has its share only
+        collect(cache_dir=tmp_path / "half", workers=Workers(0, 2))
+    assert len(drawn) == 4  # chunks 0 and 2 of the forget pictures
+    drawn.clear()
+    barrier = threading.Barrier(2, timeout=60)
+
+    def wait() -> None:
+        barrier.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [Workers(rank, 2, wait) for rank in range(2)]
+        results = list(pool.map(lambda rank: collect(cache_dir=tmp_path / "shared", workers=rank), ranks))
+    assert same(results[0], whole) and same(results[1], whole)
+    assert len(drawn) == 11
+
+
+def test_a_round_trip_through_pixels_gives_the_posteriors_spread(collect):
+    direct, data = collect(), collect(plan=replace(PLAN, round_trip=True))
+    assert (data.forget.std > 0).all() and (data.retain.std > 0).all()
+    assert not direct.forget.std.any()  # control
+    assert data.fingerprint != direct.fingerprint
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_flat_folder_takes_the_concepts_prompts_in_turn(collect, tmp_path):
+    for name in ("c.png", "a.JPG", "sub.webp", "b.bmp"):
+        picture(tmp_path / "images" / name)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    data = collect(plan=replace(PLAN, forget_images=str(tmp_path / "images")))
+    assert words(data, data.forget.prompt) == ["a circle", "red circle", "a circle", "a circle"]
+    assert words(data, data.anchor) == ["a square", "red square", "a star", "a square"]
+    assert data.record["num_forget"] == 4 and data.record["first_seed"] is None
+    assert (data.forget.std > 0).all()
+
+
+def test_class_folders_say_what_they_hold(collect, tmp_path):
+    for name in ("church/0.png", "gas_pump/0.png", "apple/0.png"):
+        picture(tmp_path / "images" / "train" / name)
+    data = collect(plan=replace(PLAN, retain_images=str(tmp_path / "images")), concept=replace(CONCEPT, retain=()))
+    assert words(data, data.retain.prompt) == ["an image of an apple", "an image of a church", "an image of a gas pump"]
+
+
+def test_a_metadata_file_names_the_prompts(collect, tmp_path):
+    for name in ("a.png", "deep/b.png"):
+        picture(tmp_path / name)
+    with open(tmp_path / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "text"], ["deep/b.png", "red circle"], ["a.png", "two, rings"]])
+    data = collect(plan=replace(PLAN, forget_images=str(tmp_path)))
+    assert words(data, data.forget.prompt) == ["two, rings", "red circle"]
+    assert words(data, data.anchor) == ["a square", "red square"]  # words that the concept does not know: its first
+
+
+def test_images_are_cut_to_a_square_in_the_middle_and_stand_upright(tmp_path):
+    """A picture 16 wide and 8 high, blue but for a red middle; turned on its side with a note to turn it back."""
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[..., 2] = 255
+    pixels[:, 4:12] = (255, 0, 0)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn a quarter clockwise
+    pixels[:4, 4:12] = (0, 255, 0)
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "b.png", exif=exif)
+    (plain, _), (turned, _) = list_images(str(tmp_path))
+    assert torch.equal(plain.pixels(8), torch.tensor([1.0, -1, -1])[:, None, None].expand(3, 8, 8))
+    assert torch.equal(turned.pixels(8)[1, :, 0], torch.tensor([1.0] * 4 + [-1.0] * 4))
+    assert plain.pixels(16).shape == (3, 16, 16)
+
+
+def test_image_latents_are_cached_by_content_and_by_batch(collect, tmp_path, monkeypatch):
+    for number in range(5):
+        picture(tmp_path / "images" / f"{number}.png", (number * 50, 0, 0))
+    plan = replace(PLAN, forget_images=str(tmp_path / "images"))
+    first = collect(plan=plan)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    small = collect(plan=replace(plan, forget_images=str(tmp_path / "moved"), batch_size=1))
+    assert torch.allclose(small.forget.mean, first.forget.mean, atol=1e-5)  # not chunks of another size
+    monkeypatch.setattr(models.Model, "encode_images", None)
+    assert same(collect(plan=replace(plan, forget_images=str(tmp_path / "moved"))), first)
+    picture(tmp_path / "moved" / "0.png", (9, 9, 9))
+    with pytest.raises(TypeError):
+        collect(plan=replace(plan, forget_images=str(tmp_path / "moved")))
+
+
+def test_errors_name_what_is_wrong(collect, tmp_path, drawn):
+    def forget_from(folder: Path) -> Data:
+        return collect(plan=replace(PLAN, forget_images=str(folder)))
+
+    with pytest.raises(EraseError, match=r"^concept 'circle' has no retain prompts; give --retain PROMPT$"):
+        collect(replace(CONCEPT, retain=()))
+    with pytest.raises(EraseError, match="^--resolution is 12; it must be a multiple of 8$"):
+        collect(plan=replace(PLAN, size=12))
+    with pytest.raises(EraseError, match=r"nowhere: no such folder; .* pip install 'erase-concept\[datasets\]'$"):
+        forget_from(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EraseError, match=r"^.*empty holds no image \(\.bmp, .*\)$"):
+        forget_from(tmp_path / "empty")
+    picture(tmp_path / "flat" / "0.png")
+    with pytest.raises(EraseError, match="no retain prompts; --retain-images .*flat names no prompts either"):
+        collect(replace(CONCEPT, retain=()), replace(PLAN, retain_images=str(tmp_path / "flat")))
+    for text, words in [
+        ("file_name,text\ngone.png,x\n", "line 2: there is no image 'gone.png'"),
+        ("file_name,caption\n0.png,x\n", "line 2: the columns file_name and text are needed"),
+        ("file_name,text\n0.png,\xe9\n", "cannot be read as CSV"),
+    ]:
+        (tmp_path / "flat" / "metadata.csv").write_text(text, encoding="latin-1")
+        with pytest.raises(EraseError, match=words):
+            forget_from(tmp_path / "flat")
+    assert drawn == []  # all of this is said before anything is drawn
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "half"], ids=["empty", "text", "truncated"])
+def test_an_image_that_cannot_be_read_is_named(collect, tmp_path, content):
+    picture(tmp_path / "good.png", size=(64, 64))
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(EraseError, match=r"^cannot read the image .*bad\.png \(.*\); mend or remove it$"):
+        collect(plan=replace(PLAN, forget_images=str(tmp_path)))

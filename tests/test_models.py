@@ -1,0 +1,398 @@
+"""Laws of a model: it noises and draws as diffusers does, and a folder or file that is not whole is one clear line."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from erase import export, models
+from erase.errors import EraseError
+from erase.models import Model
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def toy(toy_pipeline_dir) -> Model:
+    return models.load(toy_pipeline_dir)
+
+
+@pytest.fixture
+def broken(toy_pipeline_dir, tmp_path) -> Path:
+    """A copy of the toy pipeline that a test may break; whole until then."""
+    shutil.copytree(toy_pipeline_dir, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def refused():
+    """A function that loads and gives the message: one line that does not end in a library's advice."""
+
+    def refused(source: str | Path, **options: Any) -> str:
+        with pytest.raises(EraseError) as error:
+            models.load(source, **options)
+        message = str(error.value)
+        assert "\n" not in message and len(message) < 700
+        return message
+
+    return refused
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def pickled(folder: Path) -> Path:
+    for path in [folder / UNET, folder / VAE, folder / TEXT]:
+        stem = "pytorch_model" if path.name == "model.safetensors" else "diffusion_pytorch_model"
+        torch.save(load_file(path), path.with_name(f"{stem}.bin"))
+        path.unlink()
+    return folder
+
+
+def inputs(model: Model, n: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    side = int(model.unet.config["sample_size"])
+    x = torch.randn(n, 4, side, side, generator=draw)
+    return x, torch.tensor([10, 900])[:n], model.encode_text(["a circle", ""][:n])
+
+
+@torch.no_grad()
+def prediction(model: Model) -> torch.Tensor:
+    return model(*inputs(model))
+
+
+# --- what a model does ----------------------------------------------------------------------------------------------
+
+
+def test_the_noise_schedule_is_stable_diffusions(toy):
+    """Golden values from the definition, beta = linspace(sqrt 0.00085, sqrt 0.012)^2, in double precision."""
+    golden = [0.99915, 0.6737926252333215, 0.2763326838229746, 0.05616984800293729, 0.004660098513077238]
+    assert toy.alphas_cumprod[[0, 250, 500, 750, 999]].tolist() == pytest.approx(golden, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_is_added_as_diffusers_adds_it(toy, dtype):
+    draw = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 5, 4, 4, 4, generator=draw).to(dtype)
+    t = torch.tensor([0, 1, 499, 998, 999])
+    theirs: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    ours = toy.add_noise(x, eps, t)
+    assert ours.dtype == dtype
+    assert torch.allclose(ours, theirs.add_noise(x, eps, t), atol=1e-6)
+    linear: Any = DDPMScheduler()  # control: another schedule
+    assert not torch.allclose(ours, linear.add_noise(x, eps, t), atol=1e-2)
+
+
+def test_a_velocity_becomes_the_noise(broken):
+    """v = sqrt(a) eps - sqrt(1 - a) x0 of a known x0 and eps, so from x_t and v the noise must come back."""
+    config = broken / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    model = models.load(broken)
+    draw = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 2, 4, 4, 4, generator=draw)
+    t = torch.tensor([3, 950])
+    scheduler: Any = DDPMScheduler.from_config(model.scheduler.config)  # pyright: ignore[reportAttributeAccessIssue]
+    v = scheduler.get_velocity(x0, eps, t)
+    x_t = model.add_noise(x0, eps, t)
+
+    def unet(x, t, encoder_hidden_states):
+        return type("Output", (), {"sample": v})
+
+    assert torch.allclose(model.predict(unet, x_t, t, torch.zeros(2, 77, 8)), eps, atol=1e-5)
+    model.prediction_type = "epsilon"  # control
+    assert torch.equal(model.predict(unet, x_t, t, torch.zeros(2, 77, 8)), v)
+
+
+def test_text_is_padded_and_cut_as_diffusers_does_it(toy):
+    prompts = ["", "a circle", "long " * 50]
+    pipeline = StableDiffusionPipeline.from_pretrained(toy.folder)
+    expected, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    assert toy.encode_text(prompts).shape == (3, 77, 8)
+    assert torch.allclose(toy.encode_text(prompts), expected, atol=1e-6)
+    assert torch.allclose(toy.encode_text(prompts, batch_size=1), expected, atol=1e-5)
+
+
+def test_the_same_seed_is_the_same_picture_in_any_batch_and_the_vae_is_not_asked(toy, monkeypatch):
+    options: Any = dict(steps=3, guidance=3.0, size=8)
+    monkeypatch.setattr(toy.vae, "decode", None)
+    monkeypatch.setattr(toy.vae, "encode", None)
+    together = toy.draw(["a circle", "a moon", "a tree"], [1, 2, 3], **options)
+    alone = torch.cat([toy.draw([prompt], [seed], **options) for prompt, seed in [("a circle", 1), ("a moon", 2)]])
+    assert together.shape == (3, 4, 4, 4)
+    assert torch.allclose(together[:2], alone, atol=1e-5)  # sums in another order
+    assert torch.equal(together, toy.draw(["a circle", "a moon", "a tree"], [1, 2, 3], **options))
+    assert not torch.allclose(together[:1], toy.draw(["a circle"], [2], **options), atol=1e-2)  # control
+
+
+def test_drawing_leaves_the_mode_as_it_was_and_takes_the_unet_that_it_is_given(toy, broken):
+    other = models.load_unet(broken)
+    with torch.no_grad():
+        other.conv_out.weight.mul_(2)
+    other.train()
+    modes = {name: module.training for name, module in other.named_modules()}
+    options: Any = dict(steps=2, guidance=1.0, size=8)
+    drawn = toy.draw(["a circle"], [0], unet=other, **options)
+    assert {name: module.training for name, module in other.named_modules()} == modes
+    assert not toy.unet.training
+    assert not torch.equal(drawn, toy.draw(["a circle"], [0], **options))
+
+
+def test_pictures_and_latents_have_the_size_that_the_vae_says(toy, tiny_pipeline_dir):
+    assert (toy.vae_scale, toy.resolution) == (2, 8)
+    mean, std = toy.encode_images(torch.zeros(3, 3, 8, 8))
+    assert mean.shape == std.shape == (3, 4, 4, 4) and (std > 0).all()
+    pictures = toy.decode(mean * 100, batch_size=2)
+    assert pictures.shape == (3, 3, 8, 8) and pictures.abs().max() <= 1
+    assert models.load(tiny_pipeline_dir).resolution == 64
+
+
+def test_only_a_folder_that_says_so_is_of_the_embedded_world(toy, broken):
+    assert not toy.is_mini and toy.defaults == {}
+    (broken / "erase_defaults.json").write_text('{"family": "mini", "batch_size": 2}')
+    assert models.load(broken).is_mini
+    state = models.load_unet(broken).state_dict()
+    export.save_pipeline(broken, broken.parent / "out", state)
+    assert models.load(broken.parent / "out").is_mini  # a run folder stays what its base was
+
+
+def test_a_saved_folder_predicts_exactly_what_the_model_in_memory_predicts(broken):
+    model = models.load(broken)
+    before = prediction(model)
+    with torch.no_grad():
+        model.unet.conv_in.weight.add_(0.1)
+    export.save_pipeline(broken, broken.parent / "out", model.unet.state_dict())
+    assert torch.equal(prediction(models.load(broken.parent / "out")), prediction(model))
+    assert not torch.equal(prediction(model), before)
+
+
+def test_half_precision_variants_and_files_of_2022_load_in_single_precision(broken, toy):
+    edit(broken / UNET, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
+    (broken / UNET).rename(broken / UNET.replace(".safetensors", ".fp16.safetensors"))
+
+    def text_of_2022(tensors):
+        old = {f"text_model.{name}": tensors.pop(name) for name in list(tensors)}
+        tensors.update(old | {"text_model.embeddings.position_ids": torch.arange(77)[None]})
+
+    def vae_of_2022(tensors):
+        for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            for name in [name for name in tensors if f".{new}." in name]:
+                tensors[name.replace(f".{new}.", f".{old}.")] = tensors.pop(name)
+
+    edit(broken / TEXT, text_of_2022)
+    edit(broken / VAE, vae_of_2022)
+    model = models.load(broken)
+    parts = (model.unet, model.vae, model.text_encoder)
+    assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.float32}
+    assert not any(tensor.requires_grad for part in parts for tensor in part.parameters())
+    assert not any(part.training for part in parts)
+    assert torch.equal(model.encode_text(["a circle"]), toy.encode_text(["a circle"]))
+    assert torch.equal(model.encode_images(torch.ones(1, 3, 8, 8))[0], toy.encode_images(torch.ones(1, 3, 8, 8))[0])
+    assert torch.allclose(prediction(model), prediction(toy), atol=1e-2)
+
+
+def test_xformers_needs_a_gpu_and_its_package(toy, monkeypatch):
+    toy.use_attention("sdpa")
+    with pytest.raises(
+        EraseError, match="^xformers needs a CUDA device but the model is on cpu; leave out --attention$"
+    ):
+        toy.use_attention("xformers")
+    monkeypatch.setattr(Model, "device", torch.device("cuda"))
+
+    def fail(error: Exception) -> None:
+        def enable():
+            raise error
+
+        monkeypatch.setattr(toy.unet, "enable_xformers_memory_efficient_attention", enable)
+
+    fail(ModuleNotFoundError("Refer to https://github.com/facebookresearch/xformers"))
+    with pytest.raises(EraseError, match=r"^xformers is not installed; pip install 'erase-concept\[xformers\]'$"):
+        toy.use_attention("xformers")
+    fail(NotImplementedError("No operator found\nfor this GPU"))
+    with pytest.raises(EraseError, match=r"^xformers cannot be used here \(No operator found for this GPU\)"):
+        toy.use_attention("xformers")
+
+
+# --- what cannot be loaded ------------------------------------------------------------------------------------------
+
+
+def test_a_place_where_no_model_is(refused, tmp_path):
+    assert "has no model_index.json; give the folder of a whole diffusers pipeline" in refused(tmp_path)
+    assert refused(tmp_path / "gone").startswith(f"no model '{tmp_path}/gone': not 'mini', not a folder")
+    assert refused("salun").startswith("no model 'salun': not 'mini'")
+    assert refused(tmp_path / "gone.safetensors") == f"{tmp_path}/gone.safetensors: no such file"
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(refused):
+    started = time.perf_counter()
+    message = refused("nobody/no-such-model")
+    assert message.startswith("'nobody/no-such-model' is no folder here and cannot be had from the hub (")
+    assert message.endswith("give the folder of a local copy with --model DIR, or try --model mini")
+    assert time.perf_counter() - started < 5
+
+
+def test_the_hub_is_asked_for_more_only_when_the_plain_weights_are_not_there(broken, monkeypatch):
+    asked: list[str] = []
+
+    def snapshot(repository, *, revision, allow_patterns, ignore_patterns):
+        asked.extend(p for p in allow_patterns if p.startswith("unet/") and p not in {"unet/*.json", "unet/*.txt"})
+        return str(broken)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert models.load("somebody/model").folder == broken
+    assert asked == ["unet/*.safetensors"]
+    asked.clear()
+    pickled(broken)
+    assert models.load("somebody/model", allow_pickle=True).folder == broken
+    assert asked == ["unet/*.safetensors", "unet/*.fp16.safetensors", "unet/*.bin"]
+
+
+@pytest.mark.parametrize("path", [UNET, VAE, TEXT])
+def test_a_truncated_file_is_named(path, broken, refused):
+    whole = (broken / path).read_bytes()
+    for cut in (0, 4, len(whole) - 1):
+        (broken / path).write_bytes(whole[:cut])
+        assert refused(broken).startswith(f"{broken / path} is not a whole safetensors file (")
+    (broken / path).unlink()
+    assert refused(broken) == f"{(broken / path).parent} has no weights (*.safetensors); download the model again"
+    (broken / path).with_name("config.json").unlink()
+    assert f"{Path(path).parent}/config.json is missing" in refused(broken)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(UNET, "conv_in.bias"), (VAE, "decoder.conv_in.bias"), (TEXT, "final_layer_norm.bias")],
+    ids=["unet", "vae", "text encoder"],
+)
+def test_weights_that_do_not_fit_are_named(path, name, broken, refused):
+    """diffusers leaves a missing weight empty and transformers draws it at random, with no more than a warning."""
+    folder, whole = (broken / path).parent, load_file(broken / path)
+    save_file({key: tensor for key, tensor in whole.items() if key != name}, broken / path)
+    assert refused(broken) == f"{folder} lacks '{name}'; its weights do not fit its config"
+    save_file(whole | {"a.b": torch.zeros(1), "a.c": torch.zeros(1)}, broken / path)
+    assert refused(broken) == f"{folder} has a weight too many, 'a.b' and 1 more; its weights do not fit its config"
+    save_file(whole | {name: torch.zeros(3)}, broken / path)
+    message = refused(broken)
+    assert str(folder) in message and name in message and "shape" in message and "ignore_mismatched" not in message
+    save_file(whole, broken / path)
+    models.load(broken)  # control
+
+
+@pytest.mark.parametrize("kept", [[], ["tokenizer_config.json"], ["vocab.json", "merges.txt"], ["vocab.json"]])
+def test_a_tokenizer_without_its_files_is_never_the_stub(kept, toy, broken, refused):
+    """transformers makes a tokenizer of two tokens, or one that does not cut prompts, without an error."""
+    export.write_pipeline(StableDiffusionPipeline.from_pretrained(broken), broken.parent / "full")
+    folder = broken.parent / "full"
+    models.load(folder)  # control
+    for path in (folder / "tokenizer").iterdir():
+        if path.name not in kept:
+            path.unlink()
+    message = refused(folder)
+    assert message.startswith((f"{folder}/tokenizer", f"cannot load {folder}/tokenizer"))
+    assert "download" in message
+    shutil.rmtree(folder / "tokenizer")
+    assert "tokenizer has 2 tokens but the text encoder 514; its files are missing or broken" in refused(folder)
+
+
+def test_broken_json_and_unknown_schedulers_are_named(broken, refused):
+    (broken / "erase_defaults.json").write_text("[1]")
+    assert refused(broken).startswith(f"{broken}/erase_defaults.json holds no JSON object")
+    (broken / "erase_defaults.json").write_text("{")
+    assert refused(broken).startswith(f"{broken}/erase_defaults.json cannot be read as JSON")
+    (broken / "erase_defaults.json").unlink()
+    (broken / "scheduler" / "scheduler_config.json").unlink()
+    assert refused(broken).startswith(f"cannot load {broken}/scheduler: ")
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "WarpScheduler"]}))
+    assert "names the scheduler 'WarpScheduler', which diffusers does not have" in refused(broken)
+    (broken / "unet" / "config.json").write_text("{")
+    assert refused(broken).startswith(f"cannot load {broken}/unet: ")
+
+
+def test_a_model_of_another_kind_is_refused(broken, refused):
+    config = broken / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    assert refused(broken).endswith("predicts 'sample'; only epsilon and v_prediction are known")
+    options = json.loads((broken / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    UNet2DConditionModel.from_config(options).save_pretrained(broken / "unet")  # pyright: ignore
+    assert "is not a text-to-image Stable Diffusion 1 or 2: its UNet takes 9 channels" in refused(broken)
+
+
+def test_pickles_are_read_only_when_they_are_allowed(broken, toy, refused):
+    pickled(broken)
+    message = refused(broken)
+    assert message.startswith(f"{broken}/unet has no safetensors weights; a pickle can run code when loaded: ")
+    assert torch.equal(prediction(models.load(broken, allow_pickle=True)), prediction(toy))
+    (broken / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"no pickle")
+    assert refused(broken, allow_pickle=True).startswith(f"cannot load {broken}/unet: ")
+
+
+# --- single files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single_file(tiny_pipeline_dir, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("single") / "model.safetensors"
+    export.save_single_file(path, tiny_pipeline_dir, dtype="fp32")
+    return path
+
+
+def test_a_single_file_predicts_exactly_what_its_folder_predicts(
+    single_file, tiny_pipeline_dir, cache_dir, monkeypatch
+):
+    model = models.load(single_file, config=str(tiny_pipeline_dir))
+    base = models.load(tiny_pipeline_dir)
+    assert torch.equal(prediction(model), prediction(base))
+    assert torch.equal(model.encode_text(["a moon"]), base.encode_text(["a moon"]))
+    assert torch.equal(model.decode(torch.ones(1, 4, 8, 8)), base.decode(torch.ones(1, 4, 8, 8)))
+    assert isinstance(model.scheduler, DDIMScheduler) and dict(model.scheduler.config)["steps_offset"] == 1
+    assert model.folder.parent == cache_dir / "converted"
+    assert [path.name for path in model.folder.parent.iterdir()] == [model.folder.name]
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", None)
+    assert models.load(single_file, config=str(tiny_pipeline_dir)).folder == model.folder  # converted once
+
+
+def test_a_single_file_with_another_config_is_converted_anew(single_file, tiny_pipeline_dir, tmp_path):
+    shutil.copytree(tiny_pipeline_dir, tmp_path / "v")
+    scheduler = tmp_path / "v" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    assert models.load(single_file, config=str(tiny_pipeline_dir)).prediction_type == "epsilon"
+    assert models.load(single_file, config=str(tmp_path / "v")).prediction_type == "v_prediction"
+
+
+def test_a_checkpoint_is_read_only_when_it_is_allowed(single_file, tiny_pipeline_dir, tmp_path, refused):
+    path, config = tmp_path / "model.ckpt", str(tiny_pipeline_dir)
+    torch.save({"state_dict": load_file(single_file)}, path)
+    assert refused(path, config=config).startswith(f"{path} is a pickle, which can run code when loaded; ")
+    model = models.load(path, config=config, allow_pickle=True)
+    assert torch.equal(prediction(model), prediction(models.load(tiny_pipeline_dir)))
+    path.write_bytes(path.read_bytes()[:5000])
+    assert refused(path, config=config, allow_pickle=True).startswith(f"cannot load {path}: ")
+
+
+def test_a_single_file_that_is_not_whole_is_named(single_file, tiny_pipeline_dir, tmp_path, refused, cache_dir):
+    path, config = tmp_path / "model.safetensors", str(tiny_pipeline_dir)
+    path.write_bytes(single_file.read_bytes()[:-1])
+    assert refused(path, config=config).startswith(f"{path} is not a whole safetensors file (")
+    tensors = load_file(single_file)
+    name = "model.diffusion_model.out.2.bias"
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
+    assert refused(path, config=config) == f"cannot load {path}: it lacks weights that its config asks for"
+    save_file({"lora_unet.lora_down.weight": torch.zeros(2)}, path)
+    assert refused(path, config=config).startswith(f"cannot load {path}: ")
+    assert refused(single_file, config=str(tmp_path)).startswith(f"--config is '{tmp_path}', which has no model_index")
+    message = refused(single_file)  # its configs would come from the hub
+    assert message.endswith("; offline, name a diffusers folder with its configs and tokenizer: --config DIR")
+    assert not cache_dir.exists()

@@ -1,0 +1,322 @@
+"""The whole job on a toy pipeline: what a run folder holds, and how runs are continued, refused, applied and undone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from erase import cli, delta, erase_concept, files, models, saliency
+from erase import run as running
+from erase.concepts import Concept
+from erase.errors import EraseError
+
+CONCEPT = Concept(
+    "cat",
+    "object",
+    forget=("a cat", "a photo of a cat"),
+    anchor=("a dog", "a photo of a dog"),
+    retain=("a tree", "a boat", "a house"),
+    others=("a bird", "a car"),
+)
+OPTIONS = {
+    "num_forget": 4,
+    "num_retain": 4,
+    "num_inference_steps": 2,
+    "num_train_steps": 4,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "checkpointing_steps": 1,
+    "num_samples": 2,
+    "generation_batch_size": 2,
+    "device": "cpu",
+    "quiet": True,
+}
+FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in OPTIONS.items() if k != "quiet"]
+
+
+def erase(model: Path, output: Path, **options):
+    return erase_concept(CONCEPT, str(model), output=str(output), **{**OPTIONS, **options})
+
+
+@pytest.fixture(scope="module")
+def finished(toy_pipeline_dir, tmp_path_factory):
+    """One finished run, to look at only."""
+    os.environ["ERASE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return erase(toy_pipeline_dir, tmp_path_factory.mktemp("run") / "cat")
+
+
+def test_a_run_folder_holds_what_it_promises(finished, toy_pipeline_dir):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert {"model_index.json", "unet", "delta.safetensors", "mask.safetensors", "run.json", "README.md"} <= names
+    assert "samples.png" in names and "work" not in names
+    record = json.loads((finished.folder / "run.json").read_text())
+    assert record == json.loads(json.dumps(finished.record))
+    assert record["status"] == "done" and len(record["losses"]) == 4
+    for name, digest in record["files"].items():
+        assert files.file_hash(finished.folder / name) == digest, name
+    mask, header = saliency.load(finished.folder / "mask.safetensors")
+    assert saliency.count(mask) == int(header["total"] * 0.5) == record["mask"]["ones"]
+    assert header["base_hash"] == record["model"]["base_hash"]
+    for path in toy_pipeline_dir.rglob("*"):  # untouched parts are the base's bytes
+        if path.is_file() and "diffusion_pytorch_model" not in path.name or "vae" in path.parts:
+            if path.is_file():
+                assert path.read_bytes() == (finished.folder / path.relative_to(toy_pipeline_dir)).read_bytes()
+
+
+def test_only_masked_weights_differ_from_the_base(finished, toy_pipeline_dir):
+    mask, _ = saliency.load(finished.folder / "mask.safetensors")
+    base = models.load_unet(toy_pipeline_dir).state_dict()
+    erased = models.load_unet(finished.folder).state_dict()
+    changed = {name: base[name].view(torch.int32) != erased[name].view(torch.int32) for name in base}
+    assert sum(int(c.sum()) for c in changed.values()) == finished.record["weights"]["changed"] > 0
+    assert not any((changed[name] & ~mask[name]).any() for name in base)
+
+
+def test_a_fresh_process_without_erase_loads_the_folder_and_predicts_the_same(finished, tmp_path):
+    """Law 6."""
+    unet = models.load_unet(finished.folder)
+    x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([5, 800]), torch.randn(2, 77, 8)
+    with torch.no_grad():
+        files.write_tensors(tmp_path / "io.safetensors", {"x": x, "t": t, "c": c, "y": unet(x, t, c).sample})
+    script = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+io = load_file(sys.argv[2])
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+with torch.no_grad():
+    y = pipeline.unet(io["x"], io["t"], io["c"]).sample
+assert "erase" not in sys.modules
+print(torch.equal(y, io["y"]), len(pipeline.tokenizer) == pipeline.text_encoder.config.vocab_size)
+"""
+    command = [sys.executable, "-c", script, str(finished.folder), str(tmp_path / "io.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_the_same_call_returns_the_finished_record_and_other_settings_are_refused(finished, toy_pipeline_dir):
+    before = (finished.folder / "run.json").stat().st_mtime_ns
+    assert erase(toy_pipeline_dir, finished.folder).record == finished.record
+    with pytest.raises(EraseError, match=r"holds another run \(it differs in --density, --seed\)"):
+        erase(toy_pipeline_dir, finished.folder, density=0.1, seed=3)
+    assert (finished.folder / "run.json").stat().st_mtime_ns == before
+
+
+def test_same_seed_same_delta_and_another_seed_another(finished, toy_pipeline_dir, tmp_path):
+    """Law 4, from nothing: the cache is empty."""
+    digest = files.file_hash(finished.folder / "delta.safetensors")
+    again = erase(toy_pipeline_dir, finished.folder.parent / "again" / "cat", cache_dir=str(tmp_path / "fresh"))
+    assert files.file_hash(again.folder / "delta.safetensors") == digest
+    other = erase(toy_pipeline_dir, tmp_path / "other", seed=1)
+    assert other.record["model"]["result_hash"] != finished.record["model"]["result_hash"]
+
+
+@pytest.mark.parametrize("mask", ["random", "inverse", "none"])
+def test_controls_run_and_differ_from_the_salient_mask(finished, toy_pipeline_dir, tmp_path, mask):
+    record = erase(toy_pipeline_dir, tmp_path / mask, mask=mask, num_samples=0).record
+    assert record["model"]["result_hash"] != finished.record["model"]["result_hash"]
+    if mask == "none":
+        assert record["mask"] is None and not (tmp_path / mask / "mask.safetensors").exists()
+        assert record["weights"]["changed"] > finished.record["weights"]["changed"]
+    else:
+        assert record["mask"]["ones"] == finished.record["mask"]["ones"]
+        mine = saliency.load(tmp_path / mask / "mask.safetensors")[0]
+        assert saliency.iou(mine, saliency.load(finished.folder / "mask.safetensors")[0]) < 0.5
+
+
+def test_a_mask_file_gives_the_run_that_made_it(finished, toy_pipeline_dir, tmp_path):
+    path = str(finished.folder / "mask.safetensors")
+    again = erase(toy_pipeline_dir, tmp_path / "run", mask=path, num_samples=0)
+    assert again.record["model"]["result_hash"] == finished.record["model"]["result_hash"]
+
+
+def test_the_references_mask_layout_is_read_and_another_scopes_mask_refused(tiny_pipeline_dir, tmp_path):
+    from erase import compvis
+
+    unet = models.load_unet(tiny_pipeline_dir)
+    mask = saliency.random_mask({name: p.shape for name, p in unet.named_parameters()}, 0.2, seed=0)
+    names = compvis.compvis_names(unet.config)  # pyright: ignore
+    saliency.save_reference(tmp_path / "with_0.2.pt", mask, names.__getitem__)
+    options = {"mask": str(tmp_path / "with_0.2.pt"), "num_samples": 0, "save": ("delta",), "num_train_steps": 1}
+    record = erase(tiny_pipeline_dir, tmp_path / "run", **options).record
+    assert record["mask"]["ones"] == saliency.count(mask)
+    assert 0 < record["weights"]["changed"] <= saliency.count(mask)
+    partial = {name: bits for name, bits in mask.items() if ".attn2." in name}
+    saliency.save(tmp_path / "partial.safetensors", partial, {})
+    with pytest.raises(EraseError, match="has no entry for .* made for another --scope"):
+        erase(tiny_pipeline_dir, tmp_path / "refused", mask=str(tmp_path / "partial.safetensors"))
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("recipe", ["paper", "reference"])
+def test_the_other_recipes_run(finished, toy_pipeline_dir, tmp_path, recipe):
+    record = erase(toy_pipeline_dir, tmp_path / recipe, recipe=recipe, num_samples=0).record
+    assert record["settings"]["alpha"] == 0.5 and record["settings"]["target"] == "fixed"
+    assert record["settings"]["mask_guidance"] == (7.5 if recipe == "reference" else 0.0)
+    assert record["model"]["result_hash"] != finished.record["model"]["result_hash"]
+
+
+def test_apply_and_remove_restore_each_other_from_the_shell(finished, toy_pipeline_dir, tmp_path, capsys):
+    """Law 5."""
+    change = str(finished.folder / "delta.safetensors")
+    cli.main(["apply", "--delta", change, "--model", str(toy_pipeline_dir), "--output", str(tmp_path / "erased")])
+    cli.main(["remove", "--delta", change, "--model", str(finished.folder), "--output", str(tmp_path / "base")])
+    for ours, expected in (("erased", finished.folder), ("base", toy_pipeline_dir)):
+        mine = models.load_unet(tmp_path / ours).state_dict()
+        theirs = models.load_unet(expected).state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert "written" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["apply", "--delta", change, "--model", str(finished.folder), "--output", str(tmp_path / "no")])
+    error = capsys.readouterr().err
+    assert finished.record["model"]["base_hash"][:12] in error and "already" in error and error.count("\n") == 1
+    assert not (tmp_path / "no").exists()
+
+
+def test_inspect_shows_the_share_of_every_block(finished, capsys):
+    for name, word in (("delta", "changed"), ("mask", "may move")):
+        cli.main(["inspect", str(finished.folder / f"{name}.safetensors")])
+        out = capsys.readouterr().out
+        assert word in out and "down_blocks.0 attn2" in out and "conv_in" in out
+        assert "50.0%" in out.splitlines()[-1] if name == "mask" else "all" in out
+
+
+def test_every_form_of_output_is_written(toy_pipeline_dir, tmp_path):
+    pytest.importorskip("peft")
+    folder = erase(toy_pipeline_dir, tmp_path / "all", save=("unet", "lora"), num_samples=0).folder
+    unet = models.load_unet(toy_pipeline_dir).state_dict()
+    assert files.read_tensors(folder / "unet.safetensors").keys() == unet.keys()
+    assert (folder / "pytorch_lora_weights.safetensors").exists() and not (folder / "model_index.json").exists()
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(toy_pipeline_dir, tmp_path):
+    (tmp_path / "photo.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(EraseError, match="not a run folder"):
+            erase(toy_pipeline_dir, tmp_path, overwrite=overwrite)
+    assert (tmp_path / "photo.txt").read_text() == "mine"
+
+
+def test_a_mask_of_another_model_names_both_hashes(finished, toy_pipeline_dir, tmp_path):
+    path, mask = tmp_path / "mask.safetensors", saliency.load(finished.folder / "mask.safetensors")[0]
+    saliency.save(path, mask, {"base": "another", "base_hash": "f" * 64})
+    base = finished.record["model"]["base_hash"][:12]
+    with pytest.raises(EraseError, match=f"ffffffffffff.*{base}"):
+        erase(toy_pipeline_dir, tmp_path / "run", mask=str(path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_after_the_start_leave_no_empty_run_folder(toy_pipeline_dir, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"not a png")
+    with pytest.raises(EraseError, match="broken.png"):
+        erase(toy_pipeline_dir, tmp_path / "run", forget_images=str(tmp_path / "images"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_presets_of_the_embedded_world_are_refused_elsewhere(toy_pipeline_dir, tmp_path):
+    with pytest.raises(EraseError, match="embedded model's world.*--kind object"):
+        erase_concept("circle", str(toy_pipeline_dir), output=str(tmp_path / "run"))
+
+
+def test_resume_without_an_unfinished_run_is_an_error(toy_pipeline_dir, tmp_path):
+    with pytest.raises(EraseError, match="holds no unfinished run"):
+        erase(toy_pipeline_dir, tmp_path / "run", resume=True)
+
+
+def test_a_launcher_that_started_too_few_processes_is_noticed(toy_pipeline_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_world_size", lambda: 2)
+    with pytest.raises(EraseError, match="asked for 2 processes but accelerate runs 1"):
+        erase(toy_pipeline_dir, tmp_path / "run")
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_continue(toy_pipeline_dir, tmp_path, monkeypatch):
+    import errno
+
+    original = delta.save
+
+    def full(path, change):
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(delta, "save", full)
+    with pytest.raises(EraseError, match="cannot write .*delta.safetensors: No space left on device"):
+        erase(toy_pipeline_dir, tmp_path / "run", num_samples=0)
+    assert not list((tmp_path / "run").glob("*delta*"))
+    monkeypatch.setattr(delta, "save", original)
+    assert erase(toy_pipeline_dir, tmp_path / "run", num_samples=0).record["status"] == "done"
+
+
+# --- interruptions and processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_delta(finished, toy_pipeline_dir, tmp_path, how):
+    """Kill after ever longer times, until a run is through; its delta is the uninterrupted one's, bit for bit."""
+    concept = tmp_path / "cat.toml"
+    concept.write_text(
+        'kind = "object"\n'
+        + "\n".join(f"{key} = {json.dumps(getattr(CONCEPT, key))}" for key in ("forget", "anchor", "retain", "others"))
+    )
+    output = tmp_path / "cat"
+    command = [sys.executable, "-m", "erase.cli", "--concept", str(concept), "--model", str(toy_pipeline_dir)]
+    command += ["--output", str(output), *FLAGS]
+    environment = {**os.environ, "ERASE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    interruptions, delay = 0, 4.0
+    while True:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        marks = {output / "run.json", output / "work" / "mask.safetensors", output / "work" / "training.pt"}
+        wanted = sorted(marks)[interruptions % 3]
+        end = time.monotonic() + delay + 60
+        while process.poll() is None and not wanted.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        if interruptions < 3 and process.poll() is None:
+            process.send_signal(how)
+            process.wait()
+            interruptions += 1
+            continue
+        assert process.wait() == 0, process.stderr.read() if process.stderr else ""
+        break
+    assert interruptions >= 1
+    assert (
+        files.file_hash(output / "delta.safetensors")
+        and json.loads((output / "run.json").read_text())["status"] == "done"
+    )
+    assert delta.load(output / "delta.safetensors").result_hash == finished.record["model"]["result_hash"]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_two_processes_draw_the_same_pictures_and_reach_the_same_weights(finished, toy_pipeline_dir, tmp_path):
+    """Law 7: the same samples, so the weights agree up to the order of float32 sums."""
+    concept = tmp_path / "cat.toml"
+    concept.write_text(
+        'kind = "object"\n'
+        + "\n".join(f"{key} = {json.dumps(getattr(CONCEPT, key))}" for key in ("forget", "anchor", "retain", "others"))
+    )
+    mask = finished.folder / "mask.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "erase.cli", "--concept", str(concept), "--model", str(toy_pipeline_dir)]
+    command += ["--output", str(tmp_path / "two"), f"--mask={mask}", *FLAGS]
+    environment = {**os.environ, "ERASE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert record["data"]["fingerprint"] == finished.record["data"]["fingerprint"]
+    one = models.load_unet(finished.folder).state_dict()
+    two = models.load_unet(tmp_path / "two").state_dict()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)

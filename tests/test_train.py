@@ -1,0 +1,320 @@
+"""The training loop and SalUn's loss, on a toy pipeline and hand-made latents."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import mse_loss
+
+from erase import models, saliency, scope, train
+from erase.data import Data, Pictures
+from erase.errors import EraseError
+from erase.methods.relabel import Batch, Relabel
+
+
+@pytest.fixture
+def model(toy_pipeline_dir) -> models.Model:
+    return models.load(toy_pipeline_dir)
+
+
+@pytest.fixture
+def data(model) -> Data:
+    draw = torch.Generator().manual_seed(1)
+    prompts = ("", "a cat", "a dog", "a tree", "a boat")
+
+    def pictures(num: int, row: int) -> Pictures:
+        mean = torch.randn(num, 4, 4, 4, generator=draw)
+        return Pictures(mean, torch.full_like(mean, 0.1), torch.full((num,), row))
+
+    anchor = torch.full((6,), 2)
+    others = torch.tensor([3, 4])
+    text = model.encode_text(prompts)
+    return Data(pictures(6, 1), pictures(5, 3), anchor, others, prompts, text, "fingerprint", {})
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+RECIPE = train.Recipe(num_steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
+
+
+def parameters_of(model: models.Model, name: str = "full") -> dict[str, torch.nn.Parameter]:
+    return scope.inside(dict(model.unet.named_parameters()), name)
+
+
+def state_of(model: models.Model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.view(torch.int32) == b.view(torch.int32)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, weight_decay=0.1, max_grad_norm=0.5, accumulation=2)])
+@pytest.mark.parametrize("method", [Relabel(), Relabel(alpha=0.5, frozen_target=False, distill_retain=False)])
+@pytest.mark.parametrize("scope_name", ["full", "xattn"])
+def test_only_weights_inside_mask_and_scope_move(model, data, accelerator, tmp_path, recipe, method, scope_name):
+    """Laws 1 and 2; buffers, VAE and text encoder stay too."""
+    before, vae = state_of(model), [p.clone() for p in model.vae.parameters()]
+    words = [p.clone() for p in model.text_encoder.parameters()]
+    parameters = parameters_of(model, scope_name)
+    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.3, seed=0)
+    train.train(model, method, data, parameters, mask, recipe, accelerator, state_path=tmp_path / "t.pt", quiet=True)
+    moved = 0
+    for name, tensor in model.unet.state_dict().items():
+        same = same_bits(tensor, before[name])
+        allowed = mask.get(name, torch.zeros_like(same))
+        assert same[~allowed].all(), name
+        moved += int((~same).sum())
+    assert moved > 0.9 * saliency.count(mask)
+    assert all(torch.equal(a, b) for a, b in zip(model.vae.parameters(), vae, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.text_encoder.parameters(), words, strict=True))
+    assert not any(p.requires_grad or p.grad is not None for p in model.unet.parameters())
+
+
+def test_the_forget_prompts_prediction_changes_and_no_steps_change_nothing(model, data, accelerator, tmp_path):
+    x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([100, 700]), data.text[[1, 1]]
+    before, state = model(x, t, c), state_of(model)
+    for steps in (0, 3):
+        recipe, path = replace(RECIPE, num_steps=steps), tmp_path / f"{steps}.pt"
+        parameters = parameters_of(model)
+        losses = train.train(model, Relabel(), data, parameters, None, recipe, accelerator, state_path=path, quiet=True)
+        assert len(losses) == steps
+        unchanged = all(torch.equal(tensor, state[name]) for name, tensor in model.unet.state_dict().items())
+        assert unchanged == (steps == 0)
+        assert torch.equal(model(x, t, c), before) == (steps == 0)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Breaking(Relabel):
+    """Relabel that stops at its n-th call, as a power cut would."""
+
+    calls = 0
+
+    def loss(self, model, frozen, batch):
+        type(self).calls += 1
+        if type(self).calls == 6:
+            raise Interrupted
+        return super().loss(model, frozen, batch)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(toy_pipeline_dir, data, accelerator, tmp_path):
+    """Law 4; the interruption comes after step 5, the last checkpoint after step 4."""
+
+    def run(method: Relabel, path: Path) -> models.Model:
+        model = models.load(toy_pipeline_dir)
+        mask = saliency.random_mask({name: p.shape for name, p in parameters_of(model).items()}, 0.5, seed=0)
+        parameters = parameters_of(model)
+        train.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
+        return model
+
+    expected = run(Relabel(), tmp_path / "whole.pt")
+    with pytest.raises(Interrupted):
+        run(Breaking(), tmp_path / "cut.pt")
+    assert len(torch.load(tmp_path / "cut.pt", weights_only=True)["losses"]) == 4
+    resumed = run(Relabel(), tmp_path / "cut.pt")
+    for name, tensor in expected.unet.state_dict().items():
+        assert torch.equal(tensor, resumed.unet.state_dict()[name]), name
+
+
+class Diverging(Relabel):
+    def loss(self, model, frozen, batch):
+        terms = super().loss(model, frozen, batch)
+        type(self).calls = getattr(type(self), "calls", 0) + 1
+        return {**terms, "forget": terms["forget"] * float("nan")} if type(self).calls == 4 else terms
+
+
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_weights(model, data, accelerator, tmp_path):
+    path, parameters = tmp_path / "t.pt", parameters_of(model)
+    with pytest.raises(EraseError, match="not finite at step 4 of 6"):
+        train.train(model, Diverging(), data, parameters, None, RECIPE, accelerator, state_path=path, quiet=True)
+    kept = torch.load(path, weights_only=True)
+    assert len(kept["losses"]) == 3
+    assert all(torch.isfinite(tensor).all() for tensor in kept["parameters"].values())
+
+
+def test_a_batch_that_does_not_divide_is_refused(model, data, accelerator, tmp_path):
+    recipe = replace(RECIPE, accumulation=3)
+    with pytest.raises(EraseError, match="--batch-size 4 does not divide into 1 processes x .* 3"):
+        train.train(
+            model, Relabel(), data, parameters_of(model), None, recipe, accelerator, state_path=tmp_path / "t.pt"
+        )
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(toy_pipeline_dir, data, accelerator, tmp_path):
+    """Means of equal parts are the mean of all, up to float32 rounding; Adam's first steps only see directions."""
+    results = []
+    for accumulation in (1, 2, 4):
+        model = models.load(toy_pipeline_dir)
+        recipe = replace(RECIPE, accumulation=accumulation, num_steps=2, learning_rate=1e-3)
+        path = tmp_path / f"{accumulation}.pt"
+        losses = train.train(
+            model, Relabel(), data, parameters_of(model), None, recipe, accelerator, state_path=path, quiet=True
+        )
+        results.append((losses, model))
+    for losses, _ in results[1:]:
+        for step, values in enumerate(losses):
+            assert values == pytest.approx(results[0][0][step], rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["anchor", "random", "fixed"])
+def test_the_target_prompt_is_the_one_that_was_chosen(model, data, accelerator, target):
+    recipe = replace(RECIPE, target=target, batch_size=64)
+    batch = next(train._batches(model, data, recipe, 0, 64, accelerator))
+    rows = {int((data.text - c).abs().sum((1, 2)).argmin()) for c in batch.c_target}
+    assert rows == {"anchor": {2}, "random": {3, 4}, "fixed": {3}}[target]
+
+
+def test_random_targets_without_other_classes_are_refused(model, data, accelerator, tmp_path):
+    data = replace(data, others=data.others[:0])
+    with pytest.raises(EraseError, match="--target random needs prompts of other classes"):
+        train.train(
+            model,
+            Relabel(),
+            data,
+            parameters_of(model),
+            None,
+            replace(RECIPE, target="random"),
+            accelerator,
+            state_path=tmp_path / "t.pt",
+        )
+
+
+def test_in_order_goes_through_the_forget_pictures_epoch_by_epoch(model, data, accelerator):
+    rows = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt of its own for (nearly) every picture, to tell them apart
+    data = replace(data, forget=replace(data.forget, prompt=rows))
+    for in_order in (True, False):
+        recipe = replace(RECIPE, in_order=in_order, batch_size=3)
+        seen = torch.cat([next(train._batches(model, data, recipe, s, 3, accelerator)).c_forget for s in range(4)])
+        expected = data.text[torch.cat([rows, rows])]
+        assert torch.equal(seen, expected) == in_order
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch(data) -> Batch:
+    draw = torch.Generator().manual_seed(2)
+    x, eps = torch.randn(3, 4, 4, 4, generator=draw), torch.randn(3, 4, 4, 4, generator=draw)
+    t = torch.tensor([10, 400, 900])
+    c = data.text[[1, 1, 1]]
+    return Batch(x, x, eps, t, t, eps, c, data.text[[2, 2, 2]], data.text[[3, 3, 3]])
+
+
+def test_the_same_words_for_the_same_latent_cost_exactly_nothing(model, batch):
+    """P10: with one latent and c = c' the loss and its gradient are zero; with other words they are not."""
+    same = replace(batch, c_target=batch.c_forget)
+    parameters = list(model.unet.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    method = Relabel(alpha=0, frozen_target=False, distill_retain=False)
+    loss = method.loss(model, model, same)["forget"]
+    assert loss.item() == 0
+    assert all(not g.any() for g in torch.autograd.grad(loss, parameters))
+    assert method.loss(model, model, batch)["forget"].item() > 0
+
+
+def test_the_target_takes_no_gradient(model, batch):
+    """P10: the gradient is that of a constant target."""
+    parameters = list(model.unet.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    method = Relabel(alpha=0, frozen_target=False, distill_retain=False)
+    ours = torch.autograd.grad(method.loss(model, model, batch)["forget"], parameters)
+    target = model(batch.x_target, batch.t_forget, batch.c_target).detach().clone()
+    loss = (model(batch.x_forget, batch.t_forget, batch.c_forget) - target).square().mean()
+    for a, b in zip(ours, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_retain_loss_is_the_diffusion_loss_of_diffusers(model, batch):
+    """P9: mean over all elements, no weighting, times alpha."""
+    with torch.no_grad():
+        terms = Relabel(alpha=0.3, distill_retain=False).loss(model, model, batch)
+        predicted = model.unet(batch.x_retain, batch.t_retain, encoder_hidden_states=batch.c_retain).sample
+    assert terms["retain"].item() == pytest.approx(0.3 * mse_loss(predicted, batch.eps_retain).item(), rel=1e-6)
+
+
+def test_distillation_costs_nothing_before_training(model, batch):
+    with torch.no_grad():
+        assert Relabel(distill_retain=True).loss(model, model, batch)["retain"].item() == 0
+        assert Relabel(distill_retain=False).loss(model, model, batch)["retain"].item() > 0
+
+
+def test_guidance_inside_the_masks_loss_has_the_references_values():
+    """P6: golden values from numpy's RandomState(2), g = 7.5; the ratio of the two gradients is (1 + g) / g."""
+    draw = np.random.RandomState(2)
+    c, u, n = (torch.from_numpy(draw.randn(2, 4, 8, 8)).requires_grad_(True) for _ in range(3))
+    loss = -(n - train.guided(c, u, 7.5)).square().mean()
+    assert loss.item() == pytest.approx(-123.29648287942993, rel=1e-9)
+    grad_c, grad_u = torch.autograd.grad(loss, (c, u))
+    assert grad_c.abs().sum().item() == pytest.approx(152.08686078155858, rel=1e-9)
+    assert grad_u.abs().sum().item() == pytest.approx(134.19428892490464, rel=1e-9)
+    torch.testing.assert_close(train.guided(c, u, 7.5), u + 8.5 * (c - u))
+
+
+# --- the mask -------------------------------------------------------------------------------------------------------
+
+
+def scores_of(model, data, accelerator, tmp_path, **options):
+    settings = {"score": "abs_sum", "guidance": 0.0, "batch_size": 2, "seed": 0, "quiet": True, **options}
+    path = tmp_path / "sums.pt"
+    return train.accumulate(model, data, parameters_of(model), accelerator, state_path=path, **settings)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 7.5])
+def test_the_score_is_the_gradient_of_the_summed_batch_losses(model, data, accelerator, tmp_path, guidance):
+    """Against one obvious backward pass over the sum of all batches' losses, drawn by the same generators."""
+    scores = scores_of(model, data, accelerator, tmp_path, guidance=guidance)
+    parameters = parameters_of(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    loss = torch.zeros(())
+    for start in (0, 2, 4):
+        rows = torch.tensor([start, start + 1])
+        draw = train.generator(0, "mask", start)
+        x = train._sample(data.forget, rows, draw)
+        t = torch.randint(0, 1000, (2,), generator=draw)
+        eps = torch.randn(x.shape, generator=draw)
+        x_t = model.add_noise(x, eps, t)
+        seen = train.guided(model(x_t, t, data.text[[1, 1]]), model(x_t, t, data.text[[0, 0]]), guidance)
+        loss = loss + (eps - seen).square().mean()
+    for (name, score), g in zip(scores.items(), torch.autograd.grad(loss, list(parameters.values())), strict=True):
+        torch.testing.assert_close(score, g.abs(), rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp_path, monkeypatch):
+    expected = scores_of(model, data, accelerator, tmp_path)
+    monkeypatch.setattr(train, "SAVE_EVERY_SECONDS", -1.0)
+    original, calls = models.Model.__call__, []
+
+    def cut(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Interrupted
+        return original(self, *args)
+
+    monkeypatch.setattr(models.Model, "__call__", cut)
+    with pytest.raises(Interrupted):
+        scores_of(model, data, accelerator, tmp_path)
+    monkeypatch.setattr(models.Model, "__call__", original)
+    assert torch.load(tmp_path / "sums.pt", weights_only=True)["done"] == 2
+    resumed = scores_of(model, data, accelerator, tmp_path)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_gradient_checkpointing_changes_no_score(model, data, accelerator, tmp_path):
+    plain = scores_of(model, data, accelerator, tmp_path)
+    saving = scores_of(model, data, accelerator, tmp_path, checkpointing=True)
+    for name in plain:
+        torch.testing.assert_close(saving[name], plain[name], rtol=1e-5, atol=1e-7)
+    assert not model.unet.is_gradient_checkpointing
