@@ -106,7 +106,9 @@ def _erase(arguments: list[str]) -> None:
         return
     quiet = given.pop("quiet") or not sys.stderr.isatty()
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    _check_concept(settings)
+    concepts.find(  # misspelt or refused: an error before the seconds in which torch is imported
+        settings.concept, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain
+    )
     _silence_libraries()
     from erase.run import run
 
@@ -125,14 +127,6 @@ def _erase(arguments: list[str]) -> None:
     print(f"{weights['changed']:,} of {weights['total']:,} weights changed; delta.safetensors takes it back exactly")
     if "pipeline" in settings.save:
         print(f'load it: StableDiffusionPipeline.from_pretrained("{result.folder}")')
-
-
-def _check_concept(settings: Settings) -> None:
-    """Raise what `run` would, for a misspelt or refused name, before the seconds in which torch is imported."""
-    if settings.kind:
-        concepts.describe(settings.concept, settings.kind)
-    else:
-        concepts.load(settings.concept)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -102,6 +102,22 @@ def load(name: str, *, model_family: str | None = None) -> Concept:
     raise EraseError(f"unknown concept {name!r}; {hint} or describe your own with --kind object or --kind style")
 
 
+def find(
+    name: str,
+    kind: Literal["object", "style"] | None = None,
+    *,
+    forget: Sequence[str] = (),
+    anchor: Sequence[str] = (),
+    retain: Sequence[str] = (),
+    model_family: str | None = None,
+) -> Concept:
+    """The concept that a user names: `load` or, with a kind, `describe`; prompts that are given replace its own."""
+    if kind and name.lower().endswith(".toml"):
+        raise EraseError(f"--kind is for free text, but {name!r} is a file, which has its own kind")
+    concept = describe(name, kind) if kind else load(name, model_family=model_family)
+    return override(concept, forget=forget or None, anchor=anchor or None, retain=retain or None)
+
+
 def describe(name: str, kind: Literal["object", "style"]) -> Concept:
     """A concept from words alone, such as describe("red bicycle", "object") or describe("pixel art", "style").
 

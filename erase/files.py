@@ -95,9 +95,17 @@ def read_tensors(path: str | Path, *, device: str = "cpu") -> dict[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `write_tensors` stored beside the tensors; empty for a file that this project did not write."""
+    """What `write_tensors` stored beside the tensors; empty for a file that this project did not write.
+
+    Raises:
+        EraseError: the file is missing or damaged.
+    """
     with open_tensors(path) as file:
-        return json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        text = (file.metadata() or {}).get(METADATA_KEY, "{}")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise EraseError(f"the header of {path} is damaged ({error}); copy or download it again") from error
 
 
 @contextmanager

@@ -17,6 +17,8 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_wandb_available
 from torch import Tensor
 
 import erase
@@ -68,8 +70,9 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     """See `erase_concept`."""
     started = time.time()
     methods.load(settings.method)
-    find_concept(settings, concept, None)  # a name that is unknown or refused fails before a model is loaded
-    accelerator = make_accelerator(settings)
+    name = find_concept(settings, concept, None).name  # unknown or refused: an error before a model is loaded
+    folder = Path(settings.output or Path("runs") / name.replace(" ", "_"))
+    accelerator = make_accelerator(settings, folder)
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else models.default_cache_dir()
     model = models.load(
         settings.model,
@@ -85,7 +88,6 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     parameters = scope.inside(dict(model.unet.named_parameters()), settings.scope)
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)
-    folder = Path(settings.output or Path("runs") / concept.name.replace(" ", "_"))
     identity = {
         "base_hash": base_hash,
         "concept": concept.fingerprint(),
@@ -124,6 +126,8 @@ def _carry_out(
     """The run itself: data, mask, training, files; each part is skipped or continued when `folder` holds it."""
     recipe, base_hash = RECIPES[settings.recipe], identity["base_hash"]
     work = folder / "work"
+    if settings.report_to:
+        accelerator.init_trackers("erase-concept", config={k: str(v) for k, v in asdict(settings).items()})
     clock, seconds = time.perf_counter(), {"load": time.time() - started}
 
     def lap(name: str) -> None:
@@ -235,10 +239,11 @@ def _carry_out(
 # --- the parts of the job -------------------------------------------------------------------------------------------
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
+def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
     """accelerate's view of the machine; refuses when a launcher asked for more processes than it started."""
-    from accelerate.state import AcceleratorState
-
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if settings.report_to and not available[settings.report_to]():
+        raise EraseError(f"{settings.report_to} is not installed; pip install {settings.report_to}")
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in {"cpu", "cuda"} and not device.startswith("cuda:"):
         raise EraseError(f"--device is {device!r}; choose cpu, cuda or cuda:N")
@@ -253,7 +258,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
         cpu=device == "cpu",
         mixed_precision=settings.mixed_precision,
         log_with=settings.report_to,
-        project_dir=settings.output,
+        project_config=ProjectConfiguration(logging_dir=str(folder / "logs")),
         step_scheduler_with_optimizer=False,
     )
     wanted = _world_size()
@@ -262,23 +267,17 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"the launcher asked for {wanted} processes but accelerate runs {accelerator.num_processes}; "
             "on CPUs start with: torchrun --nproc_per_node N -m erase.cli ... --device cpu"
         )
-    if settings.report_to:
-        accelerator.init_trackers("erase-concept", config={k: str(v) for k, v in asdict(settings).items()})
     return accelerator
 
 
 def find_concept(settings: Settings, concept: Concept | None, model: models.Model | None) -> Concept:
     """The concept that the settings name, in the model's language (None: any), with its overrides."""
-    if concept is None and settings.kind:
-        concept = concepts.describe(settings.concept, settings.kind)
-    elif concept is None:
-        concept = concepts.load(settings.concept, model_family="mini" if model and model.is_mini else None)
-    concept = concepts.override(
-        concept,
-        forget=settings.forget or None,
-        anchor=settings.anchor or None,
-        retain=settings.retain or None,
-    )
+    given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
+    if concept is None:
+        family = "mini" if model and model.is_mini else None
+        concept = concepts.find(settings.concept, settings.kind, model_family=family, **given)
+    else:
+        concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
     if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
         raise EraseError(
             f"the preset {concept.name!r} is of the embedded model's world; "
@@ -310,7 +309,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
                 "choose another --output, or --overwrite to delete it"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(path.name != "logs" for path in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EraseError(f"{folder} exists and is not a run folder; choose another --output")
     if settings.resume:
         raise EraseError(f"--resume, but {folder} holds no unfinished run; leave it out to start one")

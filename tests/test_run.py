@@ -142,7 +142,7 @@ def test_the_references_mask_layout_is_read_and_another_scopes_mask_refused(tiny
 
     unet = models.load_unet(tiny_pipeline_dir)
     mask = saliency.random_mask({name: p.shape for name, p in unet.named_parameters()}, 0.2, seed=0)
-    names = compvis.compvis_names(unet.config)  # pyright: ignore
+    names = compvis.unet_names(unet.state_dict(), unet.config)  # pyright: ignore
     saliency.save_reference(tmp_path / "with_0.2.pt", mask, names.__getitem__)
     options = {"mask": str(tmp_path / "with_0.2.pt"), "num_samples": 0, "save": ("delta",), "num_train_steps": 1}
     record = erase(tiny_pipeline_dir, tmp_path / "run", **options).record
@@ -275,26 +275,20 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_delta(finished
     command = [sys.executable, "-m", "erase.cli", "--concept", str(concept), "--model", str(toy_pipeline_dir)]
     command += ["--output", str(output), *FLAGS]
     environment = {**os.environ, "ERASE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    interruptions, delay = 0, 4.0
-    while True:
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        marks = {output / "run.json", output / "work" / "mask.safetensors", output / "work" / "training.pt"}
-        wanted = sorted(marks)[interruptions % 3]
-        end = time.monotonic() + delay + 60
-        while process.poll() is None and not wanted.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-        if interruptions < 3 and process.poll() is None:
-            process.send_signal(how)
-            process.wait()
-            interruptions += 1
-            continue
-        assert process.wait() == 0, process.stderr.read() if process.stderr else ""
-        break
+    marks = [output / "run.json", output / "work" / "mask.safetensors", output / "work" / "training.pt"]
+    interruptions = 0
+    for mark in [*marks, None]:  # the last one is left alone
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            while mark and process.poll() is None and not mark.exists():
+                time.sleep(0.005)
+            if mark and process.poll() is None:
+                process.send_signal(how)
+                interruptions += 1
+            _, errors = process.communicate()
+        expected = {0, 130, -signal.SIGKILL} if mark else {0}
+        assert process.returncode in expected, errors
     assert interruptions >= 1
-    assert (
-        files.file_hash(output / "delta.safetensors")
-        and json.loads((output / "run.json").read_text())["status"] == "done"
-    )
+    assert json.loads((output / "run.json").read_text())["status"] == "done"
     assert delta.load(output / "delta.safetensors").result_hash == finished.record["model"]["result_hash"]
 
 

@@ -41,7 +41,7 @@ person") or in a coloured shirt and trousers ("person wearing clothes"). Caption
 
 ## Training
 
-Seed {identity["seed"]}; {stages["unet"].get("samples", 0):,} UNet samples from {identity["num_latents"]:,} cached latents;
+Seed {identity["seed"]}; {stages["unet"].get("samples", 0):,} UNet samples, {identity["num_latents"]:,} cached latents;
 wall time on a busy 2-core CPU, one thread a stage: {times}. torch {training["torch"]}. The same weights:
 
     python -m erase.mini train --seed {identity["seed"]} --output runs/mini
@@ -52,8 +52,8 @@ alone on whole pictures, {stages["decoder"].get("psnr", 0):.1f} dB PSNR on new d
 ## Measured
 
 `python -m erase.mini measure`: {measured["num_pictures"]} pictures, {measured["num_inference_steps"]} DDIM steps,
-guidance {measured["guidance_scale"]}, named by the judge, a CNN that is right about {accuracy["object"]:.2%} of objects,
-{accuracy["colour"]:.2%} of colours and {accuracy["style"]:.2%} of styles on {accuracy["num_drawings"]} new drawings.
+guidance {measured["guidance_scale"]}, named by the judge, a CNN that is right about {accuracy["object"]:.2%} of
+objects, {accuracy["colour"]:.2%} of colours and {accuracy["style"]:.2%} of styles on {accuracy["num_drawings"]} new drawings.
 
 Object {scores["object"]:.1%}, colour {scores["colour"]:.1%}, style {scores["style"]:.1%}.
 

@@ -117,7 +117,8 @@ def _fit(
 ) -> float:
     """Minimise `loss(step)` with AdamW, cosine schedule, clipping and an exponential moving average of the weights.
 
-    The state goes to `path` every SAVE_EVERY steps and is read back from there. At the end the modules hold the average.
+    The state goes to `path` every SAVE_EVERY steps and is read back from there. At the end the modules hold the
+    average.
 
     Returns the seconds spent, earlier runs included.
     """

@@ -1,0 +1,78 @@
+"""README cannot drift: its commands parse, its options, files and modules exist, and its table of methods is whole."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from erase import cli
+from erase.methods import METHODS
+from erase.scope import SCOPES
+from erase.settings import RECIPES, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+LISTING = next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "erase/mini/" in block)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for whole in block.splitlines()
+    for line in whole.split(" && ")
+    if line.strip()
+]
+
+
+def test_every_erase_command_is_accepted(monkeypatch):
+    """Up to the point where work would begin."""
+    asked: list[Settings] = []
+
+    def run(settings: Settings, **_: object):
+        asked.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("erase.run.run", run)
+    commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("erase-concept ")]
+    jobs = [command for command in commands if command[0].startswith("--") and command[0] != "--list"]
+    for command in jobs:
+        with pytest.raises(SystemExit, match="130"):
+            cli.main(command)
+    assert len(asked) == len(jobs) >= 5
+    for command in commands:
+        assert command in jobs or command[0] in cli.COMMANDS
+
+
+def test_every_option_in_the_text_exists():
+    known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
+    known |= {"--list", "--delta", "--output", "--num_processes", "--check", "--only-binary"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= known
+
+
+def test_every_file_that_the_text_names_exists():
+    named = re.findall(r"\]\(([\w/.-]+)\)|(?:python )((?:eval|tests)/\w+\.py)", README)
+    for name in filter(None, (part for pair in named for part in pair)):
+        assert (ROOT / name).exists(), name
+        block for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if "erase/mini/" in block
+    )
+    for name in re.findall(r"\b(\w+\.py)\b", LISTING):
+        assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), name
+
+
+def test_every_module_is_on_the_file_map():
+        block for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if "erase/mini/" in block
+    )
+    for path in (ROOT / "erase").glob("*.py"):
+        if path.name not in {"__init__.py", "errors.py"}:
+            assert path.name in LISTING, path.name
+
+
+@pytest.mark.parametrize("names", [METHODS, RECIPES, SCOPES])
+def test_every_method_recipe_and_scope_is_in_a_table(names):
+    for name in names:
+        assert f"`{name}`" in README, name
+
+
+def test_no_figure_is_left_to_be_filled_in():
+    assert "@@" not in README
