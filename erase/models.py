@@ -41,12 +41,6 @@ class Model:
     defaults: dict[str, Any]
 
     def __post_init__(self) -> None:
-        channels, width = self.unet.config["in_channels"], self.unet.config["cross_attention_dim"]
-        if channels != 4 or width != self.text_encoder.config.hidden_size:
-            raise EraseError(
-                f"{self.name} is not a text-to-image Stable Diffusion 1 or 2: its UNet takes {channels} channels and "
-                f"text states of width {width}, but its text encoder makes {self.text_encoder.config.hidden_size}"
-            )
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
         self.alphas_cumprod: Tensor = noise.alphas_cumprod
         self.prediction_type: str = noise.config["prediction_type"]
@@ -209,6 +203,12 @@ def load(
     unet = _load_part(UNet2DConditionModel, folder, "unet", allow_pickle)
     vae = _load_part(AutoencoderKL, folder, "vae", allow_pickle)
     text_encoder = _load_part(CLIPTextModel, folder, "text_encoder", allow_pickle)
+    channels, width = unet.config["in_channels"], unet.config["cross_attention_dim"]
+    if channels != 4 or width != text_encoder.config.hidden_size:
+        raise EraseError(
+            f"{source} is not a text-to-image Stable Diffusion 1 or 2: its UNet takes {channels} channels and "
+            f"text states of width {width}, but its text encoder makes {text_encoder.config.hidden_size}"
+        )
     tokenizer = _load_tokenizer(folder, text_encoder)
     scheduler = _load_scheduler(folder)
     for part in (unet, vae, text_encoder):

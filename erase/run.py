@@ -97,7 +97,7 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     if accelerator.is_main_process:
         open_folder(folder, identity, settings)
     accelerator.wait_for_everyone()
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record = files.read_json(folder / "run.json")
     if record["status"] == "done":
         return Run(folder, record if accelerator.is_main_process else {})
     try:
@@ -198,7 +198,7 @@ def _carry_out(
         "base": settings.model,
         "concept": asdict(concept),
         "method": settings.method,
-        "settings": asdict(settings),
+        "settings": identity["settings"],
         "data": pictures.fingerprint,
         "made_for": settings.model,
     }
@@ -233,7 +233,7 @@ def _carry_out(
     }
     files.write_json(folder / "run.json", record)
     shutil.rmtree(work, ignore_errors=True)
-    return Run(folder, record)
+    return Run(folder, files.read_json(folder / "run.json"))
 
 
 # --- the parts of the job -------------------------------------------------------------------------------------------
@@ -298,10 +298,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
             raise EraseError(f"{folder} is not a run folder (it has no run.json); delete it yourself if you mean it")
         shutil.rmtree(folder)
     if record_path.exists():
-        try:
-            record = json.loads(record_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise EraseError(f"{record_path} is damaged ({error}); use --overwrite to start again") from error
+        record = files.read_json(record_path)
         different = _differences(record.get("identity", {}), identity)
         if different:
             raise EraseError(

@@ -187,7 +187,7 @@ def train(
             _average(parameters, accelerator)
             if accelerator.num_processes > 1:
                 names = list(values)
-                mean = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
+                mean: Any = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
                 values = dict(zip(names, mean.tolist(), strict=True))
             if not all(math.isfinite(value) for value in values.values()):
                 if accelerator.is_main_process and step > 0:
@@ -295,7 +295,8 @@ def _average(parameters: Mapping[str, Parameter], accelerator: Accelerator) -> N
         return
     for parameter in parameters.values():
         if parameter.grad is not None:
-            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+            mean: Any = accelerator.reduce(parameter.grad, reduction="mean")
+            parameter.grad = mean
 
 
 def _keep(

@@ -38,8 +38,8 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
     accelerator = Accelerator()
     unet = UNet2DConditionModel(**SD14_UNET).eval().requires_grad_(False).to(accelerator.device)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    parts: Any = (None, None, None, scheduler)
-    model = models.Model("random SD v1.4", Path(), unet, *parts, {})
+    absent: Any = None  # neither mask nor step needs the VAE or the text encoder
+    model = models.Model("random SD v1.4", Path(), unet, absent, absent, absent, scheduler, {})
     parameters = dict(unet.named_parameters())
     if sum(p.numel() for p in parameters.values()) != NUM_WEIGHTS:
         raise SystemExit("this is not SD v1.4's UNet any more; diffusers' defaults have changed")

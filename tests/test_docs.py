@@ -54,15 +54,11 @@ def test_every_file_that_the_text_names_exists():
     named = re.findall(r"\]\(([\w/.-]+)\)|(?:python )((?:eval|tests)/\w+\.py)", README)
     for name in filter(None, (part for pair in named for part in pair)):
         assert (ROOT / name).exists(), name
-        block for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if "erase/mini/" in block
-    )
     for name in re.findall(r"\b(\w+\.py)\b", LISTING):
         assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), name
 
 
 def test_every_module_is_on_the_file_map():
-        block for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if "erase/mini/" in block
-    )
     for path in (ROOT / "erase").glob("*.py"):
         if path.name not in {"__init__.py", "errors.py"}:
             assert path.name in LISTING, path.name

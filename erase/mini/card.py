@@ -53,7 +53,8 @@ alone on whole pictures, {stages["decoder"].get("psnr", 0):.1f} dB PSNR on new d
 
 `python -m erase.mini measure`: {measured["num_pictures"]} pictures, {measured["num_inference_steps"]} DDIM steps,
 guidance {measured["guidance_scale"]}, named by the judge, a CNN that is right about {accuracy["object"]:.2%} of
-objects, {accuracy["colour"]:.2%} of colours and {accuracy["style"]:.2%} of styles on {accuracy["num_drawings"]} new drawings.
+objects, {accuracy["colour"]:.2%} of colours and {accuracy["style"]:.2%} of styles, on {accuracy["num_drawings"]}
+new drawings.
 
 Object {scores["object"]:.1%}, colour {scores["colour"]:.1%}, style {scores["style"]:.1%}.
 

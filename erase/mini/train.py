@@ -204,7 +204,7 @@ def _train_judge(work: Path, seed: int, budget: Budget, device: torch.device, wi
 
 def make_vae() -> AutoencoderKL:
     """A VAE with f = 8 and 4 latent channels whose residual branches begin at zero: it learns colours at once."""
-    vae = AutoencoderKL(
+    shape: dict[str, Any] = dict(
         in_channels=3,
         out_channels=3,
         latent_channels=4,
@@ -215,6 +215,7 @@ def make_vae() -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=world.SIZE,
     )
+    vae = AutoencoderKL(**shape)
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             if name.endswith(("conv2", "to_out.0")):
@@ -236,7 +237,8 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def _train_vae(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
     torch.manual_seed(seed)
-    vae = make_vae().to(device)
+    vae: Any = make_vae()
+    vae.to(device)
 
     def loss(step: int) -> Tensor:
         rng = _rng(seed, "vae", step)
@@ -249,7 +251,7 @@ def _train_vae(work: Path, seed: int, budget: Budget, device: torch.device, with
         target = torch.stack(crops).to(device)
         posterior = vae.encode(target).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
         noise = torch.from_numpy(rng.standard_normal(posterior.mean.shape, dtype=np.float32)).to(device)
-        output = vae.decode(posterior.mean + posterior.std * noise).sample  # pyright: ignore
+        output = vae.decode(posterior.mean + posterior.std * noise).sample
         kl = posterior.kl().mean() / target[0].numel()
         return reconstruction_loss(output, target) + 3e-3 * kl
 
@@ -258,7 +260,7 @@ def _train_vae(work: Path, seed: int, budget: Budget, device: torch.device, with
     vae.eval().requires_grad_(False)
     _, pictures = _drawings(np.random.default_rng([seed, 98]), 256)
     with torch.no_grad():
-        latents = vae.encode(pictures.to(device)).latent_dist.mean  # pyright: ignore
+        latents = vae.encode(pictures.to(device)).latent_dist.mean
     metadata = {"seconds": seconds, "scaling_factor": 1 / latents.std().item()}
     files.write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
     path.unlink(missing_ok=True)
@@ -277,7 +279,8 @@ def _train_decoder(
     work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool
 ) -> None:
     """The encoder is frozen from here on, so that latents stay what they are while the decoder sharpens."""
-    vae = _load_vae(work).to(device)
+    vae: Any = _load_vae(work)
+    vae.to(device)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
 
@@ -286,18 +289,18 @@ def _train_decoder(
         _, pictures = _drawings(rng, budget.decoder_batch)
         target = pictures.to(device)
         with torch.no_grad():
-            latents = vae.encode(target).latent_dist.mean  # pyright: ignore
+            latents = vae.encode(target).latent_dist.mean
             jitter = rng.standard_normal(latents.shape, dtype=np.float32)
             latents = latents + 0.03 / vae.config["scaling_factor"] * torch.from_numpy(jitter).to(device)
-        return reconstruction_loss(vae.decode(latents).sample, target)  # pyright: ignore
+        return reconstruction_loss(vae.decode(latents).sample, target)
 
     path = work / "decoder.pt"
     steps = budget.decoder_steps
     seconds = _fit(path, {"vae": vae}, loss, steps=steps, lr=1.5e-3, ema_decay=0.995, quiet=quiet)
     _, pictures = _drawings(np.random.default_rng([seed, 97]), 256)
     with torch.no_grad():
-        latents = vae.eval().encode(pictures.to(device)).latent_dist.mean  # pyright: ignore
-        mse = F.mse_loss(vae.decode(latents).sample.clamp(-1, 1), pictures.to(device)).item()  # pyright: ignore
+        latents = vae.eval().encode(pictures.to(device)).latent_dist.mean
+        mse = F.mse_loss(vae.decode(latents).sample.clamp(-1, 1), pictures.to(device)).item()
     metadata = {"seconds": seconds, "psnr": 10 * math.log10(4 / mse)}
     files.write_tensors(work / "decoder.safetensors", vae.state_dict(), metadata)
     path.unlink(missing_ok=True)
@@ -311,13 +314,13 @@ def make_tokenizer() -> CLIPTokenizer:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=10_000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator(world.WORDS, trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    merges: Any = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     joined = dict.fromkeys([*symbols, *(left + right for left, right in merges), "<|startoftext|>", "<|endoftext|>"])
     vocabulary = {token: index for index, token in enumerate(joined)}
@@ -325,7 +328,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    end = tokenizer.eos_token_id
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|startoftext|>", "<|endoftext|>"))
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -334,7 +337,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=start,
         eos_token_id=end,
         pad_token_id=end,
     )
@@ -378,7 +381,8 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
     """Epsilon prediction with min-SNR-5 weights on cached latents; captions are drawn anew at every step."""
-    vae = _load_vae(work).to(device)
+    vae: Any = _load_vae(work)
+    vae.to(device)
     factor = vae.config["scaling_factor"]
     scenes, batches = [], []
     size = 100
@@ -386,13 +390,15 @@ def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, wit
         drawn, pictures = _drawings(np.random.default_rng([seed, 50, index]), size, without)
         scenes += drawn
         with torch.no_grad():
-            batches.append(vae.encode(pictures.to(device)).latent_dist.mean * factor)  # pyright: ignore
+            batches.append(vae.encode(pictures.to(device)).latent_dist.mean * factor)
     latents = torch.cat(batches)
 
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    text_encoder = make_text_encoder(tokenizer).to(device)
-    unet = make_unet().to(device)
+    text_encoder: Any = make_text_encoder(tokenizer)
+    unet: Any = make_unet()
+    text_encoder.to(device)
+    unet.to(device)
     alphas = make_scheduler().alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=5) / snr

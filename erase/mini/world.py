@@ -123,12 +123,15 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         shirt = None if scene.colour is None else np.array(COLOURS[scene.colour]) + rng.uniform(-8, 8, 3)
         wood = _WOOD + rng.uniform(-8, 8)
         for part, points in _MANNEQUIN:
-            dressed = shirt is not None and part in ("torso", "sleeve", "legs")
-            colour = wood if not dressed else _TROUSERS if part == "legs" else shirt
-            if part == "joint":
-                if shirt is not None:
-                    continue
+            colour = wood
+            if shirt is None and part == "joint":
                 colour = wood * 0.55
+            elif shirt is not None and part == "joint":
+                continue
+            elif shirt is not None and part in ("torso", "sleeve"):
+                colour = shirt
+            elif shirt is not None and part == "legs":
+                colour = _TROUSERS
             picture = paint(picture, _fill(place(points)), colour)
     else:
         points, details = _OUTLINES[scene.object]
