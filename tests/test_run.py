@@ -196,6 +196,12 @@ def test_every_form_of_output_is_written(toy_pipeline_dir, tmp_path):
     assert (folder / "pytorch_lora_weights.safetensors").exists() and not (folder / "model_index.json").exists()
 
 
+def test_losses_go_to_the_tracker_that_was_asked_for(toy_pipeline_dir, tmp_path):
+    pytest.importorskip("tensorboard")
+    folder = erase(toy_pipeline_dir, tmp_path / "run", report_to="tensorboard", num_samples=0, mask="none").folder
+    assert list((folder / "logs").rglob("events.out.tfevents.*"))
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +301,11 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_delta(finished
 @pytest.mark.slow
 @pytest.mark.ci
 def test_two_processes_draw_the_same_pictures_and_reach_the_same_weights(finished, toy_pipeline_dir, tmp_path):
-    """Law 7: the same samples, so the weights agree up to the order of float32 sums."""
+    """Law 7: the same samples, so the weights agree up to the order of float32 sums.
+
+    Adam makes a step of lr = 1e-2 from any gradient, also from one that is nothing but rounding (a bias before a
+    normalisation): such weights part, so 97 % must agree to a hundredth of a step.
+    """
     concept = tmp_path / "cat.toml"
     concept.write_text(
         'kind = "object"\n'
@@ -311,6 +321,7 @@ def test_two_processes_draw_the_same_pictures_and_reach_the_same_weights(finishe
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert record["data"]["fingerprint"] == finished.record["data"]["fingerprint"]
     one = models.load_unet(finished.folder).state_dict()
-    two = models.load_unet(tmp_path / "two").state_dict()
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
+    two, base = (models.load_unet(folder).state_dict() for folder in (tmp_path / "two", toy_pipeline_dir))
+    apart = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
+    moved = torch.cat([(one[name] - base[name]).abs().flatten() for name in one])
+    assert (apart > 1e-4).float().mean() < 0.03 < (moved > 1e-4).float().mean()

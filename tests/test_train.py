@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn.functional import mse_loss
 
 from erase import models, saliency, scope, train
@@ -75,6 +76,24 @@ def test_only_weights_inside_mask_and_scope_move(model, data, accelerator, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(model.vae.parameters(), vae, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(model.text_encoder.parameters(), words, strict=True))
     assert not any(p.requires_grad or p.grad is not None for p in model.unet.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_no_bit_moves_outside_the_mask_in_mixed_precision(model, data, tmp_path, precision):
+    AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        before, parameters = state_of(model), parameters_of(model)
+        mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.3, seed=0)
+        recipe = replace(RECIPE, max_grad_norm=1.0)
+        path = tmp_path / "t.pt"
+        losses = train.train(model, Relabel(), data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)
+    finally:
+        AcceleratorState._reset_state()
+    assert len(losses) == recipe.num_steps
+    moved = {name: ~same_bits(tensor, before[name]) for name, tensor in model.unet.state_dict().items()}
+    assert not any((moved[name] & ~mask[name]).any() for name in mask)
+    assert sum(int(m.sum()) for m in moved.values()) > 0.5 * saliency.count(mask)
 
 
 def test_the_forget_prompts_prediction_changes_and_no_steps_change_nothing(model, data, accelerator, tmp_path):

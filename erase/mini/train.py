@@ -27,7 +27,7 @@ from erase.errors import EraseError
 from erase.mini import judge as judging
 from erase.mini import world
 
-STAGES = ("judge", "vae", "unet", "decoder")
+STAGES = ("judge", "vae", "unet", "decoder", "polish")
 MAX_TOKENS = 16
 SAVE_EVERY = 250  # steps between checkpoints
 
@@ -45,6 +45,7 @@ class Budget:
     num_latents: int = 24_000
     unet_steps: int = 7000
     unet_batch: int = 32
+    polish_steps: int = 4500
 
 
 def train(
@@ -83,6 +84,7 @@ def train(
         "vae": _train_vae,
         "unet": _train_unet,
         "decoder": _train_decoder,
+        "polish": _polish_unet,
     }
     for stage in stages:
         if not (work / f"{stage}.safetensors").exists():
@@ -328,7 +330,8 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|startoftext|>", "<|endoftext|>"))
+    special: Any = tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
+    start, end = special
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -381,31 +384,58 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
     """Epsilon prediction with min-SNR-5 weights on cached latents; captions are drawn anew at every step."""
+    torch.manual_seed(seed)
+    text_encoder = make_text_encoder(make_tokenizer())
+    modules = {"unet": make_unet(), "text_encoder": text_encoder}
+    _fit_unet(work, "unet", modules, seed, budget, device, without, quiet, steps=budget.unet_steps, lr=1e-3)
+
+
+def _polish_unet(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
+    """A second, gentler cycle from the first one's average: near colours are what is learned last."""
+    if not (work / "unet.safetensors").exists():
+        raise EraseError(f"{work} has no trained UNet yet; run the stage 'unet' first")
+    modules = _load_unet(work, "unet")
+    _fit_unet(work, "polish", modules, seed, budget, device, without, quiet, steps=budget.polish_steps, lr=6e-4)
+
+
+def _load_unet(work: Path, stage: str) -> dict[str, Any]:
+    modules: dict[str, Any] = {"unet": make_unet(), "text_encoder": make_text_encoder(make_tokenizer())}
+    nn.ModuleDict(modules).load_state_dict(files.read_tensors(work / f"{stage}.safetensors"))
+    return modules
+
+
+def _fit_unet(
+    work: Path,
+    stage: str,
+    modules: dict[str, Any],
+    seed: int,
+    budget: Budget,
+    device: torch.device,
+    without: str | None,
+    quiet: bool,
+    *,
+    steps: int,
+    lr: float,
+) -> None:
     vae: Any = _load_vae(work)
     vae.to(device)
-    factor = vae.config["scaling_factor"]
-    scenes, batches = [], []
-    size = 100
+    scenes, batches, size = [], [], 100
     for index in tqdm(range(math.ceil(budget.num_latents / size)), desc="latents", disable=quiet, mininterval=2):
         drawn, pictures = _drawings(np.random.default_rng([seed, 50, index]), size, without)
         scenes += drawn
         with torch.no_grad():
-            batches.append(vae.encode(pictures.to(device)).latent_dist.mean * factor)
+            batches.append(vae.encode(pictures.to(device)).latent_dist.mean * vae.config["scaling_factor"])
     latents = torch.cat(batches)
 
-    torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    text_encoder: Any = make_text_encoder(tokenizer)
-    unet: Any = make_unet()
-    text_encoder.to(device)
-    unet.to(device)
+    unet, text_encoder = (modules[name].to(device) for name in ("unet", "text_encoder"))
     alphas = make_scheduler().alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=5) / snr
     num = budget.unet_batch
 
     def loss(step: int) -> Tensor:
-        rng = _rng(seed, "unet", step)
+        rng = _rng(seed, stage, step)
         chosen = rng.integers(len(scenes), size=num)
         prompts = ["" if rng.random() < 0.1 else world.caption(scenes[index], rng) for index in chosen]
         x = latents[torch.from_numpy(chosen).to(device)]
@@ -416,15 +446,10 @@ def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, wit
         predicted = unet(a.sqrt() * x + (1 - a).sqrt() * eps, t, text).sample
         return (weights[t] * (predicted - eps).square().mean((1, 2, 3))).mean()
 
-    modules = {"unet": unet, "text_encoder": text_encoder}
-    path = work / "unet.pt"
-    steps = budget.unet_steps
-    seconds = _fit(
-        path, modules, loss, steps=steps, lr=1e-3, ema_decay=0.998, weight_decay=1e-3, warmup=100, quiet=quiet
-    )
-    state = nn.ModuleDict(modules).state_dict()
+    path = work / f"{stage}.pt"
+    seconds = _fit(path, modules, loss, steps=steps, lr=lr, ema_decay=0.998, weight_decay=1e-3, warmup=100, quiet=quiet)
     metadata = {"seconds": seconds, "samples": steps * num}
-    files.write_tensors(work / "unet.safetensors", state, metadata)
+    files.write_tensors(work / f"{stage}.safetensors", nn.ModuleDict(modules).state_dict(), metadata)
     path.unlink(missing_ok=True)
 
 
@@ -435,16 +460,11 @@ def assemble(output: str | Path) -> Path:
     """Write the trained parts as an fp16 diffusers pipeline folder, with the judge and erasure defaults beside it."""
     output = Path(output)
     work = output / "work"
-    tokenizer = make_tokenizer()
-    text_encoder, unet = make_text_encoder(tokenizer), make_unet()
-    nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).load_state_dict(
-        files.read_tensors(work / "unet.safetensors")
-    )
+    tokenizer, modules = make_tokenizer(), _load_unet(work, "polish")
     pipeline = StableDiffusionPipeline(
         vae=_load_vae(work, "decoder"),
-        text_encoder=text_encoder,
+        **modules,
         tokenizer=tokenizer,
-        unet=unet,
         scheduler=make_scheduler(),  # pyright: ignore[reportArgumentType]
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
