@@ -66,7 +66,7 @@ def grid(
 ) -> Image.Image:
     """Rows of pictures with a title each, blurred where the row says so; `captions` stand below the rows they name."""
     font = ImageFont.load_default(13)
-    title, margin, text = 92, 6, 46
+    title, margin, text = 92, 6, 54
     width = title + max(len(pictures) for _, pictures, _ in rows) * (cell + margin) + margin
     height = margin + sum(cell + margin + (text if i in captions else 0) for i in range(len(rows)))
     sheet = Image.new("RGB", (width, height), "white")

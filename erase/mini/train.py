@@ -45,7 +45,7 @@ class Budget:
     num_latents: int = 24_000
     unet_steps: int = 7000
     unet_batch: int = 32
-    polish_steps: int = 4500
+    polish_steps: int = 3500
 
 
 def train(
