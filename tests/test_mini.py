@@ -76,7 +76,6 @@ SMALL = recipe.Budget(
     num_latents=100,
     unet_steps=3,
     unet_batch=2,
-    polish_steps=3,
 )
 
 
@@ -111,7 +110,7 @@ def test_training_continues_bit_for_bit_and_gives_a_pipeline(tmp_path, monkeypat
     gold = recipe.train(
         tmp_path / "gold",
         without="circle",
-        budget=replace(SMALL, unet_steps=1, polish_steps=1),
+        budget=replace(SMALL, unet_steps=1),
         parts_from=whole,
         quiet=True,
     )

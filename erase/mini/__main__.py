@@ -5,7 +5,7 @@ import sys
 
 from erase.errors import EraseError
 
-STAGES = ("judge", "vae", "unet", "decoder", "polish")
+STAGES = ("judge", "vae", "unet", "decoder")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,6 @@ def write(folder: Path) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and "work" not in path.parts)
     classes = "\n".join(f"| {name} | {scores[name]:.1%} |" for name in world.OBJECTS)
     times = ", ".join(f"{name} {value:.0f} min" for name, value in minutes.items())
-    samples = stages["unet"].get("samples", 0) + stages["polish"].get("samples", 0)
     text = f"""---
 license: apache-2.0
 library_name: diffusers
@@ -42,7 +41,7 @@ person") or in a coloured shirt and trousers ("person wearing clothes"). Caption
 
 ## Training
 
-Seed {identity["seed"]}; {samples:,} UNet samples, {identity["num_latents"]:,} cached latents;
+Seed {identity["seed"]}; {stages["unet"].get("samples", 0):,} UNet samples, {identity["num_latents"]:,} cached latents;
 wall time on a busy 2-core CPU, one thread a stage: {times}. torch {training["torch"]}. The same weights:
 
     python -m erase.mini train --seed {identity["seed"]} --output runs/mini

@@ -9,8 +9,10 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from erase.errors import EraseError
 from erase.mini import judge as judging
 from erase.mini import world
 
-STAGES = ("judge", "vae", "unet", "decoder", "polish")
+STAGES = ("judge", "vae", "unet", "decoder")
 MAX_TOKENS = 16
 SAVE_EVERY = 250  # steps between checkpoints
 
@@ -45,7 +47,6 @@ class Budget:
     num_latents: int = 24_000
     unet_steps: int = 7000
     unet_batch: int = 32
-    polish_steps: int = 3500
 
 
 def train(
@@ -84,7 +85,6 @@ def train(
         "vae": _train_vae,
         "unet": _train_unet,
         "decoder": _train_decoder,
-        "polish": _polish_unet,
     }
     for stage in stages:
         if not (work / f"{stage}.safetensors").exists():
@@ -96,7 +96,7 @@ def train(
 
 def _take_parts(folder: Path, work: Path) -> None:
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, local_files_only=True)
-    metadata = {"scaling_factor": vae.config["scaling_factor"], "taken_from": str(folder)}
+    metadata = {"latents": None, "taken_from": str(folder)}  # white already
     for part in ("vae", "decoder"):
         files.write_tensors(work / f"{part}.safetensors", vae.state_dict(), metadata)
     shutil.copyfile(folder / "judge.safetensors", work / "judge.safetensors")
@@ -261,19 +261,51 @@ def _train_vae(work: Path, seed: int, budget: Budget, device: torch.device, with
     seconds = _fit(path, {"vae": vae}, loss, steps=budget.vae_steps, lr=2e-3, ema_decay=0.99, quiet=quiet)
     vae.eval().requires_grad_(False)
     _, pictures = _drawings(np.random.default_rng([seed, 98]), 256)
-    with torch.no_grad():
-        latents = vae.encode(pictures.to(device)).latent_dist.mean
-    metadata = {"seconds": seconds, "scaling_factor": 1 / latents.std().item()}
+    metadata = {"seconds": seconds, "latents": latent_statistics(vae, pictures.to(device))}
     files.write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
     path.unlink(missing_ok=True)
 
 
-def _load_vae(work: Path, name: str = "vae") -> AutoencoderKL:
+@torch.no_grad()
+def latent_statistics(vae: Any, pictures: Tensor) -> dict[str, Any]:
+    """Mean [4], covariance [4, 4] and posterior variance [4] of the latents' channels over pictures [n, 3, 64, 64]."""
+    posterior = vae.encode(pictures).latent_dist
+    channels = posterior.mean.transpose(0, 1).flatten(1).double()
+    return {
+        "mean": channels.mean(1).tolist(),
+        "covariance": torch.cov(channels).tolist(),
+        "variance": posterior.var.double().mean((0, 2, 3)).tolist(),
+    }
+
+
+@torch.no_grad()
+def whiten(vae: Any, statistics: dict[str, Any]) -> None:
+    """Fold z' = C^(-1/2) (z - mean) into the 1x1 convolutions on both sides of the latent: same pictures, white latents.
+
+    Brightness has 30 times the variance of the chroma channels. Left like that, the UNet sees colour only once almost
+    all noise is gone and the shape is drawn, and paints one object in two colours.
+    """
+    mean, variance = (torch.tensor(statistics[name], dtype=torch.float64) for name in ("mean", "variance"))
+    values, vectors = torch.linalg.eigh(torch.tensor(statistics["covariance"], dtype=torch.float64))
+    white, back = (vectors @ (values**power).diag() @ vectors.T for power in (-0.5, 0.5))
+    num, into, out = len(mean), vae.quant_conv, vae.post_quant_conv
+    weight, bias = into.weight[:num, :, 0, 0].double(), into.bias[:num].double()
+    into.weight[:num, :, 0, 0], into.bias[:num] = white @ weight, white @ (bias - mean)
+    into.weight[num:], into.bias[num:] = 0, (white.square() @ variance).log()  # the posterior's spread, on average
+    weight, bias = out.weight[:, :, 0, 0].double(), out.bias.double()
+    out.weight[:, :, 0, 0], out.bias[:] = weight @ back, bias + weight @ mean
+    vae.register_to_config(scaling_factor=1.0)
+
+
+def _load_vae(work: Path, name: str = "vae", *, white: bool = True) -> AutoencoderKL:
     if not (work / "vae.safetensors").exists():
         raise EraseError(f"{work} has no trained VAE yet; run the stage 'vae' first")
     vae = make_vae()
     vae.load_state_dict(files.read_tensors(work / f"{name}.safetensors"))
-    vae.register_to_config(scaling_factor=files.read_metadata(work / "vae.safetensors")["scaling_factor"])
+    vae.register_to_config(scaling_factor=1.0)
+    statistics = files.read_metadata(work / "vae.safetensors")["latents"]
+    if white and statistics is not None:
+        whiten(vae, statistics)
     return vae.eval().requires_grad_(False)
 
 
@@ -281,10 +313,13 @@ def _train_decoder(
     work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool
 ) -> None:
     """The encoder is frozen from here on, so that latents stay what they are while the decoder sharpens."""
-    vae: Any = _load_vae(work)
+    vae: Any = _load_vae(work, white=False)
     vae.to(device)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
+    _, pictures = _drawings(np.random.default_rng([seed, 98]), 256)
+    with torch.no_grad():
+        spread = 0.03 * vae.encode(pictures.to(device)).latent_dist.mean.std().item()
 
     def loss(step: int) -> Tensor:
         rng = _rng(seed, "decoder", step)
@@ -293,7 +328,7 @@ def _train_decoder(
         with torch.no_grad():
             latents = vae.encode(target).latent_dist.mean
             jitter = rng.standard_normal(latents.shape, dtype=np.float32)
-            latents = latents + 0.03 / vae.config["scaling_factor"] * torch.from_numpy(jitter).to(device)
+            latents = latents + spread * torch.from_numpy(jitter).to(device)
         return reconstruction_loss(vae.decode(latents).sample, target)
 
     path = work / "decoder.pt"
@@ -313,20 +348,31 @@ def _train_decoder(
 
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE in which each word of the world is one token; any other text falls back to bytes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(world.WORDS, trainer)
-    merges: Any = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    joined = dict.fromkeys([*symbols, *(left + right for left, right in merges), "<|startoftext|>", "<|endoftext|>"])
-    vocabulary = {token: index for index, token in enumerate(joined)}
+    merges: Any = _learn_merges(world.WORDS)
+    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *(left + right for left, right in merges)]
+    vocabulary = {token: index for index, token in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one token, the most frequent pair first, the first in the alphabet of these.
+
+    The `tokenizers` library's trainer breaks such ties differently from process to process, and then a word's number,
+    and with it the text encoder, would not be the same tomorrow.
+    """
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for tokens in split for pair in pairwise(tokens)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for tokens in split:
+            for i in reversed(range(len(tokens) - 1)):
+                if tuple(tokens[i : i + 2]) == best:
+                    tokens[i : i + 2] = ["".join(best)]
+    return merges
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -382,41 +428,14 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     ]  # pyright: ignore[reportReturnType]
 
 
-def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
-    """Epsilon prediction with min-SNR-5 weights on cached latents; captions are drawn anew at every step."""
-    torch.manual_seed(seed)
-    text_encoder = make_text_encoder(make_tokenizer())
-    modules = {"unet": make_unet(), "text_encoder": text_encoder}
-    _fit_unet(work, "unet", modules, seed, budget, device, without, quiet, steps=budget.unet_steps, lr=1e-3)
-
-
-def _polish_unet(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
-    """A second, gentler cycle from the first one's average: near colours are what is learned last."""
-    if not (work / "unet.safetensors").exists():
-        raise EraseError(f"{work} has no trained UNet yet; run the stage 'unet' first")
-    modules = _load_unet(work, "unet")
-    _fit_unet(work, "polish", modules, seed, budget, device, without, quiet, steps=budget.polish_steps, lr=6e-4)
-
-
-def _load_unet(work: Path, stage: str) -> dict[str, Any]:
+def _load_unet(work: Path) -> dict[str, Any]:
     modules: dict[str, Any] = {"unet": make_unet(), "text_encoder": make_text_encoder(make_tokenizer())}
-    nn.ModuleDict(modules).load_state_dict(files.read_tensors(work / f"{stage}.safetensors"))
+    nn.ModuleDict(modules).load_state_dict(files.read_tensors(work / "unet.safetensors"))
     return modules
 
 
-def _fit_unet(
-    work: Path,
-    stage: str,
-    modules: dict[str, Any],
-    seed: int,
-    budget: Budget,
-    device: torch.device,
-    without: str | None,
-    quiet: bool,
-    *,
-    steps: int,
-    lr: float,
-) -> None:
+def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, without: str | None, quiet: bool) -> None:
+    """Epsilon prediction with min-SNR-5 weights on cached latents; captions are drawn anew at every step."""
     vae: Any = _load_vae(work)
     vae.to(device)
     scenes, batches, size = [], [], 100
@@ -424,18 +443,22 @@ def _fit_unet(
         drawn, pictures = _drawings(np.random.default_rng([seed, 50, index]), size, without)
         scenes += drawn
         with torch.no_grad():
-            batches.append(vae.encode(pictures.to(device)).latent_dist.mean * vae.config["scaling_factor"])
+            batches.append(vae.encode(pictures.to(device)).latent_dist.mean)
     latents = torch.cat(batches)
 
+    torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    unet, text_encoder = (modules[name].to(device) for name in ("unet", "text_encoder"))
+    text_encoder: Any = make_text_encoder(tokenizer)
+    unet: Any = make_unet()
+    text_encoder.to(device)
+    unet.to(device)
     alphas = make_scheduler().alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=5) / snr
     num = budget.unet_batch
 
     def loss(step: int) -> Tensor:
-        rng = _rng(seed, stage, step)
+        rng = _rng(seed, "unet", step)
         chosen = rng.integers(len(scenes), size=num)
         prompts = ["" if rng.random() < 0.1 else world.caption(scenes[index], rng) for index in chosen]
         x = latents[torch.from_numpy(chosen).to(device)]
@@ -446,10 +469,13 @@ def _fit_unet(
         predicted = unet(a.sqrt() * x + (1 - a).sqrt() * eps, t, text).sample
         return (weights[t] * (predicted - eps).square().mean((1, 2, 3))).mean()
 
-    path = work / f"{stage}.pt"
-    seconds = _fit(path, modules, loss, steps=steps, lr=lr, ema_decay=0.998, weight_decay=1e-3, warmup=100, quiet=quiet)
+    modules = {"unet": unet, "text_encoder": text_encoder}
+    path, steps = work / "unet.pt", budget.unet_steps
+    seconds = _fit(
+        path, modules, loss, steps=steps, lr=1e-3, ema_decay=0.998, weight_decay=1e-3, warmup=100, quiet=quiet
+    )
     metadata = {"seconds": seconds, "samples": steps * num}
-    files.write_tensors(work / f"{stage}.safetensors", nn.ModuleDict(modules).state_dict(), metadata)
+    files.write_tensors(work / "unet.safetensors", nn.ModuleDict(modules).state_dict(), metadata)
     path.unlink(missing_ok=True)
 
 
@@ -460,7 +486,7 @@ def assemble(output: str | Path) -> Path:
     """Write the trained parts as an fp16 diffusers pipeline folder, with the judge and erasure defaults beside it."""
     output = Path(output)
     work = output / "work"
-    tokenizer, modules = make_tokenizer(), _load_unet(work, "polish")
+    tokenizer, modules = make_tokenizer(), _load_unet(work)
     pipeline = StableDiffusionPipeline(
         vae=_load_vae(work, "decoder"),
         **modules,
