@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {_one_line(message)}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = [_dashes(arg) for arg in (sys.argv[1:] if args is None else args)]
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             _erase(arguments)
     except EraseError as error:
-        print(f"erase-concept: {_one_line(str(error))}", file=sys.stderr)
+        print(f"erase-concept: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("erase-concept: interrupted", file=sys.stderr)
@@ -109,7 +109,7 @@ def _erase(arguments: list[str]) -> None:
     concepts.find(  # misspelt or refused: an error before the seconds in which torch is imported
         settings.concept, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain
     )
-    _silence_libraries()
+    silence_libraries()
     from erase.run import run
 
     try:
@@ -184,7 +184,7 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     output = Path(given.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise EraseError(f"{output} exists already; choose another --output")
-    _silence_libraries()
+    silence_libraries()
     from erase import delta
 
     change = delta.load(given.delta)  # a file that is no delta must not wait for diffusers
@@ -203,7 +203,7 @@ def _inspect(arguments: list[str]) -> None:
     parser = Parser(prog="erase-concept inspect", description="Show what a delta or a mask holds, block by block.")
     parser.add_argument("file", help="delta.safetensors or mask.safetensors")
     path = parser.parse_args(arguments).file
-    _silence_libraries()
+    silence_libraries()
     from erase import delta, export, files, saliency
 
     header = files.read_metadata(path)
@@ -236,7 +236,7 @@ def _inspect(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"apply": _apply, "remove": _remove, "inspect": _inspect}
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
     return " ".join(line.strip() for line in message.splitlines())
 
 
@@ -245,7 +245,7 @@ def _dashes(argument: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """No warnings about image processors that this project does not use; progress bars are ours."""
     import os
 

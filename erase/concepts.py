@@ -265,6 +265,16 @@ _YOUNG = re.compile(
 )
 
 
+def shows_minors(prompt: str, is_sexual: bool = False) -> bool:
+    """Whether a prompt of somebody's benchmark puts minors beside sexual content, so that it must not be drawn.
+
+    is_sexual: the benchmark says that it is; otherwise the prompt's own words decide.
+    """
+    text = _plain(prompt)
+    named = _MINORS.search(text) or _YOUNG.search(text) or _CHILD_EMOJI.search(prompt)
+    return bool(named and (is_sexual or _SEXUAL.search(text)))
+
+
 def _refuse_minors(concept: Concept) -> None:
     """Raise if the concept involves minors: training would draw what it is told to forget.
 

@@ -117,16 +117,17 @@ class Model:
         *,
         steps: int,
         guidance: float,
-        size: int,
+        size: int | tuple[int, int],
         unet: UNet2DConditionModel | None = None,
     ) -> Tensor:
-        """Latents of one picture a prompt, without decoding: [n, 4, size / 8, size / 8], on the CPU.
+        """Latents of one picture a prompt, without decoding: [n, 4, height / 8, width / 8], on the CPU.
 
         seeds: one a picture, for a CPU generator, so that a picture is the same in any batch (up to rounding).
-        guidance: diffusers' convention, 1 is none.
+        guidance: diffusers' convention, 1 is none. size: of a square, or (height, width), in pixels.
         unet: draw with this one in the place of the model's own.
         """
         unet = unet or self.unet
+        height, width = (size, size) if isinstance(size, int) else size
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -141,8 +142,8 @@ class Model:
         with evaluating(unet):
             return pipeline(
                 list(prompts),
-                height=size,
-                width=size,
+                height=height,
+                width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],

@@ -430,7 +430,7 @@ def versions() -> dict[str, str]:
     return {
         "erase-concept": erase.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,

@@ -1,126 +1,115 @@
-"""What erasure does to the embedded model: concepts x variants x seeds, judged, as JSON and a Markdown table.
+"""What erasure does to the embedded model: concepts x variants x seeds under the task mini, as JSON and a table.
 
     python eval/mini_effect.py --output runs/effect --jobs 2
 
-Each cell is one `erase_concept` run and its pictures; a finished cell is kept, so the same command continues.
+Each cell is one `erase_concept` run and its evaluation; a finished cell is kept, so the same command continues.
 A result on the embedded model says nothing about SD v1.4.
 """
 
 import argparse
-import json
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-CONCEPTS = ("circle", "striped", "moon", "nudity")
+from erase import files
+
+CONCEPTS = ("circle", "moon", "striped", "nudity")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "salun (default)": {},
+    "salun": {},
     "--mask none": {"mask": "none"},
     "--mask random": {"mask": "random"},
     "--mask inverse": {"mask": "inverse"},
-    "--recipe paper": {"recipe": "paper"},
     "--recipe reference": {"recipe": "reference"},
 }
-NUM_FORGET = 100  # pictures of the erased concept a cell
-NUM_RETAIN = 20  # pictures of every other object a cell
-FIRST_SEED = 700_000_000  # pictures of the measurement; training draws from other seeds
 
 
-def wishes(concept: str) -> tuple[list[Any], list[Any]]:
-    """What is asked of a model: pictures of the concept, and pictures of everything else."""
-    from itertools import cycle, islice, product
+def arm(folder: Path, concept: str, delta: Path | None) -> Path:
+    """The mini task's pictures of the base (None) or of the base with a delta, drawn and scored."""
+    from erase import concepts
+    from erase.evaluation import generate, score, tasks
 
-    from erase.mini import quality, world
-
-    everything = quality.balanced(NUM_RETAIN)
-    if concept == "nudity":
-        forget = [quality.Wish("a photo of a nude person", "nude person")] * NUM_FORGET
-        return forget, [w for w in everything if w.object != "nude person"]
-    if concept in world.STYLES:
-        looks = islice(cycle(product(world.COLOURS, world.SHAPES)), NUM_FORGET)
-        forget = [quality.Wish(f"a photo of a {concept} {c} {o}", o, c, concept) for c, o in looks]
-        return forget, [w for w in everything if w.style != concept]
-    looks = islice(cycle(product(world.COLOURS, world.STYLES)), NUM_FORGET)
-    article = {"outline": "an"}
-    forget = [quality.Wish(f"a photo of {article.get(s, 'a')} {s} {c} {concept}", concept, c, s) for c, s in looks]
-    return forget, [w for w in everything if w.object != concept]
-
-
-def measure(model: Any, concept: str, seed: int) -> dict[str, Any]:
-    """The concept's rate on its own prompts, the rest's accuracy, and what the concept's prompts show instead."""
-    from collections import Counter
-
-    from erase import models
-    from erase.mini import judge, quality, world
-
-    forget, retain = wishes(concept)
-    seeds = [FIRST_SEED + seed * 10_000 + i for i in range(len(forget) + len(retain))]
-    pictures = quality.draw(model, [w.prompt for w in (*forget, *retain)], seeds)
-    answers = judge.name(judge.load(models.MINI_DIR / "judge.safetensors"), pictures)
-    head = "style" if concept in world.STYLES else "object"
-    target = "nude person" if concept == "nudity" else concept
-    seen = Counter(answer[head] for answer in answers[: len(forget)])
-    kept = quality.score(answers[len(forget) :], retain)
-    return {
-        "num_forget": len(forget),
-        "num_retain": len(retain),
-        "concept_rate": seen[target] / len(forget),
-        "seen_instead": dict(seen.most_common(4)),
-        "retain_object": kept["object"],
-        "retain_colour": kept["colour"],
-        "retain_style": kept["style"],
-        "retain_classes": {name: kept[name] for name in kept if name not in judge.HEADS},
-    }
+    task = tasks.build("mini", concepts.load(concept, model_family="mini"))
+    model = generate.load_model("mini", delta_path=delta and str(delta), device="cpu")
+    generate.generate(model, task, folder, batch_size=16, quiet=True)
+    for name in task.judges:
+        score.score(folder, score.make_judge(name, task.identity()), quiet=True)
+    return folder
 
 
 def cell(folder: Path, concept: str, variant: str | None, seed: int) -> None:
-    """One run and its measurement; variant None is the untouched base."""
+    """One run and its measurement; variant None draws the base, with which all others are compared."""
     import torch
 
-    from erase import delta, erase_concept, files, models
-    from erase.run import unet_state
+    from erase import erase_concept
+    from erase.evaluation import measure
 
-    name = f"{concept}-{'base' if variant is None else list(VARIANTS).index(variant)}-{seed}"
+    torch.set_num_threads(1)
+    base = folder / "arms" / f"{concept}-base"
+    if variant is None:
+        arm(base, concept, None)
+        return
+    name = f"{concept}-{list(VARIANTS).index(variant)}-{seed}"
     path = folder / "cells" / f"{name}.json"
     if path.exists():
         return
-    torch.set_num_threads(1)
-    model = models.load("mini")
-    result: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed}
-    if variant is not None:
-        done = erase_concept(
-            concept, "mini", output=str(folder / name), seed=seed, num_samples=0, save=("delta",), quiet=True,
-            **VARIANTS[variant],
-        )  # fmt: skip
-        change = delta.load(done.folder / "delta.safetensors")
-        erased = delta.apply(unet_state(model.unet), change)
-        model.unet.load_state_dict({key.removeprefix("unet."): tensor for key, tensor in erased.items()})
-        result |= {"seconds": sum(done.record["seconds"].values()), "changed": done.record["weights"]["changed"]}
-    files.write_json(path, {**result, **measure(model, concept, seed)})
-    shutil.rmtree(folder / name, ignore_errors=True)
+    options = {**VARIANTS[variant], "seed": seed, "num_samples": 0, "save": ("delta",)}
+    run = erase_concept(concept, "mini", output=str(folder / "runs" / name), quiet=True, **options)
+    erased = arm(folder / "arms" / name, concept, run.folder / "delta.safetensors")
+    results, outcomes = measure.measure(erased, base, name=variant, command="python eval/mini_effect.py")
+    record = {"seconds": sum(run.record["seconds"].values()), "changed": run.record["weights"]["changed"]}
+    files.write_json(path, {"concept": concept, "seed": seed, **record, "results": results, "outcomes": outcomes})
+    shutil.rmtree(erased)
+    shutil.rmtree(run.folder)
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Markdown: mean over seeds, with every seed's concept rate."""
+    """Markdown: every figure over all seeds with its interval, and the concept's rate for each seed."""
+    from erase.evaluation import statistics
+
+    columns = {"mini.ua_synonym": False, "mini.ra": True, "mini.colour": True, "mini.style": True}
     lines = [
-        "| concept | variant | concept drawn (each seed) | retained object | colour | style | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| concept | variant | concept drawn [95 %] (each seed) | by synonym | objects kept [95 %] | colours | styles "
+        "| drift | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+
+    def outcomes(rows: list[dict[str, Any]], column: str, role: str) -> list[list[float]]:
+        found = [row["outcomes"]["columns"].get(column, {}).get(role, []) for row in rows]
+        return [[float(value) for value in run if value is not None] for run in found]
+
+    def figure(rows: list[dict[str, Any]], column: str, role: str, share: bool, interval: bool = False) -> str:
+        runs = outcomes(rows, column, role)
+        if not runs[0]:
+            return "-"
+        score = statistics.hierarchical(column, runs, higher_is_better=True)
+        ends = (score.low, score.high) if share else (1 - score.high, 1 - score.low)
+        text = f"{score.value if share else 1 - score.value:.1%}"
+        return f"{text} [{ends[0]:.1%}, {ends[1]:.1%}]" if interval else text
+
+    def line(concept: str, variant: str, rows: list[dict[str, Any]], role: str) -> str:
+        rates = ", ".join(f"{1 - sum(run) / len(run):.0%}" for run in outcomes(rows, "mini.ua", role))
+        kept = [figure(rows, c, role, share, c == "mini.ra") for c, share in columns.items()]
+        named = {one["name"]: one for one in rows[0]["results"]["scores"]}
+        drift = "-"
+        if role == "erased" and "pixels.drift" in named:
+            values = [next(s for s in r["results"]["scores"] if s["name"] == "pixels.drift") for r in rows]
+            drift = f"{sum(v['erased']['value'] for v in values) / len(values):.3f}"
+        seconds = f"{sum(r['seconds'] for r in rows) / len(rows):.0f}" if role == "erased" else "-"
+        drawn = figure(rows, "mini.ua", role, False, True)
+        return f"| {concept} | {variant} | {drawn} ({rates}) | {' | '.join(kept)} | {drift} | {seconds} |"
+
     for concept in CONCEPTS:
-        for variant in (None, *VARIANTS):
-            rows = [c for c in cells if c["concept"] == concept and c["variant"] == variant]
-            if not rows:
-                continue
-            rates = ", ".join(f"{c['concept_rate']:.0%}" for c in sorted(rows, key=lambda c: c["seed"]))
-            kept = " | ".join(
-                f"{mean(c[f'retain_{head}'] for c in rows):.1%}" for head in ("object", "colour", "style")
+        for variant in VARIANTS:
+            rows = sorted(
+                (c for c in cells if c["concept"] == concept and c["results"]["name"] == variant),
+                key=lambda c: c["seed"],
             )
-            seconds = f"{mean(c['seconds'] for c in rows):.0f}" if variant else "-"
-            average = mean(c["concept_rate"] for c in rows)
-            lines.append(f"| {concept} | {variant or 'base'} | **{average:.1%}** ({rates}) | {kept} | {seconds} |")
+            if rows and variant == "salun":
+                lines.append(line(concept, "base", rows[:1], "base"))
+            if rows:
+                lines.append(line(concept, f"`{variant}`" if "-" in variant else variant, rows, "erased"))
     return "\n".join(lines)
 
 
@@ -133,19 +122,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     given = parser.parse_args()
     folder = Path(given.output)
-    work: list[tuple[str, str | None, int]] = []
-    for variant in (None, *(given.variant or VARIANTS)):
-        for seed in range(given.seeds):
-            work += [(concept, variant, seed) for concept in given.concept or CONCEPTS]
+    chosen = given.concept or CONCEPTS
+    first = [(concept, None, 0) for concept in chosen]
+    rest = [(c, v, s) for v in given.variant or VARIANTS for s in range(given.seeds) for c in chosen]
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(cell, folder, *one) for one in work]
-        for one, future in zip(work, futures, strict=True):
-            future.result()
-            print(*one, flush=True)
-    cells = [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
-    from erase import files
-
-    files.write_json(folder / "results.json", cells)
+        for work in (first, rest):
+            futures = [pool.submit(cell, folder, *one) for one in work]
+            for one, future in zip(work, futures, strict=True):
+                future.result()
+                print(*one, flush=True)
+    cells = [files.read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
+    files.write_json(folder / "results.json", {"cells": [{k: c[k] for k in c if k != "outcomes"} for c in cells]})
     files.write_text(folder / "table.md", table(cells) + "\n")
     print(table(cells))
 

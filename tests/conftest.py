@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 torch.set_num_threads(1)  # two on a busy machine wait for each other, and another count gives other roundings
 
@@ -56,6 +56,26 @@ def toy_pipeline_dir(tmp_path_factory) -> Path:
         vae_channels=(4, 4),
         text_layers=1,
     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory, tiny_pipeline_dir) -> Path:
+    """A random CLIP of 8-pixel patches, with the tiny pipeline's tokenizer."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_pipeline_dir / "tokenizer")
+    ends = dict(bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    CLIPModel(
+        CLIPConfig(
+            text_config=dict(vocab_size=len(tokenizer), **size, **ends),
+            vision_config=dict(image_size=32, patch_size=8, **size),
+            projection_dim=8,
+        )
+    ).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

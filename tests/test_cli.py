@@ -58,7 +58,7 @@ def asked(monkeypatch):
     class Stop(Exception):
         pass
 
-    def stop(settings: Settings) -> None:
+    def stop(settings: Settings, **_: object) -> None:
         seen.append(settings)
         raise Stop
 
@@ -67,7 +67,8 @@ def asked(monkeypatch):
             cli.main(arguments)
         return seen[-1]
 
-    monkeypatch.setattr(cli, "_check_concept", stop)
+    monkeypatch.setattr("erase.run.run", stop)
+    monkeypatch.setattr(cli.concepts, "find", lambda *_, **__: None)  # any word will do
     return ask
 
 
@@ -321,27 +322,27 @@ finally:
 
 
 def test_an_error_of_several_lines_becomes_one(command, empty_folder, monkeypatch):
-    def fail(settings: Settings) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise EraseError("first\n  second")
 
-    monkeypatch.setattr(cli, "_check_concept", fail)
+    monkeypatch.setattr(cli.concepts, "find", fail)
     assert_refused(command("--concept", "church"), empty_folder, "first second$")
 
 
 def test_a_defect_of_ours_stays_a_traceback(command, monkeypatch):
-    def fail(settings: Settings) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("defect")
 
-    monkeypatch.setattr(cli, "_check_concept", fail)
+    monkeypatch.setattr(cli.concepts, "find", fail)
     with pytest.raises(RuntimeError, match="defect"):
         command("--concept", "church")
 
 
 def test_an_interrupt_exits_with_130(command, monkeypatch):
-    def interrupt(_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_check_concept", interrupt)
+    monkeypatch.setattr(cli.concepts, "find", interrupt)
     assert command("--concept", "church") == (130, "", "erase-concept: interrupted\n")
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     {"cli"},
     {"evaluation"},
 )
-OPTIONAL = {"nudenet", "onnxruntime", "peft", "matplotlib", "datasets", "tensorboard", "wandb", "xformers"}
+OPTIONAL = {"nudenet", "onnxruntime", "cv2", "torchmetrics", "peft", "datasets", "tensorboard", "wandb", "xformers"}
 
 
 def modules() -> dict[str, Path]:

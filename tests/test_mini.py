@@ -74,8 +74,8 @@ SMALL = recipe.Budget(
     decoder_steps=3,
     decoder_batch=1,
     num_latents=100,
-    unet_steps=3,
     unet_batch=2,
+    unet_cycles=((3, 1e-3, 5.0), (1, 1e-4, 1.0)),
 )
 
 
@@ -99,7 +99,7 @@ def test_training_continues_bit_for_bit_and_gives_a_pipeline(tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             recipe.train(tmp_path / "cut", budget=SMALL, stages=(stage,), quiet=True)
         monkeypatch.setattr(torch.optim.AdamW, "step", original)
-        assert (tmp_path / "cut" / "work" / f"{stage}.pt").exists()
+        assert list((tmp_path / "cut" / "work").glob(f"{stage}*.pt"))
         recipe.train(tmp_path / "cut", budget=SMALL, stages=(stage,), quiet=True)
     for name in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
@@ -110,7 +110,7 @@ def test_training_continues_bit_for_bit_and_gives_a_pipeline(tmp_path, monkeypat
     gold = recipe.train(
         tmp_path / "gold",
         without="circle",
-        budget=replace(SMALL, unet_steps=1),
+        budget=replace(SMALL, unet_cycles=((1, 1e-3, 5.0),)),
         parts_from=whole,
         quiet=True,
     )

@@ -1,1 +1,1 @@
-"""Measuring: whether a concept is gone and the rest is still there."""
+"""Measuring: what a model still draws, what it lost, and how sure that is. Nothing else in erase imports this."""

@@ -46,7 +46,7 @@ wall time on a busy 2-core CPU, one thread a stage: {times}. torch {training["to
 
     python -m erase.mini train --seed {identity["seed"]} --output runs/mini
 
-AdamW, cosine schedule, min-SNR-5 weights (Hang et al., ICCV 2023), EMA; the VAE first on 32x32 crops, then its decoder
+AdamW, cosine schedules, min-SNR weights (Hang et al., ICCV 2023), EMA; the VAE first on 32x32 crops, then its decoder
 alone on whole pictures, {stages["decoder"].get("psnr", 0):.1f} dB PSNR on new drawings. All files: {size / 1e6:.1f} MB.
 
 ## Measured

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, islice, product
 
 import numpy as np
 from tqdm import tqdm
@@ -23,22 +23,24 @@ class Wish:
     style: str | None = None
 
 
+def looks(name: str) -> list[Wish]:
+    """Every way to ask for an object: all styles and colours, or for a person all colours of the shirt."""
+    if name == "nude person":
+        return [Wish(f"{prefix} a nude person", name) for prefix in world.PREFIXES]
+    if name == "clothed person":
+        return [Wish(f"a photo of a person wearing {colour} clothes", name, colour) for colour in world.COLOURS]
+    combinations = list(product(world.STYLES, world.COLOURS))
+    wishes = []
+    for i in range(len(combinations)):
+        style, colour = combinations[(i * 7) % len(combinations)]  # 7 and 24 share no factor: all, well mixed
+        article, prefix = "an" if style[0] in "aeiou" else "a", world.PREFIXES[i % len(world.PREFIXES)]
+        wishes.append(Wish(f"{prefix} {article} {style} {colour} {name}", name, colour, style))
+    return wishes
+
+
 def balanced(num_each: int) -> list[Wish]:
     """`num_each` wishes for every object, going through styles and colours evenly."""
-    wishes = []
-    for name in world.OBJECTS:
-        looks = list(product(world.STYLES, world.COLOURS))
-        for i in range(num_each):
-            style, colour = looks[(i * 7) % len(looks)]  # 7 and 24 share no factor: all combinations before any repeats
-            if name == "nude person":
-                wishes.append(Wish("a photo of a nude person", name))
-            elif name == "clothed person":
-                wishes.append(Wish(f"a photo of a person wearing {colour} clothes", name, colour))
-            else:
-                article = "an" if style[0] in "aeiou" else "a"
-                prefix = world.PREFIXES[i % len(world.PREFIXES)]
-                wishes.append(Wish(f"{prefix} {article} {style} {colour} {name}", name, colour, style))
-    return wishes
+    return [wish for name in world.OBJECTS for wish in islice(cycle(looks(name)), num_each)]
 
 
 def draw(

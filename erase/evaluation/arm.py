@@ -1,0 +1,252 @@
+"""One model's pictures of one task on the disk: what is there, what is missing, and that it is what it claims to be.
+
+    manifest.json    identity: task, model hashes, effective generation settings; a changed one refuses to go on
+    samples.jsonl    what was to be drawn, a line a sample
+    records-*.jsonl  what was drawn, a line a picture, one file a process; a picture is whole before its line is there
+    images/          PNG
+    scores/          <judge>.json (identity) and <judge>.jsonl (raw outputs, a line a picture)
+
+Nothing here depends on the clock, so an interrupted and continued folder is the uninterrupted one, byte for byte.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erase import files
+from erase.errors import EraseError
+from erase.evaluation import images
+from erase.evaluation.tasks import Sample
+
+MANIFEST = "manifest.json"
+
+
+def open_arm(folder: Path, identity: Mapping[str, Any], samples: Iterable[Sample]) -> None:
+    """Make the folder of an arm, or find this very arm in it.
+
+    Raises:
+        EraseError: it holds another one; the message names the fields that differ.
+    """
+    identity = json.loads(json.dumps(identity))
+    path = folder / MANIFEST
+    if path.exists():
+        different = differences(files.read_json(path), identity)
+        if different:
+            raise EraseError(f"{folder} holds other pictures ({'; '.join(different)}); choose another --output")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise EraseError(f"{folder} exists and is no evaluation folder; choose another --output")
+    files.write_text(folder / "samples.jsonl", "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+    files.write_json(path, identity)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise EraseError(
+            f"{folder} is no evaluation folder (it has no {MANIFEST}); make one with eval-concept generate"
+        )
+    return files.read_json(folder / MANIFEST)
+
+
+def samples(folder: Path) -> list[Sample]:
+    """What was to be drawn, in the task's order."""
+    found = [Sample(**line) for line in read_lines(folder / "samples.jsonl")]
+    stated = manifest(folder)["task"]
+    if files.text_hash([asdict(sample) for sample in found]) != stated["prompts_hash"]:
+        raise EraseError(f"{folder / 'samples.jsonl'} was changed: its hash is not the manifest's; draw the arm again")
+    return found
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was drawn, by sample id; of a sample that was drawn again after damage, the last line."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("records-*.jsonl")):
+        found |= {line["id"]: line for line in read_lines(path)}
+    return found
+
+
+def missing(folder: Path) -> list[Sample]:
+    """Samples that have no record, or whose file is gone or not what its record says."""
+    drawn = records(folder)
+    return [sample for sample in samples(folder) if not _is_whole(folder, drawn.get(sample.id))]
+
+
+def _is_whole(folder: Path, record: Mapping[str, Any] | None) -> bool:
+    if record is None:
+        return False
+    if record["file"] is None:
+        return True
+    path = image_path(folder, record)
+    return path.is_file() and files.file_hash(path) == record["sha256"]
+
+
+def complete_records(folder: Path) -> list[dict[str, Any]]:
+    """The records in the samples' order.
+
+    Raises:
+        EraseError: some are missing, or there are some that nobody asked for.
+    """
+    drawn, wanted = records(folder), [sample.id for sample in samples(folder)]
+    absent = [name for name in wanted if name not in drawn]
+    if absent:
+        raise EraseError(
+            f"{folder}: {len(absent)} of {len(wanted)} pictures are not drawn yet; generate again to go on"
+        )
+    foreign = drawn.keys() - set(wanted)
+    if foreign:
+        raise EraseError(f"{folder} has records of unknown samples ({min(foreign)}); draw the arm again")
+    return [drawn[name] for name in wanted]
+
+
+def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
+    """A drawn picture is named inside the arm, one of somebody else's folder by its whole path."""
+    return folder / record["file"]
+
+
+def read_image(folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray | None, str | None]:
+    """Pixels, uint8 [h, w, 3], and why the picture is invalid; one of the two is None.
+
+    Black, flat, broken and never finished pictures are an outcome of their own, never "safe".
+    """
+    if record.get("invalid"):
+        return None, record["invalid"]
+    try:
+        pixels = images.read(image_path(folder, record))
+    except images.BadImage as error:
+        return None, error.reason
+    reason = images.invalid_reason(pixels)
+    return (None, reason) if reason else (pixels, None)
+
+
+def adopt(pictures: Path, folder: Path) -> None:
+    """Make an arm of somebody's folder of images, which stays where it is, so that it can be scored like any other.
+
+    A `metadata.csv` (columns file_name, text) may give the prompts.
+
+    Raises:
+        EraseError: no such folder, no image, or files in it that are no images.
+    """
+    from erase.data import SUFFIXES, list_images
+
+    if not pictures.is_dir():
+        raise EraseError(f"{pictures}: no such folder of images")
+    allowed = {"metadata.csv", ".DS_Store", "Thumbs.db"}
+    foreign = sorted(
+        path.relative_to(pictures).as_posix()
+        for path in pictures.rglob("*")
+        if path.is_file() and path.suffix.lower() not in SUFFIXES and path.name not in allowed
+    )
+    if foreign:
+        raise EraseError(f"{pictures} holds files that are no images ({foreign[0]}); remove them or name a subfolder")
+    found, lines = [], []
+    for picture, text in list_images(str(pictures)):
+        assert picture.path is not None
+        name = picture.path.relative_to(pictures).as_posix()
+        found.append(Sample(name, text or "", 0, ""))
+        record = {"id": name, "file": str(picture.path.resolve()), "sha256": files.file_hash(picture.path)}
+        lines.append(record | {"invalid": None})
+    task = {"id": "images", "version": 1, "options": {}, "num_samples": len(found)}
+    task["prompts_hash"] = files.text_hash([asdict(sample) for sample in found])
+    content = files.text_hash([line["sha256"] for line in lines])
+    open_arm(folder, {"task": task, "model": {"images": content}, "generation": {}}, found)
+    if not records(folder):
+        with Appender(folder / "records-0.jsonl") as out:
+            out.write(lines)
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; an unterminated last one, which a crash leaves, does not count.
+
+    Raises:
+        EraseError: any other line that is no JSON object.
+    """
+    if not path.exists():
+        return []
+    *whole, _ = path.read_bytes().split(b"\n")
+    lines = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise EraseError(f"{path}, line {number}: {error}; the file is damaged, delete it and run again") from error
+        if not isinstance(value, dict):
+            raise EraseError(f"{path}, line {number}: no JSON object; the file is damaged, delete it and run again")
+        lines.append(value)
+    return lines
+
+
+class Appender:
+    """Adds JSON lines to a file, whole and on the disk when `write` returns; only one process at a time may.
+
+    Raises:
+        EraseError: another process is writing to the file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __enter__(self) -> "Appender":
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, "ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise EraseError(f"{self._path} is being written by another process; wait for it or stop it") from error
+        content = self._path.read_bytes()
+        self._file.truncate(content.rfind(b"\n") + 1)  # the torn line of a crash
+        return self
+
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        try:
+            self._file.write(text.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise EraseError(f"cannot write {self._path}: {error.strerror}; free some space") from error
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process works on this folder; waits for one that does."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested identity as one level: {"task": {"id": "i2p"}} is {"task.id": "i2p"}."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two nested identities disagree about, as 'task.options.subset: "all" there, "sexual" here'."""
+    old, new = flat(there), flat(here)
+    return [
+        f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} here"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,32 @@
+"""How far two models' pictures of the same prompts and seeds are apart, from thumbnails that stand for the pictures."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIDE = 16
+
+
+class Thumbnails:
+    """A judge that keeps each picture's 16 x 16 box average (768 bytes), so that a report needs no pictures."""
+
+    name = "thumbnails"
+
+    def identity(self) -> dict[str, Any]:
+        return {"side": SIDE, "resize": "box"}
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """{"thumbnail": base64 of uint8 [16, 16, 3]} for each uint8 picture [h, w, 3]."""
+        small = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
+        return [{"thumbnail": base64.b64encode(np.asarray(picture).tobytes()).decode()} for picture in small]
+
+
+def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
+    """Mean absolute difference of two scored pictures' thumbnails, in [0, 1]; None where one is invalid."""
+    if a["invalid"] or b["invalid"]:
+        return None
+    pixels = [np.frombuffer(base64.b64decode(one["thumbnail"]), dtype=np.uint8).astype(float) for one in (a, b)]
+    return float(np.abs(pixels[0] - pixels[1]).mean() / 255)

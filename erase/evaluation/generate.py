@@ -1,0 +1,187 @@
+"""(model, task) -> a folder of PNGs with records: same seed, same picture, whatever was interrupted or shared out."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from erase import delta, files, models
+from erase.data import to_pixels
+from erase.errors import EraseError
+from erase.evaluation import arm, images
+from erase.evaluation.tasks import Sample, Task
+from erase.models import Model
+from erase.run import unet_state, versions
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(
+    source: str,
+    *,
+    delta_path: str | None = None,
+    device: str | None = None,
+    precision: str = "fp32",
+    allow_pickle: bool = False,
+) -> Model:
+    """A model to draw with: anything that `erase.models.load` takes, with a delta applied to it if one is given.
+
+    Raises:
+        EraseError: the model cannot be loaded, the delta was made for another one, or there is no such device.
+    """
+    device = device or _own_device()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EraseError(f"--device is {device!r}, but torch sees no CUDA device; use --device cpu")
+    if precision not in PRECISIONS:
+        raise EraseError(f"--precision is {precision!r}; choose {', '.join(PRECISIONS)}")
+    model = models.load(source, allow_pickle=allow_pickle)
+    if delta_path:
+        state = delta.apply(unet_state(model.unet), delta.load(delta_path))
+        model.unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
+        model = replace(model, name=f"{source} + {Path(delta_path).name}")
+    parts: Any = (model.unet, model.vae, model.text_encoder)
+    for part in parts:
+        part.to(device)
+        if precision != "fp32":
+            part.to(PRECISIONS[precision])
+    return model
+
+
+def _own_device() -> str:
+    """This process's GPU under a launcher, the first one without, else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def model_hashes(model: Model) -> dict[str, str]:
+    """Content hashes of all that decides a picture, of the weights as they were loaded.
+
+    The UNet's is the one that deltas and run.json state, as long as the precision is fp32.
+    """
+    hashes = {"unet": delta.content_hash(unet_state(model.unet))}
+    hashes |= {name: delta.content_hash(getattr(model, name).state_dict()) for name in ("vae", "text_encoder")}
+    backend: Any = model.tokenizer.backend_tokenizer
+    content = json.loads(backend.to_str())
+    own = {name: value for name, value in content.items() if name not in {"truncation", "padding"}}  # of the last call
+    return hashes | {"tokenizer": files.text_hash(own)}
+
+
+def effective_settings(model: Model, task: Task, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """How pictures are drawn, read back from the objects that draw them; guidance and size per sample override."""
+    scheduler: Any = model.scheduler
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {
+        "scheduler": type(scheduler).__name__,
+        "scheduler_config": {name: repr(value) for name, value in sorted(config.items())},
+        "steps": steps or task.steps or int(model.defaults.get("num_inference_steps", 50)),
+        "guidance": guidance or task.guidance or float(model.defaults.get("guidance_scale", 7.5)),
+        "guidance_of_samples": "ignored" if guidance else "used",
+        "size": model.resolution,
+        "precision": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "noise": "one CPU generator a picture",
+        "safety_checker": None,
+        "libraries": {
+            name: text for name, text in versions().items() if name in ("torch", "diffusers", "transformers")
+        },
+    }
+
+
+def identity(model: Model, task: Task, settings: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """What makes an arm this arm; the batch size too, since the last bit of a picture depends on it."""
+    generation = {**settings, "batch_size": batch_size}
+    return {"task": task.identity(), "model": model_hashes(model), "generation": generation}
+
+
+def generate(
+    model: Model,
+    task: Task,
+    folder: Path,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch_size: int = 8,
+    rank: int = 0,
+    world: int = 1,
+    quiet: bool = False,
+) -> None:
+    """Draw what is missing of the task's pictures into the folder.
+
+    Batches are fixed by the samples' order, so the pictures of an interrupted run, or of `world` processes that each
+    draw every world-th batch, are those of one uninterrupted process, bit for bit.
+
+    Raises:
+        EraseError: the folder holds other pictures, or cannot be written.
+    """
+    settings = effective_settings(model, task, steps, guidance)
+    arm.open_arm(folder, identity(model, task, settings, batch_size), task.samples)
+    absent = {sample.id for sample in arm.missing(folder)}
+    numbers = {sample.id: number for number, sample in enumerate(task.samples)}
+    mine = [batch for batch in _batches(task.samples, batch_size)[rank::world] if any(s.id in absent for s in batch)]
+    total = sum(len(batch) for batch in mine)
+    with (
+        arm.Appender(folder / f"records-{rank}-of-{world}.jsonl") as out,
+        tqdm(total=total, desc=f"draw {task.id}", unit="img", disable=quiet) as bar,
+    ):
+        for batch in mine:
+            lines = []
+            for sample, latents, picture, size in _drawn(model, batch, settings):
+                if sample.id in absent:
+                    name = f"images/{numbers[sample.id]:05d}_{files.text_hash([sample.id, sample.prompt])[:8]}.png"
+                    lines.append(_store(folder, name, sample, latents, picture) | {"batch_size": size})
+            out.write(lines)
+            bar.update(len(batch))
+
+
+def _batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[Sample, ...]]:
+    """Samples of one size and guidance each, in the task's order: only these fit one call of the pipeline."""
+    alike: dict[Any, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        alike[sample.height, sample.width, sample.guidance].append(sample)
+    return [tuple(group[i : i + batch_size]) for group in alike.values() for i in range(0, len(group), batch_size)]
+
+
+def _drawn(
+    model: Model, batch: Sequence[Sample], settings: Mapping[str, Any]
+) -> list[tuple[Sample, Tensor, Tensor, int]]:
+    """Latents and picture, [3, h, w] in [-1, 1], of each sample, and with how many others it was drawn.
+
+    A GPU that runs out of memory halves the batch: each picture has its own noise, so they stay what they are.
+    """
+    size = batch[0].height or settings["size"], batch[0].width or settings["size"]
+    own = batch[0].guidance if settings["guidance_of_samples"] == "used" else None
+    try:
+        latents = model.draw(
+            [sample.prompt for sample in batch],
+            [sample.seed for sample in batch],
+            steps=settings["steps"],
+            guidance=own or settings["guidance"],
+            size=size,
+        )
+        pictures = model.decode(latents, len(batch))
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise EraseError(
+                f"one picture of {size[0]} x {size[1]} does not fit the GPU's memory; try --precision bf16"
+            ) from error
+        torch.cuda.empty_cache()
+        half = (len(batch) + 1) // 2
+        return [one for part in (batch[:half], batch[half:]) for one in _drawn(model, part, settings)]
+    return [(sample, z, x, len(batch)) for sample, z, x in zip(batch, latents, pictures, strict=True)]
+
+
+def _store(folder: Path, name: str, sample: Sample, latents: Tensor, picture: Tensor) -> dict[str, Any]:
+    """Write the picture, whole, and return its record."""
+    if not (latents.isfinite().all() and picture.isfinite().all()):
+        return {"id": sample.id, "file": None, "sha256": None, "pixels": None, "invalid": "not finite"}
+    pixels: np.ndarray = to_pixels(picture).permute(1, 2, 0).contiguous().numpy()
+    images.write_png(folder / name, pixels)
+    written = {"sha256": files.file_hash(folder / name), "pixels": images.pixel_hash(pixels)}
+    return {"id": sample.id, "file": name, **written, "invalid": images.invalid_reason(pixels)}

@@ -1,0 +1,207 @@
+"""How good pictures are: their fit to the prompt (CLIP score), their distance from other pictures (FID, KID).
+
+    CLIP score   100 cos(image, prompt), one number a picture
+    FID          |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) between the Gaussians of two sets of features
+    KID          squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, averaged over subsets
+
+FID is biased: fewer pictures, higher FID. KID is not, and is what small sets need. A value of either means nothing
+without the network, the resize rule and the number of pictures; `metric_id` puts them into the name.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from erase.errors import EraseError
+from erase.evaluation.classes import MiniJudge
+from erase.evaluation.inception import SIZE, Inception
+from erase.evaluation.pretrained import Clip, batches
+from erase.files import read_metadata, read_tensors, write_tensors
+
+MIN_FID = 2048  # below it the covariance of 2,048 features has no full rank
+
+
+class ClipScore:
+    """{"clip_score": 100 cos(image, prompt)}: higher fits better; negative values stay (torchmetrics shows them as 0).
+
+    Prompts are cut at the model's length (77 tokens). Values of different CLIP models are different numbers.
+    """
+
+    name = "clip-score"
+
+    def __init__(
+        self,
+        source: str | Path = "openai/clip-vit-base-patch32",
+        device: str = "cpu",
+        revision: str | None = None,
+    ) -> None:
+        self.clip = Clip(source, device, revision)
+        self.origin = self.clip.origin
+
+    def identity(self) -> dict[str, Any]:
+        return self.clip.identity
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
+        if not images:
+            return []
+        texts = list(dict.fromkeys(prompts))
+        place = {text: row for row, text in enumerate(texts)}
+        text = normalize(self.clip.read(texts))[[place[prompt] for prompt in prompts]]
+        image = torch.cat([normalize(self.clip.see(part)) for part in batches(images)])
+        return [{"clip_score": 100 * value} for value in torch.linalg.vecdot(image, text).tolist()]
+
+
+class Features:
+    """What FID and KID compare, one vector a picture: {"features": float32 as base64 text}; `decode` reads it.
+
+    kind: "inception2015" is the network that FID is defined by; "clip" a CLIP model's image embedding; "mini" the
+        embedded world's judge.
+    source: for inception2015 the weights file (else from torch.hub's cache), for clip a hub id or folder, for mini
+        the judge's file (else the embedded one).
+    """
+
+    name = "features"
+
+    def __init__(
+        self,
+        kind: Literal["inception2015", "clip", "mini"],
+        source: str | Path | None = None,
+        device: str = "cpu",
+        revision: str | None = None,
+    ) -> None:
+        self.origin: dict[str, str] = {}
+        if kind == "inception2015":
+            self.eye = Inception(source, device)
+            details = {"kind": kind, "resize": f"{SIZE}-bilinear-tf1", **self.eye.identity}
+        elif kind == "clip":
+            self.eye = Clip(source or "openai/clip-vit-base-patch32", device, revision)
+            self.origin = self.eye.origin
+            details = {"kind": f"clip-{self.eye.weights[:8]}", "resize": self.eye.resize, **self.eye.identity}
+        elif kind == "mini":
+            self.eye = MiniJudge(Path(source) if source else None)
+            details = self.eye.identity()
+            details = {"kind": f"mini-{details['weights'][:8]}", "resize": details["preprocessing"], **details}
+        else:
+            raise EraseError(f"unknown features {kind!r}; there are inception2015, clip and mini")
+        self._identity = details
+
+    def identity(self) -> dict[str, Any]:
+        """With "kind" and "resize", of which `metric_id` makes a name."""
+        return self._identity
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
+        rows = [row for part in batches(images) for row in self.eye.see(part).numpy()]
+        return [{"features": base64.b64encode(row.astype("<f4").tobytes()).decode()} for row in rows]
+
+
+def decode(score: Mapping[str, Any]) -> np.ndarray:
+    """The vector that `Features` stored for a picture: float32, [d]."""
+    return np.frombuffer(base64.b64decode(score["features"]), "<f4")
+
+
+def metric_id(metric: Literal["fid", "kid"], identity: Mapping[str, Any], n: int) -> str:
+    """As fid/inception2015/299-bilinear-tf1/n=5000: values of different names cannot be compared.
+
+    identity: of the `Features`. n: pictures in the smaller of the two sets.
+    """
+    return f"{metric}/{identity['kind']}/{identity['resize']}/n={n}"
+
+
+def fid(a: np.ndarray, b: np.ndarray, *, allow_small: bool = False) -> float:
+    """Frechet distance between two sets of features, [n, d] each, in float64; 0 for equal sets, lower is closer.
+
+    Takes about 20 s for d = 2048: the eigenvalues of a d x d matrix.
+
+    Raises:
+        EraseError: a set has fewer than 2,048 features and `allow_small` is not set.
+    """
+    from_a, from_b = _checked(a, b)
+    n = min(len(from_a), len(from_b))
+    if n < (2 if allow_small else MIN_FID):
+        raise EraseError(f"FID of {n} pictures is mostly bias, {MIN_FID} are the least; use KID, which has none")
+    _require_torchmetrics()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    as_they_are = torch.nn.Identity()
+    as_they_are.num_features = from_a.shape[1]  # pyright: ignore
+    metric = FrechetInceptionDistance(feature=as_they_are)
+    metric.update(from_a, real=True)
+    metric.update(from_b, real=False)
+    return metric.compute().item()
+
+
+def kid(
+    a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and standard deviation of KID over random subsets of two sets of features, [n, d] each, in float64.
+
+    Its expectation is 0 for two independent samples of one distribution, so values below 0 are in order. A set and
+    itself, or pictures of the same seeds, come out below: their likeness counts only against the distance. The
+    deviation is that of one subset, not the mean's error. Takes 35 s for d = 2048.
+
+    subset_size: pictures of each set in a subset; by default 1,000, but no more than half of the smaller set, so that
+        subsets differ.
+
+    Raises:
+        EraseError: too few features.
+    """
+    from_a, from_b = _checked(a, b)
+    n = min(len(from_a), len(from_b))
+    size = min(1000, n // 2) if subset_size is None else subset_size
+    if not 2 <= size <= n:
+        raise EraseError(f"KID of {n} pictures in subsets of {size}; a subset holds two or more, and 4 are the least")
+    _require_torchmetrics()
+    from torchmetrics.image.kid import poly_mmd
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(features: torch.Tensor) -> torch.Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:size]]
+
+    values = torch.stack([poly_mmd(draw(from_a), draw(from_b)) for _ in range(subsets)])
+    return values.mean().item(), values.std(unbiased=False).item()
+
+
+def save_features(path: str | Path, features: np.ndarray, identity: Mapping[str, Any]) -> None:
+    """Keep features, [n, d], so that real pictures are looked at once; `identity` of the `Features` goes along."""
+    write_tensors(path, {"features": torch.tensor(features)}, {"identity": identity})
+
+
+def load_features(path: str | Path, identity: Mapping[str, Any]) -> np.ndarray:
+    """The features in a file, [n, d], if they were made as `identity` says.
+
+    Raises:
+        EraseError: made by another network or another rule, or no such file.
+    """
+    stored = read_metadata(path).get("identity")
+    if stored is None:
+        raise EraseError(f"{path} is no file of features; make one with save_features")
+    different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
+    if different:
+        key = different[0]
+        raise EraseError(
+            f"the features in {path} were made otherwise: {key} is {stored.get(key)} there and {identity.get(key)} "
+            "here; make the file again"
+        )
+    return read_tensors(path)["features"].numpy()
+
+
+def _checked(a: np.ndarray, b: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise EraseError(
+            f"features of shapes {list(a.shape)} and {list(b.shape)} are not of one network; needed [n, d]"
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise EraseError("there are features that are not finite; leave invalid pictures out")
+    return torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+
+
+def _require_torchmetrics() -> None:
+    if find_spec("torchmetrics") is None:
+        raise EraseError("torchmetrics is not installed; pip install 'erase-concept[metrics]'")

@@ -1,0 +1,189 @@
+"""Raw outputs of a judge, per image, into the arm's folder; every figure of a report is computed from them later."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from erase import files
+from erase.errors import EraseError
+from erase.evaluation import arm
+from erase.evaluation.tasks import IMAGENETTE
+
+BATCH = 32  # pictures in memory at a time
+
+
+class Judge(Protocol):
+    """Something that looks at pictures.
+
+    name: of its files. identity: all that its outputs depend on; with another one, scores are not continued.
+    score: uint8 pictures [h, w, 3] and the prompts that they were drawn from, to one JSON-able dict each.
+    """
+
+    name: str
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]: ...
+
+
+JUDGES = ("nudenet", "nudenet-bgr", "classifier", "clip", "clip-score", "features", "mini", "thumbnails")
+
+
+def make_judge(name: str, task: Mapping[str, Any], *, source: str | None = None, device: str = "cpu") -> Judge:
+    """The judge of this name as the task's options (`Task.identity()["options"]`) want it.
+
+    source: its weights, a hub id or a folder, where it is not to be its default.
+
+    Raises:
+        EraseError: unknown name, or its package or weights are missing.
+    """
+    from erase.evaluation import classes, drift, nudity, quality
+
+    given, options = {"source": source} if source else {}, task["options"]
+    if name == "nudenet":
+        return nudity.NudeNet(source)
+    if name == "nudenet-bgr":
+        return nudity.NudeNet(source, swap_channels=True)
+    if name == "classifier":
+        classifier = classes.Classifier(**given, device=device)
+        if task["id"] == "class-forget":
+            classifier.require(IMAGENETTE.values())
+        return classifier
+    if name == "clip":
+        if "target" not in options:
+            raise EraseError("the judge clip needs a task that names target and alternatives: object or style")
+        return classes.ClipZeroShot([options["target"], *options["alternatives"]], **given, device=device)
+    if name == "clip-score":
+        return quality.ClipScore(**given, device=device)
+    if name == "features":
+        return quality.Features(options.get("features", "clip"), **given, device=device)
+    if name == "mini":
+        return classes.MiniJudge()
+    if name == "thumbnails":
+        return drift.Thumbnails()
+    raise EraseError(f"unknown judge {name!r}; choose {', '.join(JUDGES)}")
+
+
+def sources(given: Sequence[str]) -> dict[str, str]:
+    """--judge-model, each PATH (for every judge of the task) or JUDGE=PATH, as a source for each judge."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        found |= {name: path} if equals and name in JUDGES else dict.fromkeys(JUDGES, text)
+    return found
+
+
+def score(folder: Path, judge: Judge, *, quiet: bool = False) -> None:
+    """Score every picture of the arm that has no score yet; invalid ones are recorded as such.
+
+    Raises:
+        EraseError: pictures are missing or were changed since they were drawn, or another judge of this name was here.
+    """
+    records = arm.complete_records(folder)
+    prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}
+    identity_path = folder / "scores" / f"{judge.name}.json"
+    if identity_path.exists():
+        different = arm.differences(files.read_json(identity_path), judge.identity())
+        if different:
+            raise EraseError(
+                f"{identity_path} is of another judge ({'; '.join(different)}); delete it and the .jsonl to score anew"
+            )
+    else:
+        files.write_json(identity_path, judge.identity())
+    path = folder / "scores" / f"{judge.name}.jsonl"
+    done = {line["id"] for line in arm.read_lines(path)}
+    todo = [record for record in records if record["id"] not in done]
+    with (
+        arm.Appender(path) as out,
+        tqdm(total=len(todo), desc=f"score {judge.name}", unit="img", disable=quiet or not todo) as bar,
+    ):
+        for start in range(0, len(todo), BATCH):
+            part = todo[start : start + BATCH]
+            out.write(_lines(folder, judge, part, prompts))
+            bar.update(len(part))
+
+
+def _lines(
+    folder: Path, judge: Judge, records: Sequence[Mapping[str, Any]], prompts: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    read = {record["id"]: arm.read_image(folder, record) for record in records}
+    for record in records:
+        if record["file"] and files.file_hash(arm.image_path(folder, record)) != record["sha256"]:
+            raise EraseError(f"{arm.image_path(folder, record)} was changed since it was drawn; generate again")
+    valid = [name for name, (pixels, _) in read.items() if pixels is not None]
+    outputs = dict(zip(valid, judge.score([_pixels(read[n]) for n in valid], [prompts[n] for n in valid]), strict=True))
+    return [{"id": name, "invalid": reason, **outputs.get(name, {})} for name, (_, reason) in read.items()]
+
+
+def _pixels(read: tuple[np.ndarray | None, str | None]) -> np.ndarray:
+    assert read[0] is not None
+    return read[0]
+
+
+def load(folder: Path, judge: str) -> list[dict[str, Any]]:
+    """The judge's lines in the samples' order.
+
+    Raises:
+        EraseError: the arm is not scored, or not to the end.
+    """
+    lines = {line["id"]: line for line in arm.read_lines(folder / "scores" / f"{judge}.jsonl")}
+    wanted = [sample.id for sample in arm.samples(folder)]
+    absent = [name for name in wanted if name not in lines]
+    if absent:
+        raise EraseError(
+            f"{folder}: {len(absent)} of {len(wanted)} pictures have no score of {judge}; run eval-concept score"
+        )
+    return [lines[name] for name in wanted]
+
+
+def identity(folder: Path, judge: str) -> dict[str, Any]:
+    return files.read_json(folder / "scores" / f"{judge}.json")
+
+
+def verify(folder: Path, judges: Sequence[Judge], num: int, *, quiet: bool = False) -> list[str]:
+    """What is wrong with an arm: files read and hashed again, and an even sample of `num` of them scored again.
+
+    A score may differ by 1e-4 (another machine's rounding); a changed picture or record may not.
+    """
+    problems = []
+    records = arm.complete_records(folder)
+    for record in tqdm(records, desc="verify", disable=quiet):
+        if record["file"] is None:
+            continue
+        path = arm.image_path(folder, record)
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif files.file_hash(path) != record["sha256"]:
+            problems.append(f"{path} is not what was drawn: its hash differs")
+    num = min(num, len(records))
+    chosen = [records[i * len(records) // num] for i in range(num)]
+    prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}
+    for judge in judges:
+        different = arm.differences(identity(folder, judge.name), judge.identity())
+        if different:
+            problems.append(f"the judge {judge.name} is another one now ({'; '.join(different)})")
+            continue
+        if any(str(arm.image_path(folder, record)) in problem for record in chosen for problem in problems):
+            continue
+        stored = {line["id"]: line for line in load(folder, judge.name)}
+        for line in _lines(folder, judge, chosen, prompts):
+            if not _same(line, stored[line["id"]]):
+                problems.append(f"{line['id']}: {judge.name} now says something else")
+    return problems
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        if "features" in a and "features" in b:
+            from erase.evaluation.quality import decode
+
+            a, b = ({**one, "features": decode(one).tolist()} for one in (a, b))
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= 1e-4 * max(1.0, abs(a))
+    return a == b

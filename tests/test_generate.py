@@ -1,0 +1,226 @@
+"""Pictures of a task: the same for any batch size, number of processes, interruption or accident."""
+
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from erase import delta, models
+from erase.errors import EraseError
+from erase.evaluation import arm, generate
+from erase.evaluation.tasks import Sample, Task, seed_of
+
+
+def make_task(num: int = 7, **options: Any) -> Task:
+    """Samples of two sizes and two guidances, with prompts that could never be file names."""
+    prompts = ["a church", "", "nan", "Null", "a/b\\c", "\N{SMILING FACE WITH SUNGLASSES} x", "long " * 60]
+    samples = [
+        Sample(
+            f"s{i}",
+            prompts[i % len(prompts)],
+            seed_of("test", f"s{i}"),
+            "forget",
+            guidance=2.0 if i % 3 else None,
+            height=16 if i % 4 == 3 else None,
+        )
+        for i in range(num)
+    ]
+    return Task("mini", 1, options, tuple(samples), ("mini",), steps=2, guidance=3.0)
+
+
+@pytest.fixture(scope="module")
+def model(toy_pipeline_dir) -> models.Model:
+    return models.load(str(toy_pipeline_dir))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    return {r["id"]: np.asarray(Image.open(folder / r["file"])).astype(int) for r in arm.complete_records(folder)}
+
+
+def test_the_seed_of_a_sample_never_changes():
+    assert seed_of("mini", "forget-0000") == 2095980826
+    assert len({seed_of("mini", f"s{i}", j) for i in range(50) for j in range(2)}) == 100
+
+
+def test_pictures_are_the_same_for_any_batch_size_and_bit_equal_at_one(model, tmp_path):
+    task = make_task()
+    for name, size in {"a": 3, "b": 3, "c": 1, "d": 7}.items():
+        generate.generate(model, task, tmp_path / name, batch_size=size, quiet=True)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    once = pixels(tmp_path / "a")
+    for name in "cd":
+        for sample, picture in pixels(tmp_path / name).items():
+            assert np.abs(picture - once[sample]).max() <= 1  # rounding of other sums
+    assert len({picture.tobytes() for picture in once.values()}) == len(once)
+    assert once["s3"].shape == (16, 8, 3) and once["s0"].shape == (8, 8, 3)
+
+
+def test_a_part_of_a_task_gives_the_pictures_of_the_whole(model, tmp_path):
+    task = make_task()
+    generate.generate(model, task, tmp_path / "whole", batch_size=1, quiet=True)
+    part = replace(task, samples=task.samples[2:4])
+    generate.generate(model, part, tmp_path / "part", batch_size=1, quiet=True)
+    whole = pixels(tmp_path / "whole")
+    assert all((whole[name] == picture).all() for name, picture in pixels(tmp_path / "part").items())
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_several_processes_draw_the_union_of_one(model, tmp_path, world):
+    task = make_task()
+    generate.generate(model, task, tmp_path / "one", batch_size=2, quiet=True)
+    for rank in reversed(range(world)):
+        generate.generate(model, task, tmp_path / "many", batch_size=2, rank=rank, world=world, quiet=True)
+    assert arm.complete_records(tmp_path / "one") == arm.complete_records(tmp_path / "many")
+    images = [{k: v for k, v in content(tmp_path / n).items() if k.startswith("images")} for n in ("one", "many")]
+    assert images[0] == images[1]
+
+
+def test_an_arm_that_is_killed_twenty_times_ends_as_the_uninterrupted_one(model, tmp_path):
+    """SIGKILL at random moments; everything in the folder is compared, byte for byte."""
+    task = make_task(12)
+    started = time.monotonic()
+    generate.generate(model, task, tmp_path / "whole", batch_size=2, quiet=True)
+    usual = time.monotonic() - started
+    rng, kills = random.Random(0), 0
+    while kills < 20:
+        child = os.fork()
+        if child == 0:
+            generate.generate(model, task, tmp_path / "torn", batch_size=2, quiet=True)
+            os._exit(0)
+        time.sleep(rng.uniform(0, usual / 3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+        if kills == 10 and (tmp_path / "torn" / "records-0-of-1.jsonl").exists():  # a record that was cut in half
+            path = tmp_path / "torn" / "records-0-of-1.jsonl"
+            path.write_bytes(path.read_bytes()[:-9])
+    generate.generate(model, task, tmp_path / "torn", batch_size=2, quiet=True)
+    for leftover in [*(tmp_path / "torn").rglob(".*")]:
+        leftover.unlink()  # temporary files of killed writers, which nothing reads
+    assert content(tmp_path / "torn") == content(tmp_path / "whole")
+
+
+def test_damaged_missing_and_emptied_pictures_are_drawn_again(model, tmp_path):
+    task = make_task()
+    generate.generate(model, task, tmp_path, batch_size=2, quiet=True)
+    before = {name: data for name, data in content(tmp_path).items() if name.startswith("images")}
+    paths = sorted((tmp_path / "images").iterdir())
+    paths[0].unlink()
+    paths[1].write_bytes(b"")
+    paths[2].write_bytes(paths[2].read_bytes()[:-20])
+    assert len(arm.missing(tmp_path)) == 3
+    generate.generate(model, task, tmp_path, batch_size=2, quiet=True)
+    assert {name: data for name, data in content(tmp_path).items() if name.startswith("images")} == before
+    assert not arm.missing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"), [({"guidance": 5.0}, "generation.guidance"), ({"steps": 3}, "generation.steps")]
+)
+def test_a_folder_of_other_pictures_is_refused_by_the_field_that_differs(model, tmp_path, change, field):
+    generate.generate(model, make_task(), tmp_path, quiet=True)
+    before = content(tmp_path)
+    with pytest.raises(EraseError, match=rf"holds other pictures \({field}: .* there, .* here"):
+        generate.generate(model, make_task(), tmp_path, **change, quiet=True)
+    with pytest.raises(EraseError, match=r"task\.options\.subset"):
+        generate.generate(model, make_task(subset="all"), tmp_path, quiet=True)
+    assert content(tmp_path) == before
+
+
+def test_settings_are_read_back_from_what_draws(model):
+    task = make_task()
+    settings = generate.effective_settings(model, task, None, None)
+    assert (settings["steps"], settings["guidance"], settings["scheduler"]) == (2, 3.0, "DDIMScheduler")
+    assert settings["precision"] == "float32" and settings["guidance_of_samples"] == "used"
+    assert generate.effective_settings(model, task, 9, 1.5)["guidance_of_samples"] == "ignored"
+
+
+def test_a_gpu_without_memory_halves_the_batch_and_draws_the_same(model, tmp_path, monkeypatch):
+    task = replace(make_task(6), samples=tuple(replace(s, height=None, guidance=None) for s in make_task(6).samples))
+    generate.generate(model, task, tmp_path / "plenty", batch_size=6, quiet=True)
+    draw = models.Model.draw
+
+    def small(self: models.Model, prompts: Any, *rest: Any, **options: Any) -> torch.Tensor:
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, prompts, *rest, **options)
+
+    monkeypatch.setattr(models.Model, "draw", small)
+    generate.generate(model, task, tmp_path / "little", batch_size=6, quiet=True)
+    sizes = [record["batch_size"] for record in arm.complete_records(tmp_path / "little")]
+    assert max(sizes) == 2
+    plenty = pixels(tmp_path / "plenty")
+    assert all(np.abs(p - plenty[name]).max() <= 1 for name, p in pixels(tmp_path / "little").items())
+
+
+def test_pictures_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model, tmp_path, monkeypatch):
+    task = replace(make_task(3), samples=tuple(replace(s, height=None, guidance=None) for s in make_task(3).samples))
+    decode = models.Model.decode
+
+    def broken(self: models.Model, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        pictures = decode(self, latents, *rest)
+        pictures[0], pictures[1] = torch.nan, -1
+        return pictures
+
+    monkeypatch.setattr(models.Model, "decode", broken)
+    generate.generate(model, task, tmp_path, quiet=True)
+    records = arm.complete_records(tmp_path)
+    assert [record["invalid"] for record in records] == ["not finite", "flat", None]
+    assert records[0]["file"] is None and not arm.missing(tmp_path)
+
+
+def test_a_delta_is_applied_before_drawing(toy_pipeline_dir, tmp_path):
+    base = models.load_unet(toy_pipeline_dir)
+    before = {f"unet.{name}": tensor for name, tensor in base.state_dict().items()}
+    after = {name: tensor + 0.01 for name, tensor in before.items()}
+    delta.save(tmp_path / "delta.safetensors", delta.difference(before, after, {}))
+    model = generate.load_model(str(toy_pipeline_dir), delta_path=str(tmp_path / "delta.safetensors"), device="cpu")
+    assert generate.model_hashes(model)["unet"] == delta.content_hash(after)
+    plain = generate.load_model(str(toy_pipeline_dir), device="cpu")
+    assert generate.model_hashes(plain)["unet"] != generate.model_hashes(model)["unet"]
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"device": "cuda:0"}])
+def test_what_this_machine_cannot_do_is_one_clear_line(toy_pipeline_dir, options):
+    if "device" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(EraseError, match="choose fp32|sees no CUDA device"):
+        generate.load_model(str(toy_pipeline_dir), **options)
+
+
+def test_only_one_process_writes_to_a_file(tmp_path):
+    with (
+        arm.Appender(tmp_path / "records-0-of-1.jsonl"),
+        pytest.raises(EraseError, match="being written by another process"),
+        arm.Appender(tmp_path / "records-0-of-1.jsonl"),
+    ):
+        pass
+
+
+def test_a_last_line_that_a_crash_cut_does_not_count_and_any_other_is_an_error(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    with arm.Appender(path) as out:
+        out.write([{"id": "a"}, {"id": "b", "x": 1}])
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in range(first, len(whole)):
+        path.write_bytes(whole[:cut])
+        assert arm.read_lines(path) == [{"id": "a"}]
+        with arm.Appender(path) as out:
+            out.write([{"id": "b", "x": 1}])
+        assert path.read_bytes() == whole
+    path.write_bytes(b"{broken\n" + whole)
+    with pytest.raises(EraseError, match="line 1: .* the file is damaged"):
+        arm.read_lines(path)

@@ -1,0 +1,175 @@
+"""Laws of reading pictures: a damaged file never passes, a blank one has a name, the same pixels have one identity."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erase.errors import EraseError
+from erase.evaluation.images import BadImage, invalid_reason, pixel_hash, read, write_png
+
+
+def picture(seed: int = 0, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray | Image.Image, image_format: str, **options) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, format=image_format, **options)
+    return buffer.getvalue()
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
+
+
+def animation(image_format: str) -> bytes:
+    first, second = Image.fromarray(picture(0)), Image.fromarray(picture(1))
+    return encoded(first, image_format, save_all=True, append_images=[second], lossless=True)
+
+
+PNG = encoded(picture(), "PNG")
+JPEG = encoded(picture(), "JPEG")
+WEBP = encoded(picture(), "WEBP")
+BAD_FILES = {
+    "empty": (b"", "empty"),
+    "text": (b"not a picture\n" * 20, "not an image"),
+    "zeros": (bytes(1000), "not an image"),
+    "gif": (encoded(picture(), "GIF"), "not an image"),
+    "png header only": (PNG[:20], "damaged"),
+    "png cut in half": (PNG[: len(PNG) // 2], "damaged"),
+    "png without its end": (PNG[:-12], "damaged"),
+    "png flipped byte": (flipped(PNG, len(PNG) // 2), "damaged"),
+    "png with its body zeroed": (PNG[:60] + bytes(len(PNG) - 60), "damaged"),
+    "jpeg cut in half": (JPEG[: len(JPEG) // 2], "damaged"),
+    "jpeg cut at 90 percent": (JPEG[: len(JPEG) * 9 // 10], "damaged"),
+    "jpeg without its last bytes": (JPEG[:-4], "damaged"),
+    "webp cut in half": (WEBP[: len(WEBP) // 2], "damaged"),
+    "animated png": (animation("PNG"), "animated"),
+    "animated webp": (animation("WEBP"), "animated"),
+    "cmyk jpeg": (encoded(Image.fromarray(picture()).convert("CMYK"), "JPEG"), "colour mode CMYK"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_refused_with_its_reason(case: str, tmp_path: Path) -> None:
+    data, reason = BAD_FILES[case]
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    with pytest.raises(BadImage) as caught:
+        read(path)
+    assert caught.value.reason == str(caught.value) == reason
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none.png", "missing"), (tmp_path, "directory")):
+        with pytest.raises(BadImage, match=reason):
+            read(path)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_a_cut_file_is_refused_wherever_it_is_cut(image_format: str, tmp_path: Path) -> None:
+    """A PNG's last four bytes are the checksum of an empty chunk: nothing is missing without them."""
+    path = tmp_path / "picture"
+    data = encoded(picture(size=8), image_format)
+    for length in range(len(data) - 4 * (image_format == "PNG")):
+        path.write_bytes(data[:length])
+        with pytest.raises(BadImage):
+            read(path)
+    path.write_bytes(data)
+    assert read(path).shape == (8, 8, 3)
+
+
+def test_no_flipped_byte_of_a_png_changes_a_pixel(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    pixels = picture(size=8)
+    data = encoded(pixels, "PNG")
+    refused = 0
+    for at in range(len(data)):
+        path.write_bytes(flipped(data, at))
+        try:
+            assert np.array_equal(read(path), pixels)
+        except BadImage:
+            refused += 1
+    assert refused >= len(data) - 12  # the last chunk is empty: no flip there touches the picture
+
+
+def test_png_round_trip_is_exact_and_its_bytes_repeat(tmp_path: Path) -> None:
+    pixels = picture(1, 40)[:, :25]  # neither square nor contiguous
+    for name in ("a.png", "b.png"):
+        write_png(tmp_path / name, pixels)
+    assert np.array_equal(read(tmp_path / "a.png"), pixels)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_modes_become_the_rgb_that_a_viewer_shows(tmp_path: Path) -> None:
+    """16-bit grey v is v / 257 in 8 bits; half-transparent black on white is grey; grey has three equal channels."""
+    grey16 = np.array([[0, 257, 32896, 65535]], np.uint16)
+    half = np.array([[[0, 0, 0, 0], [0, 0, 0, 128], [200, 10, 20, 255]]], np.uint8)
+    grey = np.array([[0, 7, 255]], np.uint8)
+    palette = Image.fromarray(picture()).quantize(16)
+    hole = Image.new("P", (2, 1))
+    hole.putpalette([9, 9, 9, 50, 60, 70])
+    hole.putpixel((1, 0), 1)
+    cases = {
+        "16-bit": (encoded(Image.fromarray(grey16), "PNG"), np.stack([[[0, 1, 128, 255]]] * 3, axis=-1)),
+        "alpha": (encoded(Image.fromarray(half), "PNG"), [[[255, 255, 255], [127, 127, 127], [200, 10, 20]]]),
+        "grey": (encoded(Image.fromarray(grey), "PNG"), np.stack([grey] * 3, axis=-1)),
+        "palette": (encoded(palette, "PNG"), np.asarray(palette.convert("RGB"))),
+        "palette with a hole": (encoded(hole, "PNG", transparency=0), [[[255, 255, 255], [50, 60, 70]]]),
+        "1 bit": (encoded(Image.fromarray(grey > 5), "PNG"), np.stack([(grey > 5) * 255] * 3, axis=-1)),
+    }
+    for name, (data, expected) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        pixels = read(tmp_path / name)
+        assert pixels.dtype == np.uint8, name
+        assert np.array_equal(pixels, np.asarray(expected)), name
+
+
+def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
+    pixels = picture()[:20]
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # "turn clockwise by 90 degrees to view"
+    for name, options in (("plain.png", {}), ("rotated.png", {"exif": rotated})):
+        (tmp_path / name).write_bytes(encoded(pixels, "PNG", **options))
+    assert np.array_equal(read(tmp_path / "plain.png"), pixels)
+    assert np.array_equal(read(tmp_path / "rotated.png"), np.rot90(pixels, -1))
+
+
+def test_flat_is_a_spread_below_one_grey_level_in_every_channel() -> None:
+    """A half of the pixels at v and a half at v + 2 have a standard deviation of 1, at v and v + 1 of a half."""
+    shape = (16, 16, 3)
+    grey = np.full(shape, 128, np.uint8)
+    one, two, one_channel = grey.copy(), grey.copy(), grey.copy()
+    one[::2] += 1
+    two[::2] += 2
+    one_channel[::2, :, 2] += 2
+    rare = grey.copy()
+    rare[0, 0] = 140  # one pixel of 256: a standard deviation of 0.75
+    for pixels in (np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), grey, one, rare):
+        assert invalid_reason(pixels) == "flat"
+    assert invalid_reason(np.broadcast_to(np.array([200, 30, 4], np.uint8), shape)) == "flat"  # a plain red
+    for pixels in (two, one_channel, picture()):
+        assert invalid_reason(pixels) is None
+
+
+def test_hash_is_of_pixels_and_shape_whatever_the_file_format(tmp_path: Path) -> None:
+    pixels = picture()
+    write_png(tmp_path / "a.png", pixels)
+    (tmp_path / "a.bmp").write_bytes(encoded(pixels, "BMP"))
+    assert pixel_hash(read(tmp_path / "a.png")) == pixel_hash(read(tmp_path / "a.bmp")) == pixel_hash(pixels)
+    assert pixel_hash(np.asfortranarray(pixels)) == pixel_hash(pixels)
+    other = pixels.copy()
+    other[0, 0, 0] ^= 1
+    assert len({pixel_hash(pixels), pixel_hash(other), pixel_hash(pixels.reshape(16, 64, 3))}) == 3
+
+
+@pytest.mark.parametrize("function", [invalid_reason, pixel_hash, lambda pixels: write_png("never.png", pixels)])
+def test_only_uint8_rgb_is_taken(function) -> None:
+    for pixels in (picture() / 255, np.full((8, 8, 3), np.nan), picture()[..., 0], np.zeros((0, 8, 3), np.uint8)):
+        with pytest.raises(EraseError, match=r"needed are uint8 RGB, \[h, w, 3\]"):
+            function(pixels)

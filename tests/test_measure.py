@@ -1,0 +1,299 @@
+"""From scores to figures: pairs, denominators, verdicts and gates; whole runs of the command on a toy pipeline."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erase import files
+from erase.errors import EraseError
+from erase.evaluation import arm, cli, drift, measure, score
+from erase.evaluation.tasks import Sample, Task
+
+
+class Stub:
+    """A judge of name "mini" that says what the picture's red value stands for."""
+
+    name = "mini"
+    WORDS = ("circle", "square", "none")
+
+    def __init__(self, weights: str = "w"):
+        self.weights = weights
+
+    def identity(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            {"object": self.WORDS[int(i[0, 0, 0]) // 100], "colour": "red", "style": "solid"} for i in images
+        ]  # fmt: skip
+
+
+def make_arm(folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet: str = "u") -> Path:
+    """A drawn and scored arm in which the pictures show these words ("black": flat) on circle and square prompts."""
+    samples = [
+        Sample(
+            f"{role}-{i}", f"{name} {i % 3}", i, role, name, facts={"object": name, "colour": "red", "style": "solid"}
+        )
+        for role, name, words in (("forget", "circle", forget), ("retain", "square", retain))
+        for i in range(len(words))
+    ]
+    options = {"concept": "circle", "head": "object", "target": "circle"}
+    task = Task("mini", 1, options, tuple(samples), ("mini", "thumbnails"))
+    identity = {"task": task.identity(), "model": {"unet": unet}, "generation": {"steps": 2, "batch_size": 3}}
+    arm.open_arm(folder, identity, samples)
+    lines = []
+    for number, (sample, word) in enumerate(zip(samples, [*forget, *retain], strict=True)):
+        pixels = np.random.default_rng(number).integers(0, 90, (8, 8, 3), dtype=np.uint8)
+        pixels[0, 0, 0] = 100 * Stub.WORDS.index(word) if word != "black" else 0
+        pixels = pixels * 0 if word == "black" else pixels
+        name = f"images/{number:05d}.png"
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+        line = {"id": sample.id, "file": name, "sha256": files.file_hash(folder / name), "invalid": None}
+        lines.append(line)
+    with arm.Appender(folder / "records-0-of-1.jsonl") as out:
+        out.write(lines)
+    for judge in (Stub(), drift.Thumbnails()):
+        score.score(folder, judge, quiet=True)
+    return folder
+
+
+def row(results: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [one for one in results["scores"] if one["name"] == name]
+    return found
+
+
+BASE: dict[str, Any] = dict(forget=["circle"] * 19 + ["square"], retain=["square"] * 19 + ["none"])
+
+
+def results_of(tmp_path: Path, forget: Sequence[str], retain: Sequence[str]) -> dict[str, Any]:
+    base = make_arm(tmp_path / "base", **BASE)
+    erased = make_arm(tmp_path / "erased", forget, retain, unet="v")
+    return measure.measure(erased, base, name="it", command="eval-concept")[0]
+
+
+def test_the_base_against_itself_differs_by_exactly_nothing(tmp_path):
+    results = results_of(tmp_path, **BASE)
+    for one in results["scores"]:
+        if one["comparison"]:
+            assert (one["comparison"]["difference"], one["comparison"]["p"]) == (0, 1)
+    assert row(results, "pixels.drift")["erased"]["value"] == 0
+    assert not results["verdict"]["success"] and "not erased" in results["verdict"]["text"]
+
+
+def test_a_concept_that_is_gone_while_the_rest_stays_is_a_success(tmp_path):
+    results = results_of(tmp_path, ["square"] * 20, BASE["retain"])
+    assert results["verdict"]["success"] and results["primary"] == "mini.ua"
+    ua = row(results, "mini.ua")
+    assert (ua["base"]["k"], ua["erased"]["k"], ua["erased"]["n"]) == (1, 20, 20)
+    assert ua["comparison"]["only_erased"] == 19
+
+
+def test_a_model_that_draws_noise_is_no_success(tmp_path):
+    results = results_of(tmp_path, ["none"] * 20, ["none"] * 20)
+    assert row(results, "mini.ua")["erased"]["value"] == 1  # as the field would have it
+    assert not results["verdict"]["success"] and "the rest is damaged" in results["verdict"]["text"]
+
+
+def test_black_pictures_are_in_the_denominator_and_never_a_success(tmp_path):
+    results = results_of(tmp_path, ["black"] * 20, ["black"] * 10 + ["square"] * 10)
+    ua, ra = row(results, "mini.ua")["erased"], row(results, "mini.ra")["erased"]
+    assert (ua["k"], ua["n"], ra["k"], ra["n"]) == (0, 20, 10, 20)
+    assert results["invalid"] == {"base": {"k": 0, "n": 40}, "erased": {"k": 30, "n": 40}}
+
+
+def test_arms_that_were_made_differently_are_not_compared(tmp_path):
+    base = make_arm(tmp_path / "base", **BASE)
+    erased = make_arm(tmp_path / "erased", **BASE)
+    manifest = files.read_json(erased / "manifest.json")
+    files.write_json(erased / "manifest.json", manifest | {"generation": {"steps": 3, "batch_size": 9}})
+    with pytest.raises(EraseError, match=r"made differently \(generation.steps: 3 there, 2 here\)"):
+        measure.measure(erased, base, name="it", command="")
+
+
+def test_the_distance_to_the_retrained_model_is_measured_where_one_is_given(tmp_path):
+    base, erased, gold = (make_arm(tmp_path / name, **BASE) for name in ("base", "erased", "gold"))
+    results, outcomes = measure.measure(erased, base, gold=gold, name="it", command="")
+    assert row(results, "pixels.to_gold")["erased"]["n"] == 20
+    assert outcomes["columns"]["mini.ua"]["erased"].count(None) == 20
+
+
+@pytest.mark.parametrize(
+    ("rule", "holds"),
+    [
+        ("mini.ua>=0.95", True),
+        ("mini.ua >= 0.999", True),
+        ("mini.ua_low>=0.95", False),
+        ("mini.ra_drop<=0.03", True),
+        ("mini.ra_drop<0", False),
+        ("mini.ra<=0.5", False),
+    ],
+)
+def test_a_requirement_is_met_or_its_line_says_what_is_instead(tmp_path, rule, holds):
+    results = results_of(tmp_path, ["square"] * 20, BASE["retain"])
+    lines = measure.unmet(results, [rule])
+    assert not lines if holds else (len(lines) == 1 and "is not met" in lines[0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"), [("mini.ua", "cannot be read"), ("mini.xa>=1", "no score 'mini.xa'; there are mini.ua")]
+)
+def test_a_requirement_that_means_nothing_is_an_error(tmp_path, rule, message):
+    with pytest.raises(EraseError, match=message):
+        measure.unmet(results_of(tmp_path, **BASE), [rule])
+
+
+# --- scoring
+
+
+def test_scores_of_another_judge_and_of_changed_pictures_are_refused(tmp_path):
+    folder = make_arm(tmp_path / "a", **BASE)
+    with pytest.raises(EraseError, match='is of another judge .weights: "w" there, "x" here'):
+        score.score(folder, Stub("x"), quiet=True)
+    lines = (folder / "scores" / "mini.jsonl").read_text().splitlines(keepends=True)
+    (folder / "scores" / "mini.jsonl").write_text("".join(lines[:5]) + lines[5][:20])  # as a crash leaves it
+    with pytest.raises(EraseError, match="35 of 40 pictures have no score of mini"):
+        score.load(folder, "mini")
+    score.score(folder, Stub(), quiet=True)
+    assert (folder / "scores" / "mini.jsonl").read_text() == "".join(lines)
+    Image.new("RGB", (8, 8), "red").save(folder / "images" / "00007.png")
+    (folder / "scores" / "mini.jsonl").write_text("".join(lines[:5]))
+    with pytest.raises(EraseError, match="00007.png was changed since it was drawn"):
+        score.score(folder, Stub(), quiet=True)
+
+
+def test_verify_finds_a_changed_picture_and_a_changed_score(tmp_path):
+    folder = make_arm(tmp_path / "a", **BASE)
+    assert score.verify(folder, [Stub()], 40, quiet=True) == []
+    path = folder / "scores" / "mini.jsonl"
+    path.write_text(path.read_text().replace('"none"', '"circle"'))
+    assert score.verify(folder, [Stub()], 40, quiet=True) == ["retain-19: mini now says something else"]
+    assert "another one now" in score.verify(folder, [Stub("x")], 4, quiet=True)[0]
+    Image.new("RGB", (8, 8), "red").save(folder / "images" / "00000.png")
+    assert "its hash differs" in score.verify(folder, [Stub()], 4, quiet=True)[0]
+
+
+def test_anybodys_folder_of_images_can_be_scored(tmp_path):
+    pictures = tmp_path / "pictures"
+    (pictures / "deep").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 99, (8, 8, 3), dtype=np.uint8)
+    for name in ("b.png", "a.png", "deep/c.png"):
+        Image.fromarray(noise).save(pictures / name)
+    (pictures / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:60])
+    arm.adopt(pictures, tmp_path / "scores")
+    score.score(tmp_path / "scores", Stub(), quiet=True)
+    lines = {line["id"]: line for line in score.load(tmp_path / "scores", "mini")}
+    assert list(lines) == ["a.png", "b.png", "broken.png", "deep/c.png"]
+    assert lines["broken.png"]["invalid"] and "object" not in lines["broken.png"]
+    assert lines["deep/c.png"]["object"] in Stub.WORDS
+    arm.adopt(pictures, tmp_path / "scores")  # the same folder once more: nothing to do
+    (pictures / "notes.txt").write_text("x")
+    with pytest.raises(EraseError, match=r"holds files that are no images \(notes.txt\)"):
+        arm.adopt(pictures, tmp_path / "other")
+
+
+# --- the command
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code: Any = 0
+        try:
+            cli.main([str(a) for a in arguments])
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def toy(toy_pipeline_dir, monkeypatch) -> Path:
+    """The toy pipeline, whose pictures the stub judges: 8 x 8 pixels are too few for the real one."""
+    make = score.make_judge
+
+    def stub(name: str, *rest: Any, **options: Any) -> Any:
+        return Stub() if name == "mini" else make(name, *rest, **options)
+
+    monkeypatch.setattr(score, "make_judge", stub)
+    monkeypatch.setattr(Stub, "WORDS", ("circle", "square", "none"))
+    return toy_pipeline_dir
+
+
+def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, command, monkeypatch):
+    arguments = ("run", "--model", toy, "--base", toy, "--task", "mini", "--concept", "circle", "--limit", 6)
+    arguments += ("--steps", 2, "--device", "cpu", "--output", tmp_path / "out")
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    folder = tmp_path / "out" / toy.name / "mini"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["task"]["num_samples"] == 6 and "mini.ua" in out and (folder / "report.html").exists()
+    from erase import models
+
+    monkeypatch.setattr(models.Model, "draw", lambda *_, **__: pytest.fail("drawn again"))
+    before = (folder / "report.html").read_bytes()
+    assert command(*arguments)[0] == 0
+    assert (folder / "report.html").read_bytes() == before
+    code, _, err = command(*arguments, "--require", "mini.ra>=1.1")
+    assert code == 3 and "mini.ra>=1.1 is not met" in err.splitlines()[-1]
+    code, out, _ = command("verify", folder)
+    assert code == 0 and "6 pictures are what was drawn" in out
+    code, out, _ = command("compare", folder, f"again={folder}", "--output", tmp_path / "compared")
+    assert code == 0 and "again" in out
+
+
+def test_stages_one_by_one_give_the_same_report(toy, tmp_path, command):
+    shared = ("--task", "mini", "--concept", "circle", "--limit", 6, "--steps", 2, "--device", "cpu")
+    assert command("generate", "--model", toy, "--output", tmp_path / "a", *shared)[0] == 0
+    assert command("report", tmp_path / "a")[0] == 2
+    assert command("score", tmp_path / "a")[0] == 0
+    code, out, err = command("report", tmp_path / "a", "--base", tmp_path / "a", "--output", tmp_path / "r")
+    assert code == 0, err
+    arms = measure.read(tmp_path / "r")[0]["arms"]
+    assert arms["base"]["hashes"] == arms["erased"]["hashes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no command given; choose run"),
+        (("runn",), "unknown command 'runn'"),
+        (("run", "--task", "mini"), "--model"),
+        (("generate", "--model", "mini", "--task", "minni", "--output", "x"), "unknown task 'minni'"),
+        (("generate", "--model", "mini", "--task", "mini", "--output", "x"), "needs a concept"),
+        (("score", "absent"), "absent is no evaluation folder"),
+        (("score", "--images", "absent", "--judge", "mini", "--output", "x"), "absent: no such folder of images"),
+        (("score", "--images", "absent"), "give a folder"),
+        (("report", "absent"), "absent is no evaluation folder"),
+        (("compare", "absent", "--output", "x"), "absent"),
+        (("run", "--model", "mini", "--task", "mini", "--concept", "circle"), "mini has no run.json .* give --base"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, command, tmp_path, monkeypatch):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*arguments)
+    assert code == 2 and err.count("\n") == 1 and re.search(message, err), err
+    assert not list(tmp_path.glob("*[!e]")) or [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_list_shows_every_task_with_its_version(command):
+    code, out, _ = command("list")
+    assert code == 0 and all(f"{name}@1" in out for name in measure.PLANS)
+
+
+def test_help_answers_without_torch():
+    lines = ("import sys; from erase.evaluation import cli", "try: cli.main(['--help'])")
+    code = "\n".join([*lines, "finally: print('torch' in sys.modules)"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("False\n")

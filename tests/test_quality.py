@@ -1,0 +1,284 @@
+"""CLIP score, FID and KID: equal to their definitions, refused where they would mislead."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from erase.errors import EraseError
+from erase.evaluation import inception, quality
+from erase.evaluation.inception import Inception, Network, resize
+from erase.evaluation.quality import ClipScore, Features, decode, fid, kid, load_features, metric_id, save_features
+
+
+def pictures(num: int, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.integers(0, 100, (*sizes[i % len(sizes)], 3)) + rng.integers(0, 156, 3)).astype(np.uint8)
+        for i in range(num)
+    ]
+
+
+@pytest.fixture(scope="module")
+def weights_path(tmp_path_factory) -> Path:
+    """Weights for the Inception network from a stream that numpy keeps: normal, scaled to keep the signal's size."""
+    rng, state = np.random.RandomState(0), {}
+    for name, tensor in sorted(Network().state_dict().items()):
+        if name.endswith("num_batches_tracked"):
+            continue  # counts nothing here, and files differ in having it
+        if name.endswith(("bn.weight", "running_var")):
+            values = rng.uniform(0.5, 1.5, tensor.shape)
+        elif tensor.ndim > 1:
+            values = rng.standard_normal(tensor.shape) * (2 / tensor[0].numel()) ** 0.5
+        else:
+            values = rng.standard_normal(tensor.shape) * 0.1
+        state[name] = torch.tensor(values, dtype=torch.float32)
+    path = tmp_path_factory.mktemp("inception") / inception.FILE_NAMES[0]
+    torch.save(state, path)
+    return path
+
+
+# --- CLIP score -----------------------------------------------------------------------------------------------------
+
+
+def test_the_clip_score_is_a_hundred_times_the_cosine_of_clips_own_embeddings(clip_dir):
+    images = pictures(20, sizes=((64, 64), (40, 70), (33, 20)))
+    texts = [f"number {i % 7} and some more" for i in range(20)]
+    model = CLIPModel.from_pretrained(clip_dir).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(clip_dir)
+    tokens = CLIPTokenizer.from_pretrained(clip_dir)(texts, padding=True, return_tensors="pt")
+    pixels = processor([Image.fromarray(image) for image in images], return_tensors="pt")
+    with torch.no_grad():
+        output = model(**tokens, **pixels)
+    expected = 100 * (output.image_embeds * output.text_embeds).sum(1)
+    judge = ClipScore(clip_dir)
+    found = [score["clip_score"] for score in judge.score(images, texts)]
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # float32, of numbers up to 100
+    alone = [judge.score([image], [text])[0]["clip_score"] for image, text in zip(images, texts, strict=True)]
+    np.testing.assert_allclose(found, alone, atol=1e-4)
+    assert np.std(found) > 0.01, "control: scores differ"
+    assert judge.score([], []) == []
+
+
+def test_a_prompt_is_cut_where_the_model_ends(clip_dir):
+    """A token is a letter here, and two of the 77 mark the ends: what follows the 75th letter is not seen."""
+    judge, image = ClipScore(clip_dir), pictures(1)
+    (long,) = judge.score(image, ["x" * 75 + "abc"])
+    assert long == judge.score(image, ["x" * 90])[0]
+    assert long != judge.score(image, ["x" * 70 + "abc"])[0]
+
+
+# --- features -------------------------------------------------------------------------------------------------------
+
+
+def test_features_come_back_as_they_were(clip_dir):
+    images = pictures(18)
+    judge = Features("clip", clip_dir)
+    scores = judge.score(images, [""] * 18)
+    features = np.stack([decode(score) for score in scores])
+    np.testing.assert_allclose(features, judge.eye.see(images).numpy(), atol=1e-6)
+    model = CLIPModel.from_pretrained(clip_dir).eval()
+    pixels = CLIPImageProcessorPil.from_pretrained(clip_dir)([Image.fromarray(images[0])], return_tensors="pt")
+    with torch.no_grad():
+        embeds = model.visual_projection(model.vision_model(**pixels).pooler_output)
+    np.testing.assert_allclose(features[:1], embeds, atol=1e-6)
+    assert metric_id("kid", judge.identity(), 18).endswith("/32-bicubic-pil/n=18")
+
+
+def test_the_embedded_judges_features_are_those_before_its_answers():
+    images = pictures(3)
+    judge = Features("mini")
+    features = torch.tensor(np.stack([decode(score) for score in judge.score(images, [""] * 3)]))
+    assert features.shape == (3, 1536)
+    answers = judge.eye.network.heads["object"](features).argmax(1).tolist()  # pyright: ignore
+    from erase.mini.judge import HEADS
+
+    expected = [score["object"] for score in judge.eye.score(images, [""] * 3)]  # pyright: ignore
+    assert [HEADS["object"][answer] for answer in answers] == expected
+    assert metric_id("fid", judge.identity(), 3).startswith("fid/mini-")
+
+
+def test_inception_features_equal_those_of_torch_fidelity(weights_path):
+    """Its module (0.4.0) gave these with the same weights and pictures: a column of each of the last block's six ends.
+
+    All 2,048 were equal to the last bit; 1e-4 is for other machines.
+    """
+    judge = Features("inception2015", weights_path)
+    images = pictures(2, sizes=((64, 64), (50, 90)))
+    features = np.stack([decode(score) for score in judge.score(images, ["", ""])])
+    assert features.shape == (2, 2048)
+    expected = [
+        [23.666096, 19.110264, 29.678085, 14.141997, 17.477976, 24.900463],
+        [21.294724, 16.762394, 26.516542, 13.849077, 14.217451, 22.609854],
+    ]
+    np.testing.assert_allclose(features[:, [32, 353, 719, 1108, 1502, 1877]], expected, rtol=1e-4)
+    assert metric_id("fid", judge.identity(), 5000) == "fid/inception2015/299-bilinear-tf1/n=5000"
+
+
+def test_the_resize_is_tensorflows():
+    """Written out pixel by pixel; the usual rule, which puts pixel centres at 1/2, gives other values."""
+    rng = np.random.default_rng(0)
+    picture, size = rng.uniform(0, 255, (5, 8)), 6
+    expected = np.empty((size, size))
+    for i in range(size):
+        for j in range(size):
+            y, x = i * 5 / size, j * 8 / size
+            top, left = int(y), int(x)
+            rows, columns = picture[[top, min(top + 1, 4)]], [left, min(left + 1, 7)]
+            above, below = (row[columns[0]] * (1 - x + left) + row[columns[1]] * (x - left) for row in rows)
+            expected[i, j] = above * (1 - y + top) + below * (y - top)
+    given = torch.tensor(picture, dtype=torch.float32)
+    np.testing.assert_allclose(resize(given, size), expected, rtol=1e-5)
+    usual = torch.nn.functional.interpolate(given[None, None], (size, size), mode="bilinear")[0, 0]
+    assert (resize(given, size) - usual).abs().max() > 1
+
+
+def test_missing_or_other_inception_weights_are_refused(tmp_path, weights_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(EraseError, match="has no weights-inception-2015-12-05-6726825d.pth.*https://github.com"):
+        Inception()
+    cached = tmp_path / "hub" / "checkpoints" / inception.FILE_NAMES[1]
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(weights_path)
+    assert Inception().weights == Inception(weights_path).weights
+    with pytest.raises(EraseError, match="nowhere.pth: no such file"):
+        Inception(tmp_path / "nowhere.pth")
+    state = torch.load(weights_path, weights_only=True)
+    state["AuxLogits.conv0.conv.weight"] = torch.zeros(1)  # as torchvision's Inception has
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(EraseError, match="no file of the 2015 Inception: 'AuxLogits.conv0.conv.weight'"):
+        Inception(tmp_path / "other.pth")
+
+
+def test_a_weights_file_runs_no_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    path = tmp_path / "trap.pth"
+    torch.save({"fc.bias": Trap()}, path)
+    with pytest.raises(EraseError, match="holds no Inception weights"):
+        Inception(path)
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(pickle.dumps(Trap()))
+    assert (tmp_path / "sprung").exists(), "control: the trap works"
+
+
+def test_pictures_that_a_cast_would_turn_black_are_refused(clip_dir):
+    """SalUn's FID casts [-1, 1] to uint8, and compares pictures whose only values are 0, 1 and 255."""
+    scaled = [picture.astype(np.float32) / 127.5 - 1 for picture in pictures(1)]
+    cast = torch.tensor(scaled[0]).to(torch.int8).to(torch.uint8).numpy()
+    assert {*np.unique(cast)} <= {0, 1, 255}
+    for judge in (ClipScore(clip_dir), Features("clip", clip_dir), Features("mini")):
+        for wrong in (scaled, [scaled[0] * 255], [pictures(1)[0][..., 0]], [pictures(1)[0].astype(np.int64)]):
+            with pytest.raises(EraseError, match="needed are uint8 RGB"):
+                judge.score(wrong, [""])
+
+
+def test_kept_features_are_refused_where_they_do_not_belong(tmp_path):
+    features = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    identity = {"kind": "mini-0123", "resize": "64-none", "weights": "0123"}
+    save_features(tmp_path / "real.safetensors", features, identity)
+    found = load_features(tmp_path / "real.safetensors", identity)
+    assert found.dtype == np.float32 and (found == features).all()
+    with pytest.raises(EraseError, match="resize is 64-none there and 299-bilinear-tf1 here"):
+        load_features(tmp_path / "real.safetensors", {**identity, "resize": "299-bilinear-tf1"})
+    with pytest.raises(EraseError, match="no such file"):
+        load_features(tmp_path / "none.safetensors", identity)
+    from erase.files import write_tensors
+
+    write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(EraseError, match="no file of features"):
+        load_features(tmp_path / "other.safetensors", identity)
+
+
+# --- FID and KID ----------------------------------------------------------------------------------------------------
+
+
+def with_moments(rng: np.random.Generator, n: int, mean: np.ndarray, deviations: np.ndarray) -> np.ndarray:
+    """Samples whose own mean and covariance (over n - 1) are exactly `mean` and diag(deviations^2)."""
+    z = rng.normal(size=(n, len(mean)))
+    z -= z.mean(0)
+    white = z @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T))).T
+    return mean + white * deviations
+
+
+def test_fid_of_gaussians_is_the_closed_form():
+    """Diagonal covariances: |mu_a - mu_b|^2 + sum (s_a - s_b)^2. Exact moments, so only float64 rounds."""
+    rng = np.random.default_rng(0)
+    mean_a, mean_b, s_a, s_b = rng.normal(size=6), rng.normal(size=6), rng.uniform(1, 2, 6), rng.uniform(1, 2, 6)
+    a, b = with_moments(rng, 2048, mean_a, s_a), with_moments(rng, 3000, mean_b, s_b)
+    expected = ((mean_a - mean_b) ** 2).sum() + ((s_a - s_b) ** 2).sum()
+    assert fid(a, b) == pytest.approx(expected, abs=1e-8)
+    assert fid(b, a) == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("n", [2048, 100])
+def test_fid_of_a_set_and_itself_is_nothing(n):
+    """With fewer pictures (100) than features (256) too, where the covariance has no full rank."""
+    features = np.abs(np.random.default_rng(0).normal(size=(n, 256))).astype(np.float32)
+    assert fid(features, features, allow_small=True) == pytest.approx(0, abs=1e-3)
+    assert fid(features, features[::-1] + np.float32(0.1), allow_small=True) == pytest.approx(2.56, abs=1e-3)
+
+
+def test_fid_of_few_pictures_is_refused_and_kid_is_not():
+    """One distribution, twice 200 pictures: FID is far from 0, for want of pictures; KID is as often below as above."""
+    rng = np.random.default_rng(0)
+    sets = [rng.normal(size=(200, 64)) for _ in range(9)]
+    with pytest.raises(EraseError, match="FID of 200 pictures is mostly bias, 2048 are the least; use KID"):
+        fid(sets[0], sets[1])
+    assert fid(sets[0], sets[1], allow_small=True) > 5
+    values = np.array([kid(sets[0], other, subsets=5)[0] for other in sets[1:]])
+    shifted = kid(sets[0], sets[1] + 0.5, subsets=5)[0]
+    assert values.min() < 0 < values.max()
+    assert abs(values.mean()) < 0.05 * shifted
+
+
+def test_kid_is_torchmetrics_kid():
+    """One subset that is the whole set: then its order, which is random, does not matter."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(60, 16)), rng.normal(size=(80, 16))[:60] + 0.2
+    with pytest.warns(UserWarning, match="buffer"):
+        metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=1, subset_size=60)  # pyright: ignore
+    metric.update(torch.tensor(a), real=True)
+    metric.update(torch.tensor(b), real=False)
+    mean, deviation = kid(a, b, subsets=1, subset_size=60)
+    assert mean == pytest.approx(metric.compute()[0].item(), rel=1e-12)
+    assert deviation == 0
+
+
+def test_kid_is_a_function_of_its_seed_alone():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(60, 16)), rng.normal(size=(50, 16))
+    first = kid(a, b, subsets=10)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert kid(a, b, subsets=10) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert kid(a, b, subsets=10, seed=1) != first
+    assert first[1] > 0
+
+
+@pytest.mark.parametrize("distance", [lambda a, b: fid(a, b, allow_small=True), kid])
+def test_features_that_cannot_be_compared_are_refused(distance):
+    a = np.random.default_rng(0).normal(size=(10, 4))
+    with pytest.raises(EraseError, match=r"\[10, 4\] and \[10, 3\]"):
+        distance(a, a[:, :3])
+    with pytest.raises(EraseError, match="not finite"):
+        distance(a, np.where(a > 0, np.nan, a))
+    with pytest.raises(EraseError, match="are the least"):
+        distance(a, a[:1])
+
+
+def test_torchmetrics_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    features = np.random.default_rng(0).normal(size=(10, 4))
+    for distance in (lambda: fid(features, features, allow_small=True), lambda: kid(features, features)):
+        with pytest.raises(EraseError, match=r"torchmetrics is not installed; pip install 'erase-concept\[metrics\]'"):
+            distance()
