@@ -501,7 +501,7 @@ def assemble(output: str | Path) -> Path:
 # What suits a model of this size where SD v1.4's values do not; `erase-concept` reads it from the model folder.
 DEFAULTS: dict[str, Any] = {
     "family": "mini",
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.0,
     "num_inference_steps": 25,
     "learning_rate": 1e-4,
     "batch_size": 16,
