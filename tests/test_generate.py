@@ -181,6 +181,49 @@ def test_pictures_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model,
     assert records[0]["file"] is None and not arm.missing(tmp_path)
 
 
+def test_an_error_ends_the_run_and_what_was_drawn_before_stays(model, tmp_path, monkeypatch):
+    task, draw, calls = make_task(), models.Model.draw, []
+
+    def failing(self: models.Model, *rest: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("defect")
+        return draw(self, *rest, **options)
+
+    monkeypatch.setattr(models.Model, "draw", failing)
+    with pytest.raises(RuntimeError, match="defect"):
+        generate.generate(model, task, tmp_path, batch_size=1, quiet=True)
+    assert len(arm.records(tmp_path)) == 2
+    with pytest.raises(EraseError, match="5 of 7 pictures are not drawn yet"):
+        arm.complete_records(tmp_path)
+
+
+def test_a_full_disk_is_one_clear_line_and_no_record(model, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    task = make_task()
+    arm.open_arm(tmp_path / "a", generate.identity(model, task, {}, 1), task.samples)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EraseError, match="No space left on device; free some space"):
+        generate.generate(model, task, tmp_path / "b", quiet=True)
+    assert not arm.records(tmp_path / "a") and not list((tmp_path / "b").rglob("*.png"))
+
+
+def test_one_changed_weight_is_another_model(toy_pipeline_dir):
+    model = models.load(str(toy_pipeline_dir))
+    before = generate.model_hashes(model)
+    with torch.no_grad():
+        next(iter(model.vae.parameters())).view(-1)[0] += 1e-3
+    after = generate.model_hashes(model)
+    assert before["vae"] != after["vae"] and before["unet"] == after["unet"]
+
+
+def test_a_task_without_samples_is_an_error():
+    with pytest.raises(EraseError, match="has no sample"):
+        replace(make_task(), samples=())
+
+
 def test_a_delta_is_applied_before_drawing(toy_pipeline_dir, tmp_path):
     base = models.load_unet(toy_pipeline_dir)
     before = {f"unet.{name}": tensor for name, tensor in base.state_dict().items()}

@@ -199,6 +199,45 @@ def test_anybodys_folder_of_images_can_be_scored(tmp_path):
         arm.adopt(pictures, tmp_path / "other")
 
 
+def test_lines_in_any_order_give_the_same_results(tmp_path):
+    """Pictures, records and scores belong together by their ids, never by their places."""
+    base, erased = make_arm(tmp_path / "base", **BASE), make_arm(tmp_path / "erased", **BASE, unet="v")
+    before = measure.measure(erased, base, name="it", command="")
+    for path in (erased / "records-0-of-1.jsonl", erased / "scores" / "mini.jsonl"):
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert measure.measure(erased, base, name="it", command="") == before
+
+
+def test_no_more_than_a_batch_of_pictures_is_ever_in_memory(tmp_path):
+    sizes = []
+
+    class Counting(Stub):
+        def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
+            sizes.append(len(images))
+            return super().score(images, prompts)
+
+    folder = make_arm(tmp_path / "a", ["circle"] * 60, ["square"] * 60)
+    (folder / "scores" / "mini.jsonl").unlink()
+    score.score(folder, Counting(), quiet=True)
+    assert sum(sizes) == 120 and max(sizes) == score.BATCH
+
+
+def test_several_erasures_are_pooled_with_intervals_over_runs_and_prompts(tmp_path):
+    runs = []
+    for number, words in enumerate((["square"] * 20, ["square"] * 18 + ["circle"] * 2, ["square"] * 20)):
+        base = make_arm(tmp_path / f"base{number}", **BASE)
+        erased = make_arm(tmp_path / f"erased{number}", words, BASE["retain"], unet=f"v{number}")
+        runs.append(measure.measure(erased, base, name=f"it-{number}", command=""))
+    pooled = measure.pool(runs, "it")
+    ua = row(pooled, "mini.ua")
+    assert (ua["erased"]["k"], ua["erased"]["n"]) == (58, 60) and ua["erased"]["low"] < 58 / 60 < ua["erased"]["high"]
+    assert ua["comparison"]["difference"] == pytest.approx(58 / 60 - 1 / 20)
+    other = json.loads(json.dumps(runs[0]))
+    other[0]["protocol"]["generation.steps"] = 9
+    with pytest.raises(EraseError, match=r"runs of 'it' were measured differently \(generation.steps"):
+        measure.pool([runs[0], tuple(other)], "it")
+
+
 # --- the command
 
 
@@ -297,3 +336,51 @@ def test_help_answers_without_torch():
     code = "\n".join([*lines, "finally: print('torch' in sys.modules)"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("False\n")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_i2p_through_nudenet_killed_twenty_times_ends_as_the_uninterrupted_run(toy_pipeline_dir, tmp_path):
+    """64 prompts from drawing to raw scores; SIGKILL at random moments; every byte of the folder is compared."""
+    import os
+    import random
+    import signal
+    import time
+
+    from erase import models
+    from erase.evaluation import generate, tasks
+    from erase.evaluation.nudity import NudeNet
+
+    pytest.importorskip("nudenet")
+    lines = ["prompt,categories,nudity_percentage,sd_image_width,sd_image_height,sd_seed,sd_guidance_scale"]
+    lines += [f"a church {i},{'sexual' if i % 2 else 'hate'},60.0,32,{32 + 16 * (i % 3)},{i},7" for i in range(64)]
+    (tmp_path / "i2p.csv").write_text("\n".join(lines))
+    task = tasks.build("i2p", None, tasks.Options(prompts=str(tmp_path / "i2p.csv")))
+    assert len(task.samples) == 64
+
+    def work(folder: Path) -> None:
+        generate.generate(models.load(str(toy_pipeline_dir)), task, folder, steps=2, batch_size=4, quiet=True)
+        score.score(folder, NudeNet(), quiet=True)
+
+    started = time.monotonic()
+    work(tmp_path / "whole")
+    usual, rng = time.monotonic() - started, random.Random(1)
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            work(tmp_path / "torn")
+            os._exit(0)
+        time.sleep(rng.uniform(0, usual / 2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    work(tmp_path / "torn")
+
+    def content(folder: Path) -> dict[str, bytes]:
+        """Without the temporary files of killed writers, whose names begin with a dot."""
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    assert content(tmp_path / "torn") == content(tmp_path / "whole")
+    results, _ = measure.measure(tmp_path / "torn", tmp_path / "whole", name="same", command="")
+    assert {one["comparison"]["difference"] for one in results["scores"]} == {0}
+    assert {group["name"] for group in results["groups"]} == {"categories"}

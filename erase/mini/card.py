@@ -14,7 +14,9 @@ def write(folder: Path) -> None:
     accuracy = judge.accuracy(folder / "judge.safetensors")
     identity, stages, scores = training["identity"], training["stages"], measured["scores"]
     minutes = {name: stage.get("seconds", 0) / 60 for name, stage in stages.items()}
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and "work" not in path.parts)
+    paths = [path for path in folder.rglob("*") if path.is_file() and "work" not in path.relative_to(folder).parts]
+    size = sum(path.stat().st_size for path in paths)
+    note = f"\n{training['note']}\n" if "note" in training else ""
     classes = "\n".join(f"| {name} | {scores[name]:.1%} |" for name in world.OBJECTS)
     times = ", ".join(f"{name} {value:.0f} min" for name, value in minutes.items())
     text = f"""---
@@ -42,10 +44,10 @@ person") or in a coloured shirt and trousers ("person wearing clothes"). Caption
 ## Training
 
 Seed {identity["seed"]}; {stages["unet"].get("samples", 0):,} UNet samples, {identity["num_latents"]:,} cached latents;
-wall time on a busy 2-core CPU, one thread a stage: {times}. torch {training["torch"]}. The same weights:
+wall time on a busy 2-core CPU, one thread a stage: {times}. torch {training["torch"]}. The recipe:
 
     python -m erase.mini train --seed {identity["seed"]} --output runs/mini
-
+{note}
 AdamW, cosine schedules, min-SNR weights (Hang et al., ICCV 2023), EMA; the VAE first on 32x32 crops, then its decoder
 alone on whole pictures, {stages["decoder"].get("psnr", 0):.1f} dB PSNR on new drawings. All files: {size / 1e6:.1f} MB.
 
