@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from erase import cli
+from erase.evaluation.tasks import ABOUT
 from erase.methods import METHODS
 from erase.scope import SCOPES
 from erase.settings import RECIPES, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-LISTING = next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "erase/mini/" in block)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+(LISTING,) = [block for language, block in BLOCKS if not language]
 COMMANDS = [
     line.split("#")[0].strip()
     for language, block in BLOCKS
@@ -44,14 +45,36 @@ def test_every_erase_command_is_accepted(monkeypatch):
         assert command in jobs or command[0] in cli.COMMANDS
 
 
+def test_every_eval_command_is_accepted(monkeypatch):
+    """Up to the point where work would begin."""
+    from erase.evaluation import cli as evaluation
+
+    class Stop(Exception):
+        pass
+
+    def stop(self: cli.Parser, arguments: list[str]) -> None:
+        parse(self, arguments)
+        raise Stop
+
+    parse = cli.Parser.parse_args
+    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("eval-concept ")]
+    for command in commands:
+        with pytest.raises(Stop):
+            evaluation.main(command)
+    assert len(commands) >= 5
+
+
 def test_every_option_in_the_text_exists():
     known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
-    known |= {"--list", "--delta", "--output", "--num_processes", "--check", "--only-binary"}
+    known |= {"--list", "--delta", "--output", "--num_processes", "--check"}
+    source = (ROOT / "erase" / "evaluation" / "cli.py").read_text(encoding="utf-8")
+    known |= set(re.findall(r'"(--[a-z-]+)"', source))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= known
 
 
 def test_every_file_that_the_text_names_exists():
-    named = re.findall(r"\]\(([\w/.-]+)\)|(?:python )((?:eval|tests)/\w+\.py)", README)
+    named = re.findall(r"\]\(([\w/.-]+)\)|((?:eval|tests)/\w+\.(?:py|sh))", README)
     for name in filter(None, (part for pair in named for part in pair)):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\b(\w+\.py)\b", LISTING):
@@ -59,13 +82,13 @@ def test_every_file_that_the_text_names_exists():
 
 
 def test_every_module_is_on_the_file_map():
-    for path in (ROOT / "erase").glob("*.py"):
+    for path in [*(ROOT / "erase").glob("*.py"), *(ROOT / "erase" / "evaluation").glob("*.py")]:
         if path.name not in {"__init__.py", "errors.py"}:
             assert path.name in LISTING, path.name
 
 
-@pytest.mark.parametrize("names", [METHODS, RECIPES, SCOPES])
-def test_every_method_recipe_and_scope_is_in_a_table(names):
+@pytest.mark.parametrize("names", [METHODS, RECIPES, SCOPES, ABOUT])
+def test_every_method_recipe_scope_and_task_is_in_a_table(names):
     for name in names:
         assert f"`{name}`" in README, name
 

@@ -35,6 +35,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 0 done, 2 for what the user can mend, 3 for a requirement not met, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    silence_libraries()
     try:
         if arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
@@ -131,7 +132,6 @@ def _generate(arguments: list[str]) -> None:
     _drawing_options(parser)
     given = parser.parse_args(arguments)
     task = _task(given, given.task, given.model)
-    silence_libraries()
     from erase.evaluation import generate
 
     model = generate.load_model(
@@ -168,7 +168,6 @@ def _score(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if bool(given.folder) == bool(given.images) or given.images and not (given.judge and given.output):
         raise EraseError("give a folder that generate wrote, or --images DIR with --judge and --output")
-    silence_libraries()
     from erase.evaluation import arm, score
 
     folder = Path(given.output or given.folder)
@@ -294,7 +293,6 @@ def _arm(
     given: argparse.Namespace, root: Path, source: str, delta: str | None, task: Task, folder: Path | None
 ) -> Path:
     """A drawn and scored arm; without a folder, one named by all that its pictures depend on, for all to share."""
-    silence_libraries()
     from erase.evaluation import arm, generate, score
 
     quiet = _quiet(given)
@@ -360,7 +358,6 @@ def _verify(arguments: list[str]) -> None:
     _judge_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     given = parser.parse_args(arguments)
-    silence_libraries()
     from erase.evaluation import arm, score
 
     folder = Path(given.folder)

@@ -405,11 +405,10 @@ def _verdict(plan: Plan, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] 
     loss = -retention["comparison"]["difference"]
     is_erased = after <= (1 - REDUCTION) * before and erasure["comparison"]["low"] > 0
     is_kept = loss <= LOSS
-    words = ("erased" if is_erased else "not erased") + (" and kept" if is_kept else ", and the rest is damaged")
-    words = "not erased, the rest kept" if is_kept and not is_erased else words
+    words = ("erased" if is_erased else "not erased") + (", the rest kept" if is_kept else ", and the rest is damaged")
     title = retention["title"].lower()
     text = (
-        f"{words}: the concept's rate went from {before:.1%} to {after:.1%}, "
+        f"{words.capitalize()}: the concept's rate went from {before:.1%} to {after:.1%}, "
         f"{title} from {retention['base']['value']:.1%} to {retention['erased']['value']:.1%}"
     )
     return {"success": is_erased and is_kept, "text": text}
