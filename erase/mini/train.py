@@ -503,7 +503,7 @@ DEFAULTS: dict[str, Any] = {
     "family": "mini",
     "guidance_scale": 2.0,
     "num_inference_steps": 25,
-    "learning_rate": 1e-4,
+    "learning_rate": 2e-4,
     "batch_size": 16,
     "num_forget": 96,
     "num_retain": 192,
