@@ -115,7 +115,7 @@ def _carry_out(
     concept: Concept,
     model: models.Model,
     parameters: Mapping[str, torch.nn.Parameter],
-    given_mask: saliency.Mask | None,
+    given_mask: saliency.Packed | None,
     folder: Path,
     identity: Mapping[str, Any],
     accelerator: Accelerator,
@@ -156,6 +156,7 @@ def _carry_out(
         workers=data.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
         quiet=quiet or not accelerator.is_main_process,
     )
+    model.release()
     lap("data")
     mask = given_mask
     if mask is None and settings.mask != "none":
@@ -315,7 +316,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
 
 def load_mask(
     settings: Settings, model: models.Model, parameters: Mapping[str, Tensor], base_hash: str
-) -> saliency.Mask | None:
+) -> saliency.Packed | None:
     """The mask of a file, ours or the reference's, checked against this model; None when --mask names no file."""
     if settings.mask in {"saliency", "random", "inverse", "none"}:
         return None
@@ -332,7 +333,7 @@ def load_mask(
     missing = [name for name in parameters if name not in mask]
     if missing:
         raise EraseError(f"{path} has no entry for {missing[0]!r}; it was made for another --scope")
-    return {name: mask[name] for name in parameters}
+    return saliency.pack({name: mask[name] for name in parameters})
 
 
 def make_mask(
@@ -344,7 +345,7 @@ def make_mask(
     work: Path,
     base_hash: str,
     quiet: bool,
-) -> saliency.Mask:
+) -> saliency.Packed:
     """The saliency mask or a control of it, kept in `work` until the run is finished."""
     path = work / "mask.safetensors"
     if path.exists():
@@ -383,7 +384,7 @@ def make_mask(
             "seed": settings.seed,
         }
         saliency.save(path, mask, header)
-    return mask
+    return saliency.pack(mask)
 
 
 def write_outputs(
@@ -393,7 +394,7 @@ def write_outputs(
     base_unet: Any,
     new_state: Mapping[str, Tensor],
     change: delta.Delta,
-    mask: saliency.Mask | None,
+    mask: saliency.Packed | None,
     concept: Concept,
 ) -> None:
     """Everything in the run folder but run.json."""
@@ -422,7 +423,7 @@ def unet_state(unet: torch.nn.Module) -> dict[str, Tensor]:
     return {f"unet.{name}": tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
 
 
-def saliency_hash(mask: saliency.Mask) -> str:
+def saliency_hash(mask: Mapping[str, Tensor]) -> str:
     return delta.content_hash({name: bits.to(torch.uint8) for name, bits in mask.items()})
 
 
@@ -462,7 +463,7 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _total(mask: saliency.Mask) -> int:
+def _total(mask: Mapping[str, Tensor]) -> int:
     return sum(bits.numel() for bits in mask.values())
 
 
