@@ -66,6 +66,11 @@ class Model:
         """The base's UNet once more, in float32 on the CPU."""
         return load_unet(self.folder, self.allow_pickle)
 
+    def round_unet(self, dtype: torch.dtype) -> None:
+        """Store the UNet's weights in `dtype`, until `reload_unet`."""
+        for tensor in (*self.unet.parameters(), *self.unet.buffers()):
+            tensor.data = tensor.data.to(dtype)
+
     def reload_unet(self) -> None:
         """Make the UNet the base's again, in float32; its parameters stay the same objects."""
         device = self.device
@@ -99,7 +104,8 @@ class Model:
 
     def predict(self, unet: Any, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The noise that `unet` sees in `x`; v predictions are converted: eps = sqrt(a) v + sqrt(1 - a) x."""
-        output = unet(x.to(unet.dtype), t, encoder_hidden_states=text.to(unet.dtype)).sample.float()
+        dtype = self.unet.dtype
+        output = unet(x.to(dtype), t, encoder_hidden_states=text.to(dtype)).sample.float()
         if self.prediction_type == "epsilon":
             return output
         a = self.alphas_cumprod.to(x)[t][:, None, None, None]

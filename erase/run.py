@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_
 from torch import Tensor
 
 import erase
-from erase import card, compvis, concepts, data, delta, export, files, methods, models, saliency, scope, train
+from erase import card, compvis, concepts, data, delta, export, files, memory, methods, models, saliency, scope, train
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.settings import RECIPES, Settings, resolve
@@ -66,8 +66,14 @@ def erase_concept(
     return run(settings, concept if isinstance(concept, Concept) else None, quiet=quiet)
 
 
-def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = False) -> Run:
-    """See `erase_concept`."""
+def run(
+    settings: Settings,
+    concept: Concept | None = None,
+    *,
+    quiet: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """See `erase_concept`. `tell` hears what is to be known before the work begins."""
     started = time.time()
     methods.load(settings.method)
     name = find_concept(settings, concept, None).name  # unknown or refused: an error before a model is loaded
@@ -84,7 +90,7 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     )
     model.use_attention(settings.attention)
     concept = find_concept(settings, concept, model)
-    settings = resolve(settings, concept.kind, model.defaults)
+    settings = resolve(settings, concept.kind, model.defaults, accelerator.num_processes)
     parameters = scope.inside(dict(model.unet.named_parameters()), settings.scope)
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)
@@ -100,6 +106,10 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     record = files.read_json(folder / "run.json")
     if record["status"] == "done":
         return Run(folder, record if accelerator.is_main_process else {})
+    if settings.low_memory:
+        needs = needed_memory(settings, model, parameters)
+        phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
+        tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
     try:
         return _carry_out(
             settings, concept, model, parameters, given_mask, folder, identity, accelerator, cache_dir, started, quiet
@@ -157,6 +167,8 @@ def _carry_out(
         quiet=quiet or not accelerator.is_main_process,
     )
     model.release()
+    if settings.weights == "bf16":
+        model.round_unet(torch.bfloat16)
     lap("data")
     mask = given_mask
     if mask is None and settings.mask != "none":
@@ -312,6 +324,24 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
     if settings.resume:
         raise EraseError(f"--resume, but {folder} holds no unfinished run; leave it out to start one")
     files.write_json(record_path, {"status": "running", "identity": identity})
+
+
+def needed_memory(settings: Settings, model: models.Model, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
+    recipe = RECIPES[settings.recipe]
+    accumulates = settings.mask in {"saliency", "inverse"}
+    return memory.estimate(
+        model.unet,
+        parameters,
+        density=1.0 if settings.mask == "none" else settings.density,
+        latent_size=(settings.resolution or model.resolution) // model.vae_scale,
+        tokens=model.tokenizer.model_max_length,
+        mask_batch=_int(settings.batch_size) if accumulates else None,
+        part=max(1, _int(settings.batch_size) // (settings.gradient_accumulation_steps * _world_size())),
+        dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
+        checkpointing=settings.gradient_checkpointing,
+        needs_base=recipe.frozen_target or recipe.distill_retain,
+    )
 
 
 def load_mask(

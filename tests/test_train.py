@@ -1,5 +1,6 @@
 """The training loop and SalUn's loss, on a toy pipeline and hand-made latents."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from erase import models, saliency, scope, train
 from erase.data import Data, Pictures
 from erase.errors import EraseError
 from erase.methods.relabel import Batch, Relabel
+from erase.optim import MaskedAdam
 
 
 @pytest.fixture
@@ -109,6 +111,130 @@ def test_the_forget_prompts_prediction_changes_and_no_steps_change_nothing(model
         assert torch.equal(model(x, t, c), before) == (steps == 0)
 
 
+def obviously(model, method, data, parameters, mask, recipe, accelerator, *, joint: bool) -> None:
+    """The loop with nothing saved: a second UNet as the base, dense gradients, and with `joint` one backward a step."""
+    unet = deepcopy(model.unet)
+    optimizer = MaskedAdam(parameters, mask, lr=recipe.learning_rate)
+
+    def base(x, t, text):
+        return model.predict(unet, x, t, text)
+
+    with train._training(model, parameters, checkpointing=False):
+        for step in range(recipe.num_steps):
+            batch = next(train._batches(model, data, recipe, step, recipe.batch_size, accelerator))
+            terms = train._terms(method.loss(model, base, batch), accelerator)
+            if joint:
+                torch.stack([term for _, term in terms]).sum().backward()
+            else:
+                for _, term in terms:
+                    term.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+MOVING = Relabel(alpha=0.5, frozen_target=False, distill_retain=False)
+
+
+@pytest.mark.parametrize(
+    "method, scope_name, density, checkpointing",
+    [
+        (Relabel(alpha=0.7), "full", 0.1, False),
+        (Relabel(alpha=0.7), "full", 0.5, True),
+        (Relabel(), "xattn", None, False),
+        (MOVING, "xattn", 0.5, False),
+        (MOVING, "full", None, True),
+    ],
+)
+def test_what_is_saved_changes_no_bit(
+    toy_pipeline_dir, data, accelerator, tmp_path, method, scope_name, density, checkpointing
+):
+    recipe, results = replace(RECIPE, num_steps=4), []
+    for is_saving in (False, True):
+        model = models.load(toy_pipeline_dir)
+        parameters = parameters_of(model, scope_name)
+        shapes = {name: p.shape for name, p in parameters.items()}
+        mask = None if density is None else saliency.random_mask(shapes, density, seed=0)
+        if is_saving:
+            path = tmp_path / "t.pt"
+            options = {"state_path": path, "quiet": True, "checkpointing": checkpointing}
+            train.train(model, method, data, parameters, mask, recipe, accelerator, **options)
+        else:
+            obviously(model, method, data, parameters, mask, recipe, accelerator, joint=True)
+        results.append(state_of(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert any(
+        not torch.equal(tensor, results[0][name])
+        for name, tensor in models.load_unet(toy_pipeline_dir).state_dict().items()
+    )
+
+
+def test_the_exchanged_base_is_the_base_in_mixed_precision_too(toy_pipeline_dir, data, tmp_path):
+    """autocast keeps rounded weights by tensor; those of the base must not be taken for the model's."""
+    AcceleratorState._reset_state()
+    try:
+        accelerator, results = Accelerator(cpu=True, mixed_precision="bf16"), []
+        for is_saving in (False, True):
+            model = models.load(toy_pipeline_dir)
+            parameters = parameters_of(model)
+            mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
+            if is_saving:
+                options = {"state_path": tmp_path / "t.pt", "quiet": True}
+                train.train(model, Relabel(), data, parameters, mask, RECIPE, accelerator, **options)
+            else:
+                obviously(model, Relabel(), data, parameters, mask, RECIPE, accelerator, joint=False)
+            results.append(state_of(model))
+    finally:
+        AcceleratorState._reset_state()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+# --- a UNet that is rounded while it trains -------------------------------------------------------------------------
+
+
+def rounded_run(folder, data, accelerator, path, *, recipe=RECIPE, method=None, scope_name="full"):
+    model = models.load(folder)
+    parameters = parameters_of(model, scope_name)
+    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.4, seed=0)
+    model.round_unet(torch.bfloat16)
+    losses = train.train(
+        model, method or Relabel(), data, parameters, mask, recipe, accelerator, state_path=path, quiet=True
+    )
+    return state_of(model), mask, losses
+
+
+@pytest.mark.parametrize("scope_name", ["full", "xattn"])
+def test_rounded_training_ends_with_the_exact_base_outside_the_mask(
+    toy_pipeline_dir, data, accelerator, tmp_path, scope_name
+):
+    """Steps far below bfloat16's resolution add up in the masters; without a step nothing at all has changed."""
+    base = models.load_unet(toy_pipeline_dir).state_dict()
+    for steps in (0, 4):
+        recipe = replace(RECIPE, num_steps=steps, learning_rate=1e-4)
+        path = tmp_path / f"{steps}.pt"
+        after, mask, losses = rounded_run(
+            toy_pipeline_dir, data, accelerator, path, recipe=recipe, scope_name=scope_name
+        )
+        assert len(losses) == steps
+        moved = 0
+        for name, tensor in after.items():
+            assert tensor.dtype == torch.float32
+            same = same_bits(tensor, base[name])
+            assert same[~mask.get(name, torch.zeros_like(same))].all(), name
+            assert (tensor - base[name]).abs().max() < 1e-3  # a rounded weight would be off by more
+            moved += int((~same).sum())
+        assert moved > 0.9 * saliency.count(mask) if steps else moved == 0
+
+
+def test_rounded_training_resumes_bit_for_bit(toy_pipeline_dir, data, accelerator, tmp_path, monkeypatch):
+    expected, _, _ = rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "whole.pt")
+    monkeypatch.setattr(Breaking, "calls", 0)
+    with pytest.raises(Interrupted):
+        rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "cut.pt", method=Breaking())
+    assert len(torch.load(tmp_path / "cut.pt", weights_only=True)["losses"]) == 4
+    resumed, _, _ = rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "cut.pt")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
 class Interrupted(Exception):
     pass
 
@@ -125,8 +251,12 @@ class Breaking(Relabel):
         yield from super().loss(model, frozen, batch)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(toy_pipeline_dir, data, accelerator, tmp_path):
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    toy_pipeline_dir, data, accelerator, tmp_path, monkeypatch
+):
     """Law 4; the interruption comes after step 5, the last checkpoint after step 4."""
+
+    monkeypatch.setattr(Breaking, "calls", 0)
 
     def run(method: Relabel, path: Path) -> models.Model:
         model = models.load(toy_pipeline_dir)
@@ -339,6 +469,25 @@ def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp
     assert torch.load(tmp_path / "sums.pt", weights_only=True)["done"] == 2
     resumed = scores_of(model, data, accelerator, tmp_path)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("score", ["abs_sum", "sum_abs", "sum_sq"])
+def test_collecting_gradients_as_they_come_changes_no_bit_of_a_score(model, data, accelerator, tmp_path, score):
+    """Against adding whole gradients after each pass; checkpointing must not show a gradient in two parts."""
+    fast = {c: scores_of(model, data, accelerator, tmp_path, score=score, checkpointing=c) for c in (False, True)}
+    sums = saliency.Saliency(parameters_of(model), score)
+    with train._training(model, sums.parameters, checkpointing=False):
+        for start in (0, 2, 4):
+            draw, rows = train.generator(0, "mask", start), torch.tensor([start, start + 1])
+            x = train._sample(data.forget, rows, draw)
+            t = torch.randint(0, 1000, (2,), generator=draw)
+            eps = torch.randn(x.shape, generator=draw)
+            (eps - model(model.add_noise(x, eps, t), t, data.text[[1, 1]])).square().mean().backward()
+            sums.add()
+    slow = sums.scores()
+    for name in slow:
+        assert torch.equal(fast[False][name], slow[name]), name
+        torch.testing.assert_close(fast[True][name], slow[name], rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_checkpointing_changes_no_score(model, data, accelerator, tmp_path):
