@@ -195,6 +195,12 @@ class MaskedAdam(torch.optim.Optimizer):
             state["master"] = places.take(parameter).float()
         return state
 
+    def num_bytes(self) -> int:
+        """Of the state as it is, and of where the masked weights are."""
+        state = (t for each in self.state.values() for t in each.values() if torch.is_tensor(t))
+        where = (places.stored for places in self._places.values() if places.stored is not None)
+        return sum(tensor.nbytes for tensor in (*state, *where))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict()`, bit for bit.
 
@@ -234,12 +240,12 @@ class _Places:
         self.name, self.total = name, total
         self.num = total if mask is None else int(mask.count_nonzero())
         self.checksum = 0  # of a mask that is all ones
-        self._stored: torch.Tensor | None = None
+        self.stored: torch.Tensor | None = None
         if mask is not None and self.num < total:
             bits = mask.detach().cpu().reshape(-1)
             packed = np.packbits(bits.numpy())
             self.checksum = zlib.crc32(packed.tobytes())
-            self._stored = _nonzero(bits).int() if self.num < total / 4 else torch.from_numpy(packed)
+            self.stored = _nonzero(bits).int() if self.num < total / 4 else torch.from_numpy(packed)
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the masked values of a tensor of the parameter's shape, [num], in one piece."""
@@ -252,17 +258,17 @@ class _Places:
     def chunks(self, device: torch.device) -> Iterator[tuple[slice, slice | torch.Tensor]]:
         """Pairs of a slice of the compact state [num] and its places in the flat parameter [total], cache by cache."""
         size = 1 << 18 if device.type == "cpu" else 1 << 25
-        if self._stored is None:
+        if self.stored is None:
             for start in range(0, self.total, size):
                 yield slice(start, start + size), slice(start, start + size)
             return
-        self._stored = self._stored.to(device)
-        if self._stored.dtype == torch.int32:
+        self.stored = self.stored.to(device)
+        if self.stored.dtype == torch.int32:
             for start in range(0, self.num, size):
-                yield slice(start, start + size), self._stored[start : start + size].long()
+                yield slice(start, start + size), self.stored[start : start + size].long()
             return
         table, done = _BYTES.to(device), 0
-        for number, packed in enumerate(self._stored.split(size // 8)):
+        for number, packed in enumerate(self.stored.split(size // 8)):
             bits = table.index_select(0, packed.int()).view(torch.bool)
             where = _nonzero(bits).add_(number * size)
             yield slice(done, done + len(where)), where

@@ -90,7 +90,13 @@ def run(
     )
     model.use_attention(settings.attention)
     concept = find_concept(settings, concept, model)
-    settings = resolve(settings, concept.kind, model.defaults, accelerator.num_processes)
+    settings = resolve(
+        settings,
+        concept.kind,
+        model.defaults,
+        num_processes=accelerator.num_processes,
+        on_gpu=accelerator.device.type == "cuda",
+    )
     parameters = scope.inside(dict(model.unet.named_parameters()), settings.scope)
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)

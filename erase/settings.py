@@ -143,11 +143,11 @@ class Settings:
         "storage of the UNet during mask and training; bf16 halves it, with float32 masters of the weights that may "
         "move, and all others end as they were",
         group="training",
-        shown="fp32; with --low-memory bf16",
+        shown="fp32; with --low-memory on a GPU bf16",
     )
     low_memory: bool = option(
         False,
-        "checkpointing, parts of one picture, bf16 weights; slower, and says first how much memory it needs",
+        "checkpointing, parts of one picture, on a GPU bf16 weights; slower, and says first how much it needs",
         group="training",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the UNet's passes", group="training")
@@ -229,11 +229,14 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def resolve(settings: Settings, kind: str, model_defaults: dict[str, Any], num_processes: int = 1) -> Settings:
+def resolve(
+    settings: Settings, kind: str, model_defaults: dict[str, Any], *, num_processes: int = 1, on_gpu: bool = False
+) -> Settings:
     """Every None filled in: from the model's own defaults, then from the recipe, then from SD v1.4's values.
 
     kind: of the concept; SalUn's settings differ between nudity and classes.
     num_processes: that share a batch; --low-memory cuts it into parts of one picture.
+    on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are several times slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     settings = settings.filled({k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"})
@@ -249,7 +252,7 @@ def resolve(settings: Settings, kind: str, model_defaults: dict[str, Any], num_p
     if settings.low_memory:
         parts = max(settings.gradient_accumulation_steps, (settings.batch_size or 1) // num_processes)
         settings = replace(settings, gradient_checkpointing=True, gradient_accumulation_steps=parts)
-    rounds = settings.low_memory and settings.mixed_precision != "fp16"
+    rounds = settings.low_memory and on_gpu and settings.mixed_precision != "fp16"
     return settings.filled({"weights": "bf16" if rounds else "fp32"})
 
 
