@@ -1,7 +1,7 @@
 """Seconds, peak memory and file size, side by side with a plain implementation of the same job.
 
     python -m erase.evaluation.bench                     # small: a minute or so, the targets are not judged
-    python -m erase.evaluation.bench --size full         # the sizes of SD v1.4; up to 20 GB of memory for the plain step
+    python -m erase.evaluation.bench --size full         # the sizes of SD v1.4; the plain step takes 20 GB
     python -m erase.evaluation.bench --size full --only selection --output selection.json
 
 Every job runs in a process of its own, ours and the plain one in turns; what is shown are medians. Seconds are those of
@@ -9,7 +9,6 @@ the CPU, all threads together, since on a shared machine the clock on the wall m
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -22,8 +21,6 @@ from typing import Any
 
 from erase.errors import EraseError
 from erase.evaluation import jobs
-
-PLACES = {"cpu_seconds": 3, "wall_seconds": 2}
 
 
 @dataclass(frozen=True)
