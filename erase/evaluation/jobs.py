@@ -1,6 +1,5 @@
 """The jobs that `bench` times: each is prepared once in a process of its own, and then done as often as asked."""
 
-import os
 import resource
 import subprocess
 import sys
@@ -34,7 +33,7 @@ SD14_VAE = (128, 256, 512, 512)
 SMALL_VAE = (32, 32, 32, 32)
 NUM_SCORES = {"small": 2_000_000, "full": 100_000_000}
 
-Turn = Callable[[], dict[str, float]]
+Turn = Callable[[], dict[str, float]]  # does the job and says what there is to say besides time and memory
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def serve(pipe: Any, job: Job, size: str) -> None:
 
 def _cpu_seconds() -> float:
     """Of this process and of those it has waited for."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _resident() -> int:
@@ -181,13 +180,14 @@ def _weights(size: str, density: float) -> tuple[dict[str, Any], dict[str, Any]]
     """Sixteen parameters with gradients, and a mask."""
     import torch
 
+    from erase import saliency
+
     draw = torch.Generator().manual_seed(0)
-    weights, mask = {}, {}
-    for name in map(str, range(16)):
-        weights[name] = torch.nn.Parameter(torch.randn(NUM_SCORES[size] // 16, generator=draw))
-        weights[name].grad = torch.randn(weights[name].shape, generator=draw)
-        mask[name] = torch.rand(weights[name].shape, generator=draw) < density
-    return weights, mask
+    shape = (NUM_SCORES[size] // 16,)
+    weights = {str(i): torch.nn.Parameter(torch.randn(shape, generator=draw)) for i in range(16)}
+    for weight in weights.values():
+        weight.grad = torch.randn(shape, generator=draw)
+    return weights, saliency.random_mask({name: shape for name in weights}, density, seed=0)
 
 
 def our_optimizer(size: str, density: float) -> Iterator[Turn]:
