@@ -45,12 +45,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the table: our job, the plain one if there is one, and what is to be reached at full size."""
+    """One line of the table: our job, the plain one if there is one, and what is to be reached at full size.
+
+    is_alone: the machine has no room for both processes, so each turn has its own.
+    """
 
     title: str
     ours: jobs.Job
     plain: jobs.Job | None
     checks: tuple[Check, ...]
+    is_alone: bool = False
 
 
 def _steps(density: float, share: float, *, checkpointing: bool = False) -> Item:
@@ -63,6 +67,7 @@ def _steps(density: float, share: float, *, checkpointing: bool = False) -> Item
         jobs.Job("our_steps", (density, checkpointing)),
         jobs.Job("plain_steps", (density,)),
         tuple(checks),
+        is_alone=True,
     )
 
 
@@ -123,24 +128,15 @@ def measure(name: str, size: str, rounds: int) -> dict[str, Any]:
     """Medians of `rounds` turns of one item, ours and plain alternating; {"skipped": why} where it cannot run here."""
     item = ITEMS[name]
     sides = {"plain": item.plain, "ours": item.ours} if item.plain else {"ours": item.ours}
-    children = {side: _Child(job, size) for side, job in sides.items() if job}
     try:
-        turns = {side: [] for side in children}
-        for _ in range(rounds):
-            for side, child in children.items():
-                turns[side].append(child.turn())
-        ends = {side: child.end() for side, child in children.items()}
+        turns = _turns(sides, size, rounds, is_alone=item.is_alone)
     except EraseError as error:
         return {"title": item.title, "skipped": str(error)}
-    finally:
-        for child in children.values():
-            child.stop()
     result: dict[str, Any] = {"title": item.title, "rounds": rounds}
-    for side in children:
-        medians = {key: statistics.median(turn[key] for turn in turns[side]) for key in turns[side][0]}
-        result[side] = {**medians, **ends[side]}
+    for side, measured in turns.items():
+        result[side] = {key: statistics.median(turn[key] for turn in measured) for key in measured[0]}
     weights = result["ours"].get("weights")
-    for side in children:
+    for side in turns:
         if weights:
             result[side]["extra_bytes_per_weight"] = result[side]["extra_bytes"] / weights
     result["checks"] = []
@@ -153,6 +149,30 @@ def measure(name: str, size: str, rounds: int) -> dict[str, Any]:
     return result
 
 
+def _turns(sides: dict[str, jobs.Job], size: str, rounds: int, *, is_alone: bool) -> dict[str, list[dict[str, float]]]:
+    """What each side's turns took, the sides alternating."""
+    turns: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    if is_alone:
+        for _ in range(rounds):
+            for side, job in sides.items():
+                turns[side] += _turns({side: job}, size, 1, is_alone=False)[side]
+        return turns
+    children = {side: _Child(job, size) for side, job in sides.items()}
+    try:
+        for child in children.values():
+            child.ask("ready")
+        for _ in range(rounds):
+            for side, child in children.items():
+                turns[side].append(child.ask("turn"))
+        for side, child in children.items():
+            memory = child.ask("end")
+            turns[side] = [{**turn, **memory} for turn in turns[side]]
+    finally:
+        for child in children.values():
+            child.stop()
+    return turns
+
+
 class _Child:
     """A process that has prepared one job and does it whenever it is told to."""
 
@@ -163,19 +183,13 @@ class _Child:
         self._process.start()
         theirs.close()
 
-    def turn(self) -> dict[str, float]:
-        return self._ask("turn")
-
-    def end(self) -> dict[str, float]:
-        return self._ask("end")
-
     def stop(self) -> None:
         self._pipe.close()
         self._process.join(timeout=10)
         if self._process.is_alive():
             self._process.terminate()
 
-    def _ask(self, what: str) -> dict[str, float]:
+    def ask(self, what: str) -> dict[str, float]:
         try:
             self._pipe.send(what)
             answer = self._pipe.recv()

@@ -45,7 +45,10 @@ class Job:
 
 
 def serve(pipe: Any, job: Job, size: str) -> None:
-    """Do the job at every "turn" and answer with what it took; at the "end" answer with memory. A text is an excuse."""
+    """Say when the job is "ready"; do it at every "turn" and answer with what it took; at the "end" with memory.
+
+    An answer that is a text says why the job cannot be done here.
+    """
     jobs = globals()[job.name](size, *job.arguments)
     try:
         turn: Turn | EraseError = next(jobs)
@@ -59,6 +62,8 @@ def serve(pipe: Any, job: Job, size: str) -> None:
             break
         if isinstance(turn, EraseError):
             pipe.send(str(turn))
+        elif asked == "ready":
+            pipe.send({})
         elif asked == "turn":
             wall, cpu = time.perf_counter(), _cpu_seconds()
             measured = turn()
@@ -372,12 +377,15 @@ def our_drawing(size: str) -> Iterator[Turn]:
 
 
 def plain_drawing(size: str) -> Iterator[Turn]:
+    import torch
     from diffusers import StableDiffusionPipeline
 
     from erase import models
     from erase.evaluation import plain
 
-    pipeline = StableDiffusionPipeline.from_pretrained(models.MINI_DIR, local_files_only=True)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(
+        models.MINI_DIR, local_files_only=True, torch_dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     prompts, how = _drawing(size)
     side = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
