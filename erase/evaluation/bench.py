@@ -47,7 +47,7 @@ class Check:
 class Item:
     """One line of the table: our job, the plain one if there is one, and what is to be reached at full size.
 
-    is_alone: the machine has no room for both processes, so each turn has its own.
+    is_alone: at full size there is no room for both processes at once, so each turn has its own.
     """
 
     title: str
@@ -129,7 +129,7 @@ def measure(name: str, size: str, rounds: int) -> dict[str, Any]:
     item = ITEMS[name]
     sides = {"plain": item.plain, "ours": item.ours} if item.plain else {"ours": item.ours}
     try:
-        turns = _turns(sides, size, rounds, is_alone=item.is_alone)
+        turns = _turns(sides, size, rounds, is_alone=item.is_alone and size == "full")
     except EraseError as error:
         return {"title": item.title, "skipped": str(error)}
     result: dict[str, Any] = {"title": item.title, "rounds": rounds}

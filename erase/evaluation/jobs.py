@@ -1,5 +1,6 @@
 """The jobs that `bench` times: each is prepared once in a process of its own, and then done as often as asked."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def serve(pipe: Any, job: Job, size: str) -> None:
 
     An answer that is a text says why the job cannot be done here.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no word about image processors that nobody uses
     jobs = globals()[job.name](size, *job.arguments)
     try:
         turn: Turn | EraseError = next(jobs)
