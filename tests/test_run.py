@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from erase import cli, delta, erase_concept, files, models, saliency
 from erase import run as running
 from erase.concepts import Concept
 from erase.errors import EraseError
+from erase.settings import Settings
 
 CONCEPT = Concept(
     "cat",
@@ -194,6 +197,31 @@ def test_every_form_of_output_is_written(toy_pipeline_dir, tmp_path):
     unet = models.load_unet(toy_pipeline_dir).state_dict()
     assert files.read_tensors(folder / "unet.safetensors").keys() == unet.keys()
     assert (folder / "pytorch_lora_weights.safetensors").exists() and not (folder / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_low_memory_says_first_what_it_needs_and_moves_no_bit_outside_the_mask(
+    toy_pipeline_dir, tmp_path, monkeypatch, weights
+):
+    said: list[str] = []
+    gather = running.data.gather
+
+    def gather_after_the_word(*arguments, **options):
+        assert len(said) == 1
+        return gather(*arguments, **options)
+
+    monkeypatch.setattr(running.data, "gather", gather_after_the_word)
+    options: dict[str, Any] = {**OPTIONS, "output": str(tmp_path / "run"), "low_memory": True, "weights": weights}
+    quiet = options.pop("quiet")
+    settings = Settings("cat", str(toy_pipeline_dir), **options)
+    record = running.run(settings, CONCEPT, quiet=quiet, tell=said.append).record
+    assert re.fullmatch(r"needs about 0\.5 GB of memory \(mask 0\.5, training 0\.5, writing 0\.5\)", said[0])
+    assert record["settings"]["gradient_accumulation_steps"] == 2 and record["settings"]["gradient_checkpointing"]
+    mask, _ = saliency.load(tmp_path / "run" / "mask.safetensors")
+    base, erased = (models.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))
+    moved = {name: base[name].view(torch.int32) != erased[name].view(torch.int32) for name in base}
+    assert not any((moved[name] & ~mask[name]).any() for name in base)
+    assert sum(int(m.sum()) for m in moved.values()) > 0.9 * saliency.count(mask)
 
 
 def test_losses_go_to_the_tracker_that_was_asked_for(toy_pipeline_dir, tmp_path):
