@@ -385,9 +385,7 @@ def plain_drawing(size: str) -> Iterator[Turn]:
     from erase import models
     from erase.evaluation import plain
 
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(
-        models.MINI_DIR, local_files_only=True, torch_dtype=torch.float32
-    )
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(models.MINI_DIR, local_files_only=True, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts, how = _drawing(size)
     side = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
