@@ -256,6 +256,8 @@ def _chunks(tensors: Sequence[torch.Tensor], flip: int = 0) -> Iterator[torch.Te
 
 def count(mask: Mapping[str, torch.Tensor]) -> int:
     """How many weights the mask lets move."""
+    if isinstance(mask, Packed):
+        return sum(int(np.bitwise_count(packed.numpy()).sum()) for packed in mask.bits.values())
     return sum(int(bits.count_nonzero()) for bits in mask.values())
 
 

@@ -146,6 +146,7 @@ def test_a_packed_mask_is_the_mask_in_an_eighth_of_its_size():
     assert all(torch.equal(packed[name], bits) for name, bits in mask.items())
     assert [bits.numel() for bits in packed.bits.values()] == [21, 1, 1]
     assert saliency.iou(packed, mask) == 1
+    assert saliency.count(packed) == saliency.count(mask) > 1
 
 
 def test_a_missing_gradient_counts_as_zero():
