@@ -236,7 +236,7 @@ def resolve(
 
     kind: of the concept; SalUn's settings differ between nudity and classes.
     num_processes: that share a batch; --low-memory cuts it into parts of one picture.
-    on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are several times slower in bf16.
+    on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     settings = settings.filled({k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"})

@@ -46,7 +46,7 @@ def test_every_erase_command_is_accepted(monkeypatch):
 
 def test_every_option_in_the_text_exists():
     known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
-    known |= {"--list", "--delta", "--output", "--num_processes", "--check", "--only-binary"}
+    known |= {"--list", "--delta", "--output", "--num_processes", "--check", "--only-binary", "--size", "--only"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= known
 
 
