@@ -113,7 +113,7 @@ def _erase(arguments: list[str]) -> None:
     from erase.run import run
 
     try:
-        result = run(settings, quiet=quiet)
+        result = run(settings, quiet=quiet, tell=lambda line: print(f"erase-concept: {line}", flush=True))
     except KeyboardInterrupt:
         again = "the same command without --overwrite" if settings.overwrite else "the same command"
         print(f"erase-concept: interrupted; {again} continues", file=sys.stderr)

@@ -29,6 +29,7 @@ class Model:
     folder: the diffusers folder that it came from; exports copy the untouched parts from there.
     defaults: what the folder's erase_defaults.json says: settings that suit the model, and "family": "mini" when it
         speaks the embedded world's language.
+    allow_pickle: how the parts were loaded, for when they are loaded again.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Model:
     tokenizer: CLIPTokenizer
     scheduler: SchedulerMixin
     defaults: dict[str, Any]
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
@@ -46,6 +48,39 @@ class Model:
         self.prediction_type: str = noise.config["prediction_type"]
         if self.prediction_type not in {"epsilon", "v_prediction"}:
             raise EraseError(f"{self.name} predicts {self.prediction_type!r}; only epsilon and v_prediction are known")
+
+    def release(self) -> None:
+        """Free the VAE and the text encoder; either is loaded again when it is next used."""
+        for part in _LOADED_AGAIN.keys() & vars(self).keys():
+            delattr(self, part)
+
+    def __getattr__(self, name: str) -> Any:
+        """A part that was released (Python asks here for what is not there)."""
+        if name not in _LOADED_AGAIN:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        part = _load_part(_LOADED_AGAIN[name], self.folder, name, self.allow_pickle).to(self.device)
+        setattr(self, name, part)
+        return part
+
+    def stored_unet(self) -> UNet2DConditionModel:
+        """The base's UNet once more, in float32 on the CPU."""
+        return load_unet(self.folder, self.allow_pickle)
+
+    def round_unet(self, dtype: torch.dtype) -> None:
+        """Store the UNet's weights in `dtype`, until `reload_unet`."""
+        for tensor in (*self.unet.parameters(), *self.unet.buffers()):
+            tensor.data = tensor.data.to(dtype)
+
+    def reload_unet(self) -> None:
+        """Make the UNet the base's again, in float32; its parameters stay the same objects."""
+        device = self.device
+        for tensor in (*self.unet.parameters(), *self.unet.buffers()):
+            tensor.data = tensor.new_empty(0)  # first free, then load
+        base = self.stored_unet()
+        for tensor, stored in zip(
+            (*self.unet.parameters(), *self.unet.buffers()), (*base.parameters(), *base.buffers()), strict=True
+        ):
+            tensor.data = stored.data.to(device)
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +104,8 @@ class Model:
 
     def predict(self, unet: Any, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The noise that `unet` sees in `x`; v predictions are converted: eps = sqrt(a) v + sqrt(1 - a) x."""
-        output = unet(x, t, encoder_hidden_states=text).sample
+        dtype = self.unet.dtype
+        output = unet(x.to(dtype), t, encoder_hidden_states=text.to(dtype)).sample.float()
         if self.prediction_type == "epsilon":
             return output
         a = self.alphas_cumprod.to(x)[t][:, None, None, None]
@@ -215,7 +251,7 @@ def load(
     for part in (unet, vae, text_encoder):
         part.to(device)
     defaults = read_json(folder / export.DEFAULTS_FILE) if (folder / export.DEFAULTS_FILE).is_file() else {}
-    return Model(str(source), folder, unet, vae, text_encoder, tokenizer, scheduler, defaults)
+    return Model(str(source), folder, unet, vae, text_encoder, tokenizer, scheduler, defaults, allow_pickle)
 
 
 def load_unet(folder: Path, allow_pickle: bool = False) -> UNet2DConditionModel:
@@ -247,6 +283,7 @@ def locate(
 
 
 _WEIGHTED = ("unet", "vae", "text_encoder")
+_LOADED_AGAIN: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
 def _download(repository: str, revision: str | None, allow_pickle: bool) -> Path:

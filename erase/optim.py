@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,101 @@ class MaskedAdam(torch.optim.Optimizer):
             parameter: _Places(name, parameter.numel(), None if mask is None else _mask_of(name, parameter, mask))
             for name, parameter in parameters.items()
         }
+        self._gathered: dict[Parameter, torch.Tensor] = {}
         super().__init__(parameters.values(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Inside, every gradient shrinks to its masked weights as soon as a backward pass has made it.
+
+        So the dense gradients of two tensors are never in memory together. Several backward passes add up as they do
+        in `.grad`, bit for bit; `step` and `zero_grad` do what they do without this.
+        """
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(self._gather)
+            for parameter, places in self._places.items()
+            if places.num < places.total
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _gather(self, parameter: torch.Tensor) -> None:
+        assert isinstance(parameter, Parameter) and parameter.grad is not None
+        places, grads = self._places[parameter], parameter.grad.reshape(-1)
+        parameter.grad = None
+        if parameter in self._gathered:
+            held = self._gathered[parameter]
+            for part, where in places.chunks(parameter.device):
+                held[part] += _take(grads, where)
+        elif places.num:
+            held = self._gathered[parameter] = grads.new_empty(places.num)
+            for part, where in places.chunks(parameter.device):
+                held[part] = _take(grads, where)
+
+    def gradients(self) -> Iterator[torch.Tensor]:
+        """Every gradient there is, in the order of the parameters: gathered, [masked weights], or dense."""
+        for parameter in self._places:
+            held = self._gathered.get(parameter, parameter.grad)
+            if held is not None:
+                yield held
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._gathered.clear()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients to a norm of at most `max_norm`, counting masked weights only; returns the norm before.
+
+        Weights that never move must not decide how far the others go.
+        """
+        squares: list[torch.Tensor] = []
+        for parameter, places in self._places.items():
+            held = self._gathered.get(parameter)
+            if held is not None:
+                squares.append(held.float().square().sum())
+            elif parameter.grad is not None:
+                grads = parameter.grad.reshape(-1)
+                chunks = places.chunks(parameter.device)
+                squares += [_take(grads, where).float().square().sum() for _, where in chunks]
+        norm = torch.stack(squares).sum().sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+        for gradient in self.gradients():
+            gradient.mul_(scale)
+        return norm
+
+    @torch.no_grad()
+    def masked_weights(self) -> dict[str, torch.Tensor]:
+        """A copy of every masked weight as it is now, by parameter, [masked weights]."""
+        return {places.name: places.take(parameter) for parameter, places in self._places.items()}
+
+    @torch.no_grad()
+    def exchange(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Put `values` into the masked weights and what was there into `values`; twice is nothing, bit for bit."""
+        for parameter, places in self._places.items():
+            with _flat(parameter) as weights:
+                for part, where in places.chunks(parameter.device):
+                    before = _take(weights, where).clone()
+                    _put(weights, where, values[places.name][part])
+                    values[places.name][part] = before
+        torch.clear_autocast_cache()  # it holds the weights in another precision, by tensor
+
+    @torch.no_grad()
+    def keep_masters(self, exact: Mapping[str, torch.Tensor]) -> None:
+        """Begin with masters of the masked weights taken from `exact`, of which the parameters are a rounded copy."""
+        for parameter, places in self._places.items():
+            self.state[parameter].update(self._initial_state(parameter, places))
+            self.state[parameter]["master"] = places.take(exact[places.name]).float().to(parameter.device)
+
+    def give_masters(self) -> dict[str, torch.Tensor]:
+        """The masters, by parameter, [masked weights]; ready for `exchange`. The moments are given up."""
+        masters = {places.name: self.state[parameter]["master"] for parameter, places in self._places.items()}
+        self.state.clear()
+        return masters
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,42 +160,46 @@ class MaskedAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and self._places[parameter].num:
-                    self._update(parameter, group)
+                gradient = self._gathered.get(parameter, parameter.grad)
+                if gradient is not None and self._places[parameter].num:
+                    self._update(parameter, gradient.reshape(-1), group)
         return loss
 
-    def _update(self, parameter: Parameter, group: Mapping[str, Any]) -> None:
-        assert parameter.grad is not None
-        places = self._places[parameter]
-        weights, grads = parameter.reshape(-1), parameter.grad.reshape(-1)
-        state = self.state[parameter]
+    def _update(self, parameter: Parameter, gradient: torch.Tensor, group: Mapping[str, Any]) -> None:
+        """gradient: gathered, [masked weights], or dense, [weights]."""
+        places, state = self._places[parameter], self.state[parameter]
         if not state:
-            state.update(self._initial_state(weights, places))
+            state.update(self._initial_state(parameter, places))
+        is_gathered = parameter in self._gathered
         state["step"] += 1
         lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
         step_size = lr / (1 - beta1 ** state["step"])
         correction = math.sqrt(1 - beta2 ** state["step"])
-        for part, where in places.chunks(parameter.device):
-            g = _take(grads, where).float()
-            w = state["master"][part] if "master" in state else _take(weights, where)
-            m, v = state["exp_avg"][part], state["exp_avg_sq"][part]
-            w.mul_(1 - lr * group["weight_decay"])
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            w.addcdiv_(m, v.sqrt().div_(correction).add_(eps), value=-step_size)
-            _put(weights, where, w)
-        if weights.data_ptr() != parameter.data_ptr():  # channels-last: the flat weights are a copy
-            parameter.copy_(weights.view_as(parameter))
+        with _flat(parameter) as weights:
+            for part, where in places.chunks(parameter.device):
+                g = (gradient[part] if is_gathered else _take(gradient, where)).float()
+                w = state["master"][part] if "master" in state else _take(weights, where)
+                m, v = state["exp_avg"][part], state["exp_avg_sq"][part]
+                w.mul_(1 - lr * group["weight_decay"])
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                w.addcdiv_(m, v.sqrt().div_(correction).add_(eps), value=-step_size)
+                _put(weights, where, w)
 
     @staticmethod
-    def _initial_state(weights: torch.Tensor, places: "_Places") -> dict[str, Any]:
+    def _initial_state(parameter: Parameter, places: "_Places") -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0, "mask": places.checksum}
         for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = torch.zeros(places.num, dtype=torch.float32, device=weights.device)
-        if weights.element_size() < 4:
-            masked = [_take(weights, where) for _, where in places.chunks(weights.device)]
-            state["master"] = torch.cat(masked).float()
+            state[moment] = torch.zeros(places.num, dtype=torch.float32, device=parameter.device)
+        if parameter.element_size() < 4:
+            state["master"] = places.take(parameter).float()
         return state
+
+    def num_bytes(self) -> int:
+        """Of the state as it is, and of where the masked weights are."""
+        state = (t for each in self.state.values() for t in each.values() if torch.is_tensor(t))
+        where = (places.stored for places in self._places.values() if places.stored is not None)
+        return sum(tensor.nbytes for tensor in (*state, *where))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict()`, bit for bit.
@@ -123,23 +222,6 @@ class MaskedAdam(torch.optim.Optimizer):
             }
 
 
-def clip_masked_grad_norm_(
-    parameters: Mapping[str, Parameter], mask: Mapping[str, torch.Tensor] | None, max_norm: float
-) -> torch.Tensor:
-    """Zero every gradient outside the mask, then scale what is left to a norm of at most `max_norm`.
-
-    Returns the norm of what is left, over all parameters, before the scaling. The other order would let weights that
-    never move decide how far the others go. Keep the mask where the parameters are: it is copied there otherwise.
-    """
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.grad is not None}
-    if mask is not None:
-        for name, parameter in trained.items():
-            assert parameter.grad is not None
-            outside = _mask_of(name, parameter, mask).to(parameter.device).logical_not()
-            parameter.grad.masked_fill_(outside, 0)  # not a product, because 0 * NaN is NaN
-    return torch.nn.utils.clip_grad_norm_(trained.values(), max_norm)
-
-
 def _mask_of(name: str, parameter: Parameter, mask: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if name not in mask:
         raise EraseError(f"'{name}' is to be trained but has no mask; leave it out or add one")
@@ -158,27 +240,35 @@ class _Places:
         self.name, self.total = name, total
         self.num = total if mask is None else int(mask.count_nonzero())
         self.checksum = 0  # of a mask that is all ones
-        self._stored: torch.Tensor | None = None
+        self.stored: torch.Tensor | None = None
         if mask is not None and self.num < total:
             bits = mask.detach().cpu().reshape(-1)
             packed = np.packbits(bits.numpy())
             self.checksum = zlib.crc32(packed.tobytes())
-            self._stored = _nonzero(bits).int() if self.num < total / 4 else torch.from_numpy(packed)
+            self.stored = _nonzero(bits).int() if self.num < total / 4 else torch.from_numpy(packed)
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of the masked values of a tensor of the parameter's shape, [num], in one piece."""
+        flat = tensor.detach().reshape(-1)
+        taken = flat.new_empty(self.num)
+        for part, where in self.chunks(flat.device):
+            taken[part] = _take(flat, where)
+        return taken
 
     def chunks(self, device: torch.device) -> Iterator[tuple[slice, slice | torch.Tensor]]:
         """Pairs of a slice of the compact state [num] and its places in the flat parameter [total], cache by cache."""
         size = 1 << 18 if device.type == "cpu" else 1 << 25
-        if self._stored is None:
+        if self.stored is None:
             for start in range(0, self.total, size):
                 yield slice(start, start + size), slice(start, start + size)
             return
-        self._stored = self._stored.to(device)
-        if self._stored.dtype == torch.int32:
+        self.stored = self.stored.to(device)
+        if self.stored.dtype == torch.int32:
             for start in range(0, self.num, size):
-                yield slice(start, start + size), self._stored[start : start + size].long()
+                yield slice(start, start + size), self.stored[start : start + size].long()
             return
         table, done = _BYTES.to(device), 0
-        for number, packed in enumerate(self._stored.split(size // 8)):
+        for number, packed in enumerate(self.stored.split(size // 8)):
             bits = table.index_select(0, packed.int()).view(torch.bool)
             where = _nonzero(bits).add_(number * size)
             yield slice(done, done + len(where)), where
@@ -194,6 +284,15 @@ def _nonzero(bits: torch.Tensor) -> torch.Tensor:
     if bits.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(bits.numpy()))
     return bits.nonzero().view(-1)
+
+
+@contextmanager
+def _flat(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor's values in one dimension, to be written to."""
+    flat = tensor.detach().reshape(-1)
+    yield flat
+    if flat.data_ptr() != tensor.data_ptr():  # channels-last: the flat values are a copy
+        tensor.copy_(flat.view_as(tensor))
 
 
 def _take(flat: torch.Tensor, where: slice | torch.Tensor) -> torch.Tensor:

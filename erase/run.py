@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_
 from torch import Tensor
 
 import erase
-from erase import card, compvis, concepts, data, delta, export, files, methods, models, saliency, scope, train
+from erase import card, compvis, concepts, data, delta, export, files, memory, methods, models, saliency, scope, train
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.settings import RECIPES, Settings, resolve
@@ -66,8 +66,14 @@ def erase_concept(
     return run(settings, concept if isinstance(concept, Concept) else None, quiet=quiet)
 
 
-def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = False) -> Run:
-    """See `erase_concept`."""
+def run(
+    settings: Settings,
+    concept: Concept | None = None,
+    *,
+    quiet: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """See `erase_concept`. `tell` hears what is to be known before the work begins."""
     started = time.time()
     methods.load(settings.method)
     name = find_concept(settings, concept, None).name  # unknown or refused: an error before a model is loaded
@@ -84,7 +90,13 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     )
     model.use_attention(settings.attention)
     concept = find_concept(settings, concept, model)
-    settings = resolve(settings, concept.kind, model.defaults)
+    settings = resolve(
+        settings,
+        concept.kind,
+        model.defaults,
+        num_processes=accelerator.num_processes,
+        on_gpu=accelerator.device.type == "cuda",
+    )
     parameters = scope.inside(dict(model.unet.named_parameters()), settings.scope)
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)
@@ -100,6 +112,10 @@ def run(settings: Settings, concept: Concept | None = None, *, quiet: bool = Fal
     record = files.read_json(folder / "run.json")
     if record["status"] == "done":
         return Run(folder, record if accelerator.is_main_process else {})
+    if settings.low_memory:
+        needs = needed_memory(settings, model, parameters)
+        phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
+        tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
     try:
         return _carry_out(
             settings, concept, model, parameters, given_mask, folder, identity, accelerator, cache_dir, started, quiet
@@ -115,7 +131,7 @@ def _carry_out(
     concept: Concept,
     model: models.Model,
     parameters: Mapping[str, torch.nn.Parameter],
-    given_mask: saliency.Mask | None,
+    given_mask: saliency.Packed | None,
     folder: Path,
     identity: Mapping[str, Any],
     accelerator: Accelerator,
@@ -156,6 +172,9 @@ def _carry_out(
         workers=data.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
         quiet=quiet or not accelerator.is_main_process,
     )
+    model.release()
+    if settings.weights == "bf16":
+        model.round_unet(torch.bfloat16)
     lap("data")
     mask = given_mask
     if mask is None and settings.mask != "none":
@@ -313,9 +332,27 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
     files.write_json(record_path, {"status": "running", "identity": identity})
 
 
+def needed_memory(settings: Settings, model: models.Model, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
+    recipe = RECIPES[settings.recipe]
+    accumulates = settings.mask in {"saliency", "inverse"}
+    return memory.estimate(
+        model.unet,
+        parameters,
+        density=1.0 if settings.mask == "none" else settings.density,
+        latent_size=(settings.resolution or model.resolution) // model.vae_scale,
+        tokens=model.tokenizer.model_max_length,
+        mask_batch=_int(settings.batch_size) if accumulates else None,
+        part=max(1, _int(settings.batch_size) // (settings.gradient_accumulation_steps * _world_size())),
+        dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
+        checkpointing=settings.gradient_checkpointing,
+        needs_base=recipe.frozen_target or recipe.distill_retain,
+    )
+
+
 def load_mask(
     settings: Settings, model: models.Model, parameters: Mapping[str, Tensor], base_hash: str
-) -> saliency.Mask | None:
+) -> saliency.Packed | None:
     """The mask of a file, ours or the reference's, checked against this model; None when --mask names no file."""
     if settings.mask in {"saliency", "random", "inverse", "none"}:
         return None
@@ -332,7 +369,7 @@ def load_mask(
     missing = [name for name in parameters if name not in mask]
     if missing:
         raise EraseError(f"{path} has no entry for {missing[0]!r}; it was made for another --scope")
-    return {name: mask[name] for name in parameters}
+    return saliency.pack({name: mask[name] for name in parameters})
 
 
 def make_mask(
@@ -344,7 +381,7 @@ def make_mask(
     work: Path,
     base_hash: str,
     quiet: bool,
-) -> saliency.Mask:
+) -> saliency.Packed:
     """The saliency mask or a control of it, kept in `work` until the run is finished."""
     path = work / "mask.safetensors"
     if path.exists():
@@ -383,7 +420,7 @@ def make_mask(
             "seed": settings.seed,
         }
         saliency.save(path, mask, header)
-    return mask
+    return saliency.pack(mask)
 
 
 def write_outputs(
@@ -393,7 +430,7 @@ def write_outputs(
     base_unet: Any,
     new_state: Mapping[str, Tensor],
     change: delta.Delta,
-    mask: saliency.Mask | None,
+    mask: saliency.Packed | None,
     concept: Concept,
 ) -> None:
     """Everything in the run folder but run.json."""
@@ -422,7 +459,7 @@ def unet_state(unet: torch.nn.Module) -> dict[str, Tensor]:
     return {f"unet.{name}": tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
 
 
-def saliency_hash(mask: saliency.Mask) -> str:
+def saliency_hash(mask: Mapping[str, Tensor]) -> str:
     return delta.content_hash({name: bits.to(torch.uint8) for name, bits in mask.items()})
 
 
@@ -462,7 +499,7 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _total(mask: saliency.Mask) -> int:
+def _total(mask: Mapping[str, Tensor]) -> int:
     return sum(bits.numel() for bits in mask.values())
 
 

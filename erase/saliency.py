@@ -1,11 +1,14 @@
 """Which weights may move: accumulate gradients into scores, select exactly k weights, keep the mask in a file.
 
 A mask is plain data: a bool tensor for every parameter in the scope, under the parameter's name, in parameter order.
+While it lies about it is `Packed`.
 """
 
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,7 +43,7 @@ class Saliency:
     def __init__(self, parameters: Mapping[str, Parameter], score: Score = "abs_sum"):
         if score not in get_args(Score):
             raise EraseError(f"unknown score '{score}'; one of {', '.join(get_args(Score))}")
-        self.parameters, self.score = parameters, score
+        self.parameters, self.score, self._is_over = parameters, score, False
         self._sums = {
             name: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
             for name, parameter in parameters.items()
@@ -50,27 +53,47 @@ class Saliency:
     def add(self) -> None:
         """Take the gradients as they are now, a missing one as zero, and leave None in their place."""
         for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            g, total = parameter.grad.float(), self._sums[name]
-            if self.score == "abs_sum":
-                total.add_(g)
-            elif self.score == "sum_abs":
-                total.add_(g.abs())
-            else:
-                total.addcmul_(g, g)
-            parameter.grad = None
+            if parameter.grad is not None:
+                self._add(name, parameter)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Inside, every backward pass is added by itself, each gradient as soon as it is there.
+
+        So the dense gradients of two tensors are never in memory together.
+        """
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._add, name))
+            for name, parameter in self.parameters.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _add(self, name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None and not self._is_over
+        g, total = parameter.grad.float(), self._sums[name]
+        if self.score == "abs_sum":
+            total.add_(g)
+        elif self.score == "sum_abs":
+            total.add_(g.abs())
+        else:
+            total.addcmul_(g, g)
+        parameter.grad = None
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """float32 and not negative, in the parameters' shapes.
+        """float32 and not negative, in the parameters' shapes; the sums themselves, so this ends the accumulation.
 
         Raises:
             EraseError: a score is NaN or infinite; the message names the tensor.
         """
-        scores = {name: total.abs() for name, total in self._sums.items()}
-        for name, score in scores.items():
-            _patterns(name, score)
-        return scores
+        self._is_over = True
+        for name, total in self._sums.items():
+            _patterns(name, total.abs_())
+        return self._sums
 
     def state_dict(self) -> dict[str, Any]:
         """All that an interrupted accumulation needs to continue bit for bit; the tensors are live, not copies."""
@@ -233,6 +256,8 @@ def _chunks(tensors: Sequence[torch.Tensor], flip: int = 0) -> Iterator[torch.Te
 
 def count(mask: Mapping[str, torch.Tensor]) -> int:
     """How many weights the mask lets move."""
+    if isinstance(mask, Packed):
+        return sum(int(np.bitwise_count(packed.numpy()).sum()) for packed in mask.bits.values())
     return sum(int(bits.count_nonzero()) for bits in mask.values())
 
 
@@ -251,6 +276,33 @@ def fraction_by_block(mask: Mapping[str, torch.Tensor], block: Callable[[str], s
     return blocks
 
 
+class Packed(Mapping[str, torch.Tensor]):
+    """A mask in one bit a weight: what a bool mask is, an eighth of its size; every look at a tensor unpacks it."""
+
+    def __init__(self, packed: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]):
+        self.bits, self._shapes = packed, shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = tuple(self._shapes[name])
+        return torch.from_numpy(np.unpackbits(self.bits[name].numpy(), count=math.prod(shape)).view(np.bool_)).view(
+            shape
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def pack(mask: Mapping[str, torch.Tensor]) -> Packed:
+    """uint8 [ceil(n / 8)] for a tensor of n weights, first bit highest."""
+    if isinstance(mask, Packed):
+        return mask
+    packed = {name: torch.from_numpy(np.packbits(bits.cpu().numpy().reshape(-1))) for name, bits in mask.items()}
+    return Packed(packed, {name: tuple(bits.shape) for name, bits in mask.items()})
+
+
 def save(path: str | Path, mask: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
     """Write a mask in one bit a weight: safetensors, uint8 [ceil(n / 8)] for a tensor of n weights, first bit highest.
 
@@ -258,13 +310,12 @@ def save(path: str | Path, mask: Mapping[str, torch.Tensor], header: Mapping[str
         "shapes" (pairs of name and shape, in parameter order), "total" (weights) and "ones".
     """
     shapes = [[name, list(bits.shape)] for name, bits in mask.items()]
-    total = sum(bits.numel() for bits in mask.values())
-    packed = {name: torch.from_numpy(np.packbits(bits.cpu().numpy().reshape(-1))) for name, bits in mask.items()}
+    total = sum(math.prod(shape) for _, shape in shapes)
     header = {**header, "kind": "mask", "shapes": shapes, "total": total, "ones": count(mask)}
-    files.write_tensors(path, packed, header)
+    files.write_tensors(path, pack(mask).bits, header)
 
 
-def load(path: str | Path) -> tuple[Mask, dict[str, Any]]:
+def load(path: str | Path) -> tuple[Packed, dict[str, Any]]:
     """The mask of a file that `save` wrote, on the CPU, and its header.
 
     Raises:
@@ -273,7 +324,7 @@ def load(path: str | Path) -> tuple[Mask, dict[str, Any]]:
     header = files.read_metadata(path)
     if header.get("kind") != "mask":
         raise EraseError(f"{path} is not a mask: its header does not say how it was made")
-    packed, mask = files.read_tensors(path), {}
+    packed = files.read_tensors(path)
     shapes = {name: tuple(shape) for name, shape in header["shapes"]}
     if packed.keys() != shapes.keys():
         raise EraseError(f"{path} is damaged: header and content disagree about the names of its tensors")
@@ -282,7 +333,7 @@ def load(path: str | Path) -> tuple[Mask, dict[str, Any]]:
         need = math.ceil(n / 8)
         if data.nbytes != need:
             raise EraseError(f"{path} is damaged: '{name}' has {data.nbytes} bytes where {n} weights take {need}")
-        mask[name] = torch.from_numpy(np.unpackbits(data, count=n).view(np.bool_)).view(shape)
+    mask = Packed({name: packed[name] for name in shapes}, shapes)
     if count(mask) != header["ones"]:
         raise EraseError(f"{path} is damaged: it has {count(mask)} ones, but its header says {header['ones']}")
     return mask, header

@@ -138,6 +138,18 @@ class Settings:
         1, "parts that each step's batch is cut into, to save memory", group="training", least=1
     )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory", group="training")
+    weights: Literal["fp32", "bf16"] | None = option(
+        None,
+        "storage of the UNet during mask and training; bf16 halves it, with float32 masters of the weights that may "
+        "move, and all others end as they were",
+        group="training",
+        shown="fp32; with --low-memory on a GPU bf16",
+    )
+    low_memory: bool = option(
+        False,
+        "checkpointing, parts of one picture, on a GPU bf16 weights; slower, and says first how much it needs",
+        group="training",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the UNet's passes", group="training")
     attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels", group="training")
     seed: int = option(0, "seed of data, mask and training", group="training", least=0)
@@ -180,6 +192,8 @@ class Settings:
             raise EraseError("--max-grad-norm is 0, which stops all training; leave it out for no clipping")
         if self.seed >= 2**32:
             raise EraseError(f"--seed is {self.seed}; it must be below 2^32")
+        if self.weights == "bf16" and self.mixed_precision == "fp16":
+            raise EraseError("--weights bf16 does not go with --mixed-precision fp16; choose bf16 or no")
         if not self.concept.strip():
             raise EraseError("no concept given; for example --concept nudity (see --list)")
 
@@ -215,10 +229,14 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def resolve(settings: Settings, kind: str, model_defaults: dict[str, Any]) -> Settings:
+def resolve(
+    settings: Settings, kind: str, model_defaults: dict[str, Any], *, num_processes: int = 1, on_gpu: bool = False
+) -> Settings:
     """Every None filled in: from the model's own defaults, then from the recipe, then from SD v1.4's values.
 
     kind: of the concept; SalUn's settings differ between nudity and classes.
+    num_processes: that share a batch; --low-memory cuts it into parts of one picture.
+    on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     settings = settings.filled({k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"})
@@ -230,7 +248,12 @@ def resolve(settings: Settings, kind: str, model_defaults: dict[str, Any]) -> Se
             "alpha": recipe.alpha if recipe.alpha is not None else (0.1 if nudity else 0.5),
         }
     )
-    return settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
+    settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
+    if settings.low_memory:
+        parts = max(settings.gradient_accumulation_steps, (settings.batch_size or 1) // num_processes)
+        settings = replace(settings, gradient_checkpointing=True, gradient_accumulation_steps=parts)
+    rounds = settings.low_memory and on_gpu and settings.mixed_precision != "fp16"
+    return settings.filled({"weights": "bf16" if rounds else "fp32"})
 
 
 # --- what an annotation says ----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from erase.data import Data, Pictures
 from erase.errors import EraseError
 from erase.methods.relabel import Batch
 from erase.models import Model
-from erase.optim import MaskedAdam, clip_masked_grad_norm_
+from erase.optim import MaskedAdam
 
 SAVE_EVERY_SECONDS = 300.0
 
@@ -95,6 +95,7 @@ def accumulate(
     device = model.device
     with (
         _training(model, parameters, checkpointing),
+        sums.collecting(),
         tqdm(total=len(mine), initial=done, desc="mask", disable=quiet or not accelerator.is_main_process) as bar,
     ):
         for number, start in list(enumerate(mine))[done:]:
@@ -113,7 +114,6 @@ def accumulate(
                     predicted = guided(predicted, model(x_t, t, empty), guidance)
                 loss = (eps - predicted).square().mean()
             loss.backward()
-            sums.add()
             bar.update()
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 with files.replacing(state_path) as temporary:
@@ -140,7 +140,7 @@ def train(
     method: Any,
     data: Data,
     parameters: Mapping[str, Parameter],
-    mask: saliency.Mask | None,
+    mask: Mapping[str, Tensor] | None,
     recipe: Recipe,
     accelerator: Accelerator,
     *,
@@ -149,6 +149,10 @@ def train(
     quiet: bool = False,
 ) -> list[dict[str, float]]:
     """Fine-tune the masked weights in place; returns the losses of every step.
+
+    Besides weights, moments and one branch's activations this needs masked weights only: their gradients, and their
+    values in the base when a target comes from there. A UNet that was rounded to bfloat16 trains so, with float32
+    masters of the masked weights, and is the exact float32 base with those masters in it afterwards.
 
     parameters: those in the scope, by name. mask: of the same names; None moves them all.
     state_path: the last checkpoint; when it exists, training continues from there.
@@ -164,30 +168,34 @@ def train(
         )
     if recipe.target != "anchor" and not len(data.others):
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
-    frozen = _Frozen(model) if method.frozen_target or method.distill_retain else None
     optimizer = MaskedAdam(parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    is_rounded = model.unet.dtype != torch.float32
+    if is_rounded:
+        optimizer.keep_masters(dict(model.stored_unet().named_parameters()))
+    frozen = _Frozen(model, optimizer) if method.frozen_target or method.distill_retain else None
     prepared = accelerator.prepare_optimizer(optimizer)
-    if mask is not None:
-        mask = {name: bits.to(model.device) for name, bits in mask.items()}
+    # a scaler wants to see the gradients themselves
+    gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
     losses: list[dict[str, float]] = []
     if state_path.exists():
         losses = _restore(state_path, parameters, optimizer, accelerator)
     bar = tqdm(
         total=recipe.num_steps, initial=len(losses), desc="train", disable=quiet or not accelerator.is_main_process
     )
-    with _training(model, parameters, checkpointing), bar:
+    with _training(model, parameters, checkpointing), gathering, bar:
         for step in range(len(losses), recipe.num_steps):
             values: dict[str, float] = {}
             for batch in _batches(model, data, recipe, step, share, accelerator):
-                with accelerator.autocast():
-                    terms = method.loss(model, frozen or model, batch)
-                for name, term in terms.items():
+                for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
                     values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
-                accelerator.backward(sum(terms.values()) / recipe.accumulation)
-            _average(parameters, accelerator)
+                    accelerator.backward(term / recipe.accumulation)
+            if accelerator.num_processes > 1:
+                for gradient in optimizer.gradients():
+                    mean: Any = accelerator.reduce(gradient, reduction="mean")
+                    gradient.copy_(mean)
             if accelerator.num_processes > 1:
                 names = list(values)
-                mean: Any = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
+                mean = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
                 values = dict(zip(names, mean.tolist(), strict=True))
             if not all(math.isfinite(value) for value in values.values()):
                 if accelerator.is_main_process and step > 0:
@@ -198,7 +206,7 @@ def train(
                 )
             if recipe.max_grad_norm is not None:
                 accelerator.unscale_gradients(prepared)
-                clip_masked_grad_norm_(parameters, mask, recipe.max_grad_norm)
+                optimizer.clip_grad_norm_(recipe.max_grad_norm)
             prepared.step()
             prepared.zero_grad()
             losses.append(values)
@@ -209,17 +217,35 @@ def train(
                 if accelerator.is_main_process:
                     _keep(state_path, parameters, optimizer, accelerator, losses)
                 accelerator.wait_for_everyone()
+    if is_rounded:
+        masters = optimizer.give_masters()
+        model.reload_unet()
+        optimizer.exchange(masters)
     return losses
 
 
 class _Frozen:
-    """The base as it was before training: predicts like the model, but its weights stay."""
+    """The base as it was before training: the model, with the masked weights' values of then exchanged for the call."""
 
-    def __init__(self, model: Model):
-        self._model, self._unet = model, deepcopy(model.unet).requires_grad_(False)
+    def __init__(self, model: Model, optimizer: MaskedAdam):
+        self._model, self._optimizer, self._base = model, optimizer, optimizer.masked_weights()
 
     def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return self._model.predict(self._unet, x, t, text)
+        self._optimizer.exchange(self._base)
+        try:
+            return self._model(x, t, text)
+        finally:
+            self._optimizer.exchange(self._base)
+
+
+def _terms(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
+    """The terms one after the other, each computed under autocast when it is asked for; nothing in between is."""
+    while True:
+        with accelerator.autocast():
+            term = next(loss, None)
+        if term is None:
+            return
+        yield term
 
 
 class _training:
@@ -288,15 +314,6 @@ def _sample(pictures: Pictures, rows: Tensor, draw: torch.Generator) -> Tensor:
     """Latents of these rows from the VAE's posterior."""
     mean = pictures.mean[rows]
     return mean + pictures.std[rows] * torch.randn(mean.shape, generator=draw)
-
-
-def _average(parameters: Mapping[str, Parameter], accelerator: Accelerator) -> None:
-    if accelerator.num_processes == 1:
-        return
-    for parameter in parameters.values():
-        if parameter.grad is not None:
-            mean: Any = accelerator.reduce(parameter.grad, reduction="mean")
-            parameter.grad = mean
 
 
 def _keep(

@@ -11,15 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-SD14_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 NUM_WEIGHTS, NUM_ONES = 859_520_964, 429_760_482
 
 
@@ -31,6 +22,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
 
     from erase import models, saliency, train
     from erase.data import Data, Pictures
+    from erase.evaluation.jobs import SD14_UNET
     from erase.methods.relabel import Relabel
     from erase.run import peak_memory, versions
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,3 +175,14 @@ def test_balanced_wishes_ask_for_everything_evenly():
     assert set(quality.score(answers, wishes).values()) == {1.0}
     wrong = [{"object": "none", "colour": "none", "style": "none"} for _ in wishes]
     assert set(quality.score(wrong, wishes).values()) == {0.0}
+
+
+@shipped
+def test_stock_diffusers_draws_with_the_shipped_folder_as_it_is():
+    """Without a dtype, diffusers loads its parts in float32 and transformers its own as stored: both must agree."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(models.MINI_DIR, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    (picture,) = pipeline("a photo of a solid red circle", num_inference_steps=1).images
+    assert picture.size == (64, 64)

@@ -396,3 +396,34 @@ def test_a_single_file_that_is_not_whole_is_named(single_file, tiny_pipeline_dir
     message = refused(single_file)  # its configs would come from the hub
     assert message.endswith("; offline, name a diffusers folder with its configs and tokenizer: --config DIR")
     assert not cache_dir.exists()
+
+
+# --- parts that come and go -----------------------------------------------------------------------------------------
+
+
+def test_released_parts_are_freed_and_come_back_as_they_were(toy_pipeline_dir):
+    import gc
+    import weakref
+
+    model = models.load(toy_pipeline_dir)
+    text, image = model.encode_text(["a cat"]), model.decode(torch.ones(1, 4, 4, 4))
+    parts = [weakref.ref(model.vae), weakref.ref(model.text_encoder)]
+    model.release()
+    gc.collect()
+    assert [part() for part in parts] == [None, None]
+    model.release()  # nothing to do
+    assert torch.equal(model.encode_text(["a cat"]), text) and torch.equal(model.decode(torch.ones(1, 4, 4, 4)), image)
+    assert not any(p.requires_grad for p in model.vae.parameters())
+    with pytest.raises(AttributeError, match="'Model' object has no attribute 'tokeniser'"):
+        _ = model.tokeniser
+
+
+def test_a_reloaded_unet_is_the_bases_in_the_same_parameters(toy_pipeline_dir):
+    model = models.load(toy_pipeline_dir)
+    base = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    parameters = dict(model.unet.named_parameters())
+    model.round_unet(torch.bfloat16)
+    assert not torch.equal(model.unet.conv_in.weight.float(), base["conv_in.weight"])
+    model.reload_unet()
+    assert all(parameter is parameters[name] for name, parameter in model.unet.named_parameters())
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.unet.state_dict().items())

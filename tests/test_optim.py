@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from erase.errors import EraseError
-from erase.optim import MaskedAdam, clip_masked_grad_norm_
+from erase.optim import MaskedAdam
 
 SHAPES = {"w": (24, 40), "b": (7,), "s": ()}
 
@@ -318,28 +318,145 @@ def test_mask_first_then_clip():
     torch.nn.utils.clip_grad_norm_([weight], 1.0)
     assert weight.grad[mask["w"]].norm().item() == pytest.approx(0.7, abs=0.03)
 
+    optimizer = MaskedAdam({"w": weight}, mask)
     weight.grad = gradient.clone()
-    norm = clip_masked_grad_norm_({"w": weight, "unused": Parameter(torch.zeros(2))}, mask, 1.0)
+    norm = optimizer.clip_grad_norm_(1.0)
     assert norm.item() == pytest.approx(gradient[mask["w"]].norm().item(), rel=1e-6)
-    assert weight.grad.norm().item() == pytest.approx(1, rel=1e-5)
-    assert (weight.grad[~mask["w"]] == 0).all()
+    assert weight.grad[mask["w"]].norm().item() == pytest.approx(1, rel=1e-5)
 
 
-def test_what_is_outside_the_mask_has_no_say_in_the_norm():
+@pytest.mark.parametrize("gathers", [False, True])
+def test_what_is_outside_the_mask_has_no_say_in_the_norm(gathers):
     """Not even NaN; a small gradient is left as it is, and without a mask this is torch's clipping."""
-    weights = parameters()
+    weights, mask = parameters(), random_mask(0.5)
+    optimizer = MaskedAdam(weights, mask)
     draw_gradients(weights, 0)
-    mask = random_mask(0.5)
-    kept = {name: weight.grad[mask[name]].clone() for name, weight in weights.items() if weight.grad is not None}
+    kept = torch.cat([weight.grad[mask[name]] for name, weight in weights.items() if weight.grad is not None])
     for name, weight in weights.items():
         assert weight.grad is not None
         weight.grad[~mask[name]] = math.nan
-    norm = clip_masked_grad_norm_(weights, mask, 1e6)
-    assert norm.item() == pytest.approx(torch.cat(list(kept.values())).norm().item(), rel=1e-6)
-    for name, weight in weights.items():
-        assert weight.grad is not None and torch.equal(weight.grad[mask[name]], kept[name])
+        if gathers:
+            optimizer._gather(weight)
+    norm = optimizer.clip_grad_norm_(1e6)
+    assert norm.item() == pytest.approx(kept.norm().item(), rel=1e-6)
+    if gathers:
+        assert torch.equal(torch.cat(list(optimizer.gradients())), kept)
+    optimizer = MaskedAdam(weights, None)
     draw_gradients(weights, 0)
-    assert clip_masked_grad_norm_(weights, None, 1e6) > norm
-    with pytest.raises(EraseError, match="'s' is to be trained but has no mask"):
-        weights["s"].grad = torch.tensor(1.0)
-        clip_masked_grad_norm_(weights, {"w": mask["w"], "b": mask["b"]}, 1.0)
+    expected = torch.nn.utils.get_total_norm([w.grad for w in weights.values() if w.grad is not None])
+    assert optimizer.clip_grad_norm_(1e6).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# --- gradients that shrink as they come -----------------------------------------------------------------------------
+
+
+def losses_of(weights: dict[str, Parameter], step: int, *, num: int) -> list[torch.Tensor]:
+    """`num` losses, each of its own graph, whose gradients differ in every weight."""
+    random = torch.Generator().manual_seed(100 + step)
+    losses = []
+    for _ in range(num):
+        targets = [torch.randn(weight.shape, generator=random) for weight in weights.values()]
+        losses.append(sum((w.float() - y).pow(3).sum() for w, y in zip(weights.values(), targets, strict=True)))
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0, None])
+def test_gathered_gradients_give_the_weights_of_dense_ones_bit_for_bit(density, dtype):
+    """Two backward passes a step against one over the sum; nothing dense is left where the mask has holes."""
+    mask = None if density is None else random_mask(density)
+    joint, apart = parameters(dtype=dtype), parameters(dtype=dtype)
+    slow, fast = (MaskedAdam(weights, mask, lr=1e-2, weight_decay=0.1) for weights in (joint, apart))
+    for step in range(5):
+        torch.stack(losses_of(joint, step, num=2)).sum().backward()
+        slow.step()
+        slow.zero_grad()
+        with fast.gathering():
+            for loss in losses_of(apart, step, num=2):
+                loss.backward()
+        if density in (0.1, 0.5):
+            assert apart["w"].grad is None
+        fast.step()
+        fast.zero_grad()
+        assert not list(fast.gradients())
+    for name in SHAPES:
+        assert torch.equal(bits(joint[name]), bits(apart[name])), name
+        for key, value in slow.state[joint[name]].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(fast.state[apart[name]][key])), (name, key)
+    assert not torch.equal(apart["w"], parameters(dtype=dtype)["w"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gathering_counts_recomputed_gradients_once(reentrant):
+    """A weight that is used inside and outside of a checkpoint: a reentrant one makes its gradient in two parts."""
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask, results = {"w": torch.eye(4) > 0}, []
+    for gathers in (False, True):
+        weight = Parameter(torch.arange(16.0).view(4, 4) / 10)
+        optimizer = MaskedAdam({"w": weight}, mask, lr=1e-2)
+        with optimizer.gathering() if gathers else torch.enable_grad():
+            inner = checkpoint(lambda y, w=weight: torch.tanh(y @ w), x, use_reentrant=reentrant)
+            (inner @ weight).square().sum().backward()
+        held = next(iter(optimizer.gradients()))
+        results.append(held if gathers else held[mask["w"]])
+    assert torch.equal(*results)
+
+
+def test_no_two_dense_gradients_are_in_memory_together():
+    """Ten layers; when a gradient appears, all others are gathered. Control: without gathering all ten are there."""
+    layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(10)))
+    weights = dict(layers.named_parameters())
+    optimizer = MaskedAdam(weights, {name: torch.rand(8, 8) < 0.5 for name in weights})
+    seen: list[int] = []
+
+    def count(_: torch.Tensor) -> None:
+        seen.append(sum(weight.grad is not None for weight in weights.values()))
+
+    for weight in weights.values():
+        weight.register_post_accumulate_grad_hook(count)  # comes before the optimizer's own
+    with optimizer.gathering():
+        layers(torch.ones(2, 8)).sum().backward()
+    assert seen == [1] * 10
+    seen.clear()
+    layers(torch.ones(2, 8)).sum().backward()
+    assert seen == list(range(1, 11))
+
+
+# --- the base, and full precision, kept for masked weights only -----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0, None])
+def test_exchanging_shows_the_weights_of_then_and_exchanging_again_those_of_now(density, dtype):
+    weights, mask = parameters(dtype=dtype), None if density is None else random_mask(density)
+    base = {name: bits(weight) for name, weight in weights.items()}
+    optimizer = MaskedAdam(weights, mask, lr=1e-2)
+    then = optimizer.masked_weights()
+    assert [len(t) for t in then.values()] == [p.numel() if mask is None else mask[n].sum() for n, p in weights.items()]
+    train(optimizer, weights, range(3))
+    now = {name: bits(weight) for name, weight in weights.items()}
+    for expected, other in ((base, now), (now, base)):
+        optimizer.exchange(then)
+        assert all(torch.equal(bits(weights[name]), expected[name]) for name in SHAPES)
+        assert not torch.equal(bits(weights["w"]), other["w"])
+
+
+def test_rounded_weights_train_as_masters_that_give_exact_weights():
+    """Off the mask the exact weights stay what they were, though the parameters were rounded; no step, no change."""
+    exact, mask = parameters(), random_mask(0.4)
+    before = {name: bits(weight) for name, weight in exact.items()}
+    for steps in (0, 4):
+        rounded = {name: Parameter(weight.detach().bfloat16()) for name, weight in exact.items()}
+        optimizer = MaskedAdam(rounded, mask, lr=1e-2)
+        optimizer.keep_masters(exact)
+        train(optimizer, rounded, range(steps))
+        seen = {name: weight.detach().clone() for name, weight in rounded.items()}
+        for name, weight in rounded.items():
+            weight.data = exact[name].detach().clone()
+        optimizer.exchange(optimizer.give_masters())
+        for name, weight in rounded.items():
+            moved = bits(weight) != before[name]
+            assert torch.equal(moved, mask[name] & (steps > 0)), name
+            assert torch.equal(weight.bfloat16(), seen[name]), name

@@ -1,5 +1,6 @@
 """The training loop and SalUn's loss, on a toy pipeline and hand-made latents."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from erase import models, saliency, scope, train
 from erase.data import Data, Pictures
 from erase.errors import EraseError
 from erase.methods.relabel import Batch, Relabel
+from erase.optim import MaskedAdam
 
 
 @pytest.fixture
@@ -109,6 +111,130 @@ def test_the_forget_prompts_prediction_changes_and_no_steps_change_nothing(model
         assert torch.equal(model(x, t, c), before) == (steps == 0)
 
 
+def obviously(model, method, data, parameters, mask, recipe, accelerator, *, joint: bool) -> None:
+    """The loop with nothing saved: a second UNet as the base, dense gradients, and with `joint` one backward a step."""
+    unet = deepcopy(model.unet)
+    optimizer = MaskedAdam(parameters, mask, lr=recipe.learning_rate)
+
+    def base(x, t, text):
+        return model.predict(unet, x, t, text)
+
+    with train._training(model, parameters, checkpointing=False):
+        for step in range(recipe.num_steps):
+            batch = next(train._batches(model, data, recipe, step, recipe.batch_size, accelerator))
+            terms = train._terms(method.loss(model, base, batch), accelerator)
+            if joint:
+                torch.stack([term for _, term in terms]).sum().backward()
+            else:
+                for _, term in terms:
+                    term.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+MOVING = Relabel(alpha=0.5, frozen_target=False, distill_retain=False)
+
+
+@pytest.mark.parametrize(
+    "method, scope_name, density, checkpointing",
+    [
+        (Relabel(alpha=0.7), "full", 0.1, False),
+        (Relabel(alpha=0.7), "full", 0.5, True),
+        (Relabel(), "xattn", None, False),
+        (MOVING, "xattn", 0.5, False),
+        (MOVING, "full", None, True),
+    ],
+)
+def test_what_is_saved_changes_no_bit(
+    toy_pipeline_dir, data, accelerator, tmp_path, method, scope_name, density, checkpointing
+):
+    recipe, results = replace(RECIPE, num_steps=4), []
+    for is_saving in (False, True):
+        model = models.load(toy_pipeline_dir)
+        parameters = parameters_of(model, scope_name)
+        shapes = {name: p.shape for name, p in parameters.items()}
+        mask = None if density is None else saliency.random_mask(shapes, density, seed=0)
+        if is_saving:
+            path = tmp_path / "t.pt"
+            options = {"state_path": path, "quiet": True, "checkpointing": checkpointing}
+            train.train(model, method, data, parameters, mask, recipe, accelerator, **options)
+        else:
+            obviously(model, method, data, parameters, mask, recipe, accelerator, joint=True)
+        results.append(state_of(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert any(
+        not torch.equal(tensor, results[0][name])
+        for name, tensor in models.load_unet(toy_pipeline_dir).state_dict().items()
+    )
+
+
+def test_the_exchanged_base_is_the_base_in_mixed_precision_too(toy_pipeline_dir, data, tmp_path):
+    """autocast keeps rounded weights by tensor; those of the base must not be taken for the model's."""
+    AcceleratorState._reset_state()
+    try:
+        accelerator, results = Accelerator(cpu=True, mixed_precision="bf16"), []
+        for is_saving in (False, True):
+            model = models.load(toy_pipeline_dir)
+            parameters = parameters_of(model)
+            mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
+            if is_saving:
+                options = {"state_path": tmp_path / "t.pt", "quiet": True}
+                train.train(model, Relabel(), data, parameters, mask, RECIPE, accelerator, **options)
+            else:
+                obviously(model, Relabel(), data, parameters, mask, RECIPE, accelerator, joint=False)
+            results.append(state_of(model))
+    finally:
+        AcceleratorState._reset_state()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+# --- a UNet that is rounded while it trains -------------------------------------------------------------------------
+
+
+def rounded_run(folder, data, accelerator, path, *, recipe=RECIPE, method=None, scope_name="full"):
+    model = models.load(folder)
+    parameters = parameters_of(model, scope_name)
+    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.4, seed=0)
+    model.round_unet(torch.bfloat16)
+    losses = train.train(
+        model, method or Relabel(), data, parameters, mask, recipe, accelerator, state_path=path, quiet=True
+    )
+    return state_of(model), mask, losses
+
+
+@pytest.mark.parametrize("scope_name", ["full", "xattn"])
+def test_rounded_training_ends_with_the_exact_base_outside_the_mask(
+    toy_pipeline_dir, data, accelerator, tmp_path, scope_name
+):
+    """Steps far below bfloat16's resolution add up in the masters; without a step nothing at all has changed."""
+    base = models.load_unet(toy_pipeline_dir).state_dict()
+    for steps in (0, 4):
+        recipe = replace(RECIPE, num_steps=steps, learning_rate=1e-4)
+        path = tmp_path / f"{steps}.pt"
+        after, mask, losses = rounded_run(
+            toy_pipeline_dir, data, accelerator, path, recipe=recipe, scope_name=scope_name
+        )
+        assert len(losses) == steps
+        moved = 0
+        for name, tensor in after.items():
+            assert tensor.dtype == torch.float32
+            same = same_bits(tensor, base[name])
+            assert same[~mask.get(name, torch.zeros_like(same))].all(), name
+            assert (tensor - base[name]).abs().max() < 1e-3  # a rounded weight would be off by more
+            moved += int((~same).sum())
+        assert moved > 0.9 * saliency.count(mask) if steps else moved == 0
+
+
+def test_rounded_training_resumes_bit_for_bit(toy_pipeline_dir, data, accelerator, tmp_path, monkeypatch):
+    expected, _, _ = rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "whole.pt")
+    monkeypatch.setattr(Breaking, "calls", 0)
+    with pytest.raises(Interrupted):
+        rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "cut.pt", method=Breaking())
+    assert len(torch.load(tmp_path / "cut.pt", weights_only=True)["losses"]) == 4
+    resumed, _, _ = rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "cut.pt")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
 class Interrupted(Exception):
     pass
 
@@ -122,11 +248,15 @@ class Breaking(Relabel):
         type(self).calls += 1
         if type(self).calls == 6:
             raise Interrupted
-        return super().loss(model, frozen, batch)
+        yield from super().loss(model, frozen, batch)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(toy_pipeline_dir, data, accelerator, tmp_path):
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    toy_pipeline_dir, data, accelerator, tmp_path, monkeypatch
+):
     """Law 4; the interruption comes after step 5, the last checkpoint after step 4."""
+
+    monkeypatch.setattr(Breaking, "calls", 0)
 
     def run(method: Relabel, path: Path) -> models.Model:
         model = models.load(toy_pipeline_dir)
@@ -145,21 +275,29 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(toy_pipeline_d
 
 
 class Diverging(Relabel):
-    calls = 0
+    """Relabel whose fourth step has one bad term; the last term comes when the others are backpropagated already."""
+
+    calls, bad = 0, ""
 
     def loss(self, model, frozen, batch):
-        terms = super().loss(model, frozen, batch)
         type(self).calls += 1
-        return {**terms, "forget": terms["forget"] * float("nan")} if type(self).calls == 4 else terms
+        for name, term in super().loss(model, frozen, batch):
+            yield name, term * float("nan") if (name, type(self).calls) == (self.bad, 4) else term
 
 
-def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_weights(model, data, accelerator, tmp_path):
+@pytest.mark.parametrize("bad", ["forget", "retain"])
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_weights(
+    model, data, accelerator, tmp_path, monkeypatch, bad
+):
+    monkeypatch.setattr(Diverging, "calls", 0)
+    monkeypatch.setattr(Diverging, "bad", bad)
     path, parameters = tmp_path / "t.pt", parameters_of(model)
     with pytest.raises(EraseError, match="not finite at step 4 of 6"):
         train.train(model, Diverging(), data, parameters, None, RECIPE, accelerator, state_path=path, quiet=True)
     kept = torch.load(path, weights_only=True)
     assert len(kept["losses"]) == 3
     assert all(torch.isfinite(tensor).all() for tensor in kept["parameters"].values())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in kept["parameters"].items())
 
 
 def test_a_batch_that_does_not_divide_is_refused(model, data, accelerator, tmp_path):
@@ -238,10 +376,10 @@ def test_the_same_words_for_the_same_latent_cost_exactly_nothing(model, batch):
     for parameter in parameters:
         parameter.requires_grad_(True)
     method = Relabel(alpha=0, frozen_target=False, distill_retain=False)
-    loss = method.loss(model, model, same)["forget"]
+    loss = dict(method.loss(model, model, same))["forget"]
     assert loss.item() == 0
     assert all(not g.any() for g in torch.autograd.grad(loss, parameters))
-    assert method.loss(model, model, batch)["forget"].item() > 0
+    assert dict(method.loss(model, model, batch))["forget"].item() > 0
 
 
 def test_the_target_takes_no_gradient(model, batch):
@@ -250,7 +388,7 @@ def test_the_target_takes_no_gradient(model, batch):
     for parameter in parameters:
         parameter.requires_grad_(True)
     method = Relabel(alpha=0, frozen_target=False, distill_retain=False)
-    ours = torch.autograd.grad(method.loss(model, model, batch)["forget"], parameters)
+    ours = torch.autograd.grad(dict(method.loss(model, model, batch))["forget"], parameters)
     target = model(batch.x_target, batch.t_forget, batch.c_target).detach().clone()
     loss = (model(batch.x_forget, batch.t_forget, batch.c_forget) - target).square().mean()
     for a, b in zip(ours, torch.autograd.grad(loss, parameters), strict=True):
@@ -260,15 +398,15 @@ def test_the_target_takes_no_gradient(model, batch):
 def test_the_retain_loss_is_the_diffusion_loss_of_diffusers(model, batch):
     """P9: mean over all elements, no weighting, times alpha."""
     with torch.no_grad():
-        terms = Relabel(alpha=0.3, distill_retain=False).loss(model, model, batch)
+        terms = dict(Relabel(alpha=0.3, distill_retain=False).loss(model, model, batch))
         predicted = model.unet(batch.x_retain, batch.t_retain, encoder_hidden_states=batch.c_retain).sample
     assert terms["retain"].item() == pytest.approx(0.3 * mse_loss(predicted, batch.eps_retain).item(), rel=1e-6)
 
 
 def test_distillation_costs_nothing_before_training(model, batch):
     with torch.no_grad():
-        assert Relabel(distill_retain=True).loss(model, model, batch)["retain"].item() == 0
-        assert Relabel(distill_retain=False).loss(model, model, batch)["retain"].item() > 0
+        assert dict(Relabel(distill_retain=True).loss(model, model, batch))["retain"].item() == 0
+        assert dict(Relabel(distill_retain=False).loss(model, model, batch))["retain"].item() > 0
 
 
 def test_guidance_inside_the_masks_loss_has_the_references_values():
@@ -331,6 +469,25 @@ def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp
     assert torch.load(tmp_path / "sums.pt", weights_only=True)["done"] == 2
     resumed = scores_of(model, data, accelerator, tmp_path)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("score", ["abs_sum", "sum_abs", "sum_sq"])
+def test_collecting_gradients_as_they_come_changes_no_bit_of_a_score(model, data, accelerator, tmp_path, score):
+    """Against adding whole gradients after each pass; checkpointing must not show a gradient in two parts."""
+    fast = {c: scores_of(model, data, accelerator, tmp_path, score=score, checkpointing=c) for c in (False, True)}
+    sums = saliency.Saliency(parameters_of(model), score)
+    with train._training(model, sums.parameters, checkpointing=False):
+        for start in (0, 2, 4):
+            draw, rows = train.generator(0, "mask", start), torch.tensor([start, start + 1])
+            x = train._sample(data.forget, rows, draw)
+            t = torch.randint(0, 1000, (2,), generator=draw)
+            eps = torch.randn(x.shape, generator=draw)
+            (eps - model(model.add_noise(x, eps, t), t, data.text[[1, 1]])).square().mean().backward()
+            sums.add()
+    slow = sums.scores()
+    for name in slow:
+        assert torch.equal(fast[False][name], slow[name]), name
+        torch.testing.assert_close(fast[True][name], slow[name], rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_checkpointing_changes_no_score(model, data, accelerator, tmp_path):

@@ -309,8 +309,8 @@ def _arm(
         generate.generate(model, task, folder, **drawing, quiet=quiet)
         del model
         for name in task.judges:
-            source = score.sources(given.judge_model).get(name)
-            score.score(folder, score.make_judge(name, task.identity(), source=source, device=device), quiet=quiet)
+            weights = score.sources(given.judge_model).get(name)
+            score.score(folder, score.make_judge(name, task.identity(), source=weights, device=device), quiet=quiet)
     return folder
 
 

@@ -1,5 +1,6 @@
 """SalUn's loss for diffusion models (Fan et al., ICLR 2024): answer the forget prompt as if it said something else."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,17 +51,19 @@ class Relabel:
     frozen_target: bool = True
     distill_retain: bool = True
 
-    def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> dict[str, Tensor]:
-        """The two terms by name, "forget" and "retain", already weighted; their sum is what training descends."""
+    def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        """The two terms, "forget" and "retain", already weighted; their sum is what training descends.
+
+        Each may be backpropagated before the next is asked for, so that only one graph is in memory.
+        """
         teacher = frozen if self.frozen_target else model
         with torch.no_grad():
             target = teacher(batch.x_target, batch.t_forget, batch.c_target)
-        forget = F.mse_loss(model(batch.x_forget, batch.t_forget, batch.c_forget), target)
+        yield "forget", F.mse_loss(model(batch.x_forget, batch.t_forget, batch.c_forget), target)
         if self.alpha == 0:
-            return {"forget": forget, "retain": forget.new_zeros(())}
+            return
         keep = batch.eps_retain
         if self.distill_retain:
             with torch.no_grad():
                 keep = frozen(batch.x_retain, batch.t_retain, batch.c_retain)
-        retain = F.mse_loss(model(batch.x_retain, batch.t_retain, batch.c_retain), keep)
-        return {"forget": forget, "retain": self.alpha * retain}
+        yield "retain", self.alpha * F.mse_loss(model(batch.x_retain, batch.t_retain, batch.c_retain), keep)

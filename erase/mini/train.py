@@ -485,7 +485,9 @@ def assemble(output: str | Path) -> Path:
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
-    export.write_pipeline(pipeline.to(torch.float16), output)
+    pipeline.to(torch.float16)
+    pipeline.text_encoder.float()  # stock diffusers loads its own parts in float32, transformers as they are stored
+    export.write_pipeline(pipeline, output)
     shutil.copyfile(work / "judge.safetensors", output / "judge.safetensors")
     files.write_json(output / "erase_defaults.json", DEFAULTS)
     recipe: dict[str, Any] = {

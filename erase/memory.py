@@ -1,0 +1,113 @@
+"""How much memory a run will need, computed from the shapes of its tensors before it starts."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+LIBRARIES = 500_000_000  # bytes of a process that has imported torch and diffusers
+
+
+def estimate(
+    unet: UNet2DConditionModel,
+    parameters: Mapping[str, Tensor],
+    *,
+    density: float,
+    latent_size: int,
+    tokens: int,
+    mask_batch: int | None,
+    part: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    needs_base: bool,
+) -> dict[str, int]:
+    """Peak bytes of each phase, "mask", "training" and "writing", libraries included.
+
+    parameters: those in the scope. density: share of them that may move; 1 without a mask.
+    mask_batch: pictures in a batch of the mask's pass; None when no mask is made from gradients.
+    part: pictures of one branch that go through the UNet together. dtype: of the stored weights.
+    needs_base: the masked weights' values in the base are kept.
+    """
+    size = dtype.itemsize
+    weights = sum(parameter.numel() for parameter in unet.parameters()) * size
+    scope = sum(parameter.numel() for parameter in parameters.values())
+    masked = int(scope * density)
+    one_gradient = max(parameter.numel() for parameter in parameters.values()) * size
+
+    def pass_of(num: int) -> int:
+        shape = (num, unet.config["in_channels"], latent_size, latent_size)
+        return activations(unet, shape, tokens, dtype, checkpointing=checkpointing) + one_gradient
+
+    needs: dict[str, int] = {}
+    if mask_batch is not None:
+        sums = 4 * scope
+        needs["mask"] = weights + sums + max(pass_of(mask_batch), scope)  # selection: a bool for every weight
+    masters = 4 * masked if size < 4 else 0
+    places = 0 if density == 1 else min(scope // 8, 4 * masked) + scope // 8  # the optimizer's and the packed mask
+    moments, gradients, base = 8 * masked, size * masked, size * masked if needs_base else 0
+    needs["training"] = weights + moments + masters + gradients + base + places + pass_of(part)
+    float32 = 4 * weights // size
+    needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change
+    return {phase: LIBRARIES + need for phase, need in needs.items()}
+
+
+def activations(
+    unet: UNet2DConditionModel, latents: tuple[int, ...], tokens: int, dtype: torch.dtype, *, checkpointing: bool
+) -> int:
+    """Bytes that a forward pass keeps for its backward pass; a dry run on tensors without content.
+
+    latents: shape of the batch, [n, 4, h, w]. tokens: length of the text states.
+    """
+    with FakeTensorMode():  # chooses attention kernels as the CPU does; on "meta" every score would be kept
+        return _activations(unet.config, latents, tokens, dtype, checkpointing)
+
+
+def _activations(config: Any, latents: tuple[int, ...], tokens: int, dtype: torch.dtype, checkpointing: bool) -> int:
+    ghost: Any = UNet2DConditionModel.from_config(config)  # pyright: ignore
+    for parameter in ghost.parameters():
+        parameter.data = parameter.data.to(dtype)
+    x, t = torch.empty(latents, dtype=dtype), torch.zeros(latents[0], dtype=torch.int64)
+    text = torch.empty(latents[0], tokens, ghost.config["cross_attention_dim"], dtype=dtype)
+    weights = {_storage(parameter) for parameter in ghost.parameters()}
+    again = [0]  # bytes that a block keeps while it is computed again
+
+    def checkpoint(block: Callable[..., Any], *inputs: Any) -> Any:
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                kept[_storage(tensor)] = tensor
+        with _keeping(weights) as inside:
+            output = block(*inputs)
+        again.append(_bytes(inside))
+        return output
+
+    if checkpointing:
+        ghost.enable_gradient_checkpointing(checkpoint)
+    with _keeping(weights) as kept:
+        ghost(x, t, encoder_hidden_states=text)
+    return _bytes(kept) + max(again)
+
+
+@contextmanager
+def _keeping(weights: set[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside, what autograd saves is collected by storage; a weight is there anyway."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in weights:
+            kept[_storage(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(kept: dict[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -1,0 +1,98 @@
+"""The bench: its plain jobs do what ours do, its targets are judged rightly, and every item runs at the small size."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from erase import saliency
+from erase.evaluation import bench, plain
+from erase.evaluation.bench import Check
+from erase.optim import MaskedAdam
+
+
+def test_the_plain_mask_is_ours():
+    """Scores without ties, since the plain sort breaks them as it likes."""
+    draw = torch.Generator().manual_seed(0)
+    scores = {"a": torch.rand(30, 5, generator=draw).double().float(), "b": torch.rand(77, generator=draw)}
+    assert len(torch.cat([s.flatten() for s in scores.values()]).unique()) == 227
+    for density in (0.1, 0.5, 1.0):
+        ours, theirs = saliency.select(scores, density), plain.argsort_mask(scores, density)
+        assert all(torch.equal(ours[name].long(), theirs[name]) for name in scores)
+        assert theirs["a"].dtype == torch.int64
+
+
+def test_the_plain_optimizer_ends_where_ours_does_and_holds_16_bytes_a_weight():
+    draw = torch.Generator().manual_seed(0)
+    start, mask = torch.randn(1000, generator=draw), torch.rand(1000, generator=draw) < 0.5
+    weights = [Parameter(start.clone()) for _ in range(2)]
+    slow = plain.DenseAdam({"w": weights[0]}, {"w": mask.long()}, lr=1e-2)
+    fast = MaskedAdam({"w": weights[1]}, {"w": mask}, lr=1e-2)
+    for _ in range(5):
+        gradient = torch.randn(1000, generator=draw)
+        for weight in weights:
+            weight.grad = gradient.clone()
+        slow.step()
+        fast.step()
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-7)
+    assert slow.num_bytes() == 16_000
+    assert fast.num_bytes() == 8 * int(mask.sum()) + 125
+
+
+@pytest.mark.parametrize(
+    "check, value, is_met",
+    [
+        (Check("s", "times", 3), 4.0, True),  # plain 8, ours 2
+        (Check("s", "times", 5), 4.0, False),
+        (Check("s", "share", 0.3), 0.25, True),
+        (Check("s", "share", 0.2), 0.25, False),
+        (Check("s", "<=", 2), 2.0, True),
+        (Check("s", ">=", 3), 2.0, False),
+        (Check("absent", "times", 3), None, None),
+    ],
+)
+def test_targets_are_judged_by_their_relation(check, value, is_met):
+    found = check.value({"s": 8.0}, {"s": 2.0})
+    assert found == value
+    if found is not None:
+        assert check.is_met(found) == is_met
+
+
+def test_what_cannot_run_here_is_one_line():
+    assert bench.lines("nudenet", {"title": "", "skipped": "no detector"}) == ["nudenet       skipped: no detector"]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_every_item_runs_at_the_small_size_and_is_written_down(tmp_path):
+    shown: list[str] = []
+    path = tmp_path / "bench.json"
+    bench.main(["--rounds", "1", "--output", str(path)], show=shown.append)
+    report = json.loads(path.read_text())
+    assert report["items"].keys() == bench.ITEMS.keys() and report["machine"]["versions"]["torch"]
+    for name, item in report["items"].items():
+        assert any(line.startswith(name) for line in shown)
+        if name != "nudenet":
+            assert "skipped" not in item, item
+            assert all(check["value"] is not None and "is_met" not in check for check in item["checks"]), name
+            assert item["ours"]["peak_bytes"] > 0
+    assert report["items"]["selection"]["checks"][0]["value"] > 3  # 15 at full size
+    assert report["items"]["optimizer-10"]["ours"]["bytes_per_weight"] < 1.2001
+    assert report["items"]["mask-file"]["ours"]["bits_per_weight"] < 1.01
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_part_for_gpus_runs_on_a_cpu_and_says_that_it_estimates(monkeypatch):
+    from erase.evaluation import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shown: list[str] = []
+    report = gpu.report("full", shown.append)
+    assert "estimate" in shown[0] and any("no GPU" in line for line in shown) and not report["has_gpu"]
+    # one forward pass at 64 x 64 latents is 803 GFLOP; the estimates are multiples of it
+    assert report["estimate"]["mask, 800 pictures"]["flop"] == pytest.approx(800 * 3 * 803e9, rel=0.01)
+    assert {"fp32, sdpa", "bf16, sdpa", "bf16, sdpa, bf16 weights"} <= report["variants"].keys()
+    for measured in report["variants"].values():
+        assert all(measured[phase]["seconds"] > 0 for phase in ("mask", "training", "drawing"))

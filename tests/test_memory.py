@@ -1,0 +1,57 @@
+"""The estimate before a run, against what autograd really keeps; and what `--low-memory` chooses."""
+
+import pytest
+import torch
+
+from erase import memory, models
+from erase.errors import EraseError
+from erase.settings import Settings, resolve
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_a_real_forward_pass_keeps(tiny_pipeline_dir, checkpointing):
+    """Without checkpointing to the byte; with it, of what is kept until backward, all but the block's own part."""
+    unet = models.load_unet(tiny_pipeline_dir).requires_grad_(True)
+    weights, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = unet(torch.randn(2, 4, 8, 8), torch.tensor([1, 5]), encoder_hidden_states=torch.randn(2, 77, 16))
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert output.sample.requires_grad
+    found = memory.activations(unet, (2, 4, 8, 8), 77, torch.float32, checkpointing=checkpointing)
+    assert found < 0.7 * real if checkpointing else found == real
+
+
+def test_the_estimate_counts_every_byte_once(tiny_pipeline_dir):
+    """Activations aside it is arithmetic: N weights of 2 bytes; k = N / 10 have moments, master, gradient, base."""
+    unet = models.load_unet(tiny_pipeline_dir)
+    parameters = dict(unet.named_parameters())
+    n = sum(p.numel() for p in parameters.values())
+    k, largest = n // 10, max(p.numel() for p in parameters.values())
+    options = {"latent_size": 8, "tokens": 77, "mask_batch": 4, "part": 1, "checkpointing": True, "needs_base": True}
+    needs = memory.estimate(unet, parameters, density=0.1, dtype=torch.bfloat16, **options)
+    kept = memory.activations(unet, (1, 4, 8, 8), 77, torch.bfloat16, checkpointing=True)
+    expected = 2 * n + k * (8 + 4 + 2 + 2) + 2 * (n // 8) + kept + 2 * largest
+    assert needs["training"] - memory.LIBRARIES == pytest.approx(expected, rel=1e-3)
+    assert needs["mask"] > memory.LIBRARIES + 6 * n
+    whole = memory.estimate(unet, parameters, density=1.0, dtype=torch.float32, **{**options, "mask_batch": None})
+    assert "mask" not in whole and whole["training"] > needs["training"]
+
+
+def test_low_memory_chooses_checkpointing_parts_of_one_picture_and_on_a_gpu_bf16_weights():
+    defaults = {"batch_size": 6}
+    plain = resolve(Settings("church"), "object", defaults)
+    assert (plain.gradient_checkpointing, plain.gradient_accumulation_steps, plain.weights) == (False, 1, "fp32")
+    low = resolve(Settings("church", low_memory=True), "object", defaults)
+    assert (low.gradient_checkpointing, low.gradient_accumulation_steps, low.weights) == (True, 6, "fp32")
+    low = resolve(Settings("church", low_memory=True), "object", defaults, num_processes=2, on_gpu=True)
+    assert (low.gradient_accumulation_steps, low.weights) == (3, "bf16")
+    low = resolve(Settings("church", low_memory=True, weights="fp32"), "object", defaults, on_gpu=True)
+    assert low.weights == "fp32"
+    with pytest.raises(EraseError, match="--weights bf16 does not go with --mixed-precision fp16"):
+        Settings("church", weights="bf16", mixed_precision="fp16")
