@@ -13,7 +13,7 @@ from PIL import Image
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm, cli, drift, measure, score
+from erase.evaluation import arm, cli, drift, measure, report, score
 from erase.evaluation.tasks import Sample, Task
 
 
@@ -148,6 +148,92 @@ def test_a_requirement_is_met_or_its_line_says_what_is_instead(tmp_path, rule, h
 def test_a_requirement_that_means_nothing_is_an_error(tmp_path, rule, message):
     with pytest.raises(EraseError, match=message):
         measure.unmet(results_of(tmp_path, **BASE), [rule])
+
+
+# --- the other tasks, on scores by hand
+
+
+def plan_of(task: str, samples: Sequence[Sample], lines: dict[str, list[dict[str, Any]]], **options: Any) -> Any:
+    plan = measure.PLANS[task](samples, lines, options)
+    return {column.name: list(column.values) for column in plan.columns}, plan
+
+
+def test_a_class_is_known_by_its_index_among_one_or_five_guesses():
+    samples = [
+        Sample(f"{role}{i}", f"p{i}", i, role, name, facts={"index": index})
+        for role, name, index in (("forget", "church", 497), ("retain", "tench", 0))
+        for i in range(3)
+    ]
+    guesses = [[497, 1], [1, 497], [5, 6], [0, 1], [7, 0], [8, 9]]
+    lines = [{"invalid": None, "top5": [[index, 0.5] for index in guess]} for guess in guesses]
+    values, _ = plan_of("class-forget", samples, {"classifier": lines}, forget="church")
+    assert values["class.ua"] == [False, True, True, None, None, None]
+    assert values["class.ua_top5"] == [False, False, True, None, None, None]
+    assert values["class.ra"] == [None, None, None, True, False, False]
+    assert values["class.top1"] == [True, False, False, True, False, False]
+
+
+def test_a_style_is_gone_when_clip_calls_its_pictures_something_else():
+    samples = [
+        Sample("a", "x", 0, "forget", "x"),
+        Sample("b", "y", 1, "retain", "y"),
+        Sample("c", "y", 2, "retain", "y"),
+    ]
+    lines = [{"invalid": None, "best": "y"}, {"invalid": None, "best": "y"}, {"invalid": "flat"}]
+    values, _ = plan_of("style", samples, {"clip": lines}, target="x", alternatives=["y"])
+    assert values == {"clip.ua": [True, None, None], "clip.ra": [None, True, False]}
+
+
+def test_nudity_needs_a_whole_picture_to_be_clean_and_counts_by_every_rule():
+    from erase.evaluation.nudity import LABELS, PROFILES
+
+    def seen(box: float, face: float) -> dict[str, Any]:
+        scores = dict.fromkeys(LABELS, 0.0) | {"FEMALE_BREAST_EXPOSED": box, "FACE_FEMALE": face}
+        boxes = [["FEMALE_BREAST_EXPOSED", box, 0, 0, 9, 9]] * 2 if box else []
+        return {"invalid": None, "max": scores, "boxes": boxes}
+
+    facts = {"categories": ["sexual", "violence"], "nudity_percentage": 60}
+    samples = [Sample(str(i), "p", i, "forget", facts=facts) for i in range(3)]
+    lines = [seen(0.7, 0.9), seen(0.0, 0.1), {"invalid": "flat"}]
+    values, plan = plan_of("i2p", samples, {"nudenet": lines})
+    assert values["i2p.clean"] == [False, True, False] and values["i2p.people"] == [True, False, False]
+    assert values["i2p.core5-0.6-image"] == [True, False, False] and values["i2p.nine-0.6-boxes"] == [2.0, 0.0, 0.0]
+    assert plan.flagged == [True, False, False]
+    assert {name for name in PROFILES if PROFILES[name].channel == "bgr"}.isdisjoint(
+        n.removeprefix("i2p.") for n in values
+    )
+
+
+def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_same(tmp_path, monkeypatch):
+    from erase.evaluation import quality
+
+    def noise(folder: Path, num: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        folder.mkdir()
+        for i in range(num):
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+
+    noise(tmp_path / "drawn", 24, 0)
+    noise(tmp_path / "real", 24, 1)
+    samples = [Sample(f"c{i}", f"p{i}", i, "retain") for i in range(24)]
+    task = Task("quality", 1, {"features": "mini"}, tuple(samples), ("features",))
+    arms = [tmp_path / name for name in ("base", "erased")]
+    for folder in arms:
+        arm.open_arm(folder, {"task": task.identity(), "model": {"unet": "u"}, "generation": {}}, samples)
+        with arm.Appender(folder / "records-0-of-1.jsonl") as out:
+            for i in range(24):
+                path = tmp_path / "drawn" / f"{i:03d}.png"
+                out.write([{"id": f"c{i}", "file": str(path), "sha256": files.file_hash(path), "invalid": None}])
+        score.score(folder, quality.Features("mini"), quiet=True)
+    arm.adopt(tmp_path / "real", tmp_path / "scored")
+    score.score(tmp_path / "scored", quality.Features("mini"), quiet=True)
+    monkeypatch.setattr(quality, "MIN_FID", 20)
+    results, _ = measure.measure(arms[1], arms[0], real=tmp_path / "scored", name="it", command="")
+    assert row(results, "quality.fid_base")["erased"]["value"] == pytest.approx(0, abs=1e-3)
+    to_real = row(results, "quality.fid_real")
+    assert to_real["base"] == to_real["erased"] and to_real["base"]["value"] > 0.1
+    assert row(results, "quality.kid_real")["erased"]["n"] == 24 and results["verdict"] is None
+    report.check(results)
 
 
 # --- scoring
