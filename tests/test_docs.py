@@ -67,7 +67,7 @@ def test_every_eval_command_is_accepted(monkeypatch):
 
 def test_every_option_in_the_text_exists():
     known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
-    known |= {"--list", "--delta", "--output", "--num_processes", "--check", "--size", "--only"}
+    known |= {"--list", "--delta", "--output", "--num_processes", "--check", "--size", "--only", "--without"}
     source = (ROOT / "erase" / "evaluation" / "cli.py").read_text(encoding="utf-8")
     known |= set(re.findall(r'"(--[a-z-]+)"', source))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= known
