@@ -139,6 +139,21 @@ def test_a_folder_of_other_pictures_is_refused_by_the_field_that_differs(model, 
     assert content(tmp_path) == before
 
 
+def test_a_folder_that_was_begun_without_a_manifest_goes_on_and_a_strangers_is_refused(model, tmp_path):
+    """A process that is killed between two files, or one that starts at the same time."""
+    generate.generate(model, make_task(), tmp_path / "whole", quiet=True)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "samples.jsonl").write_bytes((tmp_path / "whole" / "samples.jsonl").read_bytes())
+    (tmp_path / "begun" / ".manifest.json.x").write_text("half")
+    generate.generate(model, make_task(), tmp_path / "begun", quiet=True)
+    (tmp_path / "begun" / ".manifest.json.x").unlink()
+    assert content(tmp_path / "begun") == content(tmp_path / "whole")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    with pytest.raises(EraseError, match="exists and is no evaluation folder"):
+        generate.generate(model, make_task(), tmp_path / "other", quiet=True)
+
+
 def test_settings_are_read_back_from_what_draws(model):
     task = make_task()
     settings = generate.effective_settings(model, task, None, None)

@@ -12,6 +12,7 @@ Nothing here depends on the clock, so an interrupted and continued folder is the
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from erase.evaluation import images
 from erase.evaluation.tasks import Sample
 
 MANIFEST = "manifest.json"
+_OWN = re.compile(r"\.|manifest\.json|samples\.jsonl|records-|images$")
 
 
 def open_arm(folder: Path, identity: Mapping[str, Any], samples: Iterable[Sample]) -> None:
@@ -41,7 +43,8 @@ def open_arm(folder: Path, identity: Mapping[str, Any], samples: Iterable[Sample
         if different:
             raise EraseError(f"{folder} holds other pictures ({'; '.join(different)}); choose another --output")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # without a manifest there may be what a killed process, or one that starts beside this one, has made so far
+    if folder.exists() and not (folder.is_dir() and all(_OWN.match(path.name) for path in folder.iterdir())):
         raise EraseError(f"{folder} exists and is no evaluation folder; choose another --output")
     files.write_text(folder / "samples.jsonl", "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
     files.write_json(path, identity)
