@@ -25,13 +25,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def arm(folder: Path, concept: str, delta: Path | None) -> Path:
+def arm(folder: Path, concept: str, delta: Path | None, *, model: str = "mini", **guard: Any) -> Path:
     """The mini task's pictures of the base (None) or of the base with a delta, drawn and scored."""
     from erase import concepts
     from erase.evaluation import generate, score, tasks
 
     task = tasks.build("mini", concepts.load(concept, model_family="mini"))
-    model = generate.load_model("mini", delta_path=delta and str(delta), device="cpu")
+    model = generate.load_model(model, delta_path=delta and str(delta), device="cpu")
     generate.generate(model, task, folder, batch_size=16, quiet=True)
     for name in task.judges:
         score.score(folder, score.make_judge(name, task.identity()), quiet=True)
