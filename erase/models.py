@@ -222,13 +222,14 @@ class Model:
     def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
         """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each, with their gradients.
 
-        Fused kernels never hold these, so for this pass the plain processor takes their place.
+        Fused kernels never hold these, so for this pass the plain processor takes their place; nor does checkpointing.
         """
         from diffusers.models.attention_processor import AttnProcessor
 
         found: list[Tensor] = []
         layers: Any = {name: m for name, m in self.unet.named_modules() if name.endswith("attn2")}
         before = {name: layer.processor for name, layer in layers.items()}
+        checkpointing = self.unet.is_gradient_checkpointing
 
         def keep(layer: Any) -> Any:
             plain = type(layer).get_attention_scores
@@ -242,11 +243,14 @@ class Model:
         try:
             for layer in layers.values():
                 layer.processor, layer.get_attention_scores = AttnProcessor(), keep(layer)
+            self.unet.disable_gradient_checkpointing()
             self(x, t, text)
         finally:
             for name, layer in layers.items():
                 layer.processor = before[name]
                 layer.__dict__.pop("get_attention_scores", None)
+            if checkpointing:
+                self.unet.enable_gradient_checkpointing()
         return found
 
     def use_attention(self, kind: str) -> None:

@@ -25,6 +25,7 @@ SD_DEFAULTS: dict[str, Any] = {
     "generation_batch_size": 8,
     "learning_rate": 1e-5,
     "batch_size": 8,
+    "weight_decay": 0.0,
 }
 
 
@@ -133,9 +134,9 @@ class Settings:
         None, "optimizer steps", group="training", least=0, shown="500; 100 for nudity"
     )
     batch_size: int | None = option(None, "forget images a step, and as many retain images", group="training", least=1)
-    weight_decay: float = option(0.0, "decoupled decay, inside the mask only", group="training", least=0)
+    weight_decay: float | None = option(None, "decoupled decay, inside the mask only", group="training", least=0)
     max_grad_norm: float | None = option(
-        None, "clip the masked gradient's norm to this", group="training", least=0, shown="no clipping"
+        None, "clip the masked gradient's norm to this", group="training", least=0, shown="the method's own, or none"
     )
     gradient_accumulation_steps: int = option(
         1, "parts that each step's batch is cut into, to save memory", group="training", least=1
