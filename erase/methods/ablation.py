@@ -12,7 +12,9 @@ from erase.methods.terms import denoised, relabelled
 
 @dataclass(frozen=True)
 class Ablation:
-    """L = ||eps(x_t | c_f) - sg eps_target(x_t | c_a)||^2 + alpha ||eps(x_t' | c_r) - eps'||^2, x_t of the anchor's pictures.
+    """L = ||eps(x_t | c_f) - sg eps_target(x_t | c_a)||^2 + alpha ||eps(x_t' | c_r) - eps'||^2, means over elements.
+
+    x_t is noised from pictures of the anchor, which are named by the forget prompt.
 
     alpha: weight of the prior's diffusion loss; the paper needs none, because all its pictures are of what stays.
     frozen_target: eps_target is the untouched base; otherwise the model itself as it moves, as in the paper.

@@ -9,8 +9,8 @@ import math
 def nash(ff: float, fr: float, rr: float) -> tuple[float, float]:
     """w = 1 / (||g|| sqrt(1 + cos)) for each: both losses fall alike (MUNBa, Wu & Harandi, 2024).
 
-    Their closed form simplified; the step has length sqrt(2) whatever the gradients' lengths. As cos goes to -1 it has no
-    solution; there each gradient gives up what opposes the other (PCGrad, Yu et al., NeurIPS 2020).
+    Their closed form simplified; the step has length sqrt(2) whatever the gradients' lengths. As cos goes to -1 it has
+    no solution; there each gradient gives up what opposes the other (PCGrad, Yu et al., NeurIPS 2020).
     """
     if ff == 0 or rr == 0:
         return 1.0, 1.0

@@ -1,4 +1,4 @@
-"""Erased Stable Diffusion (Gandikota et al., ICCV 2023): steer the forget prompt away from itself, without a picture."""
+"""Erased Stable Diffusion (Gandikota et al., ICCV 2023): steer the forget prompt away from itself."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -18,8 +18,8 @@ class Soft(Relabel):
     share of weights exactly as the base has them.
 
     kept: share of weights put back to the base in the beginning, beta in the authors' code.
-    kept_at_end: the same after the last step. Their schedule falls epoch by epoch and ends near 0.18 beta, which is this
-        default; at 0 the last steps would move every weight after all, and nothing would remain of the sparsity.
+    kept_at_end: the same after the last step. Their schedule falls epoch by epoch and ends near 0.18 beta, which is
+        this default; at 0 the last steps would move every weight after all, and nothing would remain of the sparsity.
 
     Differs from their code: that counts the VAE's and text encoder's 207 million zeros among the smallest, so that
     with beta 0.5 most of its steps shrink nothing in the fourth epoch's end and after.
