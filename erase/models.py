@@ -201,9 +201,9 @@ class Model:
         x: the noise, [n, 4, h, w]. index: int64, [n], steps of `steps` DDIM steps to take, 0 leaves the noise.
         text: [n, tokens, d]. empty: states of the empty prompt, broadcast to text. guidance: diffusers' convention.
         """
-        config: Any = self.scheduler.config
+        own: Any = self.scheduler
         scheduler = DDIMScheduler.from_config(
-            config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
+            own.config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
         )
         scheduler.set_timesteps(steps)  # pyright: ignore[reportAttributeAccessIssue]
         times: Tensor = scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]

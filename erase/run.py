@@ -311,7 +311,7 @@ def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
 def make_method(settings: Settings) -> Any:
     """The method with its hyperparameters, as recipe and options say."""
     recipe = RECIPES[settings.recipe]
-    general = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    general: dict[str, Any] = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
     if settings.alpha is not None:
         general["alpha"] = settings.alpha
     return methods.make(settings.method, general, settings.set)

@@ -247,10 +247,10 @@ def resolve(
     settings = settings.filled(model_defaults.get("methods", {}).get(settings.method, {})).filled(own)
     settings = settings.filled(
         {
-            **find(settings.method).defaults(),
             "mask_guidance": recipe.mask_guidance,
             "target": recipe.target or ("anchor" if nudity else "fixed"),
             "alpha": recipe.alpha if recipe.alpha is not None else (0.1 if nudity else 0.5),
+            **find(settings.method).defaults(),
         }
     )
     settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})

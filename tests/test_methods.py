@@ -26,6 +26,7 @@ from erase.methods.relabel import Relabel
 from erase.methods.scissorhands import Scissorhands
 from erase.methods.sdd import SelfDistillation
 from erase.methods.soft import Soft
+from erase.settings import Settings, resolve
 
 TRAINED = [name for name in METHODS if hasattr(methods.load(name), "loss")]
 RECIPE = train.Recipe(num_steps=4, batch_size=2, learning_rate=1e-2, checkpoint_every=2, way_steps=4)
@@ -472,11 +473,11 @@ def test_scissorhands_renews_exactly_the_most_sensitive_weights(
 @pytest.mark.parametrize("angle", [0.3, 1.2, math.pi / 2, 2.5])
 def test_nash_weights_are_munbas_and_make_both_losses_fall_alike(angle):
     forget, retain = 3.0 * np.array([1.0, 0.0]), 0.2 * np.array([math.cos(angle), math.sin(angle)])
-    w_f, w_r = balance.nash(forget @ forget, forget @ retain, retain @ retain)
+    a, b, d = (float(x) for x in (retain @ retain, retain @ forget, forget @ forget))
+    w_f, w_r = balance.nash(d, b, a)
     step = w_f * forget + w_r * retain
     assert step @ forget / 3.0 == pytest.approx(step @ retain / 0.2)
     assert np.linalg.norm(step) == pytest.approx(math.sqrt(2))
-    a, b, d = retain @ retain, retain @ forget, forget @ forget
     if abs(b) > 1e-9:  # their closed form divides by it
         theirs = math.sqrt((a * d - b * math.sqrt(a * d)) / (a * a * d - a * b * b))
         assert w_r == pytest.approx(theirs) and w_f == pytest.approx((1 - a * theirs**2) / (b * theirs))
@@ -583,6 +584,18 @@ def test_hyperparameters_come_from_the_preset_the_options_and_set_in_this_order(
     assert methods.make("esd-u", {}, ()) == ESD(1.0, "paper")
     assert methods.make("esd-u", {}, ("target=current", "guidance=2")) == ESD(2.0, "current")
     assert methods.make("fmn", {}, ("end=false",)) == ForgetMeNot(end=False)
+
+
+def test_what_a_methods_name_implies_wins_over_the_recipe_and_loses_to_what_is_given():
+    settings = resolve(Settings("church", method="ca", recipe="paper"), "object", {})
+    assert (settings.alpha, settings.target, settings.scope, settings.mask) == (0.0, "anchor", "xattn-kv", "none")
+    assert (settings.learning_rate, settings.num_train_steps, settings.weight_decay) == (8e-6, 100, 0.01)
+    given = Settings("church", method="ca", alpha=2.0, scope="full", mask="random", weight_decay=0.5, batch_size=3)
+    settings = resolve(given, "object", {"methods": {"ca": {"learning_rate": 1e-3}}, "num_train_steps": 7})
+    assert (settings.alpha, settings.scope, settings.mask, settings.weight_decay) == (2.0, "full", "random", 0.5)
+    assert (settings.learning_rate, settings.num_train_steps, settings.batch_size) == (1e-3, 7, 3)
+    salun = resolve(Settings("church", recipe="paper"), "object", {})
+    assert (salun.alpha, salun.target, salun.weight_decay) == (0.5, "fixed", 0.0)
 
 
 def test_what_a_method_cannot_use_is_refused(toy_pipeline_dir, gathered, accelerator, tmp_path):
