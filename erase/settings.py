@@ -74,7 +74,11 @@ class Settings:
         "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
     )
     set: tuple[str, ...] = option(
-        (), "hyperparameter of the method; may be repeated (a wrong name lists them)", group="how", metavar="NAME=VALUE"
+        (),
+        "hyperparameter of the method; may be repeated (a wrong name lists them)",
+        group="how",
+        metavar="NAME=VALUE",
+        shown="the method's own",
     )
     scope: Literal["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"] | None = option(
         None, "parameters that may move at all", group="how", shown="the method's own, full for salun"
