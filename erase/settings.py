@@ -68,7 +68,11 @@ class Settings:
 
     # how
     method: str = option(
-        "salun", "erasure method; 'salun' is relabel x full x saliency", group="how", choices=tuple(METHODS)
+        "salun",
+        f"erasure method: {', '.join(METHODS)}; 'salun' is relabel x full x saliency",
+        group="how",
+        choices=tuple(METHODS),
+        metavar="METHOD",
     )
     recipe: Literal["default", "paper", "reference"] = option(
         "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
@@ -77,8 +81,8 @@ class Settings:
         (),
         "hyperparameter of the method; may be repeated (a wrong name lists them)",
         group="how",
+        shown="the paper's",
         metavar="NAME=VALUE",
-        shown="the method's own",
     )
     scope: Literal["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"] | None = option(
         None, "parameters that may move at all", group="how", shown="the method's own, full for salun"
