@@ -252,7 +252,8 @@ def resolve(
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     own = {k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"}
-    settings = settings.filled(model_defaults.get("methods", {}).get(settings.method, {})).filled(own)
+    for_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
+    settings = replace(settings, set=(*for_method.pop("set", ()), *settings.set)).filled(for_method).filled(own)
     settings = settings.filled(
         {
             "mask_guidance": recipe.mask_guidance,

@@ -81,7 +81,7 @@ METHODS: dict[str, Preset] = {
     ),
     "sdd": Preset("sdd:SelfDistillation", scope="xattn", num_train_steps=1500, batch_size=1),
     "erasediff": Preset("erasediff:EraseDiff"),
-    "scissorhands": Preset("scissorhands:Scissorhands", num_train_steps=250, batch_size=16),
+    "scissorhands": Preset("scissorhands:Scissorhands", learning_rate=2e-5, num_train_steps=150, batch_size=16),
 }
 
 

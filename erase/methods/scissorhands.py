@@ -21,7 +21,7 @@ class Scissorhands:
     L_f = ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements. s is SNIP's
     score (Lee et al., ICLR 2019); the new values are Kaiming's uniform ones, |w| <= sqrt(6 / inputs).
 
-    sparsity: share of the weights that keep their values; 0.999 in the authors' recipe for classes.
+    sparsity: share of the weights that keep their values; 0.995 in the authors' recipe for nudity.
     forget_weight: lambda.
     balancing: "gem" takes from grad L_f what would raise L_r, "nash" weighs the two as MUNBa does; both take memory for
         two gradients.
@@ -32,7 +32,7 @@ class Scissorhands:
     steps to mend it, keeps the damage in every picture.
     """
 
-    sparsity: float = 0.995
+    sparsity: float = 0.999
     forget_weight: float = 0.1
     balancing: Literal["sum", "gem", "nash"] = "sum"
     prepare_batches: int = 10
