@@ -22,7 +22,7 @@ class Relabel:
     distill_retain: target_r is the base's prediction; otherwise the noise that was added (the diffusion loss).
     balancing: "nash" weighs the two gradients as MUNBa does, whatever alpha is; it takes memory for both of them.
 
-    Costs three passes forward and two back a step. Known to break: one retain prompt, as in the paper, keeps little
+    Costs four passes forward and two back a step. Known to break: one retain prompt, as in the paper, keeps little
     else; learned embeddings and adversarial prompts find the concept again.
     """
 
