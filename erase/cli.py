@@ -142,7 +142,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         else:
             word = {int: "N", float: "X"}.get(form.type, item.name.split("_")[-1].upper())
             choices = "{" + ",".join(form.choices) + "}" if form.choices else None
-            options["metavar"] = choices or item.metadata.get("metavar", word)
+            options["metavar"] = item.metadata.get("metavar") or choices or word
             options["action"] = "append" if form.is_repeated else "store"
             options["type"] = form.type
         groups[item.metadata["group"]].add_argument(flag(item.name), **options)

@@ -201,9 +201,9 @@ class Model:
         x: the noise, [n, 4, h, w]. index: int64, [n], steps of `steps` DDIM steps to take, 0 leaves the noise.
         text: [n, tokens, d]. empty: states of the empty prompt, broadcast to text. guidance: diffusers' convention.
         """
-        config: Any = self.scheduler.config
+        own: Any = self.scheduler
         scheduler = DDIMScheduler.from_config(
-            config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
+            own.config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
         )
         scheduler.set_timesteps(steps)  # pyright: ignore[reportAttributeAccessIssue]
         times: Tensor = scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]
@@ -222,13 +222,14 @@ class Model:
     def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
         """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each, with their gradients.
 
-        Fused kernels never hold these, so for this pass the plain processor takes their place.
+        Fused kernels never hold these, so for this pass the plain processor takes their place; nor does checkpointing.
         """
         from diffusers.models.attention_processor import AttnProcessor
 
         found: list[Tensor] = []
         layers: Any = {name: m for name, m in self.unet.named_modules() if name.endswith("attn2")}
         before = {name: layer.processor for name, layer in layers.items()}
+        checkpointing = self.unet.is_gradient_checkpointing
 
         def keep(layer: Any) -> Any:
             plain = type(layer).get_attention_scores
@@ -242,11 +243,14 @@ class Model:
         try:
             for layer in layers.values():
                 layer.processor, layer.get_attention_scores = AttnProcessor(), keep(layer)
+            self.unet.disable_gradient_checkpointing()
             self(x, t, text)
         finally:
             for name, layer in layers.items():
                 layer.processor = before[name]
                 layer.__dict__.pop("get_attention_scores", None)
+            if checkpointing:
+                self.unet.enable_gradient_checkpointing()
         return found
 
     def use_attention(self, kind: str) -> None:

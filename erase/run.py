@@ -75,7 +75,9 @@ def run(
 ) -> Run:
     """See `erase_concept`. `tell` hears what is to be known before the work begins."""
     started = time.time()
-    make_method(settings)
+    method = make_method(settings)
+    if settings.alpha is not None and not hasattr(method, "alpha"):
+        raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
     name = find_concept(settings, concept, None).name  # unknown or refused: an error before a model is loaded
     folder = Path(settings.output or Path("runs") / name.replace(" ", "_"))
     accelerator = make_accelerator(settings, folder)
@@ -168,7 +170,7 @@ def _carry_out(
         return data.gather(
             model,
             concept,
-            replace(plan, pictures=kind),
+            replace(plan, pictures=kind, retains=getattr(method, "retains", True)),
             model_hash=base_hash,
             cache_dir=cache_dir,
             workers=data.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
@@ -205,7 +207,7 @@ def _carry_out(
                 num_steps=_int(settings.num_train_steps),
                 batch_size=_int(settings.batch_size),
                 learning_rate=float(settings.learning_rate or 0),
-                weight_decay=settings.weight_decay,
+                weight_decay=float(settings.weight_decay or 0),
                 max_grad_norm=settings.max_grad_norm,
                 accumulation=settings.gradient_accumulation_steps,
                 target=str(settings.target),
@@ -309,7 +311,7 @@ def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
 def make_method(settings: Settings) -> Any:
     """The method with its hyperparameters, as recipe and options say."""
     recipe = RECIPES[settings.recipe]
-    general = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    general: dict[str, Any] = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
     if settings.alpha is not None:
         general["alpha"] = settings.alpha
     return methods.make(settings.method, general, settings.set)

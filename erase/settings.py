@@ -25,6 +25,7 @@ SD_DEFAULTS: dict[str, Any] = {
     "generation_batch_size": 8,
     "learning_rate": 1e-5,
     "batch_size": 8,
+    "weight_decay": 0.0,
 }
 
 
@@ -67,7 +68,11 @@ class Settings:
 
     # how
     method: str = option(
-        "salun", "erasure method; 'salun' is relabel x full x saliency", group="how", choices=tuple(METHODS)
+        "salun",
+        f"erasure method: {', '.join(METHODS)}; 'salun' is relabel x full x saliency",
+        group="how",
+        choices=tuple(METHODS),
+        metavar="METHOD",
     )
     recipe: Literal["default", "paper", "reference"] = option(
         "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
@@ -137,9 +142,9 @@ class Settings:
         None, "optimizer steps", group="training", least=0, shown="500; 100 for nudity"
     )
     batch_size: int | None = option(None, "forget images a step, and as many retain images", group="training", least=1)
-    weight_decay: float = option(0.0, "decoupled decay, inside the mask only", group="training", least=0)
+    weight_decay: float | None = option(None, "decoupled decay, inside the mask only", group="training", least=0)
     max_grad_norm: float | None = option(
-        None, "clip the masked gradient's norm to this", group="training", least=0, shown="no clipping"
+        None, "clip the masked gradient's norm to this", group="training", least=0, shown="the method's own, or none"
     )
     gradient_accumulation_steps: int = option(
         1, "parts that each step's batch is cut into, to save memory", group="training", least=1
@@ -247,13 +252,14 @@ def resolve(
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     own = {k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"}
-    settings = settings.filled(model_defaults.get("methods", {}).get(settings.method, {})).filled(own)
+    for_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
+    settings = replace(settings, set=(*for_method.pop("set", ()), *settings.set)).filled(for_method).filled(own)
     settings = settings.filled(
         {
-            **find(settings.method).defaults(),
             "mask_guidance": recipe.mask_guidance,
             "target": recipe.target or ("anchor" if nudity else "fixed"),
             "alpha": recipe.alpha if recipe.alpha is not None else (0.1 if nudity else 0.5),
+            **find(settings.method).defaults(),
         }
     )
     settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})

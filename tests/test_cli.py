@@ -123,7 +123,7 @@ def test_help_has_every_setting_with_its_meaning_and_default(item, command, monk
 def test_help_names_the_defaults_that_are_used(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     text = command("--help")[1]
-    for name, value in {**SD_DEFAULTS, "density": 0.5, "weight_decay": 0.0, "seed": 0}.items():
+    for name, value in {**SD_DEFAULTS, "density": 0.5, "seed": 0}.items():
         assert entry(text, name).endswith(f"[default: {value}]")
 
 
@@ -272,7 +272,7 @@ def test_settings_of_a_wrong_type_are_refused(options, message):
         ("--concept zebra", "unknown concept 'zebra'; the presets are .*church.*nudity.*--kind object"),
         ("--concept no.toml", "no.toml: no such file"),
         ("--concept church --method salum", r"--method is 'salum'; did you mean salun\? \(salun, relabel"),
-        ("--concept church --method 9", "--method is '9'; choose salun, relabel"),
+        ("--concept church --method 9", "--method is '9'; choose salun, relabel, salun-soft, ga, esd-x"),
         ("--concept church --recipe papr", r"--recipe is 'papr'; did you mean paper\? \(default, paper, reference\)"),
         ("--concept church --scope all", "--scope is 'all'; .*xattn"),
         ("--concept church --kind nudity", "--kind is 'nudity'; choose object, style"),
