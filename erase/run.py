@@ -193,6 +193,8 @@ def _carry_out(
     losses: list[dict[str, float]] = []
     notes: dict[str, Any] = {}
     if pictures is None:
+        if settings.weights == "bf16":  # rounded for the mask's sake only
+            model.reload_unet()
         notes = train.solve(method, text, parameters, mask)
     else:
         losses = train.train(
@@ -309,7 +311,8 @@ def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
 def make_method(settings: Settings) -> Any:
     """The method with its hyperparameters, as recipe and options say."""
     recipe = RECIPES[settings.recipe]
-    general = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    general: dict[str, Any] = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    general["seed"] = settings.seed
     if settings.alpha is not None:
         general["alpha"] = settings.alpha
     return methods.make(settings.method, general, settings.set)

@@ -243,7 +243,9 @@ def resolve(
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     own = {k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"}
-    settings = settings.filled(model_defaults.get("methods", {}).get(settings.method, {})).filled(own)
+    of_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
+    settings = replace(settings, set=(*of_method.pop("set", ()), *settings.set))  # the later one of a name counts
+    settings = settings.filled(of_method).filled(own)
     settings = settings.filled(
         {
             **find(settings.method).defaults(),

@@ -2,7 +2,7 @@
 
 What a method class may have beside its fields, all optional but one of `loss` and `solve`:
     loss(model, frozen, batch)  yields (name, term) pairs, each backpropagated before the next is asked for
-    solve(weights, text)        the new weights themselves, without training
+    solve(weights, text)        new weights by name, without training, and notes on the solution for run.json
     pictures                    what `loss` sees: "concept" (default), "anchor" or "trajectory"; see `erase.data`
     balance(ff, fr, rr)         factors of the "forget" and the "retain" gradient, from their inner products
     teacher_decay               the loop keeps an average of the weights, draws trajectories from it and returns it
@@ -13,7 +13,7 @@ What a method class may have beside its fields, all optional but one of `loss` a
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from erase.errors import EraseError
 
@@ -43,6 +43,9 @@ class Preset:
 METHODS: dict[str, Preset] = {
     "salun": Preset("relabel:Relabel", mask="saliency"),
     "relabel": Preset("relabel:Relabel"),
+    "uce": Preset("uce:UCE", scope="xattn-kv"),
+    "rece": Preset("rece:RECE", scope="xattn-kv"),
+    "speed": Preset("speed:SPEED", scope="xattn-kv"),
 }
 
 
@@ -90,6 +93,8 @@ def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
 
 
 def _parsed(value: str, kind: Any, text: str) -> Any:
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise EraseError(f"--set is {text!r}; choose {', '.join(get_args(kind))}")
     kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
     try:
         if kind == "bool":
