@@ -13,7 +13,7 @@ What a method class may have beside its fields, all optional but one of `loss` a
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
 
@@ -80,7 +80,8 @@ def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
         EraseError: no such hyperparameter, or a value of another type.
     """
     cls: Any = load(name)
-    types = {item.name: item.type for item in fields(cls)}
+    hints = get_type_hints(cls)
+    types = {item.name: hints[item.name] for item in fields(cls)}
     values = {key: value for key, value in general.items() if key in types} | dict(find(name).hyperparameters)
     for text in given:
         key, equals, value = text.partition("=")
@@ -95,11 +96,10 @@ def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
 def _parsed(value: str, kind: Any, text: str) -> Any:
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise EraseError(f"--set is {text!r}; choose {', '.join(get_args(kind))}")
-    kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
     try:
-        if kind == "bool":
+        if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return {"int": int, "float": float}.get(kind, str)(value)
+        return kind(value) if kind in (int, float) else value
     except (KeyError, ValueError) as error:
-        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise EraseError(f"--set is {text!r}; it must be {wanted}") from error

@@ -14,9 +14,9 @@ from erase.methods.ridge import ridge
 
 @dataclass(frozen=True)
 class RECE:
-    """C' = (xi I + sum_i W_i'^T W_i')^-1 (sum_i W_i'^T W_i) C, then W' by UCE's regression with C' -> C_a; `epochs` times.
+    """C' = (xi I + sum_i W_i'^T W_i')^-1 (sum_i W_i'^T W_i) C, then W' by UCE's formula with C' -> C_a, `epochs` times.
 
-    C: all token embeddings of a forget prompt; C': what the edited W' answers as W answered C, over all keys and values.
+    C: all token embeddings of a forget prompt; C': what the edited W' answers as W answered C, keys and values alike.
     The first edit sends C itself to C_a, and every edit starts from the last one's W'.
     arXiv:2407.12383. The authors forget bare words ("nudity") and take the empty prompt for C_a and for all that is
     kept; our forget prompts are sentences, which would take their other words along, hence anchor and retain prompts.

@@ -16,8 +16,8 @@ from erase.methods.ridge import solve_right
 class SPEED:
     """dW = W (S_at - S_tt) P [I - M K (K^T P M K + lamb I)^-1 K^T P] M with M = (S_tt P + rho I)^-1
 
-    for every W of attn2.to_v. S_tt = mean c_e c_e^T, S_at = mean c_a c_e^T. P projects on the eigenvectors of R = mean r r^T whose eigenvalues are
-    below `threshold`: the null space of the retained embeddings r, of which
+    for every W of attn2.to_v. S_tt = mean c_e c_e^T, S_at = mean c_a c_e^T. P projects on the eigenvectors of
+    R = mean r r^T whose eigenvalues are below `threshold`: the null space of the retained embeddings r, of which
       influence-based filtering keeps those that W (S_at - S_tt)(I + S_tt)^-1 moves more than the mean one, and
       directed augmentation adds r + v v^T eps, eps ~ N(0, I), v the right singular vector of W with the smallest
       singular value, filtered alike.

@@ -12,9 +12,9 @@ from erase.methods.ridge import ridge
 
 @dataclass(frozen=True)
 class UCE:
-    """W' = (lamb W + sum_e s_e W c_a c_e^T + sum_p s_p W c_p c_p^T)(lamb I + sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T)^-1
+    """W' = (lamb W + sum_e s_e W c_a c_e^T + sum_p s_p W c_p c_p^T) A^-1
 
-    for every W of attn2.to_k and attn2.to_v; c_e, c_a, c_p: embeddings to erase, of their anchors and to preserve.
+    with A = lamb I + sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T, for every W of attn2.to_k and attn2.to_v; c_e, c_a, c_p: embeddings to erase, of their anchors and to preserve.
     arXiv:2308.14761; lamb and the scales are those of the authors' code (its first version had lamb 0.1).
     """
 
