@@ -14,7 +14,8 @@ from erase.methods.ridge import ridge
 class UCE:
     """W' = (lamb W + sum_e s_e W c_a c_e^T + sum_p s_p W c_p c_p^T) A^-1
 
-    with A = lamb I + sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T, for every W of attn2.to_k and attn2.to_v; c_e, c_a, c_p: embeddings to erase, of their anchors and to preserve.
+    with A = lamb I + sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T, for every W of attn2.to_k and attn2.to_v;
+    c_e, c_a, c_p: embeddings to erase, of their anchors and to preserve.
     arXiv:2308.14761; lamb and the scales are those of the authors' code (its first version had lamb 0.1).
     """
 
