@@ -46,11 +46,20 @@ class Settings:
     """
 
     # what
-    concept: str = option("", "preset (see --list), path of a .toml, or free text together with --kind", group="what")
+    concept: tuple[str, ...] = option(
+        (), "preset (see --list), path of a .toml, or free text together with --kind; may be repeated", group="what"
+    )
     model: str = option(
         "CompVis/stable-diffusion-v1-4",
         "'mini' (embedded), a diffusers folder, a hub id, or a .safetensors/.ckpt file",
         group="what",
+    )
+    base: str | None = option(
+        None,
+        "run folder to go on from in place of a model: what it erased stays erased, its mask is united with this one's",
+        group="what",
+        shown="none",
+        metavar="DIR",
     )
     output: str | None = option(None, "run folder to write", group="what", shown="runs/<concept>", metavar="DIR")
     kind: Literal["object", "style"] | None = option(None, "what a free-text concept is", group="what")
@@ -197,8 +206,10 @@ class Settings:
             raise EraseError(f"--seed is {self.seed}; it must be below 2^32")
         if self.weights == "bf16" and self.mixed_precision == "fp16":
             raise EraseError("--weights bf16 does not go with --mixed-precision fp16; choose bf16 or no")
-        if not self.concept.strip():
+        if not self.concept or not all(name.strip() for name in self.concept):
             raise EraseError("no concept given; for example --concept nudity (see --list)")
+        if len(self.concept) > 1 and (self.forget or self.anchor):
+            raise EraseError("--forget and --anchor go with one --concept; describe several in .toml files")
 
     def filled(self, defaults: dict[str, Any]) -> "Settings":
         """These settings with None replaced by `defaults`."""

@@ -95,10 +95,10 @@ def test_uce_is_the_least_squares_solution(text, weights, options):
     method = UCE(**options)
     new, notes = method.solve(weights, text)
     c_e, c_a = columns(text.forget, text.forget_at), columns(text.anchor, text.anchor_at)
-    c_p = columns(text.retain, text.retain_at)
+    c_p = np.concatenate([columns(text.retain, text.retain_at), text.empty[0, :1].double().numpy().T], axis=1)
     A = method.lamb * np.eye(D) + method.erase_scale * c_e @ c_e.T + method.preserve_scale * c_p @ c_p.T
     assert notes["condition_number"] == pytest.approx(np.linalg.cond(A), rel=1e-9)
-    assert (notes["forget_tokens"], notes["retain_tokens_kept"]) == (3, 4)
+    assert (notes["forget_tokens"], notes["retain_tokens_kept"]) == (3, 5)
     for name, weight in weights.items():
         W = weight.double().numpy()
         expected = least_squares(
@@ -238,7 +238,8 @@ def gradient(cost: Any, W: Tensor) -> Tensor:
 
 def test_the_gradient_of_uces_cost_is_zero_at_the_answer_and_not_before(text, weights):
     new, _ = UCE().solve(weights, text)
-    (c_e, c_a), c_p = text.pairs("last"), text.kept("last")
+    c_e, c_a = text.pairs("last")
+    c_p = torch.cat([text.kept("last"), text.empty[0, :1].double().T], dim=1)
     for name, weight in weights.items():
         W = weight.double()
 

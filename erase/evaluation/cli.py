@@ -105,10 +105,15 @@ def _task(given: argparse.Namespace, name: str, model: str | None) -> Task:
 def _concept(given: argparse.Namespace, model: str | None) -> Concept | None:
     """The one that is named, else the one that the run folder says was erased."""
     record = _run_record(model)
+    erased = [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
     if given.concept:
-        family = "mini" if model == "mini" or record.get("model", {}).get("name") == "mini" else None
-        return concepts.find(given.concept, given.kind, model_family=family)
-    return Concept(**record["concept"]) if "concept" in record else None
+        named = [part for part in erased if part.name.lower() == given.concept.lower().replace("_", " ")]
+        made_from = record.get("model", {})
+        family = "mini" if "mini" in {model, made_from.get("name"), made_from.get("origin")} else None
+        return named[0] if named else concepts.find(given.concept, given.kind, model_family=family)
+    if len(erased) > 1:
+        raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")
+    return erased[0] if erased else None
 
 
 def _guard(given: argparse.Namespace, model: str) -> "Guard | None":
@@ -280,7 +285,12 @@ def _run(arguments: list[str]) -> None:
             task = _task(given, name, model)
             made_from = _run_record(model).get("model", {})
             guard = _guard(given, model)
-            base = str(given.base or made_from.get("name") or (model if given.delta or guard else ""))
+            base = str(
+                given.base
+                or made_from.get("origin")
+                or made_from.get("name")
+                or (model if given.delta or guard else "")
+            )
             if not base:
                 raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
             label = _label(Path(given.delta).resolve().parent.name if given.delta else model)
