@@ -165,17 +165,19 @@ def unite(concepts: Sequence[Concept]) -> Concept:
     Raises:
         EraseError: two of them would become each other.
     """
+    concepts = list(dict.fromkeys(concepts))
     if len(concepts) == 1:
         return concepts[0]
     instead = dict(reversed(list(chain.from_iterable(concept.pairs() for concept in concepts))))
     mixed: list[list[tuple[str, str]]] = []
     for concept in concepts:
-        rest = [other for other in concepts if other.name != concept.name]
+        rest = [other for other in concepts if other is not concept]
         ends = [(forget, _followed(anchor, instead)) for forget, anchor in concept.pairs()]
         pairs = [(forget, end) for forget, end in ends if end is not None and not _mentions(end, rest)]
         if not pairs:
             raise EraseError(
-                f"{concept.name!r} would become {concept.anchor[0]!r}, which is erased too; erase it with another --anchor"
+                f"{concept.name!r} would become {concept.anchor[0]!r}, which is erased too; "
+                "give one of the two another anchor, in a .toml of its own"
             )
         mixed.append(pairs)
     longest = max(map(len, mixed))
@@ -187,12 +189,12 @@ def unite(concepts: Sequence[Concept]) -> Concept:
             prompt
             for concept, prompts in zip(concepts, parts, strict=True)
             for prompt in prompts
-            if prompt not in instead and not _mentions(prompt, [other for other in concepts if other != concept])
+            if prompt not in instead and not _mentions(prompt, [other for other in concepts if other is not concept])
         ]
         return tuple(dict.fromkeys(told))
 
     return Concept(
-        name=_listed([concept.name for concept in concepts], "and"),
+        name=" and ".join(concept.name for concept in concepts),
         kind="nudity" if "nudity" in kinds else kinds.pop() if len(kinds) == 1 else "object",
         forget=tuple(forget for forget, _ in turns),
         anchor=tuple(anchor for _, anchor in turns),

@@ -179,6 +179,8 @@ def of_prompts(data: Data, prompts: Sequence[str]) -> Data:
     """The data with only those forget pictures that have one of these prompts."""
     wanted = {row for row, prompt in enumerate(data.prompts) if prompt in set(prompts)}
     rows = torch.tensor([i for i, row in enumerate(data.forget.prompt.tolist()) if row in wanted], dtype=torch.int64)
+    if not len(rows):
+        raise EraseError(f"--num-forget {len(data.forget)} leaves no picture for {prompts[0]!r}; draw more")
     f = data.forget
     part = Pictures(f.mean[rows], f.std[rows], f.prompt[rows], None if f.t is None else f.t[rows])
     fingerprint = files.text_hash([data.fingerprint, rows.tolist()])

@@ -86,8 +86,8 @@ def run(
     make_method(settings)
     given = [concept] if isinstance(concept, Concept) else list(concept or [None] * len(settings.concept))
     found = find_concepts(settings, given, None)  # unknown or refused: an error before a model is loaded
-    name = concepts.unite(found).name
-    folder = Path(settings.output or Path("runs") / name.replace(", ", " ").replace(" ", "_"))
+    name = " and ".join(one.name for one in found)
+    folder = Path(settings.output or Path("runs") / name.replace(" ", "_"))
     earlier = read_base(settings, folder)
     if earlier is not None:
         settings = replace(settings, model=str(settings.base))
@@ -266,12 +266,13 @@ def _carry_out(
         "base": settings.model,
         "concept": asdict(concept),
         "method": settings.method,
-        "after": earlier and earlier.record,
         "hyperparameters": asdict(method),
         "settings": identity["settings"],
         "data": fingerprint,
         "made_for": settings.model,
     }
+    if earlier is not None:
+        provenance["after"] = earlier.record
     new_state = unet_state(model.unet)
     base_unet = models.load_unet(model.folder, settings.allow_pickle)
     change = delta.difference(unet_state(base_unet), new_state, provenance)
@@ -291,6 +292,7 @@ def _carry_out(
         "model": {
             "name": settings.model,
             "origin": earlier.record["model"] if earlier else settings.model,
+            "origin_hash": earlier.record["model_hash"] if earlier else base_hash,
             "base_hash": base_hash,
             "result_hash": change.result_hash,
         },
@@ -394,6 +396,7 @@ def read_base(settings: Settings, output: Path) -> Base | None:
     told = {
         "run": str(folder),
         "model": origin,
+        "model_hash": record["model"].get("origin_hash", record["model"]["base_hash"]),
         "concepts": [part.name for part in erased],
         "hash": record["model"]["result_hash"],
     }
@@ -542,6 +545,7 @@ def make_mask(
             "mask_guidance": settings.mask_guidance,
             "scope": settings.scope,
             "seed": settings.seed,
+            "concepts": [part.name for part in parts],
         }
         saliency.save(path, mask, header)
     return saliency.pack(mask)

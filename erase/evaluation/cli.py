@@ -313,7 +313,11 @@ def _check_origin(model: str, made_from: dict[str, Any], base: Path, erased: Pat
     from erase.evaluation import arm
 
     for role, folder in (("base", base), ("result", erased)):
-        said, drawn = made_from.get(f"{role}_hash"), arm.manifest(folder)["model"]["unet"]
+        hashes = {
+            "base": made_from.get("origin_hash", made_from.get("base_hash")),
+            "result": made_from.get("result_hash"),
+        }
+        said, drawn = hashes[role], arm.manifest(folder)["model"]["unet"]
         if said and said != drawn:
             raise EraseError(
                 f"{model}/run.json says that the {role}'s UNet is {said[:12]}, but {folder} was drawn with "
