@@ -182,7 +182,8 @@ def unite(concepts: Sequence[Concept]) -> Concept:
         mixed.append(pairs)
     longest = max(map(len, mixed))
     turns = list(chain.from_iterable(zip(*(islice(cycle(pairs), longest) for pairs in mixed), strict=True)))
-    kinds = {concept.kind for concept in concepts}
+    kinds: set[Kind] = {concept.kind for concept in concepts}
+    only: Kind = kinds.pop() if len(kinds) == 1 else "nudity" if "nudity" in kinds else "object"
 
     def kept(parts: Iterable[Iterable[str]]) -> tuple[str, ...]:
         told = [
@@ -195,7 +196,7 @@ def unite(concepts: Sequence[Concept]) -> Concept:
 
     return Concept(
         name=" and ".join(concept.name for concept in concepts),
-        kind="nudity" if "nudity" in kinds else kinds.pop() if len(kinds) == 1 else "object",
+        kind=only,
         forget=tuple(forget for forget, _ in turns),
         anchor=tuple(anchor for _, anchor in turns),
         retain=kept(concept.retain for concept in concepts),

@@ -46,7 +46,7 @@ class Settings:
     """
 
     # what
-    concept: tuple[str, ...] = option(
+    concept: str | tuple[str, ...] = option(  # one is a tuple of one, as soon as it is here
         (), "preset (see --list), path of a .toml, or free text together with --kind; may be repeated", group="what"
     )
     model: str = option(
@@ -299,11 +299,11 @@ def flag(name: str) -> str:
 
 
 def _form(annotation: Any) -> Form:
-    """Of X, X | None, Literal[texts] and tuple[X, ...], which are all that Settings is made of."""
+    """Of X, X | None, Literal[texts], tuple[X, ...] and X | tuple[X, ...], which are all that Settings is made of."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        (only,) = (part for part in parts if part is not NoneType)
-        return _form(only)
+        *_, last = (part for part in parts if part is not NoneType)  # of X | tuple[X, ...] the tuple
+        return _form(last)
     if origin is tuple:
         return replace(_form(parts[0]), is_repeated=True)
     if origin is Literal:

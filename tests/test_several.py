@@ -154,7 +154,7 @@ def test_the_record_keeps_each_concept_for_its_judge(both):
 
     given: Any = Given()
     found = evaluation._concept(given, str(both.folder))
-    assert found == LORRY and found.judge == LORRY.judge
+    assert found is not None and found == LORRY and found.judge == LORRY.judge
     given.concept = None
     with pytest.raises(EraseError, match="erased cat, lorry; choose one with --concept"):
         evaluation._concept(given, str(both.folder))
@@ -193,9 +193,9 @@ def test_names_and_concepts_may_be_mixed_and_one_concept_is_as_before(toy_pipeli
     assert str(mixed.folder) == "runs/church_and_cat" and mixed.record["concept"]["name"] == "church and cat"
     single = erase_concept("golf ball", str(toy_pipeline_dir), **options)
     assert str(single.folder) == "runs/golf_ball" and single.record["settings"]["concept"] == ["golf ball"]
-    assert Settings("church").concept == ("church",) and Settings(("church", "tench")).concept == ("church", "tench")  # pyright: ignore
+    assert Settings("church").concept == ("church",) and Settings(("church", "tench")).concept == ("church", "tench")
     with pytest.raises(EraseError, match="--forget and --anchor go with one --concept"):
-        Settings(("church", "tench"), forget=("a church",))  # pyright: ignore
+        Settings(("church", "tench"), forget=("a church",))
     with pytest.raises(EraseError, match="no concept given"):
         erase_concept([], str(toy_pipeline_dir))
 

@@ -55,8 +55,12 @@ class RECE:
 
     def derive(self, old: list[Tensor], new: list[Tensor], C: Tensor) -> Tensor:
         """C', the embeddings with sum_i ||W_i' C' - W_i C||^2 + xi ||C'||^2 least."""
-        A = self.xi * torch.eye(len(C), dtype=torch.float64) + sum(W.T @ W for W in new)
-        return torch.linalg.solve(A, sum(V.T @ W for V, W in zip(new, old, strict=True)) @ C)
+        new_all, old_all = (
+            torch.cat(new),
+            torch.cat(old),
+        )  # sum_i W_i'^T W_i' is the product of all rows below each other
+        A = self.xi * torch.eye(len(C), dtype=torch.float64) + new_all.T @ new_all
+        return torch.linalg.solve(A, new_all.T @ old_all @ C)
 
 
 def _columns(states: Tensor) -> Tensor:
