@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,19 @@ def gather(
         words[number, own] = True
         end[number, len(model.tokens(prompt)) + 1 :] = True
     return Data(forget, retain, anchor, others, words, end, tuple(rows), text, fingerprint, record)
+
+
+def of_prompts(data: Data, prompts: Sequence[str]) -> Data:
+    """The data with only those forget pictures that have one of these prompts."""
+    wanted = {row for row, prompt in enumerate(data.prompts) if prompt in set(prompts)}
+    rows = torch.tensor([i for i, row in enumerate(data.forget.prompt.tolist()) if row in wanted], dtype=torch.int64)
+    if not len(rows):
+        raise EraseError(f"--num-forget {len(data.forget)} leaves no picture for {prompts[0]!r}; draw more")
+    f = data.forget
+    part = Pictures(f.mean[rows], f.std[rows], f.prompt[rows], None if f.t is None else f.t[rows])
+    fingerprint = files.text_hash([data.fingerprint, rows.tolist()])
+    places = {name: getattr(data, name)[rows] for name in ("anchor", "words", "end")}
+    return replace(data, forget=part, fingerprint=fingerprint, **places)
 
 
 def distinguishing(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[int]]:

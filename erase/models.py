@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from erase import export
 from erase.errors import EraseError
 from erase.files import file_hash, open_tensors, read_json, text_hash
+from erase.guards import Guard
 
 MINI_DIR = Path(__file__).parent / "mini" / "weights"
 
@@ -30,6 +31,7 @@ class Model:
     defaults: what the folder's erase_defaults.json says: settings that suit the model, and "family": "mini" when it
         speaks the embedded world's language.
     allow_pickle: how the parts were loaded, for when they are loaded again.
+    guard: stands beside the model whenever it draws.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Model:
     scheduler: SchedulerMixin
     defaults: dict[str, Any]
     allow_pickle: bool = False
+    guard: Guard | None = None
 
     def __post_init__(self) -> None:
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
@@ -180,7 +183,7 @@ class Model:
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
-        with evaluating(unet):
+        with evaluating(unet), self.guard.on(pipeline) if self.guard else nullcontext():
             return pipeline(
                 list(prompts),
                 height=height,

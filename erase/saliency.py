@@ -267,6 +267,11 @@ def count(mask: Mapping[str, torch.Tensor]) -> int:
     return sum(int(bits.count_nonzero()) for bits in mask.values())
 
 
+def union(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> Mask:
+    """The mask of what either lets move, for the tensors of `a`; those that `b` lacks are a's own."""
+    return {name: bits | b[name].to(bits.device) if name in b else bits for name, bits in a.items()}
+
+
 def iou(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
     """Intersection over union of two masks of the same tensors, in [0, 1]; NaN when both are empty."""
     union = sum(int((a[name] | b[name]).count_nonzero()) for name in a)

@@ -47,11 +47,20 @@ class Settings:
     """
 
     # what
-    concept: str = option("", "preset (see --list), path of a .toml, or free text together with --kind", group="what")
+    concept: str | tuple[str, ...] = option(  # one is a tuple of one, as soon as it is here
+        (), "preset (see --list), path of a .toml, or free text together with --kind; may be repeated", group="what"
+    )
     model: str = option(
         "CompVis/stable-diffusion-v1-4",
         "'mini' (embedded), a diffusers folder, a hub id, or a .safetensors/.ckpt file",
         group="what",
+    )
+    base: str | None = option(
+        None,
+        "run folder to go on from in place of a model: what it erased stays erased, its mask is united with this one's",
+        group="what",
+        shown="none",
+        metavar="DIR",
     )
     output: str | None = option(None, "run folder to write", group="what", shown="runs/<concept>", metavar="DIR")
     kind: Literal["object", "style"] | None = option(None, "what a free-text concept is", group="what")
@@ -206,8 +215,10 @@ class Settings:
             raise EraseError(f"--seed is {self.seed}; it must be below 2^32")
         if self.weights == "bf16" and self.mixed_precision == "fp16":
             raise EraseError("--weights bf16 does not go with --mixed-precision fp16; choose bf16 or no")
-        if not self.concept.strip():
+        if not self.concept or not all(name.strip() for name in self.concept):
             raise EraseError("no concept given; for example --concept nudity (see --list)")
+        if len(self.concept) > 1 and (self.forget or self.anchor):
+            raise EraseError("--forget and --anchor go with one --concept; describe several in .toml files")
 
     def filled(self, defaults: dict[str, Any]) -> "Settings":
         """These settings with None replaced by `defaults`."""
@@ -252,8 +263,9 @@ def resolve(
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     own = {k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"}
-    for_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
-    settings = replace(settings, set=(*for_method.pop("set", ()), *settings.set)).filled(for_method).filled(own)
+    of_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
+    settings = replace(settings, set=(*of_method.pop("set", ()), *settings.set))  # the later one of a name counts
+    settings = settings.filled(of_method).filled(own)
     settings = settings.filled(
         {
             "mask_guidance": recipe.mask_guidance,
@@ -296,11 +308,11 @@ def flag(name: str) -> str:
 
 
 def _form(annotation: Any) -> Form:
-    """Of X, X | None, Literal[texts] and tuple[X, ...], which are all that Settings is made of."""
+    """Of X, X | None, Literal[texts], tuple[X, ...] and X | tuple[X, ...], which are all that Settings is made of."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        (only,) = (part for part in parts if part is not NoneType)
-        return _form(only)
+        *_, last = (part for part in parts if part is not NoneType)  # of X | tuple[X, ...] the tuple
+        return _form(last)
     if origin is tuple:
         return replace(_form(parts[0]), is_repeated=True)
     if origin is Literal:

@@ -55,7 +55,9 @@ def shown(folder: Path, concept: str) -> Any:
     return files.read_tensors(path)["latents"]
 
 
-def recovered(folder: Path, concept: str, latents: Any, *, model: str = "mini", delta: Path | None = None) -> list[bool]:
+def recovered(
+    folder: Path, concept: str, latents: Any, *, model: str = "mini", delta: Path | None = None
+) -> list[bool]:
     """Whether each picture of a word learnt on the model shows the concept."""
     from erase import concepts
     from erase.evaluation import classes, generate, score, tasks
@@ -235,9 +237,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             if row["drift"] and row["recovered"] and 1 - row["kept_forget"].value <= 0.1
         ]
         best = [
-            p
-            for p in points
-            if not any(q[1] <= p[1] and q[2] <= p[2] and (q[1] < p[1] or q[2] < p[2]) for q in points)
+            p for p in points if not any(q[1] <= p[1] and q[2] <= p[2] and (q[1] < p[1] or q[2] < p[2]) for q in points)
         ]
         ax.plot(*zip(*sorted((x, y) for _, x, y in best), strict=True), color="0.6", linestyle="--", linewidth=1)
         for name, x, y in points:

@@ -2,7 +2,7 @@
 
 What a method class may have beside its fields, all optional but one of `loss` and `solve`:
     loss(model, frozen, batch)  yields (name, term) pairs, each backpropagated before the next is asked for
-    solve(weights, text)        the new weights themselves, without training
+    solve(weights, text)        new weights by name, without training, and notes on the solution for run.json
     pictures                    the forget set: "concept" (default), "anchor", "trajectory", "noise"; see `erase.data`
     retains                     False: `loss` asks for no retain pictures, and none are drawn
     needs_base                  True: `loss` asks `frozen`, or `shrink` is there, and the loop keeps the base's values
@@ -15,7 +15,7 @@ What a method class may have beside its fields, all optional but one of `loss` a
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
 
@@ -82,6 +82,9 @@ METHODS: dict[str, Preset] = {
     "sdd": Preset("sdd:SelfDistillation", scope="xattn", num_train_steps=1500, batch_size=1),
     "erasediff": Preset("erasediff:EraseDiff"),
     "scissorhands": Preset("scissorhands:Scissorhands", learning_rate=2e-5, num_train_steps=150, batch_size=16),
+    "uce": Preset("uce:UCE", scope="xattn-kv"),
+    "rece": Preset("rece:RECE", scope="xattn-kv"),
+    "speed": Preset("speed:SPEED", scope="xattn-kv"),
 }
 
 
@@ -116,7 +119,8 @@ def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
         EraseError: no such hyperparameter, or a value of another type.
     """
     cls: Any = load(name)
-    types = {item.name: item.type for item in fields(cls)}
+    hints = get_type_hints(cls)
+    types = {item.name: hints[item.name] for item in fields(cls)}
     values = dict(find(name).hyperparameters) | {key: value for key, value in general.items() if key in types}
     for text in given:
         key, equals, value = text.partition("=")

@@ -511,4 +511,10 @@ DEFAULTS: dict[str, Any] = {
     "num_retain": 192,
     "generation_batch_size": 16,
     "num_train_steps": 100,
+    # the concept's word alone is too little here: its end tokens say it again, and the UNet listens to them
+    "methods": {
+        "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
+        "rece": {"set": ["lamb_1=1", "epochs=1"]},
+        "speed": {"set": ["tokens=tail", "retain_tokens=tail", "rho=0.05", "filter=false"]},
+    },
 }
