@@ -176,8 +176,8 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; brackets are 95 % intervals."""
     lines = [
-        "| concept | method | seeds | drawn | by synonym | objects kept | colours | styles | drift | KID to base x 1000 "
-        "| KID to retrained | recovered by a word | s | GB | MB |",
+        "| concept | method | seeds | drawn | by synonym | objects kept | colours | styles | drift "
+        "| KID to base x 1000 | KID to retrained x 1000 | recovered by a word | s | GB | MB |",
         "| --- " * 15 + "|",
     ]
 
