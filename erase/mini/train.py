@@ -511,7 +511,7 @@ DEFAULTS: dict[str, Any] = {
     "num_retain": 192,
     "generation_batch_size": 16,
     "num_train_steps": 100,
-    # for closed forms the concept's word alone is too little here: end tokens say it again, and the UNet listens to them
+    # for closed forms the word alone is too little here: the end tokens say it again, and the UNet listens to them
     "methods": {
         "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
         "rece": {"set": ["lamb_1=1", "epochs=1"]},
