@@ -7,10 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -18,6 +24,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from erase import export
 from erase.errors import EraseError
 from erase.files import file_hash, open_tensors, read_json, text_hash
+
+Sampler = Literal["model", "dpm++"]
 
 MINI_DIR = Path(__file__).parent / "mini" / "weights"
 
@@ -146,6 +154,16 @@ class Model:
             pictures.append(self.vae.decode(chunk).sample.float().clamp(-1, 1).cpu())  # pyright: ignore
         return torch.cat(pictures)
 
+    def sampler(self, name: Sampler = "model") -> SchedulerMixin:
+        """A fresh scheduler to draw with: the model's own, or DPM-Solver++ (Lu et al., 2022) for the same noise.
+
+        The latter is what is known as DPM++ 2M Karras. Without Karras' spacing ten steps of it end no nearer to the
+        exact solution than ten of DDIM (0.28 and 0.25 of its norm, embedded model); with it as near as 25 (0.03).
+        """
+        if name == "dpm++":
+            return DPMSolverMultistepScheduler.from_config(self.scheduler.config, use_karras_sigmas=True)  # pyright: ignore
+        return type(self.scheduler).from_config(self.scheduler.config)  # pyright: ignore
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -154,6 +172,7 @@ class Model:
         steps: int,
         guidance: float,
         size: int | tuple[int, int],
+        sampler: Sampler = "model",
         unet: UNet2DConditionModel | None = None,
     ) -> Tensor:
         """Latents of one picture a prompt, without decoding: [n, 4, height / 8, width / 8], on the CPU.
@@ -169,7 +188,7 @@ class Model:
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=unet,
-            scheduler=type(self.scheduler).from_config(self.scheduler.config),  # pyright: ignore
+            scheduler=self.sampler(sampler),  # pyright: ignore
             safety_checker=None,  # pyright: ignore
             feature_extractor=None,  # pyright: ignore
             requires_safety_checker=False,

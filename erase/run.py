@@ -159,6 +159,7 @@ def _carry_out(
         size=settings.resolution or model.resolution,
         batch_size=_int(settings.generation_batch_size),
         seed=settings.seed,
+        sampler=settings.sampler,
         round_trip=not recipe.shared_latent,
         forget_images=settings.forget_images,
         retain_images=settings.retain_images,
