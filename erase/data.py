@@ -1,6 +1,7 @@
 """What a run trains on: forget and retain pictures as cached latents, each with its prompt's text states."""
 
 import csv
+import difflib
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from erase import files
 from erase.concepts import Concept
 from erase.delta import content_hash
 from erase.errors import EraseError
+from erase.methods.inputs import Text
 from erase.models import Model, Sampler
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -31,11 +33,13 @@ class Pictures:
 
     mean: [n, 4, h, w], scaled for the UNet. std: the same shape; zero where the model drew the latent itself.
     prompt: int64, [n], rows of `Data.text`.
+    t: int64, [n], where `mean` is not a picture but a point on the way from noise to one: the timestep there.
     """
 
     mean: Tensor
     std: Tensor
     prompt: Tensor
+    t: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -48,6 +52,8 @@ class Data:
     text: text states of `prompts`, [p, tokens, d]; row 0 is the empty prompt.
     anchor: int64, [len(forget)], what to say instead of each forget picture's prompt.
     others: int64, [k], rows of other classes' prompts for random labels.
+    words: bool, [len(forget), tokens], where the forget prompt's own words stand: those that its anchor lacks.
+    end: bool, [len(forget), tokens], where the forget prompt is over.
     fingerprint: hash of all that determines these tensors.
     """
 
@@ -55,6 +61,8 @@ class Data:
     retain: Pictures
     anchor: Tensor
     others: Tensor
+    words: Tensor
+    end: Tensor
     prompts: tuple[str, ...]
     text: Tensor
     fingerprint: str
@@ -67,6 +75,9 @@ class Plan:
 
     round_trip: send drawn latents through decoder, 8-bit pixels and encoder, as a folder of saved images would be;
         gives the posterior's spread, which the reference recipe samples.
+    pictures: what the forget set holds: pictures of the "concept", pictures of its "anchor" under the forget prompt's
+        name, or points of the "trajectory" from noise to the concept, a random one of each picture's.
+    way_guidance: of the trajectories; 3 in ESD.
     """
 
     num_forget: int
@@ -78,6 +89,8 @@ class Plan:
     seed: int
     sampler: Sampler = "model"
     round_trip: bool = False
+    pictures: str = "concept"
+    way_guidance: float = 3.0
     forget_images: str | None = None
     retain_images: str | None = None
 
@@ -111,33 +124,39 @@ def gather(
     if plan.size % max(8, model.vae_scale):
         raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {max(8, model.vae_scale)}")
     workers = workers or Workers()
+    if plan.forget_images and plan.pictures == "trajectory":
+        raise EraseError("this method follows the model's own drawing and sees no pictures; leave out --forget-images")
     pairs = concept.pairs()
     first_seed = plan.seed * SEEDS_PER_RUN
     first_retain_seed = first_seed + RETAIN_SEED
     # both sources are listed before anything is drawn, so that a wrong folder is an error at once
-    forget_source = _source(
-        model, plan, plan.forget_images, [prompt for prompt, _ in pairs], plan.num_forget, first_seed
-    )
+    names = [forget for forget, _ in pairs]
+    shown = [anchor for _, anchor in pairs] if plan.pictures == "anchor" else names
+    forget_source = _source(model, plan, plan.forget_images, names, plan.num_forget, first_seed, shown=shown)
     retain_source = _source(model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed)
+    if plan.pictures == "trajectory":
+        forget_source = _followed(model, plan, forget_source.prompts, first_seed)
     if None in retain_source.prompts:
         unnamed = f"; --retain-images {plan.retain_images} names no prompts either" if plan.retain_images else ""
         raise EraseError(f"concept {concept.name!r} has no retain prompts{unnamed}; give --retain PROMPT")
     hashes = [model_hash, *(content_hash(part.state_dict()) for part in (model.vae, model.text_encoder))]
 
-    def read(source: _Source, label: str) -> tuple[Tensor, Tensor, str]:
+    def read(source: _Source, label: str) -> tuple[Pictures, str]:
         key = files.text_hash([hashes, plan.batch_size, source.identity])
-        return *_cached(cache_dir / "latents" / key[:32], source, plan.batch_size, workers, label, quiet), key
+        folder = cache_dir / "latents" / key[:32]
+        return Pictures(
+            **_cached(folder, source, plan.batch_size, workers, label, quiet), prompt=row(source.prompts)
+        ), key
 
     rows: dict[str, int] = {"": 0}
 
     def row(prompts: Iterable[str]) -> Tensor:
         return torch.tensor([rows.setdefault(prompt, len(rows)) for prompt in prompts], dtype=torch.int64)
 
-    mean, std, forget_key = read(forget_source, "forget pictures")
-    forget = Pictures(mean, std, row(forget_source.prompts))
-    mean, std, retain_key = read(retain_source, "retain pictures")
-    retain = Pictures(mean, std, row(retain_source.prompts))
-    anchor = row(_anchors(forget_source.prompts, pairs))
+    forget, forget_key = read(forget_source, "forget pictures")
+    retain, retain_key = read(retain_source, "retain pictures")
+    anchors = _anchors(forget_source.prompts, pairs)
+    anchor = row(anchors)
     others = row(concept.others)
     record = {
         "num_forget": len(forget),
@@ -149,7 +168,43 @@ def gather(
     }
     fingerprint = files.text_hash([forget_key, retain_key, list(rows), anchor.tolist(), others.tolist()])
     text = model.encode_text(list(rows))
-    return Data(forget, retain, anchor, others, tuple(rows), text, fingerprint, record)
+    words, end = (torch.zeros(len(forget), text.shape[1], dtype=torch.bool) for _ in range(2))
+    for number, (prompt, instead) in enumerate(zip(forget_source.prompts, anchors, strict=True)):
+        own, _ = distinguishing(model.tokens(prompt), model.tokens(instead))
+        words[number, own] = True
+        end[number, len(model.tokens(prompt)) + 1 :] = True
+    return Data(forget, retain, anchor, others, words, end, tuple(rows), text, fingerprint, record)
+
+
+def distinguishing(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Places of the tokens that a has and b lacks, and the other way round; all of one that has nothing of its own.
+
+    The start token has place 0, so that the first of `a` has 1.
+    """
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    shared_a = {block.a + i for block in blocks for i in range(block.size)}
+    shared_b = {block.b + i for block in blocks for i in range(block.size)}
+    own_a = [i + 1 for i in range(len(a)) if i not in shared_a] or list(range(1, len(a) + 1))
+    own_b = [i + 1 for i in range(len(b)) if i not in shared_b] or list(range(1, len(b) + 1))
+    return own_a, own_b
+
+
+def read_text(model: Model, concept: Concept) -> Text:
+    """The concept as closed forms see it; needs no picture.
+
+    An empty anchor stands at its start token, the only place that is the same in every prompt.
+    """
+    pairs = concept.pairs()
+    ends = [distinguishing(model.tokens(forget), model.tokens(anchor)) for forget, anchor in pairs]
+    return Text(
+        forget=model.encode_text([forget for forget, _ in pairs]),
+        anchor=model.encode_text([anchor for _, anchor in pairs]),
+        retain=model.encode_text(concept.retain) if concept.retain else model.encode_text([""])[:0],
+        empty=model.encode_text([""]),
+        forget_at=torch.tensor([max(own, default=0) for own, _ in ends]),
+        anchor_at=torch.tensor([max(own, default=0) for _, own in ends]),
+        retain_at=torch.tensor([len(model.tokens(prompt)) for prompt in concept.retain], dtype=torch.int64),
+    )
 
 
 def _anchors(prompts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -167,45 +222,77 @@ class _Source:
     """Where pictures come from: one prompt each, what makes the rows of a range, and all that this depends on."""
 
     prompts: Sequence[Any]  # texts; None where neither the images nor the concept name one
-    make: Callable[[range], tuple[Tensor, Tensor]]
+    make: Callable[[range], dict[str, Tensor]]
     identity: Any
 
 
-def _source(model: Model, plan: Plan, images: str | None, prompts: Sequence[str], num: int, first_seed: int) -> _Source:
+def _source(
+    model: Model,
+    plan: Plan,
+    images: str | None,
+    prompts: Sequence[str],
+    num: int,
+    first_seed: int,
+    *,
+    shown: Sequence[str] | None = None,
+) -> _Source:
     """`num` pictures that the model draws of the prompts in turn, or all pictures of a folder.
 
-    prompts: also for images that have none of their own.
+    prompts: also for images that have none of their own. shown: what is drawn, where that is not what it is called.
     """
     if images is None:
-        return _drawn(model, plan, [prompts[i % len(prompts)] if prompts else None for i in range(num)], first_seed)
+        called, drawn = (
+            [texts[i % len(texts)] if texts else None for i in range(num)] for texts in (prompts, shown or prompts)
+        )
+        return _drawn(model, plan, called, drawn, first_seed)
     entries = list_images(images)
     own = [text or (prompts[i % len(prompts)] if prompts else None) for i, (_, text) in enumerate(entries)]
 
-    def make(rows: range) -> tuple[Tensor, Tensor]:
-        return model.encode_images(torch.stack([entries[i][0].pixels(plan.size) for i in rows]))
+    def make(rows: range) -> dict[str, Tensor]:
+        return _posterior(model.encode_images(torch.stack([entries[i][0].pixels(plan.size) for i in rows])))
 
     return _Source(own, make, [[entry.digest() for entry, _ in entries], plan.size])
 
 
-def _drawn(model: Model, plan: Plan, prompts: Sequence[Any], first_seed: int) -> _Source:
-    def make(rows: range) -> tuple[Tensor, Tensor]:
-        seeds, texts = [first_seed + i for i in rows], [prompts[i] for i in rows]
+def _drawn(model: Model, plan: Plan, called: Sequence[Any], drawn: Sequence[Any], first_seed: int) -> _Source:
+    def make(rows: range) -> dict[str, Tensor]:
+        seeds, texts = [first_seed + i for i in rows], [drawn[i] for i in rows]
         how: dict[str, Any] = {"steps": plan.steps, "guidance": plan.guidance, "sampler": plan.sampler}
         latents = model.draw(texts, seeds, size=plan.size, **how)
         if not plan.round_trip:
-            return latents, torch.zeros_like(latents)
-        return model.encode_images(to_pixels(model.decode(latents)).float() / 127.5 - 1)
+            return _posterior((latents, torch.zeros_like(latents)))
+        return _posterior(model.encode_images(to_pixels(model.decode(latents)).float() / 127.5 - 1))
 
     # names with an underscore are diffusers' notes, and one of them is a list in random order
     scheduler: Any = model.sampler(plan.sampler)
     sampler = {name: repr(value) for name, value in scheduler.config.items() if not name.startswith("_")}
-    identity = [prompts, first_seed, plan.steps, plan.guidance, plan.size, plan.round_trip, type(scheduler).__name__]
-    return _Source(prompts, make, [*identity, sampler])
+    identity = [drawn, first_seed, plan.steps, plan.guidance, plan.size, plan.round_trip, type(scheduler).__name__]
+    return _Source(called, make, [*identity, sampler])
+
+
+def _followed(model: Model, plan: Plan, prompts: Sequence[str], first_seed: int) -> _Source:
+    """Points on the ways from noise to pictures of the prompts, each after a random number of the plan's steps."""
+    side = plan.size // model.vae_scale
+
+    def make(rows: range) -> dict[str, Tensor]:
+        draws = [torch.Generator().manual_seed(first_seed + i) for i in rows]
+        noise = torch.stack([torch.randn(4, side, side, generator=draw) for draw in draws])
+        index = torch.stack([torch.randint(plan.steps, (), generator=draw) for draw in draws])
+        text, empty = model.encode_text([prompts[i] for i in rows]), model.encode_text([""])
+        x, t = model.trajectory(noise, index, text, empty, steps=plan.steps, guidance=plan.way_guidance)
+        return {**_posterior((x.cpu(), torch.zeros_like(noise))), "t": t.cpu()}
+
+    identity = ["trajectory", prompts, first_seed, plan.steps, plan.way_guidance, plan.size]
+    return _Source(prompts, make, identity)
+
+
+def _posterior(parts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("mean", "std"), parts, strict=True))
 
 
 def _cached(
     folder: Path, source: _Source, batch_size: int, workers: Workers, label: str, quiet: bool
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """All rows of the source, each chunk kept in a file of its own, so that interrupted work goes on where it was."""
     num = len(source.prompts)
     chunks = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
@@ -213,12 +300,11 @@ def _cached(
     mine = [i for i in range(workers.rank, len(chunks), workers.count) if not paths[i].exists()]
     with tqdm(total=sum(len(chunks[i]) for i in mine), desc=label, disable=quiet or not mine, unit="img") as bar:
         for i in mine:
-            mean, std = source.make(chunks[i])
-            files.write_tensors(paths[i], {"mean": mean, "std": std})
+            files.write_tensors(paths[i], source.make(chunks[i]))
             bar.update(len(chunks[i]))
     workers.wait()
     tensors = [files.read_tensors(path) for path in paths]
-    return torch.cat([t["mean"] for t in tensors]), torch.cat([t["std"] for t in tensors])
+    return {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
 
 
 # --- images ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
@@ -135,6 +136,11 @@ class Model:
             states.append(self.text_encoder(ids["input_ids"].to(self.text_encoder.device)).last_hidden_state.cpu())
         return torch.cat(states)
 
+    def tokens(self, prompt: str) -> list[int]:
+        """Numbers of the prompt's tokens between start and end, as far as the text encoder reads them."""
+        ids: Any = self.tokenizer(prompt, truncation=True, max_length=self.tokenizer.model_max_length)["input_ids"]
+        return list(ids[1:-1])
+
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, scaled as the UNet wants them: [n, 4, h / 8, w / 8] each.
@@ -205,6 +211,63 @@ class Model:
                 output_type="latent",
                 return_dict=False,
             )[0].cpu()  # pyright: ignore
+
+    @torch.no_grad()
+    def trajectory(
+        self, x: Tensor, index: Tensor, text: Tensor, empty: Tensor, *, steps: int, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        """Latents on the model's own way from noise to a picture, and their timesteps: [n, 4, h, w] and int64 [n].
+
+        x: the noise, [n, 4, h, w]. index: int64, [n], steps of `steps` DDIM steps to take, 0 leaves the noise.
+        text: [n, tokens, d]. empty: states of the empty prompt, broadcast to text. guidance: diffusers' convention.
+        """
+        config: Any = self.scheduler.config
+        scheduler = DDIMScheduler.from_config(
+            config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
+        )
+        scheduler.set_timesteps(steps)  # pyright: ignore[reportAttributeAccessIssue]
+        times: Tensor = scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]
+        x, text = x.clone().to(self.device), text.to(self.device)
+        empty = empty.to(self.device).expand_as(text)
+        with evaluating(self.unet):
+            for number, time in enumerate(times[: int(index.max())].tolist()):
+                rows = (index > number).nonzero().view(-1).to(self.device)
+                t = torch.full((2 * len(rows),), time, device=self.device)
+                both = torch.cat([empty[rows], text[rows]])
+                unconditional, conditional = self(x[rows].repeat(2, 1, 1, 1), t, both).chunk(2)
+                eps = unconditional + guidance * (conditional - unconditional)
+                x[rows] = scheduler.step(eps, time, x[rows]).prev_sample  # pyright: ignore
+        return x, times[index.cpu()].to(self.device)
+
+    def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+        """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each, with their gradients.
+
+        Fused kernels never hold these, so for this pass the plain processor takes their place.
+        """
+        from diffusers.models.attention_processor import AttnProcessor
+
+        found: list[Tensor] = []
+        layers: Any = {name: m for name, m in self.unet.named_modules() if name.endswith("attn2")}
+        before = {name: layer.processor for name, layer in layers.items()}
+
+        def keep(layer: Any) -> Any:
+            plain = type(layer).get_attention_scores
+
+            def scores(*arguments: Any) -> Tensor:
+                found.append(plain(layer, *arguments))
+                return found[-1]
+
+            return scores
+
+        try:
+            for layer in layers.values():
+                layer.processor, layer.get_attention_scores = AttnProcessor(), keep(layer)
+            self(x, t, text)
+        finally:
+            for name, layer in layers.items():
+                layer.processor = before[name]
+                layer.__dict__.pop("get_attention_scores", None)
+        return found
 
     def use_attention(self, kind: str) -> None:
         """`sdpa` is what diffusers does by itself; `xformers` needs its package and a GPU that it has kernels for."""

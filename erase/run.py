@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def run(
 ) -> Run:
     """See `erase_concept`. `tell` hears what is to be known before the work begins."""
     started = time.time()
-    methods.load(settings.method)
+    make_method(settings)
     name = find_concept(settings, concept, None).name  # unknown or refused: an error before a model is loaded
     folder = Path(settings.output or Path("runs") / name.replace(" ", "_"))
     accelerator = make_accelerator(settings, folder)
@@ -97,7 +97,7 @@ def run(
         num_processes=accelerator.num_processes,
         on_gpu=accelerator.device.type == "cuda",
     )
-    parameters = scope.inside(dict(model.unet.named_parameters()), settings.scope)
+    parameters = scope.inside(dict(model.unet.named_parameters()), str(settings.scope))
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)
     identity = {
@@ -140,7 +140,7 @@ def _carry_out(
     quiet: bool,
 ) -> Run:
     """The run itself: data, mask, training, files; each part is skipped or continued when `folder` holds it."""
-    recipe, base_hash = RECIPES[settings.recipe], identity["base_hash"]
+    recipe, base_hash, method = RECIPES[settings.recipe], identity["base_hash"], make_method(settings)
     work = folder / "work"
     if settings.report_to:
         accelerator.init_trackers("erase-concept", config={k: str(v) for k, v in asdict(settings).items()})
@@ -164,62 +164,78 @@ def _carry_out(
         forget_images=settings.forget_images,
         retain_images=settings.retain_images,
     )
-    pictures = data.gather(
-        model,
-        concept,
-        plan,
-        model_hash=base_hash,
-        cache_dir=cache_dir,
-        workers=data.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
-        quiet=quiet or not accelerator.is_main_process,
-    )
+
+    def gather(kind: str) -> data.Data:
+        return data.gather(
+            model,
+            concept,
+            replace(plan, pictures=kind),
+            model_hash=base_hash,
+            cache_dir=cache_dir,
+            workers=data.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+            quiet=quiet or not accelerator.is_main_process,
+        )
+
+    is_scored = given_mask is None and settings.mask in {"saliency", "inverse"}
+    shown = gather("concept") if is_scored else None
+    pictures = None
+    if hasattr(method, "loss"):
+        kind = getattr(method, "pictures", "concept")
+        pictures = shown if shown is not None and kind == "concept" else gather(kind)
+    text = data.read_text(model, concept)
     model.release()
     if settings.weights == "bf16":
         model.round_unet(torch.bfloat16)
     lap("data")
     mask = given_mask
     if mask is None and settings.mask != "none":
-        mask = make_mask(settings, model, pictures, parameters, accelerator, work, base_hash, quiet)
+        mask = make_mask(settings, model, shown, parameters, accelerator, work, base_hash, quiet)
     lap("mask")
-    method = methods.load(settings.method)(
-        alpha=settings.alpha, frozen_target=recipe.frozen_target, distill_retain=recipe.distill_retain
-    )
-    losses = train.train(
-        model,
-        method,
-        pictures,
-        parameters,
-        mask,
-        train.Recipe(
-            num_steps=_int(settings.num_train_steps),
-            batch_size=_int(settings.batch_size),
-            learning_rate=float(settings.learning_rate or 0),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            accumulation=settings.gradient_accumulation_steps,
-            target=str(settings.target),
-            in_order=recipe.in_order,
-            independent_latents=not recipe.shared_latent,
-            seed=settings.seed,
-            checkpoint_every=settings.checkpointing_steps,
-        ),
-        accelerator,
-        state_path=work / "training.pt",
-        checkpointing=settings.gradient_checkpointing,
-        quiet=quiet,
-    )
+    losses: list[dict[str, float]] = []
+    notes: dict[str, Any] = {}
+    if pictures is None:
+        notes = train.solve(method, text, parameters, mask)
+    else:
+        losses = train.train(
+            model,
+            method,
+            pictures,
+            parameters,
+            mask,
+            train.Recipe(
+                num_steps=_int(settings.num_train_steps),
+                batch_size=_int(settings.batch_size),
+                learning_rate=float(settings.learning_rate or 0),
+                weight_decay=settings.weight_decay,
+                max_grad_norm=settings.max_grad_norm,
+                accumulation=settings.gradient_accumulation_steps,
+                target=str(settings.target),
+                in_order=recipe.in_order,
+                independent_latents=not recipe.shared_latent,
+                seed=settings.seed,
+                checkpoint_every=settings.checkpointing_steps,
+                way_steps=plan.steps,
+                way_guidance=plan.way_guidance,
+            ),
+            accelerator,
+            state_path=work / "training.pt",
+            checkpointing=settings.gradient_checkpointing,
+            quiet=quiet,
+        )
     lap("train")
     accelerator.end_training()
     if not accelerator.is_main_process:
         return Run(folder, {})
     gc.collect()
+    fingerprint = pictures.fingerprint if pictures else files.text_hash([concept.fingerprint(), base_hash])
     provenance = {
         "erase_version": erase.__version__,
         "base": settings.model,
         "concept": asdict(concept),
         "method": settings.method,
+        "hyperparameters": asdict(method),
         "settings": identity["settings"],
-        "data": pictures.fingerprint,
+        "data": fingerprint,
         "made_for": settings.model,
     }
     new_state = unet_state(model.unet)
@@ -239,7 +255,8 @@ def _carry_out(
         "model": {"name": settings.model, "base_hash": base_hash, "result_hash": change.result_hash},
         "mask": None if mask is None else {"weights": _total(mask), "ones": saliency.count(mask)},
         "weights": {"total": sum(t.numel() for t in new_state.values()), "changed": moved},
-        "data": {**pictures.record, "fingerprint": pictures.fingerprint},
+        "data": {**(pictures.record if pictures else {}), "fingerprint": fingerprint},
+        "method": {"name": settings.method, **asdict(method), **notes},
         "losses": losses,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),
@@ -290,6 +307,15 @@ def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
     return accelerator
 
 
+def make_method(settings: Settings) -> Any:
+    """The method with its hyperparameters, as recipe and options say."""
+    recipe = RECIPES[settings.recipe]
+    general = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    if settings.alpha is not None:
+        general["alpha"] = settings.alpha
+    return methods.make(settings.method, general, settings.set)
+
+
 def find_concept(settings: Settings, concept: Concept | None, model: models.Model | None) -> Concept:
     """The concept that the settings name, in the model's language (None: any), with its overrides."""
     given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
@@ -335,7 +361,6 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
 
 def needed_memory(settings: Settings, model: models.Model, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
-    recipe = RECIPES[settings.recipe]
     accumulates = settings.mask in {"saliency", "inverse"}
     mask_batch = _part(settings) if settings.score == "abs_sum" else _int(settings.batch_size)
     mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
@@ -349,7 +374,7 @@ def needed_memory(settings: Settings, model: models.Model, parameters: Mapping[s
         part=_part(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
-        needs_base=recipe.frozen_target or recipe.distill_retain,
+        needs_base=getattr(make_method(settings), "needs_base", False),
     )
 
 
@@ -378,7 +403,7 @@ def load_mask(
 def make_mask(
     settings: Settings,
     model: models.Model,
-    pictures: data.Data,
+    pictures: data.Data | None,
     parameters: Mapping[str, torch.nn.Parameter],
     accelerator: Accelerator,
     work: Path,
@@ -393,6 +418,7 @@ def make_mask(
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         mask = saliency.random_mask(shapes, settings.density, settings.seed, per_tensor=settings.per_tensor)
     else:
+        assert pictures is not None
         scores = train.accumulate(
             model,
             pictures,
@@ -414,7 +440,7 @@ def make_mask(
         header = {
             "base": settings.model,
             "base_hash": base_hash,
-            "data_hash": pictures.fingerprint,
+            "data_hash": pictures and pictures.fingerprint,
             "source": settings.mask,
             "density": settings.density,
             "score": settings.score,

@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
-from erase.methods import METHODS
+from erase.methods import METHODS, find
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
 
@@ -72,8 +72,15 @@ class Settings:
     recipe: Literal["default", "paper", "reference"] = option(
         "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
     )
-    scope: Literal["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"] = option(
-        "full", "parameters that may move at all", group="how"
+    set: tuple[str, ...] = option(
+        (),
+        "hyperparameter of the method; may be repeated (a wrong name lists them)",
+        group="how",
+        shown="the paper's",
+        metavar="NAME=VALUE",
+    )
+    scope: Literal["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"] | None = option(
+        None, "parameters that may move at all", group="how", shown="the method's own, full for salun"
     )
     mask: str | None = option(
         None,
@@ -238,17 +245,18 @@ RECIPES: dict[str, Recipe] = {
 def resolve(
     settings: Settings, kind: str, model_defaults: dict[str, Any], *, num_processes: int = 1, on_gpu: bool = False
 ) -> Settings:
-    """Every None filled in: from the model's own defaults, then from the recipe, then from SD v1.4's values.
+    """Every None filled in: from the model's own defaults, then the method's and the recipe's, then SD v1.4's values.
 
     kind: of the concept; SalUn's settings differ between nudity and classes.
     num_processes: that share a batch; --low-memory cuts it into parts of one picture.
     on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
-    settings = settings.filled({k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"})
+    own = {k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"}
+    settings = settings.filled(model_defaults.get("methods", {}).get(settings.method, {})).filled(own)
     settings = settings.filled(
         {
-            "mask": "saliency" if settings.method == "salun" else "none",
+            **find(settings.method).defaults(),
             "mask_guidance": recipe.mask_guidance,
             "target": recipe.target or ("anchor" if nudity else "fixed"),
             "alpha": recipe.alpha if recipe.alpha is not None else (0.1 if nudity else 0.5),

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from erase import files, saliency
 from erase.data import Data, Pictures
 from erase.errors import EraseError
-from erase.methods.relabel import Batch
+from erase.methods.inputs import Batch, Text
 from erase.models import Model
 from erase.optim import MaskedAdam
 
@@ -36,6 +36,7 @@ class Recipe:
     in_order: go through the forget pictures in order, epoch by epoch, instead of drawing them at random.
     independent_latents: the target branch sees a second sample of the VAE's posterior, as SalUn's code does.
     accumulation: parts that a batch is cut into, to save memory; the result is the same up to rounding.
+    way_steps, way_guidance: of the ways from noise to pictures on which some methods train.
     """
 
     num_steps: int
@@ -49,6 +50,8 @@ class Recipe:
     independent_latents: bool = False
     seed: int = 0
     checkpoint_every: int = 50
+    way_steps: int = 50
+    way_guidance: float = 3.0
 
 
 def generator(seed: int, *what: Any) -> torch.Generator:
@@ -173,28 +176,41 @@ def train(
         )
     if recipe.target != "anchor" and not len(data.others):
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
-    optimizer = MaskedAdam(parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     is_rounded = model.unet.dtype != torch.float32
+    if accelerator.scaler is not None and hasattr(method, "balance"):
+        raise EraseError("this method compares gradients, which --mixed-precision fp16 scales; use bf16 or no")
+    if is_rounded and any(hasattr(method, step) for step in ("prepare", "shrink", "teacher_decay")):
+        raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
+    optimizer = MaskedAdam(parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_unet().named_parameters()))
-    frozen = _Frozen(model, optimizer) if method.frozen_target or method.distill_retain else None
+    shrinks = hasattr(method, "shrink")
+    frozen = _Exchanged(model, optimizer) if method.needs_base or shrinks else None
+    teacher = _Exchanged(model, optimizer) if hasattr(method, "teacher_decay") else None
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves
     gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
     losses: list[dict[str, float]] = []
     if state_path.exists():
-        losses = _restore(state_path, parameters, optimizer, accelerator)
+        losses = _restore(state_path, parameters, optimizer, accelerator, teacher)
     bar = tqdm(
         total=recipe.num_steps, initial=len(losses), desc="train", disable=quiet or not accelerator.is_main_process
     )
     with _training(model, parameters, checkpointing), gathering, bar:
+        if hasattr(method, "prepare") and not losses and recipe.num_steps:
+            _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
         for step in range(len(losses), recipe.num_steps):
             values: dict[str, float] = {}
-            for batch in _batches(model, data, recipe, step, share, accelerator):
+            gradients: dict[str, list[Tensor]] = {}
+            for batch in _batches(model, data, recipe, step, share, accelerator, teacher):
                 for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
                     values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
                     accelerator.backward(term / recipe.accumulation)
-            if accelerator.num_processes > 1:
+                    if hasattr(method, "balance"):
+                        _set_aside(optimizer, gradients, name)
+            if gradients:
+                _weigh(method, optimizer, gradients, accelerator)
+            elif accelerator.num_processes > 1:
                 for gradient in optimizer.gradients():
                     mean: Any = accelerator.reduce(gradient, reduction="mean")
                     gradient.copy_(mean)
@@ -204,7 +220,7 @@ def train(
                 values = dict(zip(names, mean.tolist(), strict=True))
             if not all(math.isfinite(value) for value in values.values()):
                 if accelerator.is_main_process and step > 0:
-                    _keep(state_path, parameters, optimizer, accelerator, losses)
+                    _keep(state_path, parameters, optimizer, accelerator, losses, teacher)
                 raise EraseError(
                     f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
                     f"kept in {state_path}; lower --learning-rate or use --mixed-precision no or bf16"
@@ -214,14 +230,23 @@ def train(
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
             prepared.step()
             prepared.zero_grad()
+            if shrinks:
+                assert frozen is not None
+                moved = frozen.moved()
+                method.shrink(moved, step, recipe.num_steps)
+                frozen.move(moved)
+            if teacher is not None:
+                teacher.follow(method.teacher_decay)
             losses.append(values)
             accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=step + 1)
             bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
             bar.update()
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
                 if accelerator.is_main_process:
-                    _keep(state_path, parameters, optimizer, accelerator, losses)
+                    _keep(state_path, parameters, optimizer, accelerator, losses, teacher)
                 accelerator.wait_for_everyone()
+    if teacher is not None:
+        optimizer.exchange(teacher.values)
     if is_rounded:
         masters = optimizer.give_masters()
         model.reload_unet()
@@ -229,18 +254,109 @@ def train(
     return losses
 
 
-class _Frozen:
-    """The base as it was before training: the model, with the masked weights' values of then exchanged for the call."""
+@torch.no_grad()
+def solve(
+    method: Any, text: Text, parameters: Mapping[str, Parameter], mask: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """Put a closed form's weights in place, inside the mask only; returns what the method notes of its solution.
+
+    Raises:
+        EraseError: the scope holds a parameter that such forms do not know.
+    """
+    for name, parameter in parameters.items():
+        if parameter.dim() != 2 or not name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            raise EraseError(f"closed forms change attn2.to_k and attn2.to_v only, not {name}; use --scope xattn-kv")
+    new, notes = method.solve({name: parameter.detach().cpu() for name, parameter in parameters.items()}, text)
+    for name, weights in new.items():
+        parameter = parameters[name]
+        weights = weights.to(parameter)
+        parameter.copy_(weights if mask is None else torch.where(mask[name].to(parameter.device), weights, parameter))
+    return notes
+
+
+class _Exchanged:
+    """The model with other values in its masked weights, for the time of a call; at first those that it has now."""
 
     def __init__(self, model: Model, optimizer: MaskedAdam):
-        self._model, self._optimizer, self._base = model, optimizer, optimizer.masked_weights()
+        self._model, self._optimizer, self.values = model, optimizer, optimizer.masked_weights()
+
+    @contextmanager
+    def inside(self) -> Iterator[Model]:
+        self._optimizer.exchange(self.values)
+        try:
+            yield self._model
+        finally:
+            self._optimizer.exchange(self.values)
 
     def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        self._optimizer.exchange(self._base)
-        try:
-            return self._model(x, t, text)
-        finally:
-            self._optimizer.exchange(self._base)
+        with self.inside() as model:
+            return model(x, t, text)
+
+    def moved(self) -> dict[str, Tensor]:
+        """How far the masked weights are from these values, by parameter, [masked weights]."""
+        return {name: now.sub_(self.values[name]) for name, now in self._optimizer.masked_weights().items()}
+
+    def move(self, moved: Mapping[str, Tensor]) -> None:
+        """Set the masked weights so far from these values."""
+        self._optimizer.exchange({name: value + moved[name] for name, value in self.values.items()})
+
+    def follow(self, decay: float) -> None:
+        """Let these values go after the model's: decay * value + (1 - decay) * now."""
+        for name, now in self._optimizer.masked_weights().items():
+            self.values[name].lerp_(now, 1 - decay)
+
+
+def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: str) -> None:
+    """Add what the last backward pass left to the gradients of this term, and leave zeros."""
+    found = list(optimizer.gradients())
+    if name not in gradients:
+        gradients[name] = [torch.zeros_like(gradient) for gradient in found]
+    for total, gradient in zip(gradients[name], found, strict=True):
+        total.add_(gradient)
+        gradient.zero_()
+
+
+def _weigh(method: Any, optimizer: MaskedAdam, gradients: Mapping[str, list[Tensor]], accelerator: Accelerator) -> None:
+    """Put w_f g_f + w_r g_r in the place of the gradients; the method derives w_f and w_r from the inner products."""
+    if accelerator.num_processes > 1:
+        for gradient in (gradient for each in gradients.values() for gradient in each):
+            mean: Any = accelerator.reduce(gradient, reduction="mean")
+            gradient.copy_(mean)
+    forget, retain = gradients["forget"], gradients["retain"]
+
+    def product(a: list[Tensor], b: list[Tensor]) -> float:
+        return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
+
+    w_f, w_r = method.balance(product(forget, forget), product(forget, retain), product(retain, retain))
+    for gradient, f, r in zip(optimizer.gradients(), forget, retain, strict=True):
+        gradient.copy_(w_f * f + w_r * r)
+
+
+def _prepare(
+    model: Model,
+    method: Any,
+    data: Data,
+    parameters: Mapping[str, Parameter],
+    recipe: Recipe,
+    share: int,
+    accelerator: Accelerator,
+    optimizer: MaskedAdam,
+) -> None:
+    """Let the method change masked weights before the first step, from sum_b |grad L_forget| over `prepare_batches`."""
+    sums = {name: torch.zeros_like(weights) for name, weights in optimizer.masked_weights().items()}
+    for number in range(method.prepare_batches):
+        for batch in _batches(model, data, recipe, ("prepare", number), share, accelerator):
+            terms = _terms(method.loss(model, model, batch), accelerator)
+            accelerator.backward(dict([next(terms)])["forget"] / recipe.accumulation)
+        for total, gradient in zip(sums.values(), optimizer.gradients(), strict=True):
+            mean: Any = accelerator.reduce(gradient, reduction="mean")
+            total.add_(mean.abs())
+        optimizer.zero_grad()
+    weights = optimizer.masked_weights()
+    method.prepare(
+        weights, sums, {name: tuple(p.shape) for name, p in parameters.items()}, generator(recipe.seed, "prepare")
+    )
+    optimizer.exchange(weights)
 
 
 def _terms(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
@@ -274,9 +390,18 @@ class _training:
 
 
 def _batches(
-    model: Model, data: Data, recipe: Recipe, step: int, share: int, accelerator: Accelerator
+    model: Model,
+    data: Data,
+    recipe: Recipe,
+    step: Any,
+    share: int,
+    accelerator: Accelerator,
+    teacher: "_Exchanged | None" = None,
 ) -> Iterator[Batch]:
-    """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would."""
+    """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would.
+
+    teacher: draws its own way from noise to the concept, and the forget latents are points on it.
+    """
     draw, num = generator(recipe.seed, "train", step), recipe.batch_size
     if recipe.in_order:
         per_epoch = math.ceil(len(data.forget) / num)
@@ -286,6 +411,8 @@ def _batches(
         f = torch.randint(len(data.forget), (num,), generator=draw)
     r = torch.randint(len(data.retain), (num,), generator=draw)
     t_f, t_r = (torch.randint(0, 1000, (num,), generator=draw) for _ in range(2))
+    if data.forget.t is not None:
+        t_f = data.forget.t[f]
     x_f, x_r = _sample(data.forget, f, draw), _sample(data.retain, r, draw)
     x_p = _sample(data.forget, f, draw) if recipe.independent_latents else x_f
     eps_f, eps_r = (torch.randn(x_f.shape, generator=draw) for _ in range(2))
@@ -295,6 +422,7 @@ def _batches(
         words = data.others[torch.randint(len(data.others), (num,), generator=draw)]
     else:
         words = data.others[:1].expand(num)
+    index = torch.randint(recipe.way_steps, (num,), generator=draw) if teacher is not None else t_f
     for part in range(recipe.accumulation):
         start = (accelerator.process_index * recipe.accumulation + part) * share
         rows = slice(start, start + share)
@@ -302,16 +430,30 @@ def _batches(
         def here(tensor: Tensor, rows: slice = rows) -> Tensor:
             return tensor[rows].to(model.device)
 
+        c_f, c_0 = here(data.text[data.forget.prompt[f]]), here(data.text[:1].expand(num, -1, -1))
+        t, noisy, noisy_p = here(t_f), here(x_f), here(x_p)
+        if teacher is not None:
+            with teacher.inside(), accelerator.autocast():
+                noisy, t = model.trajectory(
+                    here(eps_f), index[rows], c_f, c_0, steps=recipe.way_steps, guidance=recipe.way_guidance
+                )
+            noisy_p = noisy
+        elif data.forget.t is None:
+            noisy, noisy_p = (model.add_noise(x, here(eps_f), t) for x in (noisy, noisy_p))
         yield Batch(
-            x_forget=model.add_noise(here(x_f), here(eps_f), here(t_f)),
-            x_target=model.add_noise(here(x_p), here(eps_f), here(t_f)),
+            x_forget=noisy,
+            x_target=noisy_p,
             x_retain=model.add_noise(here(x_r), here(eps_r), here(t_r)),
-            t_forget=here(t_f),
+            t_forget=t,
             t_retain=here(t_r),
+            eps_forget=here(eps_f),
             eps_retain=here(eps_r),
-            c_forget=here(data.text[data.forget.prompt[f]]),
+            c_forget=c_f,
             c_target=here(data.text[words]),
             c_retain=here(data.text[data.retain.prompt[r]]),
+            c_empty=c_0,
+            words=here(data.words[f]),
+            end=here(data.end[f]),
         )
 
 
@@ -327,6 +469,7 @@ def _keep(
     optimizer: MaskedAdam,
     accelerator: Accelerator,
     losses: list[dict[str, float]],
+    teacher: _Exchanged | None,
 ) -> None:
     state: dict[str, Any] = {
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
@@ -335,12 +478,18 @@ def _keep(
     }
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
+    if teacher is not None:
+        state["teacher"] = teacher.values
     with files.replacing(path) as temporary:
         torch.save(state, temporary)
 
 
 def _restore(
-    path: Path, parameters: Mapping[str, Parameter], optimizer: MaskedAdam, accelerator: Accelerator
+    path: Path,
+    parameters: Mapping[str, Parameter],
+    optimizer: MaskedAdam,
+    accelerator: Accelerator,
+    teacher: _Exchanged | None,
 ) -> list[dict[str, float]]:
     state = torch.load(path, weights_only=True, map_location="cpu")
     with torch.no_grad():
@@ -349,4 +498,6 @@ def _restore(
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
+    if teacher is not None:
+        teacher.values = {name: value.to(teacher.values[name].device) for name, value in state["teacher"].items()}
     return state["losses"]

@@ -176,7 +176,7 @@ def test_every_setting_has_the_type_of_its_annotation():
     assert {name for name, form in found.items() if form.type is int} == set(whole.split())
     assert {name for name, form in found.items() if form.type is float} == set(real.split())
     assert {name for name, form in found.items() if form.type is bool} == set(switches.split())
-    assert {name for name, form in found.items() if form.is_repeated} == {"forget", "anchor", "retain", "save"}
+    assert {name for name, form in found.items() if form.is_repeated} == {"forget", "anchor", "retain", "save", "set"}
     assert {form.type for form in found.values()} == {int, float, bool, str}
 
 

@@ -66,7 +66,8 @@ def run(folder: Path, device: str, state: Path, *, weights: torch.dtype = torch.
 
     text = torch.randn(4, 77, 8, generator=draw)
     words = ("", "a", "b", "c")
-    data = Data(pictures(1), pictures(3), torch.full((4,), 2), torch.tensor([2]), words, text, "x", {})
+    places = torch.zeros(4, text.shape[1], dtype=torch.bool)
+    data = Data(pictures(1), pictures(3), torch.full((4,), 2), torch.tensor([2]), places, places, words, text, "x", {})
     parameters = dict(model.unet.named_parameters())
     if weights != torch.float32:
         model.round_unet(weights)

@@ -14,7 +14,8 @@ from torch.nn.functional import mse_loss
 from erase import models, saliency, scope, train
 from erase.data import Data, Pictures
 from erase.errors import EraseError
-from erase.methods.relabel import Batch, Relabel
+from erase.methods.inputs import Batch
+from erase.methods.relabel import Relabel
 from erase.optim import MaskedAdam
 
 
@@ -35,7 +36,9 @@ def data(model) -> Data:
     anchor = torch.full((6,), 2)
     others = torch.tensor([3, 4])
     text = model.encode_text(prompts)
-    return Data(pictures(6, 1), pictures(5, 3), anchor, others, prompts, text, "fingerprint", {})
+    words, end = torch.zeros(6, 77, dtype=torch.bool), torch.zeros(6, 77, dtype=torch.bool)
+    words[:, 2:5], end[:, 5:] = True, True
+    return Data(pictures(6, 1), pictures(5, 3), anchor, others, words, end, prompts, text, "fingerprint", {})
 
 
 @pytest.fixture
@@ -366,7 +369,8 @@ def batch(data) -> Batch:
     x, eps = torch.randn(3, 4, 4, 4, generator=draw), torch.randn(3, 4, 4, 4, generator=draw)
     t = torch.tensor([10, 400, 900])
     c = data.text[[1, 1, 1]]
-    return Batch(x, x, eps, t, t, eps, c, data.text[[2, 2, 2]], data.text[[3, 3, 3]])
+    others = (data.text[[2, 2, 2]], data.text[[3, 3, 3]], data.text[[0, 0, 0]])
+    return Batch(x, x, eps, t, t, eps, eps, c, *others, data.words[:3], data.end[:3])
 
 
 def test_the_same_words_for_the_same_latent_cost_exactly_nothing(model, batch):

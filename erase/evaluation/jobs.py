@@ -287,7 +287,8 @@ def random_data(model: Any, num: int = 1) -> Any:
 
     text = torch.randn(4, 77, model.unet.config["cross_attention_dim"], generator=draw)
     forget, retain = pictures(1), pictures(3)
-    return Data(forget, retain, torch.full((num,), 2), torch.tensor([2]), ("", "f", "a", "r"), text, "random", {})
+    places, names = torch.zeros(num, text.shape[1], dtype=torch.bool), ("", "f", "a", "r")
+    return Data(forget, retain, torch.full((num,), 2), torch.tensor([2]), places, places, names, text, "random", {})
 
 
 def _random_mask(unet: Any, density: float) -> dict[str, Any]:

@@ -2,40 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Predictor(Protocol):
-    """The noise that a model sees in `x` at step `t` under the text: all methods call models in this way.
-
-    x: noisy latents, [n, c, h, w]. t: int64, [n]. text: text encoder states, [n, tokens, d].
-    """
-
-    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step sees, forget and retain alike: latents noised at `t` with `eps`, and text states.
-
-    x_target: the forget latents again, as the target branch sees them; the reference draws a second sample of the
-        VAE's posterior, so that it is not quite `x_forget`.
-    c_target: what to say instead: the anchor's text (prompt remapping) or another class's (random label).
-    """
-
-    x_forget: Tensor
-    x_target: Tensor
-    x_retain: Tensor
-    t_forget: Tensor
-    t_retain: Tensor
-    eps_retain: Tensor
-    c_forget: Tensor
-    c_target: Tensor
-    c_retain: Tensor
+from erase.methods.inputs import Batch, Predictor
 
 
 @dataclass(frozen=True)
@@ -50,6 +22,10 @@ class Relabel:
     alpha: float = 1.0
     frozen_target: bool = True
     distill_retain: bool = True
+
+    @property
+    def needs_base(self) -> bool:
+        return self.frozen_target or self.distill_retain
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """The two terms, "forget" and "retain", already weighted; their sum is what training descends.

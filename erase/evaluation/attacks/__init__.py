@@ -1,0 +1,1 @@
+"""Attacks: what brings an erased concept back, one file each."""

@@ -1,0 +1,66 @@
+"""What methods see of a model, of pictures and of words: plain tensors, whatever made them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Predictor(Protocol):
+    """The noise that a model sees in `x` at step `t` under the text: all methods call models in this way.
+
+    x: noisy latents, [n, c, h, w]. t: int64, [n]. text: text encoder states, [n, tokens, d].
+    """
+
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
+
+    def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+        """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees, forget and retain alike: noisy latents at `t`, and text states.
+
+    x_forget: latents of the concept (or of its anchor, as the method asks) noised at `t_forget`, or a point on the
+        frozen model's own way from noise to the concept.
+    x_target: the forget latents again, as the target branch sees them; the reference draws a second sample of the
+        VAE's posterior, so that it is not quite `x_forget`.
+    c_target: what to say instead: the anchor's text (prompt remapping) or another class's (random label).
+    c_empty: of the empty prompt, one for each forget row.
+    words: bool, [n, tokens], where the concept's own words stand in the forget prompt.
+    end: bool, [n, tokens], where the forget prompt is over: its end token and the padding.
+    """
+
+    x_forget: Tensor
+    x_target: Tensor
+    x_retain: Tensor
+    t_forget: Tensor
+    t_retain: Tensor
+    eps_forget: Tensor
+    eps_retain: Tensor
+    c_forget: Tensor
+    c_target: Tensor
+    c_retain: Tensor
+    c_empty: Tensor
+    words: Tensor
+    end: Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """A concept in text encoder states, float32, [prompts, tokens, d]: all that closed forms see.
+
+    forget, anchor: row by row what to forget and what to say instead. retain: prompts to keep. empty: one row.
+    forget_at, anchor_at: int64, [prompts], the last token of what distinguishes the two prompts, or the last word.
+    retain_at: int64, [prompts], the last word. empty_at: 0, the start token of the empty prompt.
+    """
+
+    forget: Tensor
+    anchor: Tensor
+    retain: Tensor
+    empty: Tensor
+    forget_at: Tensor
+    anchor_at: Tensor
+    retain_at: Tensor

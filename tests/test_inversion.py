@@ -1,0 +1,78 @@
+"""Attack by a learnt word: it trains nothing but the word, and it finds what a model still knows."""
+
+import pytest
+import torch
+
+from erase import models
+from erase.evaluation.attacks import inversion
+from erase.evaluation.attacks.inversion import WORD, Inversion
+
+
+@pytest.fixture
+def model(toy_pipeline_dir) -> models.Model:
+    return models.load(toy_pipeline_dir)
+
+
+def latents() -> torch.Tensor:
+    return torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def state_of(model: models.Model) -> dict[str, torch.Tensor]:
+    parts = {"unet": model.unet, "text": model.text_encoder}
+    return {f"{part}.{name}": t.clone() for part, module in parts.items() for name, t in module.state_dict().items()}
+
+
+def test_learning_changes_no_weight_and_leaves_no_hook(model):
+    before = state_of(model)
+    vector = inversion.learn(model, latents(), Inversion(num_steps=3), quiet=True)
+    after = state_of(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert vector.shape == (8,) and not vector.requires_grad
+    assert not model.text_encoder.get_input_embeddings()._forward_hooks
+    assert all(p.grad is None for p in (*model.unet.parameters(), *model.text_encoder.parameters()))
+
+
+def test_the_same_seed_learns_the_same_word_and_another_seed_another(model):
+    first, again, other = (
+        inversion.learn(model, latents(), Inversion(num_steps=3, seed=seed), quiet=True) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_word_that_was_taught_is_read_as_it_was_while_it_was_learnt(model):
+    vector = torch.arange(8.0)
+    prompt = Inversion().prompts(1)
+    ids = inversion._tokens(model, prompt)
+    with inversion._said(model, inversion._row(model), vector), torch.no_grad():
+        learnt = model.text_encoder(ids).last_hidden_state
+    untaught = model.encode_text(prompt)
+    inversion.teach(model, vector)
+    assert torch.equal(model.encode_text(prompt), learnt)
+    assert not torch.equal(untaught, learnt)
+
+
+def test_teaching_changes_one_row_only(model):
+    before = state_of(model)
+    inversion.teach(model, torch.zeros(8))
+    changed = [name for name, tensor in state_of(model).items() if not torch.equal(tensor, before[name])]
+    (name,) = changed
+    rows = (state_of(model)[name] != before[name]).any(1).nonzero().view(-1)
+    assert rows.tolist() == model.tokens(WORD)
+
+
+def test_the_word_lowers_the_loss_that_it_is_learnt_by(model):
+    """On a fixed draw of noise the learnt word predicts better than the one it began with."""
+    attack = Inversion(num_steps=40, learning_rate=0.3, batch_size=8)
+    x = latents()
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    t = torch.tensor([50, 200, 400, 600, 800, 950])
+
+    def loss(vector: torch.Tensor) -> float:
+        inversion.teach(model, vector)
+        text = model.encode_text(attack.prompts(1)).expand(6, -1, -1)
+        with torch.no_grad():
+            return (model(model.add_noise(x, eps, t), t, text) - eps).square().mean().item()
+
+    start = model.text_encoder.get_input_embeddings().weight.mean(0).clone()
+    learnt = inversion.learn(model, x, attack, quiet=True)
+    assert loss(learnt) < loss(start)
