@@ -87,8 +87,11 @@ def grid(
     return sheet
 
 
-def model_card(settings: Settings, concept: Concept, change: Delta) -> str:
-    """Markdown with the hub's YAML header: what was erased from what, how to load it, what it does not promise."""
+def model_card(settings: Settings, concept: Concept, change: Delta, *, after: Mapping[str, Any] | None = None) -> str:
+    """Markdown with the hub's YAML header: what was erased from what, how to load it, what it does not promise.
+
+    after: the run that it went on from, as run.json tells it.
+    """
     from huggingface_hub import ModelCardData
 
     is_hub_id = settings.model.count("/") == 1 and not Path(settings.model).exists()
@@ -103,6 +106,10 @@ def model_card(settings: Settings, concept: Concept, change: Delta) -> str:
     options = {key: value for key, value in asdict(settings).items() if value not in (None, (), False)}
     listed = "\n".join(f"| {key} | {value} |" for key, value in options.items())
     examples = "\n".join(f"- {forget!r} now means {anchor!r}" for forget, anchor in concept.pairs()[:4])
+    before = ""
+    if after:
+        before = f"\nThe base is a run of its own, {after['run']}, in which {after['model']} had forgotten "
+        before += f"{', '.join(after['concepts'])} already.\n"
     return f"""---
 {header}
 ---
@@ -111,7 +118,7 @@ def model_card(settings: Settings, concept: Concept, change: Delta) -> str:
 
 Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mask {settings.mask}.
 {changed:,} of {total:,} UNet weights changed ({changed / total:.1%}); all else is the base model, byte for byte.
-
+{before}
 ```python
 from diffusers import StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained("this folder")

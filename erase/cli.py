@@ -106,9 +106,8 @@ def _erase(arguments: list[str]) -> None:
         return
     quiet = given.pop("quiet") or not sys.stderr.isatty()
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    concepts.find(  # misspelt or refused: an error before the seconds in which torch is imported
-        settings.concept, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain
-    )
+    for name in settings.concept:  # misspelt or refused: an error before the seconds in which torch is imported
+        concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
     silence_libraries()
     from erase.run import run
 
@@ -123,7 +122,7 @@ def _erase(arguments: list[str]) -> None:
     record, weights = result.record, result.record["weights"]
     total = sum(record["seconds"].values())
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items())
-    print(f"{result.folder}: {settings.concept} erased from {settings.model} in {total:.0f} s ({phases})")
+    print(f"{result.folder}: {', '.join(settings.concept)} erased from {settings.model} in {total:.0f} s ({phases})")
     print(f"{weights['changed']:,} of {weights['total']:,} weights changed; delta.safetensors takes it back exactly")
     if "pipeline" in settings.save:
         print(f'load it: StableDiffusionPipeline.from_pretrained("{result.folder}")')
@@ -142,7 +141,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         else:
             word = {int: "N", float: "X"}.get(form.type, item.name.split("_")[-1].upper())
             choices = "{" + ",".join(form.choices) + "}" if form.choices else None
-            options["metavar"] = choices or item.metadata.get("metavar", word)
+            options["metavar"] = item.metadata.get("metavar") or choices or word
             options["action"] = "append" if form.is_repeated else "store"
             options["type"] = form.type
         groups[item.metadata["group"]].add_argument(flag(item.name), **options)

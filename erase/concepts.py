@@ -7,6 +7,7 @@ import tomllib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -151,6 +152,72 @@ def override(
     """
     given = {"forget": forget, "anchor": anchor, "retain": retain}
     return replace(concept, **{key: value for key, value in given.items() if value is not None})
+
+
+def unite(concepts: Sequence[Concept]) -> Concept:
+    """One concept that is all of these, for a run that erases them together.
+
+    Pairs of forget prompt and anchor take turns, a shorter concept's again and again, so that each has the same share.
+    An anchor that another one forgets becomes what that one says instead; a pair whose anchor only mentions another
+    one goes. So do retain prompts and other classes that any of them forgets or that mention another one. It has no
+    judge: each concept keeps its own.
+
+    Raises:
+        EraseError: two of them would become each other.
+    """
+    concepts = list(dict.fromkeys(concepts))
+    if len(concepts) == 1:
+        return concepts[0]
+    instead = dict(reversed(list(chain.from_iterable(concept.pairs() for concept in concepts))))
+    mixed: list[list[tuple[str, str]]] = []
+    for concept in concepts:
+        rest = [other for other in concepts if other is not concept]
+        ends = [(forget, _followed(anchor, instead)) for forget, anchor in concept.pairs()]
+        pairs = [(forget, end) for forget, end in ends if end is not None and not _mentions(end, rest)]
+        if not pairs:
+            raise EraseError(
+                f"{concept.name!r} would become {concept.anchor[0]!r}, which is erased too; "
+                "give one of the two another anchor, in a .toml of its own"
+            )
+        mixed.append(pairs)
+    longest = max(map(len, mixed))
+    turns = list(chain.from_iterable(zip(*(islice(cycle(pairs), longest) for pairs in mixed), strict=True)))
+    kinds: set[Kind] = {concept.kind for concept in concepts}
+    only: Kind = kinds.pop() if len(kinds) == 1 else "nudity" if "nudity" in kinds else "object"
+
+    def kept(parts: Iterable[Iterable[str]]) -> tuple[str, ...]:
+        told = [
+            prompt
+            for concept, prompts in zip(concepts, parts, strict=True)
+            for prompt in prompts
+            if prompt not in instead and not _mentions(prompt, [other for other in concepts if other is not concept])
+        ]
+        return tuple(dict.fromkeys(told))
+
+    return Concept(
+        name=" and ".join(concept.name for concept in concepts),
+        kind=only,
+        forget=tuple(forget for forget, _ in turns),
+        anchor=tuple(anchor for _, anchor in turns),
+        retain=kept(concept.retain for concept in concepts),
+        others=kept(concept.others for concept in concepts),
+        synonyms=tuple(dict.fromkeys(chain.from_iterable(concept.synonyms for concept in concepts))),
+    )
+
+
+def _followed(anchor: str, instead: Mapping[str, str]) -> str | None:
+    """What is said in the end where an anchor is forgotten too; None where that goes round in a circle."""
+    seen = {anchor}
+    while anchor in instead:
+        anchor = instead[anchor]
+        if anchor in seen:
+            return None
+        seen.add(anchor)
+    return anchor
+
+
+def _mentions(prompt: str, concepts: Iterable[Concept]) -> bool:
+    return any(_share_word(word, prompt) for concept in concepts for word in (concept.name, *concept.synonyms))
 
 
 # --- TOML -------------------------------------------------------------------------------------------------------------

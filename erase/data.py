@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,9 @@ class Plan:
     round_trip: send drawn latents through decoder, 8-bit pixels and encoder, as a folder of saved images would be;
         gives the posterior's spread, which the reference recipe samples.
     pictures: what the forget set holds: pictures of the "concept", pictures of its "anchor" under the forget prompt's
-        name, or points of the "trajectory" from noise to the concept, a random one of each picture's.
+        name, points of the "trajectory" from noise to the concept, a random one of each picture's, or names alone,
+        where the method begins from "noise".
+    retains: False where nothing is kept by pictures; the retain set is then one empty picture.
     way_guidance: of the trajectories; 3 in ESD.
     """
 
@@ -90,6 +92,7 @@ class Plan:
     sampler: Sampler = "model"
     round_trip: bool = False
     pictures: str = "concept"
+    retains: bool = True
     way_guidance: float = 3.0
     forget_images: str | None = None
     retain_images: str | None = None
@@ -124,8 +127,10 @@ def gather(
     if plan.size % max(8, model.vae_scale):
         raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {max(8, model.vae_scale)}")
     workers = workers or Workers()
-    if plan.forget_images and plan.pictures == "trajectory":
+    if plan.forget_images and plan.pictures in {"trajectory", "noise"}:
         raise EraseError("this method follows the model's own drawing and sees no pictures; leave out --forget-images")
+    if plan.retain_images and not plan.retains:
+        raise EraseError("this method has no retain term; leave out --retain-images")
     pairs = concept.pairs()
     first_seed = plan.seed * SEEDS_PER_RUN
     first_retain_seed = first_seed + RETAIN_SEED
@@ -136,6 +141,10 @@ def gather(
     retain_source = _source(model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed)
     if plan.pictures == "trajectory":
         forget_source = _followed(model, plan, forget_source.prompts, first_seed)
+    elif plan.pictures == "noise":
+        forget_source = _blank(model, plan, forget_source.prompts)
+    if not plan.retains:
+        retain_source = _blank(model, plan, [""])
     if None in retain_source.prompts:
         unnamed = f"; --retain-images {plan.retain_images} names no prompts either" if plan.retain_images else ""
         raise EraseError(f"concept {concept.name!r} has no retain prompts{unnamed}; give --retain PROMPT")
@@ -174,6 +183,19 @@ def gather(
         words[number, own] = True
         end[number, len(model.tokens(prompt)) + 1 :] = True
     return Data(forget, retain, anchor, others, words, end, tuple(rows), text, fingerprint, record)
+
+
+def of_prompts(data: Data, prompts: Sequence[str]) -> Data:
+    """The data with only those forget pictures that have one of these prompts."""
+    wanted = {row for row, prompt in enumerate(data.prompts) if prompt in set(prompts)}
+    rows = torch.tensor([i for i, row in enumerate(data.forget.prompt.tolist()) if row in wanted], dtype=torch.int64)
+    if not len(rows):
+        raise EraseError(f"--num-forget {len(data.forget)} leaves no picture for {prompts[0]!r}; draw more")
+    f = data.forget
+    part = Pictures(f.mean[rows], f.std[rows], f.prompt[rows], None if f.t is None else f.t[rows])
+    fingerprint = files.text_hash([data.fingerprint, rows.tolist()])
+    places = {name: getattr(data, name)[rows] for name in ("anchor", "words", "end")}
+    return replace(data, forget=part, fingerprint=fingerprint, **places)
 
 
 def distinguishing(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -284,6 +306,16 @@ def _followed(model: Model, plan: Plan, prompts: Sequence[str], first_seed: int)
 
     identity = ["trajectory", prompts, first_seed, plan.steps, plan.way_guidance, plan.size]
     return _Source(prompts, make, identity)
+
+
+def _blank(model: Model, plan: Plan, prompts: Sequence[str]) -> _Source:
+    """Names of pictures that nobody looks at."""
+    side = plan.size // model.vae_scale
+
+    def make(rows: range) -> dict[str, Tensor]:
+        return _posterior((torch.zeros(len(rows), 4, side, side), torch.zeros(len(rows), 4, side, side)))
+
+    return _Source(prompts, make, ["blank", prompts, side])
 
 
 def _posterior(parts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from erase import export
 from erase.errors import EraseError
 from erase.files import file_hash, open_tensors, read_json, text_hash
+from erase.guards import Guard
 
 Sampler = Literal["model", "dpm++"]
 
@@ -39,6 +40,7 @@ class Model:
     defaults: what the folder's erase_defaults.json says: settings that suit the model, and "family": "mini" when it
         speaks the embedded world's language.
     allow_pickle: how the parts were loaded, for when they are loaded again.
+    guard: stands beside the model whenever it draws.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Model:
     scheduler: SchedulerMixin
     defaults: dict[str, Any]
     allow_pickle: bool = False
+    guard: Guard | None = None
 
     def __post_init__(self) -> None:
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
@@ -200,7 +203,7 @@ class Model:
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
-        with evaluating(unet):
+        with evaluating(unet), self.guard.on(pipeline) if self.guard else nullcontext():
             return pipeline(
                 list(prompts),
                 height=height,
@@ -221,9 +224,9 @@ class Model:
         x: the noise, [n, 4, h, w]. index: int64, [n], steps of `steps` DDIM steps to take, 0 leaves the noise.
         text: [n, tokens, d]. empty: states of the empty prompt, broadcast to text. guidance: diffusers' convention.
         """
-        config: Any = self.scheduler.config
+        own: Any = self.scheduler
         scheduler = DDIMScheduler.from_config(
-            config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
+            own.config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
         )
         scheduler.set_timesteps(steps)  # pyright: ignore[reportAttributeAccessIssue]
         times: Tensor = scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]
@@ -242,13 +245,14 @@ class Model:
     def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
         """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each, with their gradients.
 
-        Fused kernels never hold these, so for this pass the plain processor takes their place.
+        Fused kernels never hold these, so for this pass the plain processor takes their place; nor does checkpointing.
         """
         from diffusers.models.attention_processor import AttnProcessor
 
         found: list[Tensor] = []
         layers: Any = {name: m for name, m in self.unet.named_modules() if name.endswith("attn2")}
         before = {name: layer.processor for name, layer in layers.items()}
+        checkpointing = self.unet.is_gradient_checkpointing
 
         def keep(layer: Any) -> Any:
             plain = type(layer).get_attention_scores
@@ -262,11 +266,14 @@ class Model:
         try:
             for layer in layers.values():
                 layer.processor, layer.get_attention_scores = AttnProcessor(), keep(layer)
+            self.unet.disable_gradient_checkpointing()
             self(x, t, text)
         finally:
             for name, layer in layers.items():
                 layer.processor = before[name]
                 layer.__dict__.pop("get_attention_scores", None)
+            if checkpointing:
+                self.unet.enable_gradient_checkpointing()
         return found
 
     def use_attention(self, kind: str) -> None:

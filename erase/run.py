@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from erase.settings import RECIPES, Settings, resolve
 
 # Settings that change neither the weights nor what is written: the same run may be continued with others.
 _FREE = {"output", "device", "cache_dir", "resume", "overwrite", "report_to", "checkpointing_steps", "allow_pickle"}
-_FREE |= {"model", "config", "revision"}
+_FREE |= {"model", "base", "config", "revision"}
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ class Run:
 
 
 def erase_concept(
-    concept: str | Concept, model: str = "CompVis/stable-diffusion-v1-4", *, quiet: bool = False, **options: Any
+    concept: str | Concept | Sequence[str | Concept],
+    model: str = "CompVis/stable-diffusion-v1-4",
+    *,
+    quiet: bool = False,
+    **options: Any,
 ) -> Run:
     """Take `concept` out of `model` and write the result; the Python twin of the command line.
 
-    concept: a preset's name, a .toml path, free text together with kind="object" or "style", or a Concept.
+    concept: a preset's name, a .toml path, free text together with kind="object" or "style", or a Concept; or several.
     model: "mini", a diffusers folder, a hub id or a checkpoint file.
     options: any field of `erase.settings.Settings`, such as output="runs/church" or density=0.1.
 
@@ -61,23 +65,34 @@ def erase_concept(
     for name in options:
         if name not in known:
             raise EraseError(f"unknown option {name!r}; erase.settings.Settings lists them")
-    name = concept.name if isinstance(concept, Concept) else concept
-    settings = Settings(concept=name, model=str(model), **options)
-    return run(settings, concept if isinstance(concept, Concept) else None, quiet=quiet)
+    several = [concept] if isinstance(concept, (str, Concept)) else list(concept)
+    names = tuple(one.name if isinstance(one, Concept) else one for one in several)
+    settings = Settings(concept=names, model=str(model), **options)
+    return run(settings, [one if isinstance(one, Concept) else None for one in several], quiet=quiet)
 
 
 def run(
     settings: Settings,
-    concept: Concept | None = None,
+    concept: Concept | Sequence[Concept | None] | None = None,
     *,
     quiet: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Run:
-    """See `erase_concept`. `tell` hears what is to be known before the work begins."""
+    """See `erase_concept`. `tell` hears what is to be known before the work begins.
+
+    concept: what the settings' names stand for, where these are no presets; None where they are.
+    """
     started = time.time()
-    make_method(settings)
-    name = find_concept(settings, concept, None).name  # unknown or refused: an error before a model is loaded
+    method = make_method(settings)
+    if settings.alpha is not None and not hasattr(method, "alpha"):
+        raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
+    given = [concept] if isinstance(concept, Concept) else list(concept or [None] * len(settings.concept))
+    found = find_concepts(settings, given, None)  # unknown or refused: an error before a model is loaded
+    name = " and ".join(one.name for one in found)
     folder = Path(settings.output or Path("runs") / name.replace(" ", "_"))
+    earlier = read_base(settings, folder)
+    if earlier is not None:
+        settings = replace(settings, model=str(settings.base))
     accelerator = make_accelerator(settings, folder)
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else models.default_cache_dir()
     model = models.load(
@@ -89,10 +104,11 @@ def run(
         cache_dir=cache_dir,
     )
     model.use_attention(settings.attention)
-    concept = find_concept(settings, concept, model)
+    parts = find_concepts(settings, given, model)
+    united = concepts.unite([*parts, *(earlier.concepts if earlier else [])])
     settings = resolve(
         settings,
-        concept.kind,
+        united.kind,
         model.defaults,
         num_processes=accelerator.num_processes,
         on_gpu=accelerator.device.type == "cuda",
@@ -102,10 +118,12 @@ def run(
     given_mask = load_mask(settings, model, parameters, base_hash)
     identity = {
         "base_hash": base_hash,
-        "concept": concept.fingerprint(),
+        "concept": united.fingerprint(),
         "settings": {k: v for k, v in asdict(settings).items() if k not in _FREE},
         "mask": None if given_mask is None else saliency_hash(given_mask),
     }
+    if earlier is not None:
+        identity["base"] = earlier.record
     if accelerator.is_main_process:
         open_folder(folder, identity, settings)
     accelerator.wait_for_everyone()
@@ -118,7 +136,19 @@ def run(
         tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
     try:
         return _carry_out(
-            settings, concept, model, parameters, given_mask, folder, identity, accelerator, cache_dir, started, quiet
+            settings,
+            united,
+            parts,
+            earlier,
+            model,
+            parameters,
+            given_mask,
+            folder,
+            identity,
+            accelerator,
+            cache_dir,
+            started,
+            quiet,
         )
     except EraseError:
         if accelerator.is_main_process and [path.name for path in folder.iterdir()] == ["run.json"]:
@@ -129,6 +159,8 @@ def run(
 def _carry_out(
     settings: Settings,
     concept: Concept,
+    parts: Sequence[Concept],
+    earlier: "Base | None",
     model: models.Model,
     parameters: Mapping[str, torch.nn.Parameter],
     given_mask: saliency.Packed | None,
@@ -169,7 +201,7 @@ def _carry_out(
         return data.gather(
             model,
             concept,
-            replace(plan, pictures=kind),
+            replace(plan, pictures=kind, retains=getattr(method, "retains", True)),
             model_hash=base_hash,
             cache_dir=cache_dir,
             workers=data.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
@@ -189,11 +221,15 @@ def _carry_out(
     lap("data")
     mask = given_mask
     if mask is None and settings.mask != "none":
-        mask = make_mask(settings, model, shown, parameters, accelerator, work, base_hash, quiet)
+        mask = make_mask(settings, model, shown, parts, parameters, accelerator, work, base_hash, quiet)
+    if mask is not None and earlier is not None and earlier.mask is not None:
+        mask = saliency.pack(saliency.union(mask, earlier.mask))
     lap("mask")
     losses: list[dict[str, float]] = []
     notes: dict[str, Any] = {}
     if pictures is None:
+        if settings.weights == "bf16":  # rounded for the mask's sake only
+            model.reload_unet()
         notes = train.solve(method, text, parameters, mask)
     else:
         losses = train.train(
@@ -206,7 +242,7 @@ def _carry_out(
                 num_steps=_int(settings.num_train_steps),
                 batch_size=_int(settings.batch_size),
                 learning_rate=float(settings.learning_rate or 0),
-                weight_decay=settings.weight_decay,
+                weight_decay=float(settings.weight_decay or 0),
                 max_grad_norm=settings.max_grad_norm,
                 accumulation=settings.gradient_accumulation_steps,
                 target=str(settings.target),
@@ -238,12 +274,14 @@ def _carry_out(
         "data": fingerprint,
         "made_for": settings.model,
     }
+    if earlier is not None:
+        provenance["after"] = earlier.record
     new_state = unet_state(model.unet)
     base_unet = models.load_unet(model.folder, settings.allow_pickle)
     change = delta.difference(unet_state(base_unet), new_state, provenance)
     if change.base_hash != base_hash:
         raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")
-    write_outputs(folder, settings, model, base_unet, new_state, change, mask, concept)
+    write_outputs(folder, settings, model, base_unet, new_state, change, mask, concept, earlier)
     lap("output")
     moved = sum(change.changed.values())
     record = {
@@ -251,8 +289,16 @@ def _carry_out(
         "identity": identity,
         "identity_hash": files.text_hash(identity),
         "concept": asdict(concept),
+        "concepts": [asdict(part) for part in [*parts, *(earlier.concepts if earlier else [])]],
+        "base": earlier and earlier.record,
         "settings": asdict(settings),
-        "model": {"name": settings.model, "base_hash": base_hash, "result_hash": change.result_hash},
+        "model": {
+            "name": settings.model,
+            "origin": earlier.record["model"] if earlier else settings.model,
+            "origin_hash": earlier.record["model_hash"] if earlier else base_hash,
+            "base_hash": base_hash,
+            "result_hash": change.result_hash,
+        },
         "mask": None if mask is None else {"weights": _total(mask), "ones": saliency.count(mask)},
         "weights": {"total": sum(t.numel() for t in new_state.values()), "changed": moved},
         "data": {**(pictures.record if pictures else {}), "fingerprint": fingerprint},
@@ -310,18 +356,67 @@ def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
 def make_method(settings: Settings) -> Any:
     """The method with its hyperparameters, as recipe and options say."""
     recipe = RECIPES[settings.recipe]
-    general = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    general: dict[str, Any] = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    general["seed"] = settings.seed
     if settings.alpha is not None:
         general["alpha"] = settings.alpha
     return methods.make(settings.method, general, settings.set)
 
 
-def find_concept(settings: Settings, concept: Concept | None, model: models.Model | None) -> Concept:
-    """The concept that the settings name, in the model's language (None: any), with its overrides."""
+@dataclass(frozen=True)
+class Base:
+    """An earlier run to go on from.
+
+    concepts: what it and those before it erased. mask: what was allowed to move, None if everything was.
+    record: what this run's own records say of it.
+    """
+
+    concepts: list[Concept]
+    mask: saliency.Packed | None
+    record: dict[str, Any]
+
+
+def read_base(settings: Settings, output: Path) -> Base | None:
+    """The run that --base names.
+
+    Raises:
+        EraseError: it is no finished run with a pipeline, is the output itself, or was made from another --model.
+    """
+    if settings.base is None:
+        return None
+    folder = Path(settings.base).expanduser()
+    record = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    if record.get("status") != "done" or not (folder / "model_index.json").is_file():
+        raise EraseError(f"--base is {settings.base!r}, which is no finished run with a pipeline; give a run folder")
+    if folder.resolve() == output.resolve():
+        raise EraseError(f"--base {settings.base} is this run's own output; choose another --output")
+    origin = record["model"].get("origin", record["model"]["name"])
+    default = Settings.__dataclass_fields__["model"].default
+    if settings.model not in {default, origin, settings.base}:
+        raise EraseError(f"{settings.base} was made from {origin}, not from {settings.model}; leave out --model")
+    erased = [Concept(**part) for part in record.get("concepts", [record["concept"]])]
+    mask_path = folder / "mask.safetensors"
+    told = {
+        "run": str(folder),
+        "model": origin,
+        "model_hash": record["model"].get("origin_hash", record["model"]["base_hash"]),
+        "concepts": [part.name for part in erased],
+        "hash": record["model"]["result_hash"],
+    }
+    return Base(erased, saliency.load(mask_path)[0] if mask_path.is_file() else None, told)
+
+
+def find_concepts(settings: Settings, given: Sequence[Concept | None], model: models.Model | None) -> list[Concept]:
+    """The concepts that the settings name or that are given, in the model's language (None: any), with overrides."""
+    return [find_concept(settings, name, one, model) for name, one in zip(settings.concept, given, strict=True)]
+
+
+def find_concept(settings: Settings, name: str, concept: Concept | None, model: models.Model | None) -> Concept:
+    """One of them."""
     given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
     if concept is None:
         family = "mini" if model and model.is_mini else None
-        concept = concepts.find(settings.concept, settings.kind, model_family=family, **given)
+        concept = concepts.find(name, settings.kind, model_family=family, **given)
     else:
         concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
     if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
@@ -404,13 +499,18 @@ def make_mask(
     settings: Settings,
     model: models.Model,
     pictures: data.Data | None,
+    parts: Sequence[Concept],
     parameters: Mapping[str, torch.nn.Parameter],
     accelerator: Accelerator,
     work: Path,
     base_hash: str,
     quiet: bool,
 ) -> saliency.Packed:
-    """The saliency mask or a control of it, kept in `work` until the run is finished."""
+    """The saliency mask or a control of it, kept in `work` until the run is finished.
+
+    Of several concepts each has its own, at the full density and from the pictures of its own prompts, and what any
+    of them lets move may move: with k concepts between density and k times it.
+    """
     path = work / "mask.safetensors"
     if path.exists():
         return saliency.load(path)[0]
@@ -419,22 +519,25 @@ def make_mask(
         mask = saliency.random_mask(shapes, settings.density, settings.seed, per_tensor=settings.per_tensor)
     else:
         assert pictures is not None
-        scores = train.accumulate(
-            model,
-            pictures,
-            parameters,
-            accelerator,
-            score=settings.score,
-            guidance=float(settings.mask_guidance or 0),
-            batch_size=_int(settings.batch_size),
-            seed=settings.seed,
-            state_path=work / "saliency.pt",
-            part=_part(settings),
-            checkpointing=settings.gradient_checkpointing,
-            quiet=quiet,
-        )
-        largest = settings.mask == "saliency"
-        mask = saliency.select(scores, settings.density, per_tensor=settings.per_tensor, largest=largest)
+        mask = {}
+        for number, shown in enumerate(by_concept(pictures, parts, settings)):
+            scores = train.accumulate(
+                model,
+                shown,
+                parameters,
+                accelerator,
+                score=settings.score,
+                guidance=float(settings.mask_guidance or 0),
+                batch_size=_int(settings.batch_size),
+                seed=settings.seed,
+                state_path=work / f"saliency-{number}.pt",
+                part=_part(settings),
+                checkpointing=settings.gradient_checkpointing,
+                quiet=quiet,
+            )
+            largest = settings.mask == "saliency"
+            own = saliency.select(scores, settings.density, per_tensor=settings.per_tensor, largest=largest)
+            mask = saliency.union(own, mask)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         header = {
@@ -448,9 +551,20 @@ def make_mask(
             "mask_guidance": settings.mask_guidance,
             "scope": settings.scope,
             "seed": settings.seed,
+            "concepts": [part.name for part in parts],
         }
         saliency.save(path, mask, header)
     return saliency.pack(mask)
+
+
+def by_concept(pictures: data.Data, parts: Sequence[Concept], settings: Settings) -> list[data.Data]:
+    """The forget pictures of each concept to be masked for; of a single one, and of unnamed images, all.
+
+    An earlier run's concepts have no mask here, since theirs is there already.
+    """
+    if len(parts) == 1 and settings.base is None or settings.forget_images:
+        return [pictures]
+    return [data.of_prompts(pictures, part.forget) for part in parts]
 
 
 def write_outputs(
@@ -462,13 +576,18 @@ def write_outputs(
     change: delta.Delta,
     mask: saliency.Packed | None,
     concept: Concept,
+    earlier: "Base | None" = None,
 ) -> None:
     """Everything in the run folder but run.json."""
     delta.save(folder / "delta.safetensors", change)
-    if (folder / "work" / "mask.safetensors").exists():
-        shutil.copyfile(folder / "work" / "mask.safetensors", folder / "mask.safetensors")
+    made = folder / "work" / "mask.safetensors"
+    if made.exists() and earlier is None:
+        shutil.copyfile(made, folder / "mask.safetensors")
     elif mask is not None:
-        saliency.save(folder / "mask.safetensors", mask, {"base": settings.model, "base_hash": change.base_hash})
+        header = saliency.load(made)[1] if made.exists() else {}
+        header |= {"base": settings.model, "base_hash": change.base_hash}
+        header |= {"united_with": earlier.record["run"]} if earlier and earlier.mask else {}
+        saliency.save(folder / "mask.safetensors", mask, header)
     plain = {name.removeprefix("unet."): tensor for name, tensor in new_state.items()}
     if "unet" in settings.save:
         files.write_tensors(folder / "unet.safetensors", plain)
@@ -481,7 +600,7 @@ def write_outputs(
         export.save_single_file(folder / f"{folder.name}.safetensors", folder, provenance=change.provenance)
     if settings.num_samples:
         card.write_samples(folder / "samples.png", model, base_unet, concept, settings)
-    files.write_text(folder / "README.md", card.model_card(settings, concept, change))
+    files.write_text(folder / "README.md", card.model_card(settings, concept, change, after=earlier and earlier.record))
 
 
 def unet_state(unet: torch.nn.Module) -> dict[str, Tensor]:

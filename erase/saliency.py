@@ -139,6 +139,12 @@ def select(
     return mask
 
 
+def kth_largest(scores: Mapping[str, torch.Tensor], k: int) -> float:
+    """The k-th largest of all scores, compared as float32, without sorting them; k from 1."""
+    pattern, _, _ = _kth_largest([_patterns(name, score) for name, score in scores.items()], k, 0)
+    return torch.tensor(pattern, dtype=torch.int32).view(torch.float32).item()
+
+
 def random_mask(shapes: Mapping[str, Sequence[int]], density: float, seed: int, *, per_tensor: bool = False) -> Mask:
     """As many ones as `select` chooses, at random places: every choice is as likely as any other, same seed, same mask.
 
@@ -259,6 +265,11 @@ def count(mask: Mapping[str, torch.Tensor]) -> int:
     if isinstance(mask, Packed):
         return sum(int(np.bitwise_count(packed.numpy()).sum()) for packed in mask.bits.values())
     return sum(int(bits.count_nonzero()) for bits in mask.values())
+
+
+def union(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> Mask:
+    """The mask of what either lets move, for the tensors of `a`; those that `b` lacks are a's own."""
+    return {name: bits | b[name].to(bits.device) if name in b else bits for name, bits in a.items()}
 
 
 def iou(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:

@@ -25,6 +25,7 @@ SD_DEFAULTS: dict[str, Any] = {
     "generation_batch_size": 8,
     "learning_rate": 1e-5,
     "batch_size": 8,
+    "weight_decay": 0.0,
 }
 
 
@@ -46,11 +47,20 @@ class Settings:
     """
 
     # what
-    concept: str = option("", "preset (see --list), path of a .toml, or free text together with --kind", group="what")
+    concept: str | tuple[str, ...] = option(  # one is a tuple of one, as soon as it is here
+        (), "preset (see --list), path of a .toml, or free text together with --kind; may be repeated", group="what"
+    )
     model: str = option(
         "CompVis/stable-diffusion-v1-4",
         "'mini' (embedded), a diffusers folder, a hub id, or a .safetensors/.ckpt file",
         group="what",
+    )
+    base: str | None = option(
+        None,
+        "run folder to go on from in place of a model: what it erased stays erased, its mask is united with this one's",
+        group="what",
+        shown="none",
+        metavar="DIR",
     )
     output: str | None = option(None, "run folder to write", group="what", shown="runs/<concept>", metavar="DIR")
     kind: Literal["object", "style"] | None = option(None, "what a free-text concept is", group="what")
@@ -67,7 +77,11 @@ class Settings:
 
     # how
     method: str = option(
-        "salun", "erasure method; 'salun' is relabel x full x saliency", group="how", choices=tuple(METHODS)
+        "salun",
+        f"erasure method: {', '.join(METHODS)}; 'salun' is relabel x full x saliency",
+        group="how",
+        choices=tuple(METHODS),
+        metavar="METHOD",
     )
     recipe: Literal["default", "paper", "reference"] = option(
         "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
@@ -143,9 +157,9 @@ class Settings:
         None, "optimizer steps", group="training", least=0, shown="500; 100 for nudity"
     )
     batch_size: int | None = option(None, "forget images a step, and as many retain images", group="training", least=1)
-    weight_decay: float = option(0.0, "decoupled decay, inside the mask only", group="training", least=0)
+    weight_decay: float | None = option(None, "decoupled decay, inside the mask only", group="training", least=0)
     max_grad_norm: float | None = option(
-        None, "clip the masked gradient's norm to this", group="training", least=0, shown="no clipping"
+        None, "clip the masked gradient's norm to this", group="training", least=0, shown="the method's own, or none"
     )
     gradient_accumulation_steps: int = option(
         1, "parts that each step's batch is cut into, to save memory", group="training", least=1
@@ -207,8 +221,10 @@ class Settings:
             raise EraseError(f"--seed is {self.seed}; it must be below 2^32")
         if self.weights == "bf16" and self.mixed_precision == "fp16":
             raise EraseError("--weights bf16 does not go with --mixed-precision fp16; choose bf16 or no")
-        if not self.concept.strip():
+        if not self.concept or not all(name.strip() for name in self.concept):
             raise EraseError("no concept given; for example --concept nudity (see --list)")
+        if len(self.concept) > 1 and (self.forget or self.anchor):
+            raise EraseError("--forget and --anchor go with one --concept; describe several in .toml files")
 
     def filled(self, defaults: dict[str, Any]) -> "Settings":
         """These settings with None replaced by `defaults`."""
@@ -253,13 +269,15 @@ def resolve(
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     own = {k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"}
-    settings = settings.filled(model_defaults.get("methods", {}).get(settings.method, {})).filled(own)
+    of_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
+    settings = replace(settings, set=(*of_method.pop("set", ()), *settings.set))  # the later one of a name counts
+    settings = settings.filled(of_method).filled(own)
     settings = settings.filled(
         {
-            **find(settings.method).defaults(),
             "mask_guidance": recipe.mask_guidance,
             "target": recipe.target or ("anchor" if nudity else "fixed"),
             "alpha": recipe.alpha if recipe.alpha is not None else (0.1 if nudity else 0.5),
+            **find(settings.method).defaults(),
         }
     )
     settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
@@ -296,11 +314,11 @@ def flag(name: str) -> str:
 
 
 def _form(annotation: Any) -> Form:
-    """Of X, X | None, Literal[texts] and tuple[X, ...], which are all that Settings is made of."""
+    """Of X, X | None, Literal[texts], tuple[X, ...] and X | tuple[X, ...], which are all that Settings is made of."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        (only,) = (part for part in parts if part is not NoneType)
-        return _form(only)
+        *_, last = (part for part in parts if part is not NoneType)  # of X | tuple[X, ...] the tuple
+        return _form(last)
     if origin is tuple:
         return replace(_form(parts[0]), is_repeated=True)
     if origin is Literal:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,18 +174,20 @@ def train(
             f"--batch-size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
             f"--gradient-accumulation-steps {recipe.accumulation}; choose a multiple of their product"
         )
+    if recipe.target != "anchor" and getattr(method, "pictures", "") == "anchor":
+        raise EraseError(f"--target is {recipe.target}, but this method's pictures show the anchor; leave it out")
     if recipe.target != "anchor" and not len(data.others):
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
     is_rounded = model.unet.dtype != torch.float32
-    if accelerator.scaler is not None and hasattr(method, "balance"):
+    balance, shrinks = getattr(method, "balance", None), hasattr(method, "shrink")
+    if accelerator.scaler is not None and (balance or hasattr(method, "prepare")):
         raise EraseError("this method compares gradients, which --mixed-precision fp16 scales; use bf16 or no")
     if is_rounded and any(hasattr(method, step) for step in ("prepare", "shrink", "teacher_decay")):
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
     optimizer = MaskedAdam(parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_unet().named_parameters()))
-    shrinks = hasattr(method, "shrink")
-    frozen = _Exchanged(model, optimizer) if method.needs_base or shrinks else None
+    frozen = _Exchanged(model, optimizer) if getattr(method, "needs_base", False) else None
     teacher = _Exchanged(model, optimizer) if hasattr(method, "teacher_decay") else None
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves
@@ -206,10 +208,10 @@ def train(
                 for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
                     values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
                     accelerator.backward(term / recipe.accumulation)
-                    if hasattr(method, "balance"):
+                    if balance:
                         _set_aside(optimizer, gradients, name)
-            if gradients:
-                _weigh(method, optimizer, gradients, accelerator)
+            if balance:
+                _weigh(balance, optimizer, gradients, accelerator)
             elif accelerator.num_processes > 1:
                 for gradient in optimizer.gradients():
                     mean: Any = accelerator.reduce(gradient, reduction="mean")
@@ -316,8 +318,13 @@ def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: 
         gradient.zero_()
 
 
-def _weigh(method: Any, optimizer: MaskedAdam, gradients: Mapping[str, list[Tensor]], accelerator: Accelerator) -> None:
-    """Put w_f g_f + w_r g_r in the place of the gradients; the method derives w_f and w_r from the inner products."""
+def _weigh(
+    balance: Callable[[float, float, float], tuple[float, float]],
+    optimizer: MaskedAdam,
+    gradients: Mapping[str, list[Tensor]],
+    accelerator: Accelerator,
+) -> None:
+    """Put w_f g_f + w_r g_r in the place of the gradients; `balance` derives w_f and w_r from the inner products."""
     if accelerator.num_processes > 1:
         for gradient in (gradient for each in gradients.values() for gradient in each):
             mean: Any = accelerator.reduce(gradient, reduction="mean")
@@ -327,7 +334,7 @@ def _weigh(method: Any, optimizer: MaskedAdam, gradients: Mapping[str, list[Tens
     def product(a: list[Tensor], b: list[Tensor]) -> float:
         return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
 
-    w_f, w_r = method.balance(product(forget, forget), product(forget, retain), product(retain, retain))
+    w_f, w_r = balance(product(forget, forget), product(forget, retain), product(retain, retain))
     for gradient, f, r in zip(optimizer.gradients(), forget, retain, strict=True):
         gradient.copy_(w_f * f + w_r * r)
 
@@ -343,14 +350,14 @@ def _prepare(
     optimizer: MaskedAdam,
 ) -> None:
     """Let the method change masked weights before the first step, from sum_b |grad L_forget| over `prepare_batches`."""
-    sums = {name: torch.zeros_like(weights) for name, weights in optimizer.masked_weights().items()}
+    sums = {name: torch.zeros_like(weights) for name, weights in optimizer.masked_weights().items() if len(weights)}
     for number in range(method.prepare_batches):
         for batch in _batches(model, data, recipe, ("prepare", number), share, accelerator):
             terms = _terms(method.loss(model, model, batch), accelerator)
             accelerator.backward(dict([next(terms)])["forget"] / recipe.accumulation)
         for total, gradient in zip(sums.values(), optimizer.gradients(), strict=True):
             mean: Any = accelerator.reduce(gradient, reduction="mean")
-            total.add_(mean.abs())
+            total.add_(mean.abs().reshape(-1))
         optimizer.zero_grad()
     weights = optimizer.masked_weights()
     method.prepare(

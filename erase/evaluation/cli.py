@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from erase import __version__, concepts, files
 from erase.cli import Parser, one_line, silence_libraries
@@ -15,6 +15,10 @@ from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.evaluation.tasks import ABOUT, VERSIONS, Options, Task, build
 
+if TYPE_CHECKING:
+    from erase.guards import Guard
+
+GUARDS = ("sld-weak", "sld-medium", "sld-strong", "sld-max", "negative")  # those of erase.guards, which needs torch
 DESCRIPTION = "Evaluate concept erasure: the same prompts and seeds for the base and the erased model, with intervals."
 EPILOG = """\
 commands (each has its own --help):
@@ -28,6 +32,7 @@ examples:
   eval-concept run --model runs/nudity --task i2p --subset sexual
   eval-concept run --model runs/circle --task mini --require 'mini.ua>=0.95' --require 'mini.ra_drop<=0.03'
   eval-concept compare runs/evaluation/circle/mini runs/evaluation/esd/mini --output runs/compared
+  eval-concept run --model mini --concept circle --task mini --guard sld-strong
   eval-concept score --images my_pictures --judge nudenet --output runs/my_scores
 """
 
@@ -81,6 +86,8 @@ def _drawing_options(parser: Parser) -> None:
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures drawn together [8]")
     group.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 [fp32]")
     group.add_argument("--device", help="cpu, cuda or cuda:N [a GPU if there is one]")
+    group.add_argument("--guard", help=f"stand beside the model: {', '.join(GUARDS)} [none]")
+    group.add_argument("--guard-text", metavar="TEXT", help="what it steers away from [the concept and its synonyms]")
     group.add_argument("--allow-pickle", action="store_true", help="read weights that are not safetensors")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -98,10 +105,31 @@ def _task(given: argparse.Namespace, name: str, model: str | None) -> Task:
 def _concept(given: argparse.Namespace, model: str | None) -> Concept | None:
     """The one that is named, else the one that the run folder says was erased."""
     record = _run_record(model)
+    erased = [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
     if given.concept:
-        family = "mini" if model == "mini" or record.get("model", {}).get("name") == "mini" else None
-        return concepts.find(given.concept, given.kind, model_family=family)
-    return Concept(**record["concept"]) if "concept" in record else None
+        named = [part for part in erased if part.name.lower() == given.concept.lower().replace("_", " ")]
+        made_from = record.get("model", {})
+        family = "mini" if "mini" in {model, made_from.get("name"), made_from.get("origin")} else None
+        return named[0] if named else concepts.find(given.concept, given.kind, model_family=family)
+    if len(erased) > 1:
+        raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")
+    return erased[0] if erased else None
+
+
+def _guard(given: argparse.Namespace, model: str) -> "Guard | None":
+    """The guard that is named, against the text that is given or else the concept's name and synonyms."""
+    if given.guard is None:
+        if given.guard_text:
+            raise EraseError("--guard-text goes with --guard")
+        return None
+    text, concept = given.guard_text, _concept(given, model)
+    if not text and concept:
+        text = ", ".join([concept.name, *concept.synonyms])
+    if not text:
+        raise EraseError("a guard steers away from a concept; name it with --concept or say it with --guard-text")
+    from erase import guards
+
+    return guards.make(given.guard, text)
 
 
 def _run_record(model: str | None) -> dict[str, Any]:
@@ -140,6 +168,7 @@ def _generate(arguments: list[str]) -> None:
         device=given.device,
         precision=given.precision,
         allow_pickle=given.allow_pickle,
+        guard=_guard(given, given.model),
     )
     rank, world = _place(given)
     generate.generate(
@@ -255,17 +284,24 @@ def _run(arguments: list[str]) -> None:
         for name in given.tasks:
             task = _task(given, name, model)
             made_from = _run_record(model).get("model", {})
-            base = str(given.base or made_from.get("name") or (model if given.delta else ""))
+            guard = _guard(given, model)
+            base = str(
+                given.base
+                or made_from.get("origin")
+                or made_from.get("name")
+                or (model if given.delta or guard else "")
+            )
             if not base:
                 raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
             label = _label(Path(given.delta).resolve().parent.name if given.delta else model)
+            label += f"-{given.guard}" if guard else ""
             folder = root / label / task.id
-            others = {"base": _arm(given, root, base, None, task, None)}
+            others = {"base": _arm(given, root, base, task)}
             if given.gold:
-                others["gold"] = _arm(given, root, given.gold, None, task, None)
+                others["gold"] = _arm(given, root, given.gold, task)
             if given.real:
                 others["real"] = _real(given, root, task)
-            _arm(given, root, model, given.delta, task, folder)
+            _arm(given, root, model, task, folder, delta=given.delta, guard=guard)
             if given.precision == "fp32" and not given.delta and not given.base:
                 _check_origin(model, made_from, others["base"], folder)
             results.append(_write_report(folder, others, folder, label, given))
@@ -277,7 +313,11 @@ def _check_origin(model: str, made_from: dict[str, Any], base: Path, erased: Pat
     from erase.evaluation import arm
 
     for role, folder in (("base", base), ("result", erased)):
-        said, drawn = made_from.get(f"{role}_hash"), arm.manifest(folder)["model"]["unet"]
+        hashes = {
+            "base": made_from.get("origin_hash", made_from.get("base_hash")),
+            "result": made_from.get("result_hash"),
+        }
+        said, drawn = hashes[role], arm.manifest(folder)["model"]["unet"]
         if said and said != drawn:
             raise EraseError(
                 f"{model}/run.json says that the {role}'s UNet is {said[:12]}, but {folder} was drawn with "
@@ -290,14 +330,26 @@ def _label(model: str) -> str:
 
 
 def _arm(
-    given: argparse.Namespace, root: Path, source: str, delta: str | None, task: Task, folder: Path | None
+    given: argparse.Namespace,
+    root: Path,
+    source: str,
+    task: Task,
+    folder: Path | None = None,
+    *,
+    delta: str | None = None,
+    guard: "Guard | None" = None,
 ) -> Path:
     """A drawn and scored arm; without a folder, one named by all that its pictures depend on, for all to share."""
     from erase.evaluation import arm, generate, score
 
     quiet = _quiet(given)
     model = generate.load_model(
-        source, delta_path=delta, device=given.device, precision=given.precision, allow_pickle=given.allow_pickle
+        source,
+        delta_path=delta,
+        device=given.device,
+        precision=given.precision,
+        allow_pickle=given.allow_pickle,
+        guard=guard,
     )
     if folder is None:
         settings = generate.effective_settings(model, task, given.steps, given.guidance)

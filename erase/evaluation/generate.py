@@ -18,6 +18,7 @@ from erase.data import to_pixels
 from erase.errors import EraseError
 from erase.evaluation import arm, images
 from erase.evaluation.tasks import Sample, Task
+from erase.guards import Guard
 from erase.models import Model
 from erase.run import unet_state, versions
 
@@ -31,8 +32,9 @@ def load_model(
     device: str | None = None,
     precision: str = "fp32",
     allow_pickle: bool = False,
+    guard: Guard | None = None,
 ) -> Model:
-    """A model to draw with: anything that `erase.models.load` takes, with a delta applied to it if one is given.
+    """A model to draw with: anything that `erase.models.load` takes, with a delta and a guard if they are given.
 
     Raises:
         EraseError: the model cannot be loaded, the delta was made for another one, or there is no such device.
@@ -52,7 +54,7 @@ def load_model(
         part.to(device)
         if precision != "fp32":
             part.to(PRECISIONS[precision])
-    return model
+    return replace(model, guard=guard)
 
 
 def _own_device() -> str:
@@ -61,7 +63,7 @@ def _own_device() -> str:
 
 
 def model_hashes(model: Model) -> dict[str, str]:
-    """Content hashes of all that decides a picture, of the weights as they were loaded.
+    """Content hashes of all that decides a picture, of the weights as they were loaded, and the guard beside them.
 
     The UNet's is the one that deltas and run.json state, as long as the precision is fp32.
     """
@@ -70,7 +72,8 @@ def model_hashes(model: Model) -> dict[str, str]:
     backend: Any = model.tokenizer.backend_tokenizer
     content = json.loads(backend.to_str())
     own = {name: value for name, value in content.items() if name not in {"truncation", "padding"}}  # of the last call
-    return hashes | {"tokenizer": files.text_hash(own)}
+    guard = {"guard": repr(model.guard)} if model.guard else {}
+    return hashes | {"tokenizer": files.text_hash(own)} | guard
 
 
 def effective_settings(model: Model, task: Task, steps: int | None, guidance: float | None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def measure(
         for column in plan.columns
     ]
     scores += _drift(base, erased, gold, samples, judges)
-    scores += _distribution(base, erased, real) if "features" in judges else []
+    scores += _distribution(base, erased, gold, real, samples) if "features" in judges else []
     corrected = statistics.holm([s["comparison"] and s["comparison"]["p"] for s in scores])
     for one, p in zip(scores, corrected, strict=True):
         if one["comparison"]:
@@ -355,8 +355,14 @@ def _drift(
     return rows
 
 
-def _distribution(base: Path | None, erased: Path, real: Path | None) -> list[dict[str, Any]]:
-    """KID, and FID where there are pictures enough, of the erased model to the base and of both to real pictures."""
+def _distribution(
+    base: Path | None, erased: Path, gold: Path | None, real: Path | None, samples: Sequence[Sample]
+) -> list[dict[str, Any]]:
+    """KID, and FID where there are pictures enough, of the erased model to the base, and of both to real pictures and
+    to those of the model that was trained without the concept.
+
+    What should stay is compared only: pictures of the concept are to be others.
+    """
     from erase.evaluation import quality
 
     how = score.identity(erased, "features")
@@ -367,7 +373,8 @@ def _distribution(base: Path | None, erased: Path, real: Path | None) -> list[di
         different = arm.differences(how, score.identity(folder, "features"))
         if different:
             raise EraseError(f"{folder} has features of another kind ({'; '.join(different)})")
-        found = [quality.decode(line) for line in score.load(folder, "features") if not line["invalid"]]
+        lines = zip(samples, score.load(folder, "features"), strict=False)
+        found = [quality.decode(line) for s, line in lines if s.role == "retain" and not line["invalid"]]
         if not found:
             raise EraseError(f"{folder} has no whole picture, so no FID or KID")
         return np.stack(found)
@@ -381,14 +388,14 @@ def _distribution(base: Path | None, erased: Path, real: Path | None) -> list[di
 
     features, rows = {"erased": vectors(erased)} | ({"base": vectors(base)} if base else {}), []
     targets = [("base", features["base"])] if base else []
+    targets += [("gold", vectors(gold))] if gold else []
     targets += [("real", vectors(real))] if real else []
+    called = {"base": "the base's", "gold": "those of the model trained without the concept", "real": "real ones"}
     for target, vector in targets:
         n = min(len(vector), *(len(f) for f in features.values()))
         for kind in ("kid", "fid") if n >= quality.MIN_FID else ("kid",):
             of = {r: None if r == target else figure(kind, f, vector) for r, f in features.items()}
-            about = (
-                f"{kind.upper()} of the pictures to {'the base' if target == 'base' else 'real'} ones; 0 is the same"
-            )
+            about = f"{kind.upper()} of the retained pictures to {called[target]}; 0 is the same"
             row = {"name": f"quality.{kind}_{target}", "title": f"{kind.upper()} to {target}", "about": about}
             row |= {"higher_is_better": False, "base": of.get("base"), "erased": of["erased"], "comparison": None}
             rows.append(row)

@@ -2,18 +2,20 @@
 
 What a method class may have beside its fields, all optional but one of `loss` and `solve`:
     loss(model, frozen, batch)  yields (name, term) pairs, each backpropagated before the next is asked for
-    solve(weights, text)        the new weights themselves, without training
-    pictures                    what `loss` sees: "concept" (default), "anchor" or "trajectory"; see `erase.data`
-    balance(ff, fr, rr)         factors of the "forget" and the "retain" gradient, from their inner products
+    solve(weights, text)        new weights by name, without training, and notes on the solution for run.json
+    pictures                    the forget set: "concept" (default), "anchor", "trajectory", "noise"; see `erase.data`
+    retains                     False: `loss` asks for no retain pictures, and none are drawn
+    needs_base                  True: `loss` asks `frozen`, or `shrink` is there, and the loop keeps the base's values
+    balance(ff, fr, rr)         factors of the "forget" and the "retain" gradient, from their inner products; None: 1, 1
     teacher_decay               the loop keeps an average of the weights, draws trajectories from it and returns it
-    prepare(parameters, ...)    changes weights before the first step
+    prepare(weights, ...)       changes weights before the first step, from the gradients of `prepare_batches` batches
     shrink(moved, step, steps)  changes how far weights have moved, after each step
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
 
@@ -23,26 +25,66 @@ class Preset:
     """What a method's name stands for: a class, and what its authors run it with; None is the general default.
 
     path: "file:Class" in this package. hyperparameters: those that differ from the class's own defaults.
+    target: "anchor" where the paper has nothing else; None leaves it to the recipe.
     """
 
     path: str
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "full"
     mask: str = "none"
+    target: str | None = "anchor"
     learning_rate: float | None = None
     num_train_steps: int | None = None
     batch_size: int | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    num_forget: int | None = None
 
     def defaults(self) -> dict[str, Any]:
         """The settings that this name implies."""
         found = {item.name: getattr(self, item.name) for item in fields(self)}
+        found["alpha"] = self.hyperparameters.get("alpha")
         return {k: v for k, v in found.items() if k not in {"path", "hyperparameters"} and v is not None}
 
 
 # one new method is one new file and one line here
 METHODS: dict[str, Preset] = {
-    "salun": Preset("relabel:Relabel", mask="saliency"),
-    "relabel": Preset("relabel:Relabel"),
+    "salun": Preset("relabel:Relabel", mask="saliency", target=None),
+    "relabel": Preset("relabel:Relabel", target=None),
+    "salun-soft": Preset("soft:Soft", target=None),
+    "ga": Preset("ascent:GradientAscent", {"alpha": 0.1}, num_train_steps=1000),
+    "esd-x": Preset("esd:ESD", scope="xattn", learning_rate=5e-5, num_train_steps=200, batch_size=1, num_forget=200),
+    "esd-strict": Preset(
+        "esd:ESD", scope="xattn-kv", learning_rate=5e-5, num_train_steps=200, batch_size=1, num_forget=200
+    ),
+    "esd-u": Preset(
+        "esd:ESD", {"guidance": 1.0, "target": "paper"}, scope="noxattn", num_train_steps=1000, batch_size=1
+    ),
+    "esd-full": Preset("esd:ESD", {"guidance": 1.0, "target": "paper"}, num_train_steps=1000, batch_size=1),
+    "fmn": Preset(
+        "fmn:ForgetMeNot",
+        learning_rate=2e-6,
+        num_train_steps=35,
+        batch_size=1,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        num_forget=35,
+    ),
+    "ca": Preset(
+        "ablation:Ablation",
+        {"alpha": 0.0},
+        scope="xattn-kv",
+        learning_rate=8e-6,
+        num_train_steps=100,
+        batch_size=4,
+        weight_decay=0.01,
+    ),
+    "sdd": Preset("sdd:SelfDistillation", scope="xattn", num_train_steps=1500, batch_size=1),
+    "erasediff": Preset("erasediff:EraseDiff"),
+    "scissorhands": Preset("scissorhands:Scissorhands", learning_rate=2e-5, num_train_steps=150, batch_size=16),
+    "uce": Preset("uce:UCE", scope="xattn-kv"),
+    "rece": Preset("rece:RECE", scope="xattn-kv"),
+    "speed": Preset("speed:SPEED", scope="xattn-kv"),
 }
 
 
@@ -68,7 +110,7 @@ def load(name: str) -> type:
 
 
 def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
-    """The method with its hyperparameters: the class's defaults, `general` where it has such fields, the preset's, the
+    """The method with its hyperparameters: the class's defaults, the preset's, `general` where it has such fields, the
     given ones.
 
     general: what recipe and options say of every method. given: "name=value" texts, as --set takes them.
@@ -77,8 +119,9 @@ def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
         EraseError: no such hyperparameter, or a value of another type.
     """
     cls: Any = load(name)
-    types = {item.name: item.type for item in fields(cls)}
-    values = {key: value for key, value in general.items() if key in types} | dict(find(name).hyperparameters)
+    hints = get_type_hints(cls)
+    types = {item.name: hints[item.name] for item in fields(cls)}
+    values = dict(find(name).hyperparameters) | {key: value for key, value in general.items() if key in types}
     for text in given:
         key, equals, value = text.partition("=")
         key = key.strip().replace("-", "_")
@@ -90,11 +133,14 @@ def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
 
 
 def _parsed(value: str, kind: Any, text: str) -> Any:
-    kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise EraseError(f"--set is {text!r}; choose {', '.join(get_args(kind))}")
+        return value
     try:
-        if kind == "bool":
+        if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return {"int": int, "float": float}.get(kind, str)(value)
+        return kind(value)
     except (KeyError, ValueError) as error:
-        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise EraseError(f"--set is {text!r}; it must be {wanted}") from error

@@ -1,9 +1,12 @@
 """What methods see of a model, of pictures and of words: plain tensors, whatever made them."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+
+Tokens = Literal["last", "tail", "all"]
 
 
 class Predictor(Protocol):
@@ -53,8 +56,9 @@ class Text:
     """A concept in text encoder states, float32, [prompts, tokens, d]: all that closed forms see.
 
     forget, anchor: row by row what to forget and what to say instead. retain: prompts to keep. empty: one row.
-    forget_at, anchor_at: int64, [prompts], the last token of what distinguishes the two prompts, or the last word.
-    retain_at: int64, [prompts], the last word. empty_at: 0, the start token of the empty prompt.
+    forget_at, anchor_at: int64, [prompts], the last token of what distinguishes the two prompts, or the last word;
+        0, the start token, of an empty prompt.
+    retain_at: int64, [prompts], the last word.
     """
 
     forget: Tensor
@@ -64,3 +68,27 @@ class Text:
     forget_at: Tensor
     anchor_at: Tensor
     retain_at: Tensor
+
+    def pairs(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Embeddings to redirect and where to, as columns: float64, [d, n] each.
+
+        tokens: "last" the last own token of each prompt, "tail" that one and all behind it (a causal text encoder
+        says the whole sentence again in each), "all" every token but the start, place by place.
+        """
+        forget, anchor, num = [], [], self.forget.shape[1]
+        for c_e, c_a, i, j in zip(
+            self.forget, self.anchor, *map(Tensor.tolist, (self.forget_at, self.anchor_at)), strict=True
+        ):
+            if tokens == "all":
+                i = j = 1
+            length = 1 if tokens == "last" else num - max(i, j)
+            forget.append(c_e[i : i + length])
+            anchor.append(c_a[j : j + length])
+        return torch.cat(forget).double().T, torch.cat(anchor).double().T
+
+    def kept(self, tokens: Tokens) -> Tensor:
+        """Embeddings to keep, as columns: float64, [d, n]; with "all" the start token too, as often as it occurs."""
+        start = {"last": self.retain_at, "tail": self.retain_at, "all": torch.zeros_like(self.retain_at)}[tokens]
+        stop = start + 1 if tokens == "last" else torch.full_like(start, self.retain.shape[1])
+        found = [c[i:j] for c, i, j in zip(self.retain, start.tolist(), stop.tolist(), strict=True)]
+        return torch.cat([self.empty[0, :0], *found]).double().T

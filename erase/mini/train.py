@@ -511,4 +511,19 @@ DEFAULTS: dict[str, Any] = {
     "num_retain": 192,
     "generation_batch_size": 16,
     "num_train_steps": 100,
+    # for closed forms the word alone is too little here: the end tokens say it again, and the UNet listens to them
+    "methods": {
+        "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
+        "rece": {"set": ["lamb_1=1", "epochs=1"]},
+        "speed": {"set": ["tokens=tail", "retain_tokens=tail", "rho=0.05", "filter=false"]},
+        "ga": {"learning_rate": 5e-05, "num_train_steps": 20},
+        "esd-x": {"learning_rate": 0.0004},
+        "esd-strict": {"learning_rate": 0.0004},
+        "esd-u": {"learning_rate": 0.0001},
+        "esd-full": {"learning_rate": 0.0001},
+        "fmn": {"learning_rate": 5e-05, "num_train_steps": 35, "batch_size": 8},
+        "ca": {"learning_rate": 0.0005},
+        "sdd": {"learning_rate": 0.0005, "batch_size": 4, "set": ["teacher_decay=0.98"]},
+        "scissorhands": {"num_train_steps": 150},
+    },
 }

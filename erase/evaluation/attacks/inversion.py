@@ -26,7 +26,9 @@ class Inversion:
     """How the word is learnt.
 
     templates: prompts with {} for the word, in turn. num_steps, batch_size, learning_rate: of Adam; the word begins as
-        the mean of all words. The paper takes 5,000 steps of 16 at 0.005 * 16 for SD v1.4.
+        the mean of all tokens. The paper takes 5,000 steps of 16 at 0.005 * 16 for SD v1.4; these are for the embedded
+        model, on which they bring back any concept that was never erased. Each batch's timesteps are spread over the
+        whole range: independent ones are too noisy for so few steps.
     """
 
     templates: tuple[str, ...] = (
@@ -38,7 +40,7 @@ class Inversion:
     )
     num_steps: int = 60
     batch_size: int = 16
-    learning_rate: float = 0.05
+    learning_rate: float = 0.003
     seed: int = 0
 
     def prompts(self, num: int) -> list[str]:
@@ -61,7 +63,8 @@ def learn(model: Model, latents: Tensor, attack: Inversion, *, quiet: bool = Fal
         draw = generator(attack.seed, "inversion", step)
         rows = torch.randint(len(latents), (attack.batch_size,), generator=draw)
         said = torch.randint(len(ids), (attack.batch_size,), generator=draw)
-        t = torch.randint(0, 1000, (attack.batch_size,), generator=draw).to(model.device)
+        strata = torch.arange(attack.batch_size) + torch.rand(attack.batch_size, generator=draw)
+        t = (strata * (1000 / attack.batch_size)).long().to(model.device)
         x = latents[rows]
         eps = torch.randn(x.shape, generator=draw).to(model.device)
         with _said(model, row, vector):

@@ -1,0 +1,206 @@
+"""Guards that steer away from a concept while pictures are drawn and leave the weights alone: SLD, negative prompt.
+
+    guard = guards.make("sld-strong", "nudity, nude, naked")
+    with guard.on(pipeline):
+        pipeline("a photo of a person")
+
+They stand between any Stable Diffusion pipeline of diffusers and its UNet during classifier-free guidance, so that the
+pipeline's own formula, eps(0) + s_g (eps(c_p) - eps(0)), gives the guarded result.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erase.errors import EraseError
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SLD:
+    """Safe Latent Diffusion (Schramowski et al., CVPR 2023, arXiv:2211.05105), its presets by `PRESETS`.
+
+    phi   = min(1, guidance |eps(c_p) - eps(c_S)|)       (the paper writes max; its code does this)
+    mu    = phi where eps(c_p) - eps(c_S) < threshold, else 0
+    gamma = mu (eps(c_S) - eps(0)) + momentum_scale nu
+    nu    = momentum_beta nu + (1 - momentum_beta) gamma, from 0 at a picture's first step on, warm-up included
+    eps   = eps(0) + s_g (eps(c_p) - eps(0) - gamma), gamma = 0 in the first `warmup` steps
+
+    One UNet forward more a step, batched with the two of guidance: 1.5 times the time.
+
+    text: c_S, what to steer away from. guidance: s_S; below 1 nothing is guarded at all.
+    """
+
+    text: str
+    warmup: int = 10
+    guidance: float = 1000.0
+    threshold: float = 0.01
+    momentum_scale: float = 0.3
+    momentum_beta: float = 0.4
+
+    @contextmanager
+    def on(self, pipeline: Any) -> Iterator[None]:
+        """Guard what the pipeline draws inside; outside, pipeline and UNet are as they were found.
+
+        Raises:
+            EraseError: the pipeline draws without classifier-free guidance.
+        """
+        c_s = _encode(pipeline, self.text)
+        step, nu = 0, torch.zeros(())
+
+        def begin() -> None:
+            nonlocal step, nu
+            step, nu = 0, torch.zeros(())
+
+        def forward(predict: Callable[..., Any], x: Tensor, t: Any, text: Tensor, more: Mapping[str, Any]) -> Any:
+            nonlocal step, nu
+            num = _half(pipeline, x)
+            if self.guidance < 1:
+                return predict(x, t, text, **more)
+            third = c_s.to(text).expand(num, -1, -1)
+            output = predict(_thrice(x, num), _thrice(t, num), torch.cat([text, third]), **_thrice(dict(more), num))
+            predicted = output[0]
+            eps_0, eps_p, eps_s = predicted.float().chunk(3)
+            unit = _noise_unit(pipeline, t).to(predicted.device)
+            gamma, nu = self.away(unit * eps_0, unit * eps_p, unit * eps_s, nu.to(predicted.device))
+            eps_p = eps_p - gamma / unit if step >= self.warmup else eps_p
+            step += 1
+            return _with_prediction(output, torch.cat([eps_0, eps_p]).to(predicted.dtype))
+
+        with _between(pipeline, forward, begin):
+            yield
+
+    def away(self, eps_0: Tensor, eps_p: Tensor, eps_s: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma and the next nu."""
+        difference = eps_p - eps_s
+        phi = (self.guidance * difference.abs()).clamp(max=1)
+        mu = torch.where(difference < self.threshold, phi, 0)
+        gamma = mu * (eps_s - eps_0) + self.momentum_scale * nu
+        return gamma, self.momentum_beta * nu + (1 - self.momentum_beta) * gamma
+
+
+@dataclass(frozen=True)
+class NegativePrompt:
+    """eps = eps(c_S) + s_g (eps(c_p) - eps(c_S)): the pipeline's negative prompt, in the place of any that it is given.
+
+    text: c_S, what to steer away from. It costs nothing.
+    """
+
+    text: str
+
+    @contextmanager
+    def on(self, pipeline: Any) -> Iterator[None]:
+        """Guard what the pipeline draws inside; outside, pipeline and UNet are as they were found.
+
+        Raises:
+            EraseError: the pipeline draws without classifier-free guidance.
+        """
+        c_s = _encode(pipeline, self.text)
+
+        def forward(predict: Callable[..., Any], x: Tensor, t: Any, text: Tensor, more: Mapping[str, Any]) -> Any:
+            num = _half(pipeline, x)
+            return predict(x, t, torch.cat([c_s.to(text).expand(num, -1, -1), text[num:]]), **more)
+
+        with _between(pipeline, forward, lambda: None):
+            yield
+
+
+Guard = SLD | NegativePrompt
+
+# of the authors' release, by their names
+PRESETS: dict[str, Callable[[str], Guard]] = {
+    "sld-weak": lambda text: SLD(text, 15, 20.0, 0.0, 0.0, 0.0),
+    "sld-medium": lambda text: SLD(text, 10, 1000.0, 0.01, 0.3, 0.4),
+    "sld-strong": lambda text: SLD(text, 7, 2000.0, 0.025, 0.5, 0.7),
+    "sld-max": lambda text: SLD(text, 0, 5000.0, 1.0, 0.5, 0.7),
+    "negative": NegativePrompt,
+}
+
+
+def make(name: str, text: str) -> Guard:
+    """The guard of this name against what the text says.
+
+    Raises:
+        EraseError: no such guard, or no text.
+    """
+    if name not in PRESETS:
+        guess = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {guess[0]}? " if guess else ""
+        raise EraseError(f"unknown guard {name!r}; {hint}({', '.join(PRESETS)})")
+    if not text.strip():
+        raise EraseError("a guard needs a text that says what to steer away from")
+    return PRESETS[name](text)
+
+
+# --- between a pipeline and its UNet --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _between(pipeline: Any, forward: Callable[..., Any], begin: Callable[[], None]) -> Iterator[None]:
+    """Inside, the UNet's calls go through `forward`, and `begin` is called when the pipeline is.
+
+    Both are attributes of the instances, in front of what the classes or hooks have there.
+    """
+    unet = pipeline.unet
+    predict, check = unet.forward, pipeline.check_inputs
+
+    def guarded(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **more: Any) -> Any:
+        if rest:
+            raise EraseError("a guard knows the UNet's arguments beyond the text by their names only")
+        return forward(predict, sample, timestep, encoder_hidden_states, more)
+
+    def checked(*arguments: Any, **more: Any) -> Any:  # the first thing that every pipeline does when it is called
+        begin()
+        return check(*arguments, **more)
+
+    before = [(owner, name, vars(owner).get(name)) for owner, name in ((unet, "forward"), (pipeline, "check_inputs"))]
+    try:
+        unet.forward, pipeline.check_inputs = guarded, checked
+        yield
+    finally:
+        for owner, name, own in before:
+            vars(owner).pop(name, None)
+            if own is not None:
+                vars(owner)[name] = own
+
+
+@torch.no_grad()
+def _encode(pipeline: Any, text: str) -> Tensor:
+    """Text encoder states, [1, tokens, d]."""
+    return pipeline.encode_prompt(text, pipeline._execution_device, 1, False)[0]
+
+
+def _half(pipeline: Any, x: Tensor) -> int:
+    """How many pictures the batch is drawing: half of it, since guidance puts the unconditional ones in front."""
+    if not pipeline.do_classifier_free_guidance:
+        raise EraseError("a guard works through guidance, and guidance_scale is at most 1; draw with more")
+    return len(x) // 2
+
+
+def _thrice(value: Any, num: int) -> Any:
+    """What has a row for each of 2 num predictions, with the conditional rows once more; all else as it is."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value[num:]]) if value.dim() and len(value) == 2 * num else value
+    if isinstance(value, dict):
+        return {key: _thrice(item, num) for key, item in value.items()}
+    return type(value)(_thrice(item, num) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def _noise_unit(pipeline: Any, t: Any) -> Tensor:
+    """What a difference of two predictions is in noise: itself, or sqrt(alpha_t) of a difference of v."""
+    scheduler = pipeline.scheduler
+    if scheduler.config.get("prediction_type", "epsilon") != "v_prediction":
+        return torch.ones(())
+    time = torch.as_tensor(t).flatten()[0].round().long().cpu()
+    return scheduler.alphas_cumprod[time].sqrt().float()
+
+
+def _with_prediction(output: Any, predicted: Tensor) -> Any:
+    """The UNet's output, a tuple or diffusers' record, with another prediction."""
+    return (predicted, *output[1:]) if isinstance(output, tuple) else type(output)(predicted)

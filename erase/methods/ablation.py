@@ -1,0 +1,43 @@
+"""Concept Ablation, model-based (Kumari et al., ICCV 2023): pictures of the anchor, named as the concept."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from erase.methods.inputs import Batch, Predictor
+from erase.methods.terms import denoised, relabelled
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """L = ||eps(x_t | c_f) - sg eps_target(x_t | c_a)||^2 + alpha ||eps(x_t' | c_r) - eps'||^2, means over elements.
+
+    x_t is noised from pictures of the anchor, which are named by the forget prompt.
+
+    alpha: weight of the prior's diffusion loss; the paper needs none, because all its pictures are of what stays.
+    frozen_target: eps_target is the untouched base; otherwise the model itself as it moves, as in the paper.
+
+    Costs two passes forward and one back a step, with a prior one more of each, and pictures of the anchor instead of
+    the concept. Known to break: the model is never shown the concept, so that pictures begun from it, and prompts far
+    from the forget prompts, keep it.
+    """
+
+    pictures: ClassVar[str] = "anchor"
+
+    alpha: float = 0.0
+    frozen_target: bool = True
+
+    @property
+    def needs_base(self) -> bool:
+        return self.frozen_target
+
+    @property
+    def retains(self) -> bool:
+        return self.alpha > 0
+
+    def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        yield "forget", relabelled(model, frozen if self.frozen_target else model, batch)
+        if self.retains:
+            yield "retain", self.alpha * denoised(model, batch)

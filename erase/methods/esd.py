@@ -1,0 +1,44 @@
+"""Erased Stable Diffusion (Gandikota et al., ICCV 2023): steer the forget prompt away from itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erase.methods.inputs import Batch, Predictor
+
+
+@dataclass(frozen=True)
+class ESD:
+    """L = ||eps(x_t | c_f) - target||^2, x_t a point on the frozen model's way from noise to the concept, where
+        current   target = eps*(x_t | c_f) - eta (eps*(x_t | c_f) - eps*(x_t | ""))
+        paper     target = eps*(x_t | "")  - eta (eps*(x_t | c_f) - eps*(x_t | ""))
+    The authors' code has the first today, with eta = 2, which is the second with eta = 1, the paper's.
+
+    guidance: eta, how far to push away from the concept; 1 under "current" is the unconditional prediction.
+
+    "x" is meant to touch only what the words say. On the embedded model's circle that holds in part: the unconditional
+    prediction moves 17 % as far as the concept's does under `esd-x`, 63 % under `esd-u`.
+    There is no retain term. Costs three passes forward and one back a step, and one way of up to 50 double passes a
+    picture beforehand. Known to break: all that shares words with the concept; `esd-u` and `esd-full` change pictures
+    of other prompts, and `esd-x` leaves knowledge outside the text layers, which attacks find.
+    """
+
+    pictures: ClassVar[str] = "trajectory"
+    needs_base: ClassVar[bool] = True
+    retains: ClassVar[bool] = False
+
+    guidance: float = 2.0
+    target: Literal["current", "paper"] = "current"
+
+    def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        x, t = batch.x_forget, batch.t_forget
+        with torch.no_grad():
+            both = frozen(torch.cat([x, x]), torch.cat([t, t]), torch.cat([batch.c_forget, batch.c_empty]))
+            conditional, unconditional = both.chunk(2)
+        start = conditional if self.target == "current" else unconditional
+        target = start - self.guidance * (conditional - unconditional)
+        yield "forget", F.mse_loss(model(x, t, batch.c_forget), target)

@@ -1,0 +1,50 @@
+"""SalUn-soft (Fan et al., ICLR 2024): no mask chosen before, a proximal step pulls most weights back to the base."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from erase.methods.relabel import Relabel
+from erase.saliency import kth_largest
+
+
+@dataclass(frozen=True)
+class Soft(Relabel):
+    """Relabel's loss; after each step D = theta - theta_o becomes sign(D) max(|D| - tau, 0), elementwise.
+
+    tau is the z-th smallest |D|, z = share * n over the n weights that may move, and the share goes in a straight line
+    from `kept` to `kept_at_end`. So the l1 penalty that the proximal step minimises has the weight that leaves this
+    share of weights exactly as the base has them.
+
+    kept: share of weights put back to the base in the beginning, beta in the authors' code.
+    kept_at_end: the same after the last step. Their schedule falls epoch by epoch and ends near 0.18 beta, which is
+        this default; at 0 the last steps would move every weight after all, and nothing would remain of the sparsity.
+
+    Differs from their code: that counts the VAE's and text encoder's 207 million zeros among the smallest, so that
+    with beta 0.5 most of its steps shrink nothing in the fourth epoch's end and after.
+    Costs Relabel's passes and a selection over all weights a step. Known to break: as Relabel; the moments of Adam are
+    not shrunk, so that a weight that was put back moves again with its old momentum.
+    """
+
+    kept: float = 0.5
+    kept_at_end: float = 0.09
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    def share(self, step: int, num_steps: int) -> float:
+        """Of the weights, which to put back after this step, counted from 0."""
+        left = (num_steps - step - 1) / num_steps
+        return self.kept * left + self.kept_at_end * (1 - left)
+
+    def shrink(self, moved: Mapping[str, Tensor], step: int, num_steps: int) -> None:
+        """The proximal step on how far each weight is from the base, in place."""
+        total = sum(tensor.numel() for tensor in moved.values())
+        z = int(self.share(step, num_steps) * total)
+        if z == 0:
+            return
+        tau = kth_largest({name: tensor.abs() for name, tensor in moved.items()}, total - z + 1)
+        for tensor in moved.values():
+            tensor.copy_(tensor.sign() * (tensor.abs() - tau).clamp(min=0))

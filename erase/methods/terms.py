@@ -1,0 +1,19 @@
+"""Terms that several papers share, means over elements."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erase.methods.inputs import Batch, Predictor
+
+
+def relabelled(model: Predictor, teacher: Predictor, batch: Batch) -> Tensor:
+    """||eps(x_t | c_f) - sg eps_teacher(x_t | c')||^2: answer the forget prompt as if it said something else."""
+    with torch.no_grad():
+        target = teacher(batch.x_target, batch.t_forget, batch.c_target)
+    return F.mse_loss(model(batch.x_forget, batch.t_forget, batch.c_forget), target)
+
+
+def denoised(model: Predictor, batch: Batch) -> Tensor:
+    """||eps(x_t' | c_r) - eps'||^2: the diffusion loss of the pictures to keep."""
+    return F.mse_loss(model(batch.x_retain, batch.t_retain, batch.c_retain), batch.eps_retain)

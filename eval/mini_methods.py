@@ -1,0 +1,282 @@
+"""Every method under one protocol on the embedded model, as JSON, a table and a plot of what separates them.
+
+    python eval/mini_methods.py --output runs/methods --jobs 2
+
+Each cell is one erasure, the pictures of the task mini, and an attack: a new word learnt in 60 steps from the base's
+pictures of the concept ("recovered": how often it draws the concept again). The base and, where it is given, the model
+that was trained without the concept are attacked alike. A finished cell is kept, so the same command continues.
+A result on the embedded model says nothing about SD v1.4.
+"""
+
+import argparse
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from mini_effect import arm
+
+from erase import files
+from erase.methods import METHODS
+
+CONCEPTS = ("circle", "striped", "nudity")
+NUM_RECOVERED = 100  # pictures of the learnt word
+NUM_SHOWN = 64  # pictures of the concept that it is learnt from
+GUARDS = ("negative", "sld-medium", "sld-max")
+DENSITIES, MASKS, SCORES = (0.01, 0.05, 0.1, 0.25), ("saliency", "random", "inverse"), ("sum_abs", "sum_sq")
+MASKED: dict[str, dict[str, Any]] = {
+    "salun --mask random": {"mask": "random"},
+    "salun --mask inverse": {"mask": "inverse"},
+    **{f"salun --score {score}": {"score": score} for score in SCORES},
+    **{f"salun --mask {mask} --density {d}": {"mask": mask, "density": d} for d in DENSITIES for mask in MASKS},
+}
+VARIANTS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS} | MASKED
+
+
+def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Path | None = None, **guard: Any) -> Path:
+    """The mini task's pictures with their scores, and their features for KID."""
+    from erase.evaluation import quality, score
+
+    arm(folder, concept, delta, model=model, **guard)
+    score.score(folder, quality.Features("mini"), quiet=True)
+    return folder
+
+
+def shown(folder: Path, concept: str) -> Any:
+    """The base's pictures of the concept, as latents; drawn once."""
+    from erase import concepts, models
+
+    path = folder / "shown" / f"{concept}.safetensors"
+    if not path.exists():
+        model, prompts = models.load("mini"), concepts.load(concept, model_family="mini").forget
+        texts, seeds = [prompts[i % len(prompts)] for i in range(NUM_SHOWN)], list(range(NUM_SHOWN))
+        files.write_tensors(path, {"latents": model.draw(texts, seeds, steps=25, guidance=2.0, size=64)})
+    return files.read_tensors(path)["latents"]
+
+
+def recovered(
+    folder: Path, concept: str, latents: Any, *, model: str = "mini", delta: Path | None = None
+) -> list[bool]:
+    """Whether each picture of a word learnt on the model shows the concept."""
+    from erase import concepts
+    from erase.evaluation import classes, generate, score, tasks
+    from erase.evaluation.attacks import inversion
+
+    judge, attack = concepts.load(concept, model_family="mini").judge, inversion.Inversion()
+    attacked = generate.load_model(model, delta_path=delta and str(delta), device="cpu")
+    inversion.teach(attacked, inversion.learn(attacked, latents, attack, quiet=True))
+    samples = tuple(
+        tasks.Sample(f"word-{i:03d}", prompt, tasks.seed_of("inversion", concept, i), "forget")
+        for i, prompt in enumerate(attack.prompts(NUM_RECOVERED))
+    )
+    task = tasks.Task("mini", 1, {"attack": "inversion"}, samples, ("mini",))
+    generate.generate(attacked, task, folder, batch_size=16, quiet=True)
+    score.score(folder, classes.MiniJudge(), quiet=True)
+    lines = score.load(folder, "mini")
+    shutil.rmtree(folder)
+    return [not line["invalid"] and line[str(judge["head"])] == judge["label"] for line in lines]
+
+
+def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) -> None:
+    """One erasure with its measures; the variants "base" and "gold" are erased from nothing."""
+    import torch
+
+    from erase import erase_concept
+    from erase.evaluation import measure
+
+    torch.set_num_threads(1)
+    name = f"{concept}-{variant.replace(' --', '-').replace(' ', '-')}-{seed}"
+    path, base = folder / "cells" / f"{name}.json", folder / "arms" / f"{concept}-base"
+    latents = shown(folder, concept)
+    if path.exists():
+        return
+    record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed}
+    if variant in {"base", "gold"}:
+        model = "mini" if variant == "base" else str(gold)
+        erased, delta = draw_and_judge(folder / "arms" / f"{concept}-{variant}", concept, model=model), None
+    elif variant in GUARDS:
+        model, delta = "mini", None
+        erased = draw_and_judge(folder / "arms" / name, concept, guard=variant)
+    else:
+        options = {**VARIANTS[variant], "seed": seed, "num_samples": 0, "save": ("delta",)}
+        run = erase_concept(concept, "mini", output=str(folder / "runs" / name), quiet=True, **options)
+        model, delta = "mini", run.folder / "delta.safetensors"
+        record |= {
+            "seconds": run.record["seconds"],
+            "peak_memory": run.record["peak_memory_bytes"]["process"],
+            "bytes": delta.stat().st_size,
+            "changed": run.record["weights"]["changed"],
+        }
+        erased = draw_and_judge(folder / "arms" / name, concept, delta=delta)
+    golden = folder / "arms" / f"{concept}-gold"
+    record["results"], record["outcomes"] = measure.measure(
+        erased,
+        base,
+        name=variant,
+        gold=golden if golden.exists() and variant not in {"base", "gold"} else None,
+        command="python eval/mini_methods.py",
+    )
+    if variant not in GUARDS:
+        record["recovered"] = recovered(folder / "arms" / f"{name}-word", concept, latents, model=model, delta=delta)
+    files.write_json(path, record)
+    if variant not in {"base", "gold"}:
+        shutil.rmtree(erased)
+        shutil.rmtree(folder / "runs" / name, ignore_errors=True)
+
+
+def figure(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float] | None:
+    """Mean over the seeds of a distance, with its least and greatest."""
+    found = [s["erased"]["value"] for r in rows for s in r["results"]["scores"] if s["name"] == name and s["erased"]]
+    return (sum(found) / len(found), min(found), max(found)) if found else None
+
+
+def rate(runs: list[list[Any]]) -> Any:
+    """A rate over runs and samples with its 95 % interval."""
+    from erase.evaluation import statistics
+
+    runs = [[float(value) for value in run if value is not None] for run in runs]
+    return statistics.hierarchical("rate", runs, higher_is_better=True) if runs and runs[0] else None
+
+
+def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a concept and a variant: rates with intervals over seeds and prompts, and the other columns' means."""
+    found = []
+    for concept in CONCEPTS:
+        for variant in ("base", "gold", *VARIANTS, *GUARDS):
+            rows = [c for c in cells if c["concept"] == concept and c["variant"] == variant]
+            if not rows:
+                continue
+
+            def outcome(column: str, rows: list[dict[str, Any]] = rows) -> Any:
+                return rate([r["outcomes"]["columns"].get(column, {}).get("erased", []) for r in rows])
+
+            found.append(
+                {
+                    "concept": concept,
+                    "variant": variant,
+                    "seeds": len(rows),
+                    "kept_forget": outcome("mini.ua"),
+                    "synonym": outcome("mini.ua_synonym"),
+                    "retained": outcome("mini.ra"),
+                    "colour": outcome("mini.colour"),
+                    "style": outcome("mini.style"),
+                    "drift": figure(rows, "pixels.drift"),
+                    "kid_base": figure(rows, "quality.kid_base"),
+                    "kid_gold": figure(rows, "quality.kid_gold"),
+                    "recovered": rate([r["recovered"] for r in rows if "recovered" in r]),
+                    "seconds": [sum(r["seconds"].values()) for r in rows if "seconds" in r],
+                    "peak_memory": [r["peak_memory"] for r in rows if "peak_memory" in r],
+                    "bytes": [r["bytes"] for r in rows if "bytes" in r],
+                }
+            )
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; brackets are 95 % intervals."""
+    lines = [
+        "| concept | method | seeds | drawn | by synonym | objects kept | colours | styles | drift "
+        "| KID to base x 1000 | KID to retrained x 1000 | recovered by a word | s | GB | MB |",
+        "| --- " * 15 + "|",
+    ]
+
+    def share(score: Any, *, inverted: bool = False, interval: bool = False) -> str:
+        if score is None:
+            return "-"
+        value, low, high = score.value, score.low, score.high
+        if inverted:
+            value, low, high = 1 - value, 1 - high, 1 - low
+        return f"{value:.0%} [{low:.0%}, {high:.0%}]" if interval else f"{value:.0%}"
+
+    def mean(values: Any, scale: float, digits: int) -> str:
+        if not values:
+            return "-"
+        value = values[0] if isinstance(values, tuple) else sum(values) / len(values)
+        return f"{value * scale:.{digits}f}"
+
+    for row in rows:
+        cells = [
+            row["concept"],
+            f"`{row['variant']}`",
+            str(row["seeds"]),
+            share(row["kept_forget"], inverted=True, interval=True),
+            share(row["synonym"], inverted=True),
+            share(row["retained"]),
+            share(row["colour"]),
+            share(row["style"]),
+            mean(row["drift"], 1, 3),
+            mean(row["kid_base"], 1000, 2),
+            mean(row["kid_gold"], 1000, 2),
+            share(row["recovered"], interval=True),
+            mean(row["seconds"], 1, 0),
+            mean(row["peak_memory"], 1e-9, 1),
+            mean(row["bytes"], 1e-6, 1),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Drift of what should stay against recovery by the attack, a panel a concept; methods that no other beats joined.
+
+    Only what erased the concept (drawn in at most a tenth of the pictures) stands in it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    drawn = [concept for concept in CONCEPTS if any(row["concept"] == concept for row in rows)]
+    sheet = Figure(figsize=(5.4 * len(drawn), 4.6), layout="constrained")
+    for ax, concept in zip(sheet.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        here = [row for row in rows if row["concept"] == concept and row["variant"] not in {"base", *MASKED}]
+        points = [
+            (row["variant"], row["drift"][0], row["recovered"].value)
+            for row in here
+            if row["drift"] and row["recovered"] and 1 - row["kept_forget"].value <= 0.1
+        ]
+        best = [
+            p for p in points if not any(q[1] <= p[1] and q[2] <= p[2] and (q[1] < p[1] or q[2] < p[2]) for q in points)
+        ]
+        ax.plot(*zip(*sorted((x, y) for _, x, y in best), strict=True), color="0.6", linestyle="--", linewidth=1)
+        for name, x, y in points:
+            ax.plot(x, y, "o", color="tab:green" if name == "gold" else "tab:red")
+            ax.annotate(name, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+        ax.set(title=concept, xlabel="drift of retained pictures (lower is better)", xlim=(0, None), ylim=(-0.03, 1.05))
+        ax.set_ylabel("concept recovered by a learnt word (lower is better)")
+    sheet.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/methods", help="folder of cells, results.json, table.md and plot.png")
+    parser.add_argument("--seeds", type=int, default=3, help="erasure seeds [3]")
+    parser.add_argument("--concept", action="append", choices=CONCEPTS, help="only this one; may be repeated")
+    parser.add_argument("--variant", action="append", choices=[*VARIANTS, *GUARDS], help="only this one; repeatable")
+    parser.add_argument(
+        "--gold", action="append", default=[], metavar="CONCEPT=DIR", help="the model trained without the concept"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each [2]")
+    given = parser.parse_args()
+    folder, chosen = Path(given.output), given.concept or CONCEPTS
+    golds = dict(text.split("=", 1) for text in given.gold)
+    stages = [[(c, "base", 0, None) for c in chosen], [(c, "gold", 0, golds[c]) for c in chosen if c in golds]]
+    variants = given.variant or [*METHODS, *GUARDS, *MASKED]
+    stages.append([(c, v, s, None) for s in range(given.seeds) for c in chosen for v in variants])
+    for stage in stages:
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            futures = [pool.submit(cell, folder, *one) for one in stage]
+            for one, future in zip(stage, futures, strict=True):
+                future.result()
+                print(*one[:3], flush=True)
+    cells = [files.read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
+    files.write_json(folder / "results.json", {"cells": [{k: c[k] for k in c if k != "outcomes"} for c in cells]})
+    rows = summary(cells)
+    files.write_text(folder / "table.md", table(rows) + "\n")
+    plot(rows, folder / "plot.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

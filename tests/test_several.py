@@ -1,0 +1,261 @@
+"""Several concepts at once and one after another: one united concept, one united mask, and each kept for its judge."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from erase import concepts, data, delta, erase_concept, files, models, saliency
+from erase import run as running
+from erase.concepts import Concept, unite
+from erase.errors import EraseError
+from erase.evaluation import cli as evaluation
+from erase.settings import Settings
+
+CAT = Concept(
+    "cat",
+    "object",
+    forget=("a cat", "a photo of a cat"),
+    anchor=("a dog", "a photo of a dog"),
+    retain=("a tree", "a boat", "a lorry", "a puss"),
+    others=("a bird", "a lorry"),
+    judge={"type": "imagenet", "index": 281},
+    synonyms=("kitty",),
+)
+LORRY = Concept(
+    "lorry",
+    "object",
+    forget=("a lorry",),
+    anchor=("a bus",),
+    retain=("a house", "a boat", "a kitty"),
+    others=("a bird", "a cat"),
+    judge={"type": "imagenet", "index": 555},
+)
+OPTIONS: dict[str, Any] = {
+    "num_forget": 6,
+    "num_retain": 4,
+    "num_inference_steps": 2,
+    "num_train_steps": 3,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "num_samples": 0,
+    "generation_batch_size": 2,
+    "device": "cpu",
+    "quiet": True,
+}
+
+
+# --- one concept of several -----------------------------------------------------------------------------------------
+
+
+def test_united_pairs_take_turns_with_the_same_share_each():
+    united = unite([CAT, LORRY])
+    assert united.pairs() == (
+        ("a cat", "a dog"),
+        ("a lorry", "a bus"),
+        ("a photo of a cat", "a photo of a dog"),
+        ("a lorry", "a bus"),
+    )
+    assert united.name == "cat and lorry" and united.kind == "object" and not united.judge
+
+
+def test_what_another_one_forgets_or_mentions_is_not_retained():
+    """ "a lorry" is forgotten, "a kitty" is a cat by another name; the control: each keeps them while it is alone."""
+    united = unite([CAT, LORRY])
+    assert united.retain == ("a tree", "a boat", "a puss", "a house")
+    assert united.others == ("a bird",)
+    assert "a lorry" in CAT.retain and "a kitty" in LORRY.retain
+
+
+def test_one_concept_stays_itself_and_twice_the_same_is_once():
+    assert unite([CAT]) is CAT and unite([CAT, CAT]) is CAT
+    assert unite([CAT, replace(LORRY, kind="style")]).kind == "object"
+    assert unite([CAT, replace(LORRY, kind="nudity")]).kind == "nudity"
+
+
+def test_an_anchor_that_is_forgotten_too_becomes_what_that_one_says():
+    """The embedded world's moon becomes a circle, and its circle a square."""
+    moon, circle = (concepts.load(name, model_family="mini") for name in ("moon", "circle"))
+    told = dict(unite([moon, circle]).pairs())
+    assert dict(moon.pairs())["a photo of a solid red moon"] == "a photo of a solid red circle"
+    assert (
+        told["a photo of a solid red moon"] == told["a photo of a solid red circle"] == "a photo of a solid red square"
+    )
+    assert not any("circle" in anchor or "moon" in anchor for anchor in told.values())
+
+
+def test_a_pair_whose_anchor_mentions_another_one_goes():
+    circle, striped = (concepts.load(name, model_family="mini") for name in ("circle", "striped"))
+    united = unite([circle, striped])
+    assert not any("circle" in anchor or "strip" in anchor for anchor in united.anchor)
+    assert "a photo of a striped red circle" in united.forget and "a photo of a checked red circle" in united.forget
+    assert not any("circle" in prompt or "striped" in prompt for prompt in united.retain) and len(united.retain) > 40
+
+
+def test_two_that_would_become_each_other_are_refused():
+    other = replace(LORRY, name="dog", forget=("a dog", "a photo of a dog"), anchor=("a cat", "a photo of a cat"))
+    with pytest.raises(EraseError, match="'cat' would become 'a dog', which is erased too"):
+        unite([CAT, other])
+
+
+# --- at once --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(toy_pipeline_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("both") / "run"
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(folder), cache_dir=cache, **OPTIONS)
+
+
+def test_the_mask_is_the_union_of_one_for_each_at_the_density(both, toy_pipeline_dir, monkeypatch, tmp_path):
+    mask, header = saliency.load(both.folder / "mask.safetensors")
+    half = header["total"] // 2
+    assert half < header["ones"] < 2 * half and header["concepts"] == ["cat", "lorry"]
+    assert both.record["mask"]["ones"] == header["ones"]
+    # one after the other by hand: what the pass over each one's pictures selects
+    seen: list[Any] = []
+    select = saliency.select
+    monkeypatch.setattr(running.saliency, "select", lambda *a, **o: seen.append(select(*a, **o)) or seen[-1])
+    erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "again"), **OPTIONS)
+    assert len(seen) == 2 and all(saliency.count(own) == half for own in seen)
+    assert saliency.iou(seen[0], seen[1]) < 1
+    assert all(torch.equal(mask[name], seen[0][name] | seen[1][name]) for name in mask)
+
+
+def test_each_concept_has_its_own_pictures(toy_pipeline_dir, monkeypatch, tmp_path):
+    parts: list[data.Data] = []
+    of_prompts = data.of_prompts
+    monkeypatch.setattr(running.data, "of_prompts", lambda *a: parts.append(of_prompts(*a)) or parts[-1])
+    erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **OPTIONS)
+    named = [{part.prompts[row] for row in part.forget.prompt.tolist()} for part in parts]
+    assert named == [{"a cat", "a photo of a cat"}, {"a lorry"}] and [len(part.forget) for part in parts] == [3, 3]
+    assert all(len(part.anchor) == len(part.words) == len(part.end) == 3 for part in parts)
+
+
+def test_no_bit_moves_outside_the_united_mask(both, toy_pipeline_dir):
+    mask, _ = saliency.load(both.folder / "mask.safetensors")
+    base, erased = (models.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, both.folder))
+    moved = {name: base[name].view(torch.int32) != erased[name].view(torch.int32) for name in base}
+    assert not any((moved[name] & ~mask[name]).any() for name in base)
+    assert sum(int(m.sum()) for m in moved.values()) > 0.9 * saliency.count(mask)
+
+
+def test_the_record_keeps_each_concept_for_its_judge(both):
+    record = json.loads((both.folder / "run.json").read_text())
+    assert [part["name"] for part in record["concepts"]] == ["cat", "lorry"]
+    assert [part["judge"]["index"] for part in record["concepts"]] == [281, 555]
+    assert record["concept"]["name"] == "cat and lorry" and record["settings"]["concept"] == ["cat", "lorry"]
+
+    class Given:
+        concept, kind = "lorry", None
+
+    given: Any = Given()
+    found = evaluation._concept(given, str(both.folder))
+    assert found is not None and found == LORRY and found.judge == LORRY.judge
+    given.concept = None
+    with pytest.raises(EraseError, match="erased cat, lorry; choose one with --concept"):
+        evaluation._concept(given, str(both.folder))
+
+
+def test_too_few_pictures_for_all_are_refused(toy_pipeline_dir, tmp_path):
+    with pytest.raises(EraseError, match="--num-forget 1 leaves no picture for 'a lorry'; draw more"):
+        erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **{**OPTIONS, "num_forget": 1})
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+def test_closed_forms_send_every_concept_to_its_anchor(toy_pipeline_dir, tmp_path, method):
+    """Their residual |W' c_e - W c_a| falls for each of the two, against the base's.
+
+    RECE without its later rounds, which fit other embeddings than c_e: 8 dimensions have no room for both.
+    """
+    sets = {"uce": (), "rece": ("epochs=0",), "speed": ("threshold=1", "filter=false", "rho=0.01")}
+    options = {**OPTIONS, "method": method, "set": sets[method]}
+    erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **options)
+    base = models.load(toy_pipeline_dir)
+    erased = models.load_unet(tmp_path / "run").state_dict()
+    names = [name for name in erased if name.endswith("attn2.to_v.weight")]
+    for concept in (CAT, LORRY):
+        c_e, c_a = (part.float() for part in data.read_text(base, concept).pairs("last"))
+        before, after = (
+            sum(float((state[name] @ c_e - base.unet.state_dict()[name] @ c_a).norm()) for name in names)
+            for state in (base.unet.state_dict(), erased)
+        )
+        assert after < 0.9 * before
+
+
+def test_names_and_concepts_may_be_mixed_and_one_concept_is_as_before(toy_pipeline_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {**OPTIONS, "method": "uce", "save": ("pipeline",)}
+    mixed = erase_concept(["church", CAT], str(toy_pipeline_dir), **options)
+    assert str(mixed.folder) == "runs/church_and_cat" and mixed.record["concept"]["name"] == "church and cat"
+    single = erase_concept("golf ball", str(toy_pipeline_dir), **options)
+    assert str(single.folder) == "runs/golf_ball" and single.record["settings"]["concept"] == ["golf ball"]
+    assert Settings("church").concept == ("church",) and Settings(("church", "tench")).concept == ("church", "tench")
+    with pytest.raises(EraseError, match="--forget and --anchor go with one --concept"):
+        Settings(("church", "tench"), forget=("a church",))
+    with pytest.raises(EraseError, match="no concept given"):
+        erase_concept([], str(toy_pipeline_dir))
+
+
+# --- one after another ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first(toy_pipeline_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first") / "cat"
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return erase_concept(CAT, str(toy_pipeline_dir), output=str(folder), cache_dir=cache, density=0.2, **OPTIONS)
+
+
+def test_a_second_run_goes_on_from_the_first(first, toy_pipeline_dir, tmp_path):
+    second = erase_concept(LORRY, base=str(first.folder), output=str(tmp_path / "run"), density=0.1, **OPTIONS)
+    record = second.record
+    assert record["model"]["base_hash"] == first.record["model"]["result_hash"]
+    assert record["model"]["origin"] == str(toy_pipeline_dir)
+    assert record["model"]["origin_hash"] == first.record["model"]["base_hash"]
+    assert record["base"]["run"] == str(first.folder) and record["base"]["concepts"] == ["cat"]
+    assert [part["name"] for part in record["concepts"]] == ["lorry", "cat"]
+    assert {"a cat", "a lorry"} <= set(record["concept"]["forget"])  # the earlier one is trained along
+    card = (second.folder / "README.md").read_text()
+    assert f"{first.folder}, in which {toy_pipeline_dir} had forgotten cat already" in card
+    # masks united: the first one's, and a tenth for the new concept
+    old, new = (saliency.load(run.folder / "mask.safetensors")[0] for run in (first, second))
+    assert all((new[name] | ~old[name]).all() for name in old)
+    total = record["mask"]["weights"]
+    assert saliency.count(old) < saliency.count(new) <= int(0.2 * total) + int(0.1 * total)
+    moved = files.read_metadata(second.folder / "mask.safetensors")
+    assert moved["united_with"] == str(first.folder) and moved["base_hash"] == record["model"]["base_hash"]
+    # its delta takes it back to the first run, bit for bit
+    state = {f"unet.{name}": tensor for name, tensor in models.load_unet(second.folder).state_dict().items()}
+    restored = delta.remove(state, delta.load(second.folder / "delta.safetensors"))
+    there = models.load_unet(first.folder).state_dict()
+    assert all(torch.equal(restored[f"unet.{name}"], tensor) for name, tensor in there.items())
+
+
+def test_a_third_run_keeps_both_and_the_same_call_finds_the_finished_one(first, toy_pipeline_dir, tmp_path):
+    options = {**OPTIONS, "method": "uce"}
+    second = erase_concept(LORRY, base=str(first.folder), output=str(tmp_path / "second"), **options)
+    bird = Concept("bird", "object", ("a bird",), ("a leaf",), retain=("a tree",))
+    third = erase_concept(bird, base=str(second.folder), output=str(tmp_path / "third"), **options)
+    assert [part["name"] for part in third.record["concepts"]] == ["bird", "lorry", "cat"]
+    assert third.record["model"]["origin"] == str(toy_pipeline_dir)
+    assert third.record["model"]["origin_hash"] == first.record["model"]["base_hash"]
+    again = erase_concept(bird, base=str(second.folder), output=str(tmp_path / "third"), **options)
+    assert again.record == third.record
+
+
+def test_a_base_that_is_none_is_refused(first, toy_pipeline_dir, tmp_path):
+    def go(base: str, model: str = "CompVis/stable-diffusion-v1-4", output: str = str(tmp_path / "run")) -> None:
+        erase_concept(LORRY, model, base=base, output=output, **OPTIONS)
+
+    for wrong in (str(toy_pipeline_dir), str(tmp_path / "nowhere")):
+        with pytest.raises(EraseError, match="no finished run with a pipeline; give a run folder"):
+            go(wrong)
+    with pytest.raises(EraseError, match=f"was made from {toy_pipeline_dir}, not from mini; leave out --model"):
+        go(str(first.folder), "mini")
+    with pytest.raises(EraseError, match="is this run's own output"):
+        go(str(first.folder), output=str(first.folder))
+    assert not (tmp_path / "run").exists()
