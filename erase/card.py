@@ -43,6 +43,7 @@ def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, se
                 steps=settings.num_inference_steps or 50,
                 guidance=settings.guidance_scale or 7.5,
                 size=settings.resolution or model.resolution,
+                sampler=settings.sampler,
                 unet=unet,
             ).unsqueeze(1)
         rows.append(to_pixels(model.decode(torch.cat(drawn))))

@@ -20,7 +20,7 @@ from erase.concepts import Concept
 from erase.delta import content_hash
 from erase.errors import EraseError
 from erase.methods.inputs import Text
-from erase.models import Model
+from erase.models import Model, Sampler
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SEEDS_PER_RUN = 1_000_000  # a run draws its forget pictures with the seeds from seed * this on
@@ -89,6 +89,7 @@ class Plan:
     size: int
     batch_size: int
     seed: int
+    sampler: Sampler = "model"
     round_trip: bool = False
     pictures: str = "concept"
     retains: bool = True
@@ -278,13 +279,14 @@ def _source(
 def _drawn(model: Model, plan: Plan, called: Sequence[Any], drawn: Sequence[Any], first_seed: int) -> _Source:
     def make(rows: range) -> dict[str, Tensor]:
         seeds, texts = [first_seed + i for i in rows], [drawn[i] for i in rows]
-        latents = model.draw(texts, seeds, steps=plan.steps, guidance=plan.guidance, size=plan.size)
+        how: dict[str, Any] = {"steps": plan.steps, "guidance": plan.guidance, "sampler": plan.sampler}
+        latents = model.draw(texts, seeds, size=plan.size, **how)
         if not plan.round_trip:
             return _posterior((latents, torch.zeros_like(latents)))
         return _posterior(model.encode_images(to_pixels(model.decode(latents)).float() / 127.5 - 1))
 
     # names with an underscore are diffusers' notes, and one of them is a list in random order
-    scheduler: Any = model.scheduler
+    scheduler: Any = model.sampler(plan.sampler)
     sampler = {name: repr(value) for name, value in scheduler.config.items() if not name.startswith("_")}
     identity = [drawn, first_seed, plan.steps, plan.guidance, plan.size, plan.round_trip, type(scheduler).__name__]
     return _Source(called, make, [*identity, sampler])

@@ -7,10 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -19,6 +26,8 @@ from erase import export
 from erase.errors import EraseError
 from erase.files import file_hash, open_tensors, read_json, text_hash
 from erase.guards import Guard
+
+Sampler = Literal["model", "dpm++"]
 
 MINI_DIR = Path(__file__).parent / "mini" / "weights"
 
@@ -154,6 +163,16 @@ class Model:
             pictures.append(self.vae.decode(chunk).sample.float().clamp(-1, 1).cpu())  # pyright: ignore
         return torch.cat(pictures)
 
+    def sampler(self, name: Sampler = "model") -> SchedulerMixin:
+        """A fresh scheduler to draw with: the model's own, or DPM-Solver++ (Lu et al., 2022) for the same noise.
+
+        The latter is what is known as DPM++ 2M Karras. Without Karras' spacing ten steps of it end no nearer to the
+        exact solution than ten of DDIM (0.28 and 0.25 of its norm, embedded model); with it as near as 25 (0.03).
+        """
+        if name == "dpm++":
+            return DPMSolverMultistepScheduler.from_config(self.scheduler.config, use_karras_sigmas=True)  # pyright: ignore
+        return type(self.scheduler).from_config(self.scheduler.config)  # pyright: ignore
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -162,6 +181,7 @@ class Model:
         steps: int,
         guidance: float,
         size: int | tuple[int, int],
+        sampler: Sampler = "model",
         unet: UNet2DConditionModel | None = None,
     ) -> Tensor:
         """Latents of one picture a prompt, without decoding: [n, 4, height / 8, width / 8], on the CPU.
@@ -177,7 +197,7 @@ class Model:
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=unet,
-            scheduler=type(self.scheduler).from_config(self.scheduler.config),  # pyright: ignore
+            scheduler=self.sampler(sampler),  # pyright: ignore
             safety_checker=None,  # pyright: ignore
             feature_extractor=None,  # pyright: ignore
             requires_safety_checker=False,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import Parameter
+from torch.optim.adamw import adamw
 
 from erase.errors import EraseError
 
@@ -171,20 +172,25 @@ class MaskedAdam(torch.optim.Optimizer):
         if not state:
             state.update(self._initial_state(parameter, places))
         is_gathered = parameter in self._gathered
-        state["step"] += 1
-        lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-        step_size = lr / (1 - beta1 ** state["step"])
-        correction = math.sqrt(1 - beta2 ** state["step"])
+        num_steps = torch.empty((), dtype=torch.float32, device=parameter.device)
+        (beta1, beta2), options = group["betas"], {name: group[name] for name in ("lr", "weight_decay", "eps")}
         with _flat(parameter) as weights:
             for part, where in places.chunks(parameter.device):
                 g = (gradient[part] if is_gathered else _take(gradient, where)).float()
                 w = state["master"][part] if "master" in state else _take(weights, where)
                 m, v = state["exp_avg"][part], state["exp_avg_sq"][part]
-                w.mul_(1 - lr * group["weight_decay"])
-                m.lerp_(g, 1 - beta1)
-                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                w.addcdiv_(m, v.sqrt().div_(correction).add_(eps), value=-step_size)
+                num_steps.fill_(state["step"])  # for every chunk anew, since torch counts its calls in it
+                adamw(
+                    *([w], [g], [m], [v], [], [num_steps]),
+                    fused=True,  # one pass over the values instead of nine
+                    amsgrad=False,
+                    maximize=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    **options,
+                )
                 _put(weights, where, w)
+        state["step"] += 1
 
     @staticmethod
     def _initial_state(parameter: Parameter, places: "_Places") -> dict[str, Any]:
@@ -267,16 +273,22 @@ class _Places:
             for start in range(0, self.num, size):
                 yield slice(start, start + size), self.stored[start : start + size].long()
             return
-        table, done = _BYTES.to(device), 0
+        done = 0
         for number, packed in enumerate(self.stored.split(size // 8)):
-            bits = table.index_select(0, packed.int()).view(torch.bool)
-            where = _nonzero(bits).add_(number * size)
+            where = _nonzero(_unpacked(packed)).add_(number * size)
             yield slice(done, done + len(where)), where
             done += len(where)
 
 
 # The eight bools of every byte, as one int64 that is made of them.
 _BYTES = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)).view(np.int64))
+
+
+def _unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """The bools of packed bits, zeros at the end included; on a CPU numpy takes half the time of the table."""
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy()).view(np.bool_))
+    return _BYTES.to(packed.device).index_select(0, packed.int()).view(torch.bool)
 
 
 def _nonzero(bits: torch.Tensor) -> torch.Tensor:

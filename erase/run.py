@@ -191,6 +191,7 @@ def _carry_out(
         size=settings.resolution or model.resolution,
         batch_size=_int(settings.generation_batch_size),
         seed=settings.seed,
+        sampler=settings.sampler,
         round_trip=not recipe.shared_latent,
         forget_images=settings.forget_images,
         retain_images=settings.retain_images,
@@ -456,14 +457,16 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
 def needed_memory(settings: Settings, model: models.Model, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
     accumulates = settings.mask in {"saliency", "inverse"}
+    mask_batch = _part(settings) if settings.score == "abs_sum" else _int(settings.batch_size)
+    mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
     return memory.estimate(
         model.unet,
         parameters,
         density=1.0 if settings.mask == "none" else settings.density,
         latent_size=(settings.resolution or model.resolution) // model.vae_scale,
         tokens=model.tokenizer.model_max_length,
-        mask_batch=_int(settings.batch_size) if accumulates else None,
-        part=max(1, _int(settings.batch_size) // (settings.gradient_accumulation_steps * _world_size())),
+        mask_batch=mask_batch if accumulates else None,
+        part=_part(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
         needs_base=getattr(make_method(settings), "needs_base", False),
@@ -528,6 +531,7 @@ def make_mask(
                 batch_size=_int(settings.batch_size),
                 seed=settings.seed,
                 state_path=work / f"saliency-{number}.pt",
+                part=_part(settings),
                 checkpointing=settings.gradient_checkpointing,
                 quiet=quiet,
             )
@@ -642,6 +646,11 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _part(settings: Settings) -> int:
+    """Pictures of one branch that go through the UNet together."""
+    return max(1, _int(settings.batch_size) // (settings.gradient_accumulation_steps * _world_size()))
 
 
 def _total(mask: Mapping[str, Tensor]) -> int:

@@ -134,6 +134,12 @@ class Settings:
     num_forget: int | None = option(None, "forget images to draw", group="data", least=1)
     num_retain: int | None = option(None, "retain images to draw", group="data", least=1)
     num_inference_steps: int | None = option(None, "denoising steps a drawn image", group="data", least=1)
+    sampler: Literal["model", "dpm++"] = option(
+        "model",
+        "how training pictures and samples.png are drawn: the model's own scheduler, or DPM++ 2M Karras, which wants "
+        "fewer steps (10 to 20); the scheduler that is written stays the model's",
+        group="data",
+    )
     guidance_scale: float | None = option(
         None, "guidance of drawn images, diffusers' convention", group="data", least=0
     )

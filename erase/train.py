@@ -74,6 +74,7 @@ def accumulate(
     batch_size: int,
     seed: int,
     state_path: Path,
+    part: int | None = None,
     checkpointing: bool = False,
     quiet: bool = False,
 ) -> dict[str, Tensor]:
@@ -83,8 +84,11 @@ def accumulate(
     code 7.5. With several processes each takes every n-th batch and the sums are added.
 
     state_path: the running sums, kept every five minutes, so that an interrupted pass goes on.
+    part: pictures that go through the UNet together, to save memory; None is the whole batch. The sum is the same up
+        to rounding. Only for abs_sum: |g| and g^2 are of whole batches, whose gradients would have to be kept.
     """
     sums = saliency.Saliency(parameters, score)
+    together = batch_size if part is None or score != "abs_sum" else part
     starts = list(range(0, len(data.forget), batch_size))
     mine = starts[accelerator.process_index :: accelerator.num_processes]
     if accelerator.num_processes > 1:
@@ -108,15 +112,16 @@ def accumulate(
             t = torch.randint(0, 1000, (len(rows),), generator=draw)
             eps = torch.randn(x.shape, generator=draw)
             c = data.text[data.forget.prompt[rows]]
-            x, t, eps, c = x.to(device), t.to(device), eps.to(device), c.to(device)
-            x_t = model.add_noise(x, eps, t)
-            with accelerator.autocast():
-                predicted = model(x_t, t, c)
-                if guidance:
-                    empty = data.text[:1].to(device).expand(len(rows), -1, -1)
-                    predicted = guided(predicted, model(x_t, t, empty), guidance)
-                loss = (eps - predicted).square().mean()
-            loss.backward()
+            parts = [whole.to(device).split(together) for whole in (x, t, eps, c)]
+            for x, t, eps, c in zip(*parts, strict=True):
+                x_t = model.add_noise(x, eps, t)
+                with accelerator.autocast():
+                    predicted = model(x_t, t, c)
+                    if guidance:
+                        empty = data.text[:1].to(device).expand(len(x), -1, -1)
+                        predicted = guided(predicted, model(x_t, t, empty), guidance)
+                    loss = (eps - predicted).square().mean() * (len(x) / len(rows))
+                loss.backward()
             bar.update()
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 with files.replacing(state_path) as temporary:

@@ -16,12 +16,14 @@ from typing import Any
 from erase import files
 
 CONCEPTS = ("circle", "moon", "striped", "nudity")
+# new ones at the end: finished cells are named by a variant's place
 VARIANTS: dict[str, dict[str, Any]] = {
     "salun": {},
     "--mask none": {"mask": "none"},
     "--mask random": {"mask": "random"},
     "--mask inverse": {"mask": "inverse"},
     "--recipe reference": {"recipe": "reference"},
+    "--sampler dpm++ --num-inference-steps 10": {"sampler": "dpm++", "num_inference_steps": 10},
 }
 
 

@@ -101,11 +101,12 @@ def test_what_is_in_the_cache_is_not_drawn_again(collect, drawn):
         dict(model_hash="another"),
         dict(plan=replace(PLAN, seed=1)),
         dict(plan=replace(PLAN, steps=3)),
+        dict(plan=replace(PLAN, sampler="dpm++")),
         dict(plan=replace(PLAN, guidance=3.0)),
         dict(plan=replace(PLAN, batch_size=3)),
         dict(concept=replace(CONCEPT, forget=("a ring",) * 3, retain=("a cube",))),
     ],
-    ids=["model", "seed", "steps", "guidance", "batch size", "prompts"],
+    ids=["model", "seed", "steps", "sampler", "guidance", "batch size", "prompts"],
 )
 def test_pictures_of_another_job_are_not_taken(collect, drawn, changed):
     first = collect()

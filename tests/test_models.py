@@ -125,8 +125,9 @@ def test_text_is_padded_and_cut_as_diffusers_does_it(toy):
     assert torch.allclose(toy.encode_text(prompts, batch_size=1), expected, atol=1e-5)
 
 
-def test_the_same_seed_is_the_same_picture_in_any_batch_and_the_vae_is_not_asked(toy, monkeypatch):
-    options: Any = dict(steps=3, guidance=3.0, size=8)
+@pytest.mark.parametrize("sampler", ["model", "dpm++"])
+def test_the_same_seed_is_the_same_picture_in_any_batch_and_the_vae_is_not_asked(toy, monkeypatch, sampler):
+    options: Any = dict(steps=3, guidance=3.0, size=8, sampler=sampler)
     monkeypatch.setattr(toy.vae, "decode", None)
     monkeypatch.setattr(toy.vae, "encode", None)
     together = toy.draw(["a circle", "a moon", "a tree"], [1, 2, 3], **options)
@@ -135,6 +136,18 @@ def test_the_same_seed_is_the_same_picture_in_any_batch_and_the_vae_is_not_asked
     assert torch.allclose(together[:2], alone, atol=1e-5)  # sums in another order
     assert torch.equal(together, toy.draw(["a circle", "a moon", "a tree"], [1, 2, 3], **options))
     assert not torch.allclose(together[:1], toy.draw(["a circle"], [2], **options), atol=1e-2)  # control
+
+
+def test_ten_steps_of_dpm_end_where_a_hundred_of_the_models_sampler_do():
+    """Distances as shares of the picture's norm. Control: ten steps of the model's own sampler end elsewhere."""
+    model = models.load("mini")
+
+    def draw(steps: int, sampler: models.Sampler) -> torch.Tensor:
+        return model.draw(["a red circle", "a moon"], [0, 1], steps=steps, guidance=2.0, size=64, sampler=sampler)
+
+    exact = draw(100, "model")
+    distances = [((draw(10, sampler) - exact).norm() / exact.norm()).item() for sampler in ("dpm++", "model")]
+    assert distances[0] < 0.06 and distances[1] > 0.15, distances
 
 
 def test_drawing_leaves_the_mode_as_it_was_and_takes_the_unet_that_it_is_given(toy, broken):

@@ -494,6 +494,32 @@ def test_collecting_gradients_as_they_come_changes_no_bit_of_a_score(model, data
         torch.testing.assert_close(fast[True][name], slow[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("guidance", [0.0, 7.5])
+def test_parts_of_a_batch_add_up_to_its_score(model, data, accelerator, tmp_path, monkeypatch, guidance):
+    """Batches of 4 and 2 in parts of 3 at most: 3 + 1 and 2, each weighted by its share, up to float32 rounding.
+
+    The scores that take |g| of each batch are not sums over parts; they keep whole batches, to the bit.
+    """
+    original, seen = models.Model.__call__, []
+
+    def spy(self, x, t, text):
+        seen.append(len(x))
+        return original(self, x, t, text)
+
+    monkeypatch.setattr(models.Model, "__call__", spy)
+    for score in ("abs_sum", "sum_abs", "sum_sq"):
+        options = {"batch_size": 4, "score": score, "guidance": guidance}
+        whole = scores_of(model, data, accelerator, tmp_path, **options)
+        seen.clear()
+        parts = scores_of(model, data, accelerator, tmp_path, part=3, **options)
+        assert seen[:: 2 if guidance else 1] == ([3, 1, 2] if score == "abs_sum" else [4, 2])
+        for name in whole:
+            if score == "abs_sum":
+                torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
+            else:
+                assert torch.equal(parts[name], whole[name]), name
+
+
 def test_gradient_checkpointing_changes_no_score(model, data, accelerator, tmp_path):
     plain = scores_of(model, data, accelerator, tmp_path)
     saving = scores_of(model, data, accelerator, tmp_path, checkpointing=True)

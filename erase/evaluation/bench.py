@@ -116,6 +116,12 @@ ITEMS: dict[str, Item] = {
         jobs.Job("plain_drawing"),
         (Check("cpu_seconds", "times", 1.3),),
     ),
+    "sampler": Item(
+        "drawing latents in 10 steps of dpm++ / 25 of the embedded model's own",
+        jobs.Job("our_sampler"),
+        jobs.Job("plain_sampler"),
+        (Check("cpu_seconds", "times", 2),),
+    ),
     "nudenet": Item(
         "NudeNet, decoding included", jobs.Job("our_nudenet"), None, (Check("images_per_second", ">=", 30),)
     ),

@@ -379,6 +379,29 @@ def our_drawing(size: str) -> Iterator[Turn]:
     yield turn
 
 
+def our_sampler(size: str) -> Iterator[Turn]:
+    yield _sampled(size, "dpm++", 10)
+
+
+def plain_sampler(size: str) -> Iterator[Turn]:
+    yield _sampled(size, "model", 25)
+
+
+def _sampled(size: str, sampler: Any, steps: int) -> Turn:
+    """Training pictures as `erase-concept --model mini` draws them, eight at a time."""
+    from erase import models
+
+    model = models.load("mini")
+    prompts, how = _drawing(size)
+
+    def turn() -> dict[str, float]:
+        seeds, how["steps"] = list(range(len(prompts))), steps
+        model.draw(prompts, seeds, size=model.resolution, sampler=sampler, **how)
+        return {"pictures": float(len(prompts))}
+
+    return turn
+
+
 def plain_drawing(size: str) -> Iterator[Turn]:
     import torch
     from diffusers import StableDiffusionPipeline
