@@ -160,7 +160,7 @@ def load(name: str, cache_dir: str | Path, *, size: int | None = None) -> Datase
 
 
 def digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8: 1,438 for training and 359 for testing, always the same."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8: 1,000 for training and 797 for testing, always the same."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -169,9 +169,9 @@ def digits() -> Dataset:
     x = torch.from_numpy(np.round(pictures * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     y = torch.from_numpy(labels.astype(np.int64))
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(y)))
-    train, test = order[: len(y) * 4 // 5], order[len(y) * 4 // 5 :]
+    train, test = order[:1000], order[1000:]
     names = tuple(str(digit) for digit in range(10))
-    return Dataset("digits", Images(x[train], y[train]), Images(x[test], y[test]), names, (0.305,), (0.376,), padding=1)
+    return Dataset("digits", Images(x[train], y[train]), Images(x[test], y[test]), names, (0.305,), (0.376,))
 
 
 NUM_DRAWINGS = (500, 100)  # of a class, for training and for testing

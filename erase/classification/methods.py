@@ -8,7 +8,7 @@ f: the model's logits. D_f, D_r: pictures to forget and to keep. CE: cross-entro
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +71,12 @@ class Plan:
     settle: Callable[[Progress], Values] | None = None
 
 
+@runtime_checkable
 class Descends(Protocol):
     def plan(self, task: Task) -> Plan: ...
 
 
+@runtime_checkable
 class Solves(Protocol):
     def solve(self, task: Task) -> Values: ...
 

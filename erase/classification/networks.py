@@ -115,6 +115,16 @@ def _small(shape: Shape) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, shape.num_classes))
 
 
+def _mlp(shape: Shape) -> nn.Module:
+    """Two hidden layers of 128 with batch normalisation: 27,000 weights for digits, a second of training."""
+
+    def stage(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+
+    layers = [nn.Flatten(), *stage(shape.channels * shape.size**2, 128), *stage(128, 128)]
+    return nn.Sequential(*layers, nn.Linear(128, shape.num_classes))
+
+
 def _resnet(layer_type: str, depths: Sequence[int], widths: Sequence[int]) -> Callable[[Shape], nn.Module]:
     def make(shape: Shape) -> nn.Module:
         from transformers import ResNetConfig, ResNetForImageClassification
@@ -186,6 +196,7 @@ def _swin_t(shape: Shape) -> nn.Module:
 
 
 _BUILDERS: dict[str, Callable[[Shape], nn.Module]] = {
+    "mlp": _mlp,
     "small": _small,
     "resnet18": _resnet("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet50": _resnet("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048)),

@@ -173,7 +173,7 @@ def run_training(settings: Settings, cache_dir: str | Path, *, without_forget: b
     dataset, chosen = prepare(settings, cache_dir)
     folder = _open(settings, {"without_forget": without_forget})
     start = time.perf_counter()
-    model, shape = trained(settings, dataset, _training_images(dataset, chosen, without_forget))
+    model, shape = trained(settings, dataset, training_images(dataset, chosen, without_forget))
     record = _record(settings, dataset, chosen, {"train": time.perf_counter() - start}) | {
         "without_forget": without_forget
     }
@@ -184,63 +184,61 @@ def run_training(settings: Settings, cache_dir: str | Path, *, without_forget: b
 def run(settings: Settings, cache_dir: str | Path) -> Run:
     """Unlearn, and write model, delta, mask, split and record. Without a model the original is trained first."""
     settings = settings.resolved()
-    make_method_early(settings)
+    check_method(settings)
     dataset, chosen = prepare(settings, cache_dir)
     folder = _open(settings, {})
     original, shape, seconds = _original(settings, dataset, chosen, folder)
-    return finish(settings, dataset, chosen, folder, original, shape, seconds)
+    done = unlearned(settings, dataset, chosen, original, shape)
+    before, after = original.state_dict(), done.model.state_dict()
+    record = _record(settings, dataset, chosen, seconds | done.seconds)
+    record["original_hash"] = delta.content_hash(before)
+    record["weights"] = {"total": sum(parameter.numel() for parameter in done.model.parameters())}
+    if _preset(settings).method:
+        provenance = {"made_for": f"{shape.network} on {dataset.name}", "settings": record["settings"]}
+        change = delta.difference(before, after, provenance)
+        delta.save(folder / DELTA, change)
+        record["weights"]["changed"] = sum(change.changed.values())
+    if done.mask is not None:
+        saliency.save(folder / MASK, done.mask, done.header)
+        record["weights"]["may_move"] = saliency.count(done.mask)
+    _save(folder, done.model, shape, chosen, record)
+    return Run(folder, original, done.model, dataset, chosen, record)
 
 
-def make_method_early(settings: Settings) -> None:
-    """A misspelt option is an error before any training."""
+def check_method(settings: Settings) -> None:
+    """Raise an EraseError for a misspelt option, before any training."""
     if _preset(settings).method:
         make(settings)
     elif settings.set:
         raise EraseError("retrain has no options for --set; see --train-epochs and --train-learning-rate")
 
 
-def finish(
-    settings: Settings,
-    dataset: Dataset,
-    chosen: Split,
-    folder: Path,
-    original: Classifier,
-    shape: Shape,
-    seconds: dict[str, float],
-) -> Run:
-    """Mask, unlearning and files, from an original model that stays as it is; of resolved settings."""
+@dataclass
+class Unlearned:
+    """A model after a method, and the mask inside which it moved, with its header; None where all weights could."""
+
+    model: Classifier
+    mask: Mapping[str, Tensor] | None
+    header: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def unlearned(settings: Settings, dataset: Dataset, chosen: Split, original: Classifier, shape: Shape) -> Unlearned:
+    """Mask and method, from an original model that stays as it is; "retrain" begins anew. Settings are resolved."""
     forget, retain, _ = split.parts(dataset, chosen)
-    provenance = {"made_for": f"{shape.network} on {dataset.name}", "settings": _plain(settings)}
-    mask: Mapping[str, Tensor] | None = None
+    seconds: dict[str, float] = {}
     if not _preset(settings).method:
         with _timing(seconds, "unlearn"):
             model, _ = trained(settings, dataset, retain)
-        before, changed = original.state_dict(), None
-    else:
-        model = networks.build(shape, seed=0).to(device_of(settings))
-        model.load_state_dict(original.state_dict())
-        with _timing(seconds, "mask"):
-            mask, header = make_mask(settings, model, forget)
-        with _timing(seconds, "unlearn"):
-            recipe, num_classes = recipes(settings, dataset)[1], len(dataset.classes)
-            unlearn(
-                model, forget, retain, make(settings), recipe, num_classes=num_classes, seed=settings.seed, mask=mask
-            )
-        before = original.state_dict()
-        change = delta.difference(before, model.state_dict(), provenance)
-        changed = sum(change.changed.values())
-        delta.save(folder / DELTA, change)
-        if mask is not None:
-            saliency.save(folder / MASK, mask, header)
-    record = _record(settings, dataset, chosen, seconds)
-    record["weights"] = {
-        "total": sum(parameter.numel() for parameter in model.parameters()),
-        "may_move": saliency.count(mask) if mask is not None else None,
-        "changed": changed,
-    }
-    record["original_hash"] = delta.content_hash(before)
-    _save(folder, model, shape, chosen, record)
-    return Run(folder, original, model, dataset, chosen, record)
+        return Unlearned(model, None, {}, seconds)
+    model = networks.build(shape, seed=0).to(device_of(settings))
+    model.load_state_dict(original.state_dict())
+    with _timing(seconds, "mask"):
+        mask, header = make_mask(settings, model, forget)
+    how: dict[str, Any] = {"num_classes": len(dataset.classes), "seed": settings.seed, "mask": mask}
+    with _timing(seconds, "unlearn"):
+        unlearn(model, forget, retain, make(settings), recipes(settings, dataset)[1], **how)
+    return Unlearned(model, mask, header, seconds)
 
 
 def _original(
@@ -249,7 +247,7 @@ def _original(
     seconds: dict[str, float] = {}
     if settings.model is None:
         with _timing(seconds, "train"):
-            original, shape = trained(settings, dataset, _training_images(dataset, chosen, False))
+            original, shape = trained(settings, dataset, training_images(dataset, chosen, False))
         networks.save(folder / "original" / MODEL, original, shape, {"data": settings.data, "seed": settings.seed})
         return original, shape, seconds
     original, shape, _ = networks.load(settings.model)
@@ -257,7 +255,8 @@ def _original(
     return original.to(device_of(settings)), shape, seconds
 
 
-def _training_images(dataset: Dataset, chosen: Split, without_forget: bool) -> Images:
+def training_images(dataset: Dataset, chosen: Split, without_forget: bool) -> Images:
+    """What the original model is trained on, or the retrained one."""
     positions = chosen.retain if without_forget else torch.cat([chosen.forget, chosen.retain]).sort().values
     return dataset.train[positions.to(dataset.train.y.device)]
 

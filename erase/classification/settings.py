@@ -11,7 +11,7 @@ from typing import Any, Literal
 from erase.errors import EraseError
 from erase.settings import make_plain, option
 
-NETWORKS = ("small", "resnet18", "resnet50", "vgg16_bn", "vit", "swin_t")
+NETWORKS = ("mlp", "small", "resnet18", "resnet50", "vgg16_bn", "vit", "swin_t")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ PRESETS: dict[str, Preset] = {
 OWN_PRESETS: dict[str, dict[str, Preset]] = {"digits": {}, "drawings": {}}
 
 # (epochs, learning rate) of the original model; 182 and 0.1 are the paper's.
-TRAINING: dict[str, tuple[int, float]] = {"digits": (40, 0.05), "drawings": (12, 0.05)}
-DEFAULT_NETWORKS = {"digits": "small"}
+TRAINING: dict[str, tuple[int, float]] = {"digits": (20, 0.05), "drawings": (12, 0.05)}
+DEFAULT_NETWORKS = {"digits": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Settings:
     )
     output: str | None = option(None, "folder to write", group="what", shown="runs/<data>-<method>", metavar="DIR")
     network: str | None = option(
-        None, "architecture", group="what", choices=NETWORKS, shown="small for digits, else resnet18"
+        None, "architecture", group="what", choices=NETWORKS, shown="mlp for digits, else resnet18"
     )
     split: Literal["seeded", "reference"] = option(
         "seeded", "how pictures to forget are drawn: by --seed, or as in SalUn's code, for comparison", group="what"
@@ -111,7 +111,7 @@ class Settings:
     momentum: float = option(0.9, "of SGD", group="training", least=0)
     weight_decay: float = option(5e-4, "share of a masked weight, in units of the step size", group="training", least=0)
     train_epochs: int | None = option(
-        None, "passes for the original and the retrained model", group="training", least=0, shown="182; digits 40"
+        None, "passes for the original and the retrained model", group="training", least=0, shown="182; digits 20"
     )
     train_learning_rate: float | None = option(
         None, "their first step size, falling as a cosine", group="training", least=0, shown="0.1; digits 0.05"

@@ -112,8 +112,8 @@ class Svc:
         self.bias = self._bias(features @ self.weights, a, y, C)
 
     def _features(self, x: "Array") -> "Array":
-        """exp(-x^2) sqrt(2^k / k!) x^k, [n, k], as far as the terms matter for the training samples' range."""
-        x, largest = x - self.centre, 2 * max(self.radius, 1e-3) ** 2
+        """exp(-x^2) sqrt(2^k / k!) x^k, [n, k], as far as the terms matter up to twice the training samples' range."""
+        x, largest = x - self.centre, 4 * max(self.radius, 1e-3) ** 2
         columns, term, k = [np.exp(-(x**2))], 1.0, 0
         while term > 1e-16 or k < largest:
             k += 1
@@ -133,8 +133,9 @@ class Svc:
         return float((lower.max() + upper.min()) / 2) if len(upper) and len(lower) else 0.0
 
     def decide(self, x: "Array") -> "Array":
-        """Positive for what looks like a member, [n]."""
-        return self._features(np.clip(x, self.centre - self.radius, self.centre + self.radius)) @ self.weights + self.bias
+        """Positive for what looks like a member, [n]; what is further away counts as at twice the training range."""
+        reach = 2 * self.radius
+        return self._features(np.clip(x, self.centre - reach, self.centre + reach)) @ self.weights + self.bias
 
 
 def _box_qp(z: "Array", y: "Array", C: float) -> "Array":
