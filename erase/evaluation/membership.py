@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.linalg import cho_factor, cho_solve
 from torch import nn
 
 from erase.classification.data import Images
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
+MAX_ROUNDS, TOLERANCE, SMALLEST_STEP = 60, 1e-8, 1e-13  # of the interior-point method
 SMALLEST = 1e-30  # below which a probability counts as this
 GAP_OVER = ("UA", "RA", "TA", "MIA")  # what SalUn's average gap is over
 
@@ -123,13 +125,13 @@ class Svc:
 
     @staticmethod
     def _bias(scores: "Array", a: "Array", y: "Array", C: float) -> float:
-        """Of the samples strictly between the bounds, on the margin; else between the closest of both sides."""
+        """From the samples strictly between the bounds, which lie on the margin; else the middle of what is left open."""
         slack, residual = 1e-4 * C, y - scores
         free = (a > slack) & (a < C - slack)
         if free.any():
             return float(residual[free].mean())
-        upper = residual[(y > 0) == (a <= slack)]
-        lower = residual[(y > 0) == (a > slack)]
+        lower = residual[(y > 0) == (a <= slack)]
+        upper = residual[(y > 0) == (a > slack)]
         return float((lower.max() + upper.min()) / 2) if len(upper) and len(lower) else 0.0
 
     def decide(self, x: "Array") -> "Array":
@@ -141,52 +143,51 @@ class Svc:
 def _box_qp(z: "Array", y: "Array", C: float) -> "Array":
     """min |Z'a|^2 / 2 - sum a over 0 <= a <= C, y'a = 0, by Mehrotra's predictor and corrector; a is [n]."""
     n, d = z.shape
-    a = np.full(n, C / 2)
-    nu, low, high = 0.0, np.ones(n), np.ones(n)  # multipliers of y'a = 0, a >= 0, a <= C
-    for _ in range(100):
-        gradient = z @ (z.T @ a) - 1 + nu * y - low + high
-        gap = (a @ low + (C - a) @ high) / (2 * n)
-        if gap < 1e-9 and np.abs(gradient).max() < 1e-7 and abs(y @ a) < 1e-7 * n:
-            break
-        weight = 1 / (low / a + high / (C - a))
-        weighted = weight[:, None] * z
-        system = np.linalg.inv(np.eye(d) + z.T @ weighted)
+    a, nu = np.full(n, C / 2), 0.0
+    low, high = np.ones(n), np.ones(n)  # multipliers of a >= 0 and of a <= C; nu is that of y'a = 0
 
-        def solve(right: "Array", weight=weight, weighted=weighted, system=system) -> "Array":
+    for _ in range(MAX_ROUNDS):
+        room = C - a
+        gradient = z @ (z.T @ a) - 1 + nu * y - low + high
+        gap = (a @ low + room @ high) / (2 * n)
+        if gap < TOLERANCE and np.abs(gradient).max() < TOLERANCE and abs(y @ a) < TOLERANCE * n:
+            break
+        weight = 1 / (low / a + high / room)
+        weighted = weight[:, None] * z
+        factor = cho_factor(np.eye(d) + z.T @ weighted)
+
+        def solve(right: "Array", weight=weight, weighted=weighted, factor=factor) -> "Array":
             """(ZZ' + W^-1)^-1 right, by Woodbury."""
-            return weight * right - weighted @ (system @ (weighted.T @ right))
+            return weight * right - weighted @ cho_solve(factor, weighted.T @ right)
 
         by_y = solve(y)
 
-        def step(low_target: "Array", high_target: "Array", gradient=gradient, solve=solve, by_y=by_y):
-            right = -gradient + low_target / a - low - high_target / (C - a) + high
-            by_right = solve(right)
+        def step(low_aim: "Array | float", high_aim: "Array | float", a=a, room=room, gradient=gradient, solve=solve, by_y=by_y):
+            by_right = solve(-gradient + low_aim / a - low - high_aim / room + high)
             d_nu = (y @ by_right + y @ a) / (y @ by_y)
             d_a = by_right - d_nu * by_y
-            d_low = (low_target - low * d_a) / a - low
-            d_high = (high_target + high * d_a) / (C - a) - high
-            return d_a, d_nu, d_low, d_high
+            return d_a, d_nu, (low_aim - low * d_a) / a - low, (high_aim + high * d_a) / room - high
 
-        def longest(d_a: "Array", d_low: "Array", d_high: "Array") -> float:
-            pairs = ((a, d_a), (C - a, -d_a), (low, d_low), (high, d_high))
+        def longest(d_a: "Array", d_low: "Array", d_high: "Array", a=a, room=room) -> float:
+            pairs = ((a, d_a), (room, -d_a), (low, d_low), (high, d_high))
             return min([1.0, *(float((v[d < 0] / -d[d < 0]).min()) for v, d in pairs if (d < 0).any())])
 
-        zero = np.zeros(n)
-        d_a, _, d_low, d_high = step(zero, zero)
+        d_a, _, d_low, d_high = step(0.0, 0.0)
         length = longest(d_a, d_low, d_high)
-        after = (a + length * d_a) @ (low + length * d_low) + (C - a - length * d_a) @ (high + length * d_high)
+        after = (a + length * d_a) @ (low + length * d_low) + (room - length * d_a) @ (high + length * d_high)
         aim = gap * (after / (2 * n * gap)) ** 3
         d_a, d_nu, d_low, d_high = step(aim - d_a * d_low, aim + d_a * d_high)
         length = min(1.0, 0.995 * longest(d_a, d_low, d_high))
-        a, nu = a + length * d_a, nu + length * d_nu
-        low, high = low + length * d_low, high + length * d_high
+        a = np.clip(a + length * d_a, C * SMALLEST_STEP, C * (1 - SMALLEST_STEP))  # rounding must not reach a bound
+        nu += length * d_nu
+        low, high = (np.maximum(v, SMALLEST_STEP) for v in (low + length * d_low, high + length * d_high))
     return a
 
 
 def svc_attack(members: "Array", others: "Array", target: "Array") -> "NDArray[np.bool_]":
     """Which of `target` the reference's attack takes for pictures never seen: SVC(C=3, gamma="auto") on one number."""
     x = np.concatenate([members, others])
-    return Svc(x, np.arange(len(x)) < len(members)).decide(target) <= 0
+    return Svc(x, np.arange(len(x)) < len(members)).decide(target) < 0
 
 
 def threshold_attack(members: "Array", others: "Array", target: "Array") -> "NDArray[np.bool_]":
