@@ -165,10 +165,10 @@ def test_salun_forgets_and_fine_tuning_does_not(trained_state):
     accuracy = {}
     for name in ("salun", "ft"):
         model = trained(trained_state)
-        unlearn(model, name, Recipe(epochs=20, learning_rate=0.05, batch_size=8))
+        unlearn(model, name, Recipe(epochs=20, learning_rate=0.01, batch_size=8))
         forget, retain = toy_images()[slice(0, 9)], toy_images()[slice(9, 30)]
         accuracy[name] = [
-            (model(part.x.float() / 255).argmax(1) == part.y).float().mean().item() for part in (forget, retain)
+            (model(part.pixels).argmax(1) == part.y).float().mean().item() for part in (forget, retain)
         ]
     assert accuracy["ft"] == [1, 1]
     assert accuracy["salun"][0] < 0.8 and accuracy["salun"][1] > 0.8
@@ -247,7 +247,7 @@ def test_soft_threshold_is_the_published_one():
 def test_boundary_expanding_keeps_the_head_as_wide_as_it_was(trained_state):
     model = trained(trained_state)
     unlearn(model, "be")
-    assert model(toy_images().x.float() / 255).shape == (30, NUM_CLASSES)
+    assert model(toy_images().pixels).shape == (30, NUM_CLASSES)
 
 
 def test_scissorhands_takes_from_a_step_what_would_lower_the_loss_of_the_forgotten(trained_state):
@@ -719,8 +719,8 @@ def test_a_model_for_other_classes_or_pictures_is_refused(toy_world, tmp_path):
 
 
 def test_the_loop_trains_with_any_plan():
-    """A linear model on two pictures learns them; a plan without a loss is the plain cross-entropy."""
+    """A plan without a loss is the plain cross-entropy."""
     model, images = toy_model(), toy_images()
-    before = methods.cross_entropy(model, replace(images, x=images.x.float() / 255)).item()
-    descend(model, Plan(passes=lambda: [images]), replace(RECIPE, epochs=5), torch.Generator().manual_seed(0))
-    assert methods.cross_entropy(model, replace(images, x=images.x.float() / 255)).item() < before / 2
+    before = methods.cross_entropy(model, images).item()
+    descend(model, Plan(passes=lambda: [images]), replace(RECIPE, epochs=20, padding=0), torch.Generator().manual_seed(0))
+    assert methods.cross_entropy(model, images).item() < before / 2

@@ -31,6 +31,15 @@ class Images:
     def to(self, device: str | torch.device) -> "Images":
         return Images(self.x.to(device), self.y.to(device))
 
+    def batches(self, size: int) -> Iterator["Images"]:
+        """In order; the last one may be smaller."""
+        return (Images(x, y) for x, y in zip(self.x.split(size), self.y.split(size), strict=True))
+
+    @property
+    def pixels(self) -> Tensor:
+        """float32 in [0, 1]: what a model is given."""
+        return self.x.float() / 255
+
     def with_labels(self, y: Tensor) -> "Images":
         return Images(self.x, y)
 

@@ -77,7 +77,7 @@ def descend(
             steps = recipe.epochs * sum(math.ceil(len(images) / recipe.batch_size) for images in passes)
             for batch in _batches(passes, recipe.batch_size, generator):
                 at = Progress(epoch, recipe.epochs, at.step, steps)
-                x = augment(batch.x, recipe.padding, recipe.flip, generator).float() / 255
+                x = Images(augment(batch.x, recipe.padding, recipe.flip, generator), batch.y).pixels
                 loss = plan.loss(x, batch.y, at) if plan.loss else F.cross_entropy(model(x), batch.y)
                 optimizer.zero_grad()
                 loss.backward()
@@ -116,12 +116,11 @@ def saliency_mask(
 
     Every picture weighs the same, in a short last batch too. largest: see `saliency.select`.
     """
-    with _modes(model):
-        model.eval()
+    with in_eval(model):
         accumulated = saliency.Saliency(dict(model.named_parameters()), score)
         with accumulated.collecting():
-            for x, y in zip(forget.x.split(batch_size), forget.y.split(batch_size), strict=True):
-                loss = F.cross_entropy(model(x.float() / 255), y, reduction="sum") / len(forget)
+            for batch in forget.batches(batch_size):
+                loss = F.cross_entropy(model(batch.pixels), batch.y, reduction="sum") / len(forget)
                 loss.backward()
     return saliency.select(accumulated.scores(), density, per_tensor=per_tensor, largest=largest)
 
@@ -148,32 +147,33 @@ def _batches(passes: list[Images], size: int, generator: torch.Generator) -> Ite
 
 
 @contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
-    """Every module is in the end in the mode in which it was, and no gradient is left."""
-    before = {module: module.training for module in model.modules()}
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Inside, eval mode, and every parameter wants a gradient: what may move is the mask's to say.
+
+    Afterwards modes and wants are as they were, each, and no gradient is left.
+    """
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
+        model.eval().requires_grad_()
         yield
     finally:
-        for module, was_training in before.items():
+        for module, was_training in modes.items():
             module.training = was_training
+        for parameter, was_wanted in wanted.items():
+            parameter.requires_grad_(was_wanted)
         model.zero_grad()
 
 
 @contextmanager
 def _training(model: nn.Module, moving: Mapping[str, Parameter], batch_norm: str) -> Iterator[None]:
-    """Train mode; parameters that do not move want no gradient."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with _modes(model):
+    """Train mode, in which frozen batch normalisation takes no part; parameters that do not move want no gradient."""
+    with in_eval(model):
         model.train()
-        if batch_norm == "frozen":
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        try:
-            trained = set(moving.values())
-            for parameter in wanted:
-                parameter.requires_grad_(parameter in trained)
-            yield
-        finally:
-            for parameter, was_wanted in wanted.items():
-                parameter.requires_grad_(was_wanted)
+        for module in model.modules():
+            if batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        trained = set(moving.values())
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+        yield

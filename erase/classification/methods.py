@@ -82,7 +82,7 @@ class Solves(Protocol):
 
 
 def cross_entropy(model: nn.Module, images: Images) -> Tensor:
-    return F.cross_entropy(model(images.x), images.y)
+    return F.cross_entropy(model(images.pixels), images.y)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def adversarial_labels(model: nn.Module, images: Images, bound: float, *, may_be
 
     The moved picture is clipped to [0, 1] and rounded to 255 steps. Among the other classes only, unless `may_be_true`.
     """
-    x = (images.x.float() / 255).requires_grad_()
+    x = images.pixels.requires_grad_()
     (slope,) = torch.autograd.grad(F.cross_entropy(model(x), images.y, reduction="sum"), x)
     moved = ((x.detach() + bound * slope.sign()).clamp(0, 1) * 255).round() / 255
     with torch.no_grad():
@@ -213,8 +213,8 @@ class BoundaryShrink:
     may_be_true: Annotated[bool, "whether y' may equal y, as in the authors' code"] = False
 
     def plan(self, task: Task) -> Plan:
-        batches = (task.forget[slice(start, start + 256)] for start in range(0, len(task.forget), 256))
-        labels = [adversarial_labels(task.model, batch, self.bound, may_be_true=self.may_be_true) for batch in batches]
+        how = {"bound": self.bound, "may_be_true": self.may_be_true}
+        labels = [adversarial_labels(task.model, batch, **how) for batch in task.forget.batches(256)]
         relabelled = task.forget.with_labels(torch.cat(labels))
         return Plan(passes=lambda: [relabelled])
 
@@ -350,7 +350,7 @@ class FisherForgetting:
         order = torch.randperm(len(task.retain), generator=task.generator)[: self.num_samples]
         chosen = task.retain[order.to(task.retain.y.device)]
         with torch.no_grad():
-            shares = torch.cat([task.model(x) for x in chosen.x.split(256)]).softmax(1).cpu()
+            shares = torch.cat([task.model(batch.pixels) for batch in chosen.batches(256)]).softmax(1).cpu()
         drawn = torch.multinomial(shares, 1, generator=task.generator)[:, 0].to(chosen.y.device)
         squares = sum(g.square() for g in _single_gradients(task.model, chosen.with_labels(drawn)))
         variance = self.alpha * (1 / (squares / len(chosen) + 1e-8)).clamp(max=self.cap)
@@ -376,16 +376,16 @@ def _gradient_sum(model: nn.Module, images: Images) -> Tensor:
     """sum_i grad CE(f(x_i), y_i), flat, [weights]."""
     weights = list(model.parameters())
     total = torch.zeros(sum(w.numel() for w in weights), device=images.y.device)
-    for x, y in zip(images.x.split(256), images.y.split(256), strict=True):
-        total += _flat(torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), weights))
+    for batch in images.batches(256):
+        total += len(batch) * _flat(torch.autograd.grad(cross_entropy(model, batch), weights))
     return total
 
 
 def _single_gradients(model: nn.Module, images: Images) -> Iterator[Tensor]:
     """grad CE(f(x_i), y_i) for each picture, flat, [weights]."""
     weights = list(model.parameters())
-    for i in range(len(images)):
-        yield _flat(torch.autograd.grad(cross_entropy(model, images[slice(i, i + 1)]), weights))
+    for one in images.batches(1):
+        yield _flat(torch.autograd.grad(cross_entropy(model, one), weights))
 
 
 def _flat(tensors: tuple[Tensor, ...]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from erase import __version__, delta, files, saliency
 from erase.classification import data, networks, split
 from erase.classification.data import Dataset, Images
-from erase.classification.descent import Recipe, descend, saliency_mask, write
+from erase.classification.descent import Recipe, descend, in_eval, saliency_mask, write
 from erase.classification.methods import Descends, Plan, Solves, Task
 from erase.classification.networks import Classifier, Shape
 from erase.classification.settings import OWN_PRESETS, PRESETS, Settings, make_method
@@ -70,26 +70,20 @@ def unlearn(
     data.require_labels(forget, num_classes, "those to forget")
     data.require_labels(retain, num_classes, "those to keep")
     require_classes(model, forget, num_classes)
-    was_training = model.training
-    model.eval()
-    task = Task(model, forget, retain, num_classes, torch.Generator().manual_seed(seed))
-    try:
+    with in_eval(model):
+        task = Task(model, forget, retain, num_classes, torch.Generator().manual_seed(seed))
         if isinstance(method, Descends):
             descend(model, method.plan(task), recipe, task.generator, mask)
         else:
             if mask is not None:
                 saliency.check(mask, {}, task.parameters())
             write(model, method.solve(task), mask)
-    finally:
-        model.train(was_training)
 
 
-@torch.no_grad()
 def require_classes(model: nn.Module, images: Images, num_classes: int) -> None:
     """Raise an EraseError unless the model gives as many logits as there are classes."""
-    was_training = model.training
-    logits = model.eval()(images.x[:1].float() / 255)
-    model.train(was_training)
+    with in_eval(model), torch.no_grad():
+        logits = model(images[slice(0, 1)].pixels)
     if logits.shape != (1, num_classes):
         raise EraseError(f"the network has {logits.shape[-1]} classes, but the data set has {num_classes}")
 

@@ -15,6 +15,7 @@ from scipy.linalg import cho_factor, cho_solve
 from torch import nn
 
 from erase.classification.data import Images
+from erase.classification.descent import in_eval
 from erase.errors import EraseError
 from erase.evaluation import statistics
 from erase.evaluation.statistics import Score
@@ -43,15 +44,10 @@ class Outputs:
         return len(self.y)
 
 
-@torch.no_grad()
 def outputs(model: nn.Module, images: Images, *, batch_size: int = 512) -> Outputs:
     """In eval mode, without augmentation."""
-    was_training = model.training
-    model.eval()
-    try:
-        logits = torch.cat([model(x.float() / 255) for x in images.x.split(batch_size)])
-    finally:
-        model.train(was_training)
+    with in_eval(model), torch.no_grad():
+        logits = torch.cat([model(batch.pixels) for batch in images.batches(batch_size)])
     return Outputs(logits.double().softmax(1).cpu().numpy(), images.y.cpu().numpy())
 
 
