@@ -1,6 +1,5 @@
 """All knowledge of diffusers: where a Stable Diffusion comes from, its parts, and how it noises, predicts and draws."""
 
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence

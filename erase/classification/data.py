@@ -85,7 +85,9 @@ def require_labels(images: Images, num_classes: int, what: str) -> None:
     low, high = int(images.y.min()), int(images.y.max())
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
-        raise EraseError(f"a label among {what} is {wrong}; with {num_classes} classes it must be 0 to {num_classes - 1}")
+        raise EraseError(
+            f"a label among {what} is {wrong}; with {num_classes} classes it must be 0 to {num_classes - 1}"
+        )
 
 
 def augment(x: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:

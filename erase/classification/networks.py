@@ -85,7 +85,9 @@ def load(path: str | Path) -> tuple[Classifier, Shape, dict[str, Any]]:
     stored = header["shape"]
     shape = Shape(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
     model, state = build(shape, seed=0), files.read_tensors(path)
-    require_layout(layout_of(state), layout_of(model.state_dict()), f"a {shape.network} for {shape.num_classes} classes")
+    require_layout(
+        layout_of(state), layout_of(model.state_dict()), f"a {shape.network} for {shape.num_classes} classes"
+    )
     model.load_state_dict(state)
     return model, shape, header
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from erase import __version__, delta, files, saliency
-from erase.classification import data, networks, split
+from erase.classification import data, methods, networks, split
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, in_eval, saliency_mask, write
 from erase.classification.methods import Descends, Plan, Solves, Task
 from erase.classification.networks import Classifier, Shape
-from erase.classification.settings import OWN_PRESETS, PRESETS, Settings, make_method
+from erase.classification.settings import Settings, make_method
 from erase.classification.split import Split
 from erase.errors import EraseError
 
-MODEL, DELTA, MASK, FORGET, RECORD = "model.safetensors", "delta.safetensors", "mask.safetensors", "split.json", "run.json"
+MODEL, DELTA, MASK, FORGET, RECORD = (
+    "model.safetensors",
+    "delta.safetensors",
+    "mask.safetensors",
+    "split.json",
+    "run.json",
+)
 
 
 @dataclass
@@ -90,8 +95,7 @@ def require_classes(model: nn.Module, images: Images, num_classes: int) -> None:
 
 def make(settings: Settings) -> Descends | Solves:
     """The method that the settings name, with its options."""
-    preset = _preset(settings)
-    class_of = getattr(import_module("erase.classification.methods"), preset.method)
+    class_of = getattr(methods, settings.preset.method)
     return make_method(class_of, settings.method, settings.method_options())
 
 
@@ -111,7 +115,9 @@ def recipes(settings: Settings, dataset: Dataset) -> tuple[Recipe, Recipe]:
     return training, Recipe(settings.epochs, settings.learning_rate, **how, **rest)
 
 
-def make_mask(settings: Settings, model: nn.Module, forget: Images) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
+def make_mask(
+    settings: Settings, model: nn.Module, forget: Images
+) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
     """The mask that the settings ask for, None for all weights, and the header of its file.
 
     Raises:
@@ -187,7 +193,7 @@ def run(settings: Settings, cache_dir: str | Path) -> Run:
     record = _record(settings, dataset, chosen, seconds | done.seconds)
     record["original_hash"] = delta.content_hash(before)
     record["weights"] = {"total": sum(parameter.numel() for parameter in done.model.parameters())}
-    if _preset(settings).method:
+    if settings.preset.method:
         provenance = {"made_for": f"{shape.network} on {dataset.name}", "settings": record["settings"]}
         change = delta.difference(before, after, provenance)
         delta.save(folder / DELTA, change)
@@ -201,7 +207,7 @@ def run(settings: Settings, cache_dir: str | Path) -> Run:
 
 def check_method(settings: Settings) -> None:
     """Raise an EraseError for a misspelt option, before any training."""
-    if _preset(settings).method:
+    if settings.preset.method:
         make(settings)
     elif settings.set:
         raise EraseError("retrain has no options for --set; see --train-epochs and --train-learning-rate")
@@ -221,7 +227,7 @@ def unlearned(settings: Settings, dataset: Dataset, chosen: Split, original: Cla
     """Mask and method, from an original model that stays as it is; "retrain" begins anew. Settings are resolved."""
     forget, retain, _ = split.parts(dataset, chosen)
     seconds: dict[str, float] = {}
-    if not _preset(settings).method:
+    if not settings.preset.method:
         with _timing(seconds, "unlearn"):
             model, _ = trained(settings, dataset, retain)
         return Unlearned(model, None, {}, seconds)
@@ -253,10 +259,6 @@ def training_images(dataset: Dataset, chosen: Split, without_forget: bool) -> Im
     """What the original model is trained on, or the retrained one."""
     positions = chosen.retain if without_forget else torch.cat([chosen.forget, chosen.retain]).sort().values
     return dataset.train[positions.to(dataset.train.y.device)]
-
-
-def _preset(settings: Settings) -> Any:
-    return OWN_PRESETS.get(settings.data, {}).get(settings.method, PRESETS[settings.method])
 
 
 @contextmanager

@@ -100,7 +100,9 @@ class Svc:
 
     def __init__(self, x: "Array", members: "NDArray[np.bool_]", C: float = 3.0):
         if members.all() or not members.any():
-            raise EraseError("the attack needs pictures of both kinds: some that were trained on and some that were not")
+            raise EraseError(
+                "the attack needs pictures of both kinds: some that were trained on and some that were not"
+            )
         self.centre = float((x.min() + x.max()) / 2)
         self.radius = float(x.max() - x.min()) / 2
         y = np.where(members, 1.0, -1.0)
@@ -158,7 +160,15 @@ def _box_qp(z: "Array", y: "Array", C: float) -> "Array":
 
         by_y = solve(y)
 
-        def step(low_aim: "Array | float", high_aim: "Array | float", a=a, room=room, gradient=gradient, solve=solve, by_y=by_y):
+        def step(
+            low_aim: "Array | float",
+            high_aim: "Array | float",
+            a=a,
+            room=room,
+            gradient=gradient,
+            solve=solve,
+            by_y=by_y,
+        ):
             by_right = solve(-gradient + low_aim / a - low - high_aim / room + high)
             d_nu = (y @ by_right + y @ a) / (y @ by_y)
             d_a = by_right - d_nu * by_y

@@ -100,11 +100,17 @@ def _compare(arguments: list[str]) -> None:
         "unlearn-classifier compare",
         "Methods on several seeds against retraining. Continues where it stopped; each cell is run once.",
     )
-    parser.add_argument("--methods", nargs="+", default=["all"], metavar="METHOD", help="methods, or all [default: all]")
+    parser.add_argument(
+        "--methods", nargs="+", default=["all"], metavar="METHOD", help="methods, or all [default: all]"
+    )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds, from --seed on [default: 5]")
-    parser.add_argument("--densities", type=float, nargs="+", default=[], metavar="X", help="more lines: SalUn at these")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", default=[], metavar="X", help="more lines: SalUn at these"
+    )
     parser.add_argument("--controls", action="store_true", help="more lines: SalUn with other masks and scores")
-    parser.add_argument("--shadows", type=int, default=0, metavar="N", help="pairs of shadow models for LiRA [default: 0]")
+    parser.add_argument(
+        "--shadows", type=int, default=0, metavar="N", help="pairs of shadow models for LiRA [default: 0]"
+    )
     add_options(parser, Settings, GROUPS)
     given = vars(parser.parse_args(arguments))
     asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows")}
