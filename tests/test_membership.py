@@ -50,14 +50,14 @@ AWKWARD = {
 
 @pytest.mark.parametrize("name", AWKWARD)
 def test_the_fast_classifier_is_scikit_learns(name):
-    """Within libsvm's own tolerance, 1e-3, of its decision function, over the whole range."""
+    """libsvm's decision function over the whole range, at a tolerance of 1e-6 instead of its 1e-3."""
     svm = pytest.importorskip("sklearn.svm")
     members, others = AWKWARD[name](np.random.RandomState(0))
     x = np.concatenate([members, others])
     is_member = np.arange(len(x)) < len(members)
-    theirs = svm.SVC(C=3, gamma="auto", kernel="rbf").fit(x[:, None], is_member)
+    theirs = svm.SVC(C=3, gamma="auto", kernel="rbf", tol=1e-6).fit(x[:, None], is_member)
     at = np.linspace(x.min(), x.max(), 101)
-    assert np.abs(Svc(x, is_member).decide(at) - theirs.decision_function(at[:, None])).max() < 2e-3
+    assert np.abs(Svc(x, is_member).decide(at) - theirs.decision_function(at[:, None])).max() < 1e-4
 
 
 def test_the_attack_on_twenty_thousand_pictures_takes_about_a_second_at_most():

@@ -1,1 +1,1 @@
-"""Unlearning for image classifiers, on the same mask engine: data, networks, methods and one function that runs them."""
+"""Unlearning for image classifiers, on the same mask engine: data, networks, methods and the job that joins them."""

@@ -141,7 +141,7 @@ class RandomLabel:
 
 @dataclass(frozen=True)
 class RandomLabelJoint:
-    """min CE(f(x), y') + CE(f(x), y) over D_f and D_r shuffled together (Fan et al., 2024, and its code for CIFAR-100)."""
+    """min CE(f(x), y') + CE(f(x), y) over D_f and D_r shuffled together (SalUn's code for CIFAR-100)."""
 
     may_be_true: Annotated[bool, "whether y' may equal y, as in SalUn's code"] = False
 

@@ -151,7 +151,7 @@ def _resnet(layer_type: str, depths: Sequence[int], widths: Sequence[int]) -> Ca
 
 
 def _vgg16_bn(shape: Shape) -> nn.Module:
-    """Configuration D of Simonyan & Zisserman (2015) with batch normalisation and, as usual for CIFAR, one linear layer."""
+    """Configuration D of Simonyan & Zisserman (2015) with batch normalisation and one linear layer, as for CIFAR."""
     layers: list[nn.Module] = []
     inputs = shape.channels
     for outputs, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):

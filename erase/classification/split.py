@@ -1,4 +1,4 @@
-"""Which pictures are to be forgotten: one split for training, unlearning and evaluation, by one seed, kept in a file."""
+"""Which pictures are to be forgotten: one split, by one seed, for training, unlearning and evaluation."""
 
 import json
 from collections.abc import Sequence

@@ -48,6 +48,8 @@ def outputs(model: nn.Module, images: Images, *, batch_size: int = 512) -> Outpu
     """In eval mode, without augmentation."""
     with in_eval(model), torch.no_grad():
         logits = torch.cat([model(batch.pixels) for batch in images.batches(batch_size)])
+    if not torch.isfinite(logits).all():
+        raise EraseError("the model answers with numbers that are not finite; did its training diverge?")
     return Outputs(logits.double().softmax(1).cpu().numpy(), images.y.cpu().numpy())
 
 
@@ -100,9 +102,7 @@ class Svc:
 
     def __init__(self, x: "Array", members: "NDArray[np.bool_]", C: float = 3.0):
         if members.all() or not members.any():
-            raise EraseError(
-                "the attack needs pictures of both kinds: some that were trained on and some that were not"
-            )
+            raise EraseError("the attack needs pictures of both kinds, trained on and not")
         self.centre = float((x.min() + x.max()) / 2)
         self.radius = float(x.max() - x.min()) / 2
         y = np.where(members, 1.0, -1.0)
@@ -123,7 +123,7 @@ class Svc:
 
     @staticmethod
     def _bias(scores: "Array", a: "Array", y: "Array", C: float) -> float:
-        """From the samples strictly between the bounds, which lie on the margin; else the middle of what is left open."""
+        """From the samples strictly between the bounds, which lie on the margin; else the middle of what is open."""
         slack, residual = 1e-4 * C, y - scores
         free = (a > slack) & (a < C - slack)
         if free.any():
@@ -140,54 +140,53 @@ class Svc:
 
 def _box_qp(z: "Array", y: "Array", C: float) -> "Array":
     """min |Z'a|^2 / 2 - sum a over 0 <= a <= C, y'a = 0, by Mehrotra's predictor and corrector; a is [n]."""
-    n, d = z.shape
+    n = len(z)
     a, nu = np.full(n, C / 2), 0.0
     low, high = np.ones(n), np.ones(n)  # multipliers of a >= 0 and of a <= C; nu is that of y'a = 0
-
     for _ in range(MAX_ROUNDS):
         room = C - a
         gradient = z @ (z.T @ a) - 1 + nu * y - low + high
         gap = (a @ low + room @ high) / (2 * n)
         if gap < TOLERANCE and np.abs(gradient).max() < TOLERANCE and abs(y @ a) < TOLERANCE * n:
             break
-        weight = 1 / (low / a + high / room)
-        weighted = weight[:, None] * z
-        factor = cho_factor(np.eye(d) + z.T @ weighted)
-
-        def solve(right: "Array", weight=weight, weighted=weighted, factor=factor) -> "Array":
-            """(ZZ' + W^-1)^-1 right, by Woodbury."""
-            return weight * right - weighted @ cho_solve(factor, weighted.T @ right)
-
-        by_y = solve(y)
-
-        def step(
-            low_aim: "Array | float",
-            high_aim: "Array | float",
-            a=a,
-            room=room,
-            gradient=gradient,
-            solve=solve,
-            by_y=by_y,
-        ):
-            by_right = solve(-gradient + low_aim / a - low - high_aim / room + high)
-            d_nu = (y @ by_right + y @ a) / (y @ by_y)
-            d_a = by_right - d_nu * by_y
-            return d_a, d_nu, (low_aim - low * d_a) / a - low, (high_aim + high * d_a) / room - high
-
-        def longest(d_a: "Array", d_low: "Array", d_high: "Array", a=a, room=room) -> float:
-            pairs = ((a, d_a), (room, -d_a), (low, d_low), (high, d_high))
-            return min([1.0, *(float((v[d < 0] / -d[d < 0]).min()) for v, d in pairs if (d < 0).any())])
-
+        step = _newton(z, y, a, room, low, high, gradient)
         d_a, _, d_low, d_high = step(0.0, 0.0)
-        length = longest(d_a, d_low, d_high)
+        length = _longest((a, d_a), (room, -d_a), (low, d_low), (high, d_high))
         after = (a + length * d_a) @ (low + length * d_low) + (room - length * d_a) @ (high + length * d_high)
         aim = gap * (after / (2 * n * gap)) ** 3
         d_a, d_nu, d_low, d_high = step(aim - d_a * d_low, aim + d_a * d_high)
-        length = min(1.0, 0.995 * longest(d_a, d_low, d_high))
-        a = np.clip(a + length * d_a, C * SMALLEST_STEP, C * (1 - SMALLEST_STEP))  # rounding must not reach a bound
+        length = min(1.0, 0.995 * _longest((a, d_a), (room, -d_a), (low, d_low), (high, d_high)))
         nu += length * d_nu
+        a = np.clip(a + length * d_a, C * SMALLEST_STEP, C * (1 - SMALLEST_STEP))  # rounding must not reach a bound
         low, high = (np.maximum(v, SMALLEST_STEP) for v in (low + length * d_low, high + length * d_high))
     return a
+
+
+def _newton(
+    z: "Array", y: "Array", a: "Array", room: "Array", low: "Array", high: "Array", gradient: "Array"
+) -> "Callable[[Array | float, Array | float], tuple[Array, float, Array, Array]]":
+    """The step of a, nu, low and high towards given products a low and room high; (ZZ' + W^-1)^-1 is Woodbury's."""
+    weight = 1 / (low / a + high / room)
+    weighted = weight[:, None] * z
+    factor = cho_factor(np.eye(z.shape[1]) + z.T @ weighted)
+
+    def solve(right: "Array") -> "Array":
+        return weight * right - weighted @ cho_solve(factor, weighted.T @ right)
+
+    by_y = solve(y)
+
+    def step(low_aim: "Array | float", high_aim: "Array | float") -> "tuple[Array, float, Array, Array]":
+        by_right = solve(-gradient + low_aim / a - low - high_aim / room + high)
+        d_nu = float((y @ by_right + y @ a) / (y @ by_y))
+        d_a = by_right - d_nu * by_y
+        return d_a, d_nu, (low_aim - low * d_a) / a - low, (high_aim + high * d_a) / room - high
+
+    return step
+
+
+def _longest(*pairs: "tuple[Array, Array]") -> float:
+    """The largest share, 1 at most, of a step that keeps every value above zero."""
+    return min([1.0, *(float((v[d < 0] / -d[d < 0]).min()) for v, d in pairs if (d < 0).any())])
 
 
 def svc_attack(members: "Array", others: "Array", target: "Array") -> "NDArray[np.bool_]":
