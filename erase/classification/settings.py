@@ -47,10 +47,11 @@ PRESETS: dict[str, Preset] = {
 }
 
 # Chosen on four seeds that no table uses (1000 to 1003), for the smallest average gap to retraining among some ten
-# settings a method: for a random share at 10 %, for a class at class 3. What is not here is as above.
+# settings a method: for a random share at 10 %, for a class at class 3. Fine-tuning has the largest step size that
+# diverged on no seed; 0.1 forgets more and sometimes diverges.
 OWN_PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
     ("digits", "share"): {
-        "ft": Preset("FineTune", 20, 0.1),
+        "ft": Preset("FineTune", 20, 0.05),
         "ga": Preset("GradientAscent", 5, 0.05),
         "rl": Preset("RandomLabel", 2, 0.001),
         "salun": Preset("RandomLabel", 2, 0.001, "saliency"),
@@ -64,7 +65,7 @@ OWN_PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
         "scissorhands": Preset("Scissorhands", 10, 0.01, options=(("share", 0.001),)),
     },
     ("digits", "class"): {
-        "ft": Preset("FineTune", 20, 0.1),
+        "ft": Preset("FineTune", 20, 0.05),
         "ga": Preset("GradientAscent", 5, 0.02),
         "rl": Preset("RandomLabel", 5, 0.001),
         "salun": Preset("RandomLabel", 5, 0.002, "saliency"),
