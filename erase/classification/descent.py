@@ -114,7 +114,8 @@ def saliency_mask(
 ) -> saliency.Mask:
     """The weights that matter most for the pictures to forget: |grad CE|, one pass in eval mode without augmentation.
 
-    Every picture weighs the same, in a short last batch too. largest: see `saliency.select`.
+    Every picture weighs the same, in a short last batch too. largest: see `saliency.select`. batch_size: matters for
+    the scores sum_abs and sum_sq, which add up batches; for abs_sum it is a matter of memory only.
     """
     with in_eval(model):
         accumulated = saliency.Saliency(dict(model.named_parameters()), score)

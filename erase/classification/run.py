@@ -129,7 +129,11 @@ def make_mask(
     if kind in (None, "none"):
         return None, header
     if kind in ("saliency", "inverse"):
-        how: dict[str, Any] = {"per_tensor": settings.per_tensor, "largest": kind == "saliency"}
+        how: dict[str, Any] = {
+            "per_tensor": settings.per_tensor,
+            "largest": kind == "saliency",
+            "batch_size": settings.batch_size,
+        }
         mask = saliency_mask(model, forget, settings.density, settings.score, **how)
         return mask, {**header, "mask": kind, "score": settings.score, "per_tensor": settings.per_tensor}
     named = dict(model.named_parameters())

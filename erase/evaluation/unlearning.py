@@ -25,8 +25,8 @@ CONTROLS: dict[str, dict[str, str]] = {
     "random mask": {"mask": "random"},
     "inverse mask": {"mask": "inverse"},
     "no mask": {"mask": "none"},
-    "score sum |g|": {"score": "sum_abs"},
-    "score sum g^2": {"score": "sum_sq"},
+    "score sum_abs": {"score": "sum_abs"},
+    "score sum_sq": {"score": "sum_sq"},
 }
 
 
