@@ -93,6 +93,17 @@ def test_retraining_has_no_gap_to_itself_and_shadows_are_trained_once(trainings,
     assert all("LiRA" in line for line in results["rows"].values())
 
 
+def test_a_method_that_diverges_is_a_line_without_figures(tmp_path):
+    """The others have theirs; retraining must not diverge, because all gaps are to it."""
+    settings = toy_settings(learning_rate=1e18, weight_decay=0.0)
+    results = compare(settings, rows(settings, ["ft", "iu"]), [0], tmp_path, tmp_path)
+    assert results["rows"]["ft"] == {"diverged": 1} and "UA" in results["rows"]["iu"]
+    assert "| ft | diverged on 1 of 1 |" in (tmp_path / "table.md").read_text()
+    settings = toy_settings(train_learning_rate=1e18)
+    with pytest.raises(EraseError, match="the loss is|retraining diverged"):
+        compare(settings, rows(settings, []), [0], tmp_path / "other", tmp_path)
+
+
 def test_all_methods_and_every_control_have_a_line():
     labels = [line.label for line in rows(toy_settings(), ["all"], densities=[0.1, 0.9], controls=True)]
     assert len(labels) == len(set(labels)) and set(PRESETS) <= set(labels)

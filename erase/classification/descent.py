@@ -19,6 +19,10 @@ from erase.errors import EraseError
 from erase.optim import MaskedAdam
 
 
+class Diverged(EraseError):
+    """The loss is no number any more; a smaller step size may help."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How weights descend.
@@ -58,7 +62,8 @@ def descend(
     mask: bool tensors by parameter; a parameter without one stays as it is; None lets every weight move.
 
     Raises:
-        EraseError: a loss is no number; or the mask is for another model.
+        Diverged: a loss is no number.
+        EraseError: the mask is for another model.
     """
     named = dict(model.named_parameters())
     if mask is not None:
@@ -88,7 +93,7 @@ def descend(
                     write(model, plan.settle(at), mask)
                 at = Progress(epoch, recipe.epochs, at.step + 1, steps)
             if not torch.isfinite(loss):  # once an epoch, because looking at it waits for the device
-                raise EraseError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --learning-rate")
+                raise Diverged(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --learning-rate")
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The whole job: data, split, original model, mask, unlearning, files."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,13 +20,8 @@ from erase.classification.settings import Settings, make_method
 from erase.classification.split import Split
 from erase.errors import EraseError
 
-MODEL, DELTA, MASK, FORGET, RECORD = (
-    "model.safetensors",
-    "delta.safetensors",
-    "mask.safetensors",
-    "split.json",
-    "run.json",
-)
+MODEL, DELTA, MASK = "model.safetensors", "delta.safetensors", "mask.safetensors"
+SPLIT, RECORD = "split.json", "run.json"
 
 
 @dataclass
@@ -176,11 +171,10 @@ def run_training(settings: Settings, cache_dir: str | Path, *, without_forget: b
     settings = settings.resolved()
     dataset, chosen = prepare(settings, cache_dir)
     folder = _open(settings, {"without_forget": without_forget})
-    start = time.perf_counter()
-    model, shape = trained(settings, dataset, training_images(dataset, chosen, without_forget))
-    record = _record(settings, dataset, chosen, {"train": time.perf_counter() - start}) | {
-        "without_forget": without_forget
-    }
+    seconds: dict[str, float] = {}
+    with _timing(seconds, "train"):
+        model, shape = trained(settings, dataset, training_images(dataset, chosen, without_forget))
+    record = {**_record(settings, dataset, chosen, seconds), "without_forget": without_forget}
     _save(folder, model, shape, chosen, record)
     return Run(folder, None, model, dataset, chosen, record)
 
@@ -266,15 +260,16 @@ def training_images(dataset: Dataset, chosen: Split, without_forget: bool) -> Im
 
 
 @contextmanager
-def _timing(seconds: dict[str, float], phase: str) -> Any:
+def _timing(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def identity(settings: Settings) -> dict[str, Any]:
     """What decides the result: where it is written to and on which device does not."""
-    return {name: value for name, value in asdict(settings).items() if name not in ("output", "device")}
+    decisive = {name: value for name, value in asdict(settings).items() if name not in ("output", "device")}
+    return {**decisive, "set": list(settings.set)}  # as JSON has it
 
 
 def _open(settings: Settings, more: Mapping[str, Any]) -> Path:
@@ -283,15 +278,14 @@ def _open(settings: Settings, more: Mapping[str, Any]) -> Path:
     folder = Path(settings.output)
     if (folder / RECORD).is_file():
         found = files.read_json(folder / RECORD)
-        here = {**_plain(settings), "set": list(settings.set)}
-        if found.get("settings") != here or any(found.get(name) != value for name, value in more.items()):
+        if found.get("settings") != identity(settings) or any(found.get(name) != value for name, value in more.items()):
             raise EraseError(f"{folder} holds a run with other settings; choose another --output")
     return folder
 
 
 def _record(settings: Settings, dataset: Dataset, chosen: Split, seconds: Mapping[str, float]) -> dict[str, Any]:
     return {
-        "settings": {**_plain(settings), "set": list(settings.set)},
+        "settings": identity(settings),
         "split": {
             "request": chosen.request,
             "sha256": chosen.digest,
@@ -308,6 +302,6 @@ def _record(settings: Settings, dataset: Dataset, chosen: Split, seconds: Mappin
 def _save(folder: Path, model: Classifier, shape: Shape, chosen: Split, record: dict[str, Any]) -> None:
     header = {"data": record["settings"]["data"], "seed": record["settings"]["seed"], "split": record["split"]}
     networks.save(folder / MODEL, model, shape, header)
-    chosen.save(folder / FORGET)
+    chosen.save(folder / SPLIT)
     record["model_hash"] = delta.content_hash(model.state_dict())
     files.write_json(folder / RECORD, record)

@@ -11,6 +11,7 @@ import numpy as np
 from erase import __version__, files
 from erase.classification import networks, run, split
 from erase.classification.data import Dataset
+from erase.classification.descent import Diverged
 from erase.classification.networks import Classifier, Shape
 from erase.classification.settings import PRESETS, Settings
 from erase.classification.split import Split
@@ -141,8 +142,7 @@ class _Bench:
 def _cell(line: Row, bench: _Bench) -> dict[str, Any]:
     seed = bench.settings.seed
     settings = replace(line.settings, seed=seed).resolved()
-    identity = {key: value for key, value in asdict(settings).items() if key not in ("output", "device")}
-    identity |= {"set": list(settings.set), "shadows": bench.num_shadows}
+    identity = run.identity(settings) | {"shadows": bench.num_shadows}
     path = bench.folder / "cells" / f"{re.sub('[^a-z0-9.]+', '-', line.label)}-{seed}.json"
     if path.is_file():
         cell = files.read_json(path)
@@ -151,17 +151,15 @@ def _cell(line: Row, bench: _Bench) -> dict[str, Any]:
             raise EraseError(f"{path} was made with another {changed}; choose another --output")
         return cell
     dataset, chosen = bench.prepared()
-    model, seconds = _model(line.label, settings, bench)
-    forget, retain, test = split.parts(dataset, chosen)
-    scores = membership.measure(model, forget, retain, test, seed=seed, shadows=bench.shadows())
-    cell = {
-        "label": line.label,
-        "seed": seed,
-        "settings": identity,
-        "split": chosen.digest,
-        "scores": {name: asdict(score) for name, score in scores.items()},
-        "seconds": seconds,
-    }
+    cell = {"label": line.label, "seed": seed, "settings": identity, "split": chosen.digest}
+    try:
+        model, seconds = _model(line.label, settings, bench)
+    except Diverged as error:
+        cell["diverged"] = str(error)
+    else:
+        parts = split.parts(dataset, chosen)
+        scores = membership.measure(model, *parts, seed=seed, shadows=bench.shadows())
+        cell |= {"scores": {name: asdict(score) for name, score in scores.items()}, "seconds": seconds}
     files.write_json(path, cell)
     return cell
 
@@ -181,14 +179,24 @@ def _model(label: str, settings: Settings, bench: _Bench) -> tuple[Classifier, f
 def summarise(cells: Sequence[dict[str, Any]], settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
     """Means and intervals over seeds, for each line in the order of its first cell; plain JSON values.
 
+    A line that diverged on some seed has no figures, only the number of those seeds: the others are a selection.
+
     gap: mean over seeds of the average gap to the retrained model of the same seed.
     gap_of_means: the same between the means, as papers compute it; noise of a single training hardly counts there.
     """
     labels = list(dict.fromkeys(cell["label"] for cell in cells))
-    values = {label: [_values(cell) for cell in cells if cell["label"] == label] for label in labels}
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    of_line = {label: [cell for cell in cells if cell["label"] == label] for label in labels}
+    diverged = {label: sum("diverged" in cell for cell in of) for label, of in of_line.items()}
+    values = {label: [_values(cell) for cell in of] for label, of in of_line.items() if not diverged[label]}
+    if RETRAIN not in values:
+        raise EraseError("retraining diverged, so there is nothing to compare with; lower --train-learning-rate")
     centre = _means(values[RETRAIN])
-    for label, of_seeds in values.items():
+    for label in labels:
+        if diverged[label]:
+            table[label] = {"diverged": diverged[label]}
+            continue
+        of_seeds = values[label]
         figures = {name: over_seeds(name, [one[name] for one in of_seeds]) for name in of_seeds[0]}
         gaps = [membership.average_gap(*pair) for pair in zip(of_seeds, values[RETRAIN], strict=True)]
         figures["gap"] = over_seeds("gap", gaps, higher_is_better=False)
@@ -212,11 +220,16 @@ def over_seeds(name: str, values: Sequence[float], *, higher_is_better: bool = T
 def table(results: dict[str, Any]) -> str:
     """Markdown: per cent, mean and half the 95 % interval over seeds; seconds of the unlearning alone."""
     lines = results["rows"]
-    optional = ["LiRA"] if all("LiRA" in line for line in lines.values()) else []
+    optional = ["LiRA"] if "LiRA" in lines[RETRAIN] else []
     names = [*GAP_OVER, *optional, "gap"]
     head = ["", *names, "gap of means", "seconds"]
     text = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for label, line in lines.items():
+        if "diverged" in line:
+            text.append(
+                f"| {label} | diverged on {line['diverged']} of {len(results['seeds'])} |" + " |" * (len(head) - 2)
+            )
+            continue
         figures = [_shown(line[name]) for name in names]
         gap = f"{100 * line['gap_of_means']:.1f}"
         text.append("| " + " | ".join([label, *figures, gap, f"{line['seconds']['value']:.2g}"]) + " |")
@@ -229,7 +242,7 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
     """A PNG: the average gap of each line with its interval, the smallest on top."""
     from matplotlib.figure import Figure
 
-    lines = {label: line["gap"] for label, line in results["rows"].items() if label != RETRAIN}
+    lines = {label: line["gap"] for label, line in results["rows"].items() if label != RETRAIN and "gap" in line}
     order = sorted(lines, key=lambda label: -lines[label]["value"])
     figure = Figure(figsize=(6, 0.9 + 0.28 * len(order)), layout="constrained")
     ax = figure.subplots()
@@ -257,4 +270,6 @@ def _shown(score: dict[str, Any]) -> str:
 
 
 def _in_short(cell: dict[str, Any]) -> str:
+    if "diverged" in cell:
+        return cell["diverged"]
     return ", ".join(f"{name} {100 * cell['scores'][name]['value']:.1f}" for name in GAP_OVER)
