@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -541,7 +542,7 @@ def test_digits_are_real_and_always_the_same():
 
 
 def test_digits_without_scikit_learn_say_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(
         EraseError, match=r"scikit-learn is not installed; pip install 'erase-concept\[classification\]'"
     ):
@@ -723,7 +724,5 @@ def test_the_loop_trains_with_any_plan():
     """A plan without a loss is the plain cross-entropy."""
     model, images = toy_model(), toy_images()
     before = methods.cross_entropy(model, images).item()
-    descend(
-        model, Plan(passes=lambda: [images]), replace(RECIPE, epochs=20), torch.Generator().manual_seed(0)
-    )
+    descend(model, Plan(passes=lambda: [images]), replace(RECIPE, epochs=20), torch.Generator().manual_seed(0))
     assert methods.cross_entropy(model, images).item() < before / 2
