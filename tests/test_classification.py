@@ -250,9 +250,9 @@ def test_boundary_expanding_keeps_the_head_as_wide_as_it_was(trained_state):
     assert model(toy_images().pixels).shape == (30, NUM_CLASSES)
 
 
-def test_scissorhands_takes_from_a_step_what_would_lower_the_loss_of_the_forgotten(trained_state):
+def test_scissorhands_takes_from_a_step_what_would_lower_the_loss_of_the_forgotten():
     """After bending, the gradient is orthogonal to that of the forgotten pictures or points the other way."""
-    model, images = trained(trained_state), toy_images()
+    model, images = toy_model(), toy_images()
     forget = images[slice(0, 1)]  # one picture, so that every drawn batch has the same gradient
     task = Task(model, forget, images[slice(9, 30)], NUM_CLASSES, torch.Generator().manual_seed(0))
     plan = methods.Scissorhands(share=0).plan(task)
@@ -552,15 +552,16 @@ def test_digits_without_scikit_learn_say_how_to_get_it(monkeypatch):
 # Networks
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+LARGE = ("resnet50", "vgg16_bn", "swin_t", "vit")
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in LARGE])
 def test_every_network_gives_logits_of_small_pictures_and_survives_its_file(name, tmp_path):
-    if name in ("resnet50", "vgg16_bn", "swin_t", "vit"):
-        pytest.skip("large; see the slow test")
     check_network(name, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet50", "vgg16_bn", "swin_t", "vit"])
+@pytest.mark.parametrize("name", LARGE)
 def test_every_large_network_gives_logits_of_small_pictures_and_survives_its_file(name, tmp_path):
     check_network(name, tmp_path)
 
