@@ -42,7 +42,7 @@ def toy_dataset(**changes: Any) -> Dataset:
     return Dataset("toy", toy_images(30), toy_images(12, seed=1), ("a", "b", "c"), (0.3,), (0.3,), **changes)
 
 
-def toy_model(seed: int = 0) -> nn.Module:
+def toy_model(seed: int = 0) -> nn.Sequential:
     """With batch normalisation and dropout, because both depend on the mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def trained_state() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def trained(state: dict[str, Tensor]) -> nn.Module:
+def trained(state: dict[str, Tensor]) -> nn.Sequential:
     model = toy_model()
     model.load_state_dict(state)
     return model
@@ -288,7 +288,7 @@ def test_masked_sgd_is_torchs_inside_and_nothing_outside(density):
     start, gradients = torch.randn(40), torch.randn(5, 40)
     mask = None if density is None else {"w": torch.rand(40) < density}
     ours, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
     optimizers = MaskedSGD({"w": ours}, mask, **settings), torch.optim.SGD([plain], **settings)
     for gradient in gradients:
         ours.grad, plain.grad = gradient.clone(), gradient.clone()
@@ -581,11 +581,10 @@ def check_network(name: str, folder: Path) -> None:
 
 def test_the_resnet_for_small_pictures_keeps_their_resolution_at_first():
     """The stem of CIFAR: 32 x 32 after it, where ImageNet's leaves 8 x 8."""
-    small, large = (networks.build(Shape("resnet18", 10, 3, size, (0.5,) * 3, (0.5,) * 3), 0) for size in (32, 96))
+    models: list[Any] = [networks.build(Shape("resnet18", 10, 3, size, (0.5,) * 3, (0.5,) * 3), 0) for size in (32, 96)]
     x = torch.zeros(1, 3, 32, 32)
-    stems: Any = [model.network.resnet.embedder for model in (small, large)]
-    assert [stem(x).shape[-1] for stem in stems] == [32, 8]
-    assert sum(p.numel() for p in small.parameters()) == 11_173_962  # as in every ResNet-18 for CIFAR-10
+    assert [model.network.resnet.embedder(x).shape[-1] for model in models] == [32, 8]
+    assert sum(p.numel() for p in models[0].parameters()) == 11_173_962  # as in every ResNet-18 for CIFAR-10
 
 
 # Errors

@@ -373,7 +373,7 @@ def _from_parquet(folder: Path, size: int | None) -> Dataset:
 
 def _load_dataset(name: str, repository: str, config: str | None) -> Mapping[str, Any]:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise EraseError(f"{name} is read with datasets; pip install 'erase-concept[datasets]'") from error
     try:

@@ -352,10 +352,12 @@ class FisherForgetting:
         with torch.no_grad():
             shares = torch.cat([task.model(batch.pixels) for batch in chosen.batches(256)]).softmax(1).cpu()
         drawn = torch.multinomial(shares, 1, generator=task.generator)[:, 0].to(chosen.y.device)
-        squares = sum(g.square() for g in _single_gradients(task.model, chosen.with_labels(drawn)))
+        named = task.parameters()
+        squares = torch.zeros(sum(w.numel() for w in named.values()), device=chosen.y.device)
+        for g in _single_gradients(task.model, chosen.with_labels(drawn)):
+            squares += g.square()
         variance = self.alpha * (1 / (squares / len(chosen) + 1e-8)).clamp(max=self.cap)
         noise = torch.randn(len(variance), generator=task.generator).to(variance) * variance.sqrt()
-        named = task.parameters()
         return {name: named[name].detach() + step for name, step in _by_name(noise, named).items()}
 
 

@@ -137,8 +137,8 @@ def _resnet(layer_type: str, depths: Sequence[int], widths: Sequence[int]) -> Ca
             hidden_sizes=list(widths),
             depths=list(depths),
             layer_type=layer_type,
-            num_labels=shape.num_classes,
         )
+        config.num_labels = shape.num_classes
         network = ResNetForImageClassification(config)
         if shape.size <= SMALL_PICTURE:  # the stem of He et al. (2016) for CIFAR: 3 x 3, no stride, no pooling
             stem: Any = network.resnet.embedder
