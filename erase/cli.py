@@ -4,7 +4,7 @@ import argparse
 import difflib
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,7 +96,7 @@ def _erase(arguments: list[str]) -> None:
     parser.add_argument("--version", action="version", version=f"erase-concept {__version__}")
     parser.add_argument("--list", action="store_true", help="show the presets and exit")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    _add_settings(parser)
+    add_options(parser, Settings, GROUPS)
     given = vars(parser.parse_args(arguments))
     if given.pop("list"):
         for name in concepts.names():
@@ -128,23 +128,26 @@ def _erase(arguments: list[str]) -> None:
         print(f'load it: StableDiffusionPipeline.from_pretrained("{result.folder}")')
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of Settings, in its group; nothing is written down twice."""
-    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
-    for item in fields(Settings):
-        form = forms()[item.name]
+def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[str, str]) -> None:
+    """One argument for each field of a dataclass of options, in its group; nothing is written down twice.
+
+    titles: of the groups; fields of other groups are left out.
+    """
+    groups = {name: parser.add_argument_group(title) for name, title in titles.items()}
+    for item in (item for item in fields(options) if item.metadata["group"] in groups):
+        form = forms(options)[item.name]
         shown = _shown_default(item)
         help_text = item.metadata["help"] + (f" [default: {shown}]" if shown else "")
-        options: dict[str, Any] = {"dest": item.name, "help": help_text.replace("%", "%%"), "default": None}
+        argument: dict[str, Any] = {"dest": item.name, "help": help_text.replace("%", "%%"), "default": None}
         if form.type is bool:
-            options["action"] = "store_true"
+            argument["action"] = "store_true"
         else:
             word = {int: "N", float: "X"}.get(form.type, item.name.split("_")[-1].upper())
             choices = "{" + ",".join(form.choices) + "}" if form.choices else None
-            options["metavar"] = item.metadata.get("metavar") or choices or word
-            options["action"] = "append" if form.is_repeated else "store"
-            options["type"] = form.type
-        groups[item.metadata["group"]].add_argument(flag(item.name), **options)
+            argument["metavar"] = item.metadata.get("metavar") or choices or word
+            argument["action"] = "append" if form.is_repeated else "store"
+            argument["type"] = form.type
+        groups[item.metadata["group"]].add_argument(flag(item.name), **argument)
 
 
 def _shown_default(item: Field[Any]) -> str:

@@ -134,6 +134,12 @@ def text_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def default_cache_dir() -> Path:
+    """$ERASE_CACHE, else erase-concept under $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ERASE_CACHE") or Path(base) / "erase-concept")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -1,6 +1,5 @@
 """All knowledge of diffusers: where a Stable Diffusion comes from, its parts, and how it noises, predicts and draws."""
 
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase import export
 from erase.errors import EraseError
-from erase.files import file_hash, open_tensors, read_json, text_hash
+from erase.files import default_cache_dir, file_hash, open_tensors, read_json, text_hash
 from erase.guards import Guard
 
 Sampler = Literal["model", "dpm++"]
@@ -528,12 +527,6 @@ def _convert_single_file(path: Path, allow_pickle: bool, config: str | None, cac
 def _configs_hash(folder: Path) -> str:
     paths = sorted(path for path in folder.glob("**/*") if path.suffix in {".json", ".txt"})
     return text_hash([[path.relative_to(folder).as_posix(), file_hash(path)] for path in paths])
-
-
-def default_cache_dir() -> Path:
-    """$ERASE_CACHE, else erase-concept under $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ERASE_CACHE") or Path(base) / "erase-concept")
 
 
 def _one_line(error: BaseException) -> str:

@@ -208,11 +208,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Make every value plain, and raise an EraseError for one that is not allowed."""
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is not None or item.default is not None:
-                value = _checked(value, item)
-                object.__setattr__(self, item.name, value)
+        make_plain(self)
         if not 0 < self.density <= 1:
             raise EraseError(f"--density is {self.density}; it must be above 0 and at most 1")
         if self.max_grad_norm == 0:
@@ -301,12 +297,20 @@ class Form:
 
 
 @functools.cache
-def forms() -> dict[str, Form]:
-    """The form of every field of Settings, by its name."""
-    annotations = get_type_hints(Settings)
-    found = {item.name: _form(annotations[item.name]) for item in fields(Settings)}
-    listed = {item.name: item.metadata["choices"] for item in fields(Settings) if "choices" in item.metadata}
+def forms(options: type = Settings) -> dict[str, Form]:
+    """The form of every field of a dataclass of options, by its name."""
+    annotations = get_type_hints(options)
+    found = {item.name: _form(annotations[item.name]) for item in fields(options)}
+    listed = {item.name: item.metadata["choices"] for item in fields(options) if "choices" in item.metadata}
     return found | {name: replace(found[name], choices=choices) for name, choices in listed.items()}
+
+
+def make_plain(options: Any) -> None:
+    """Make every value of a frozen dataclass of options plain, and raise an EraseError for one that is not allowed."""
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if value is not None or item.default is not None:
+            object.__setattr__(options, item.name, _checked(value, item, forms(type(options))[item.name]))
 
 
 def flag(name: str) -> str:
@@ -337,8 +341,7 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
 _NOUNS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
-def _checked(value: Any, item: Field[Any]) -> Any:
-    form = forms()[item.name]
+def _checked(value: Any, item: Field[Any], form: Form) -> Any:
     if form.is_repeated:
         several = [value] if isinstance(value, (str, os.PathLike)) else value
         return tuple(_checked_one(one, item, form) for one in several)

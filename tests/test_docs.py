@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from erase import cli
+from erase.classification.settings import NETWORKS, PRESETS
+from erase.classification.settings import Settings as ClassifierSettings
+from erase.evaluation import unlearn_cli
 from erase.evaluation.tasks import ABOUT
 from erase.methods import METHODS
 from erase.scope import SCOPES
@@ -65,11 +68,31 @@ def test_every_eval_command_is_accepted(monkeypatch):
     assert len(commands) >= 5
 
 
+def test_every_unlearn_command_is_accepted(monkeypatch):
+    """Up to the point where work would begin."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(self: cli.Parser, arguments: list[str]) -> None:
+        parse(self, arguments)
+        raise Stop
+
+    parse = cli.Parser.parse_args
+    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("unlearn-classifier ")]
+    for command in commands:
+        with pytest.raises(Stop):
+            unlearn_cli.main(command)
+    assert len(commands) >= 4
+
+
 def test_every_option_in_the_text_exists():
     known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
     known |= {"--list", "--delta", "--output", "--num_processes", "--check", "--size", "--only", "--without"}
-    source = (ROOT / "erase" / "evaluation" / "cli.py").read_text(encoding="utf-8")
-    known |= set(re.findall(r'"(--[a-z-]+)"', source))
+    known |= {f"--{name.replace('_', '-')}" for name in ClassifierSettings.__dataclass_fields__}
+    for name in ("cli.py", "unlearn_cli.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "erase" / "evaluation" / name).read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= known
 
 
@@ -87,7 +110,7 @@ def test_every_module_is_on_the_file_map():
             assert path.name in LISTING, path.name
 
 
-@pytest.mark.parametrize("names", [METHODS, RECIPES, SCOPES, ABOUT])
+@pytest.mark.parametrize("names", [METHODS, RECIPES, SCOPES, ABOUT, PRESETS, NETWORKS])
 def test_every_method_recipe_scope_and_task_is_in_a_table(names):
     for name in names:
         assert f"`{name}`" in README, name

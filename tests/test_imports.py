@@ -24,7 +24,18 @@ LAYERS = (
     {"cli"},
     {"evaluation"},
 )
-OPTIONAL = {"nudenet", "onnxruntime", "cv2", "torchmetrics", "peft", "datasets", "tensorboard", "wandb", "xformers"}
+OPTIONAL = {
+    "nudenet",
+    "sklearn",
+    "onnxruntime",
+    "cv2",
+    "torchmetrics",
+    "peft",
+    "datasets",
+    "tensorboard",
+    "wandb",
+    "xformers",
+}
 
 
 def modules() -> dict[str, Path]:
@@ -152,7 +163,10 @@ def test_nothing_hides_the_builtin_eval_or_a_library():
         assert not imported(path.read_text(encoding="utf-8"), "script", {"eval"}), path
 
 
-@pytest.mark.parametrize("module", ["erase", "erase.cli", "erase.concepts", "erase.settings", "erase.methods"])
+@pytest.mark.parametrize(
+    "module",
+    ["erase", "erase.cli", "erase.concepts", "erase.settings", "erase.methods", "erase.evaluation.unlearn_cli"],
+)
 def test_what_the_help_needs_loads_no_library(module):
     heavy = "{'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'accelerate', 'safetensors', 'huggingface_hub'}"
     code = f"import sys, {module}; print('{module}' in sys.modules, *sorted({heavy} & set(sys.modules)))"

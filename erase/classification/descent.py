@@ -1,0 +1,185 @@
+"""The one loop that trains classifiers, and the writing of new weights; both inside the mask only."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from erase import saliency
+from erase.classification.data import Images, augment
+from erase.classification.methods import Plan, Progress, Values
+from erase.classification.sgd import MaskedSGD
+from erase.errors import EraseError
+from erase.optim import MaskedAdam
+
+
+class Diverged(EraseError):
+    """The loss is no number any more; a smaller step size may help."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights descend.
+
+    schedule: of the step size: constant, falling as a cosine to zero, or a tenth after half and a hundredth after
+        three quarters of the epochs, as SalUn's code trains its originals.
+    batch_norm: frozen normalises with the model's statistics and leaves them as they are; moving normalises with those
+        of the batch and lets them follow, as in SalUn's code; they then change outside any mask.
+    padding, flip: see `augment`.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 256
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "cosine", "steps"] = "constant"
+    batch_norm: Literal["frozen", "moving"] = "frozen"
+    padding: int = 0
+    flip: bool = False
+
+    def learning_rate_at(self, epoch: int) -> float:
+        share = epoch / self.epochs
+        if self.schedule == "cosine":
+            return self.learning_rate * (1 + math.cos(math.pi * share)) / 2
+        if self.schedule == "steps":
+            return self.learning_rate * 0.1 ** ((share >= 0.5) + (share >= 0.75))
+        return self.learning_rate
+
+
+def descend(
+    model: nn.Module, plan: Plan, recipe: Recipe, generator: torch.Generator, mask: Mapping[str, Tensor] | None = None
+) -> None:
+    """Carry out a plan, in place. Afterwards model and modules are in the modes in which they were.
+
+    mask: bool tensors by parameter; a parameter without one stays as it is; None lets every weight move.
+
+    Raises:
+        Diverged: a loss is no number.
+        EraseError: the mask is for another model.
+    """
+    named = dict(model.named_parameters())
+    if mask is not None:
+        saliency.check(mask, {}, named)
+    moving = named if mask is None else {name: named[name] for name in mask}
+    if recipe.epochs == 0 or not moving:
+        return
+    write(model, plan.start, mask)
+    optimizer = _optimizer(moving, mask, plan.extra, recipe)
+    at = Progress(0, recipe.epochs, 0, 0)
+    with _training(model, moving, recipe.batch_norm):
+        for epoch in range(recipe.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate_at(epoch)
+            passes = plan.passes()
+            steps = recipe.epochs * sum(math.ceil(len(images) / recipe.batch_size) for images in passes)
+            for batch in _batches(passes, recipe.batch_size, generator):
+                at = Progress(epoch, recipe.epochs, at.step, steps)
+                x = Images(augment(batch.x, recipe.padding, recipe.flip, generator), batch.y).pixels
+                loss = plan.loss(x, batch.y, at) if plan.loss else F.cross_entropy(model(x), batch.y)
+                optimizer.zero_grad()
+                loss.backward()
+                if plan.bend:
+                    plan.bend()
+                optimizer.step()
+                if plan.settle:
+                    write(model, plan.settle(at), mask)
+                at = Progress(epoch, recipe.epochs, at.step + 1, steps)
+            if not torch.isfinite(loss):  # once an epoch, because looking at it waits for the device
+                raise Diverged(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --learning-rate")
+
+
+@torch.no_grad()
+def write(model: nn.Module, values: Values, mask: Mapping[str, Tensor] | None) -> None:
+    """Put new values into weights inside the mask; the others keep their bits."""
+    named = dict(model.named_parameters())
+    for name, new in values.items():
+        if mask is None:
+            named[name].copy_(new)
+        elif name in mask:
+            named[name].copy_(torch.where(mask[name].to(new.device), new, named[name]))
+
+
+def saliency_mask(
+    model: nn.Module,
+    forget: Images,
+    density: float,
+    score: saliency.Score = "abs_sum",
+    *,
+    per_tensor: bool = False,
+    largest: bool = True,
+    batch_size: int = 256,
+) -> saliency.Mask:
+    """The weights that matter most for the pictures to forget: |grad CE|, one pass in eval mode without augmentation.
+
+    Every picture weighs the same, in a short last batch too. largest: see `saliency.select`. batch_size: matters for
+    the scores sum_abs and sum_sq, which add up batches; for abs_sum it is a matter of memory only.
+    """
+    with in_eval(model):
+        accumulated = saliency.Saliency(dict(model.named_parameters()), score)
+        with accumulated.collecting():
+            for batch in forget.batches(batch_size):
+                loss = F.cross_entropy(model(batch.pixels), batch.y, reduction="sum") / len(forget)
+                loss.backward()
+    return saliency.select(accumulated.scores(), density, per_tensor=per_tensor, largest=largest)
+
+
+def _optimizer(
+    moving: Mapping[str, Parameter], mask: Mapping[str, Tensor] | None, extra: Mapping[str, Parameter], recipe: Recipe
+) -> torch.optim.Optimizer:
+    clash = extra.keys() & moving.keys()
+    assert not clash, clash
+    named = {**moving, **extra}
+    if mask is not None:
+        mask = {**mask, **{name: torch.ones(p.shape, dtype=torch.bool) for name, p in extra.items()}}
+    if recipe.optimizer == "adam":
+        return MaskedAdam(named, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    settings = {"lr": recipe.learning_rate, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    return MaskedSGD(named, mask, **settings)
+
+
+def _batches(passes: list[Images], size: int, generator: torch.Generator) -> Iterator[Images]:
+    for images in passes:
+        order = torch.randperm(len(images), generator=generator).to(images.y.device)
+        for positions in order.split(size):
+            yield images[positions]
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Inside, eval mode, and every parameter wants a gradient: what may move is the mask's to say.
+
+    Afterwards modes and wants are as they were, each, and no gradient is left.
+    """
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_()
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+        for parameter, was_wanted in wanted.items():
+            parameter.requires_grad_(was_wanted)
+        model.zero_grad()
+
+
+@contextmanager
+def _training(model: nn.Module, moving: Mapping[str, Parameter], batch_norm: str) -> Iterator[None]:
+    """Train mode, in which frozen batch normalisation takes no part; parameters that do not move want no gradient."""
+    with in_eval(model):
+        model.train()
+        for module in model.modules():
+            if batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        trained = set(moving.values())
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+        yield

@@ -1,0 +1,208 @@
+"""Image classifiers by name, their normalisation inside, built from a seed and kept in one safetensors file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erase import files
+from erase.classification.settings import NETWORKS
+from erase.delta import layout_of, require_layout
+from erase.errors import EraseError
+
+SMALL_PICTURE = 64  # up to this side a network keeps the resolution in its first layer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a network is built for.
+
+    size: side of the pictures in pixels. mean, std: of each channel, on pixels in [0, 1].
+    """
+
+    network: str
+    num_classes: int
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Classifier(nn.Module):
+    """Logits, [n, classes], of pictures [n, c, h, w]: uint8, or float in [0, 1]; the normalisation is a part of it."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.to(self.mean.dtype) / 255
+        logits = self.network((x - self.mean) / self.std)
+        return logits if isinstance(logits, Tensor) else logits.logits
+
+
+def build(shape: Shape, seed: int) -> Classifier:
+    """A network with random weights; same seed, same weights, whatever was drawn before.
+
+    Raises:
+        EraseError: unknown network.
+    """
+    if shape.network not in _BUILDERS:
+        raise EraseError(f"unknown network {shape.network!r}; choose {', '.join(NETWORKS)}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Classifier(_BUILDERS[shape.network](shape), shape.mean, shape.std).eval()
+
+
+def save(path: str | Path, model: Classifier, shape: Shape, header: dict[str, Any]) -> None:
+    """Weights, buffers and what is needed to build the network again.
+
+    header: JSON-serialisable; how the weights were made.
+    """
+    files.write_tensors(path, model.state_dict(), {**header, "kind": "classifier", "shape": asdict(shape)})
+
+
+def load(path: str | Path) -> tuple[Classifier, Shape, dict[str, Any]]:
+    """The classifier of a file that `save` wrote, or of model.safetensors in a folder; its shape and its header.
+
+    Raises:
+        EraseError: no such file, or no classifier.
+    """
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    header = files.read_metadata(path)
+    if header.get("kind") != "classifier":
+        raise EraseError(f"{path} is not a classifier: its header does not say which network it is")
+    stored = header["shape"]
+    shape = Shape(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    model, state = build(shape, seed=0), files.read_tensors(path)
+    require_layout(
+        layout_of(state), layout_of(model.state_dict()), f"a {shape.network} for {shape.num_classes} classes"
+    )
+    model.load_state_dict(state)
+    return model, shape, header
+
+
+def require_fit(shape: Shape, num_classes: int, channels: int, size: int, where: str) -> None:
+    """Raise an EraseError unless a network was built for such pictures and as many classes; `where` names it."""
+    for word, here, there in (
+        ("classes", shape.num_classes, num_classes),
+        ("channels", shape.channels, channels),
+        ("pixels a side", shape.size, size),
+    ):
+        if here != there:
+            raise EraseError(f"{where} is a {shape.network} for {here} {word}, but the data set has {there}")
+
+
+# --- architectures ----------------------------------------------------------------------------------------------------
+
+
+def _small(shape: Shape) -> nn.Module:
+    """Three convolutions: 25,000 weights that learn digits in seconds."""
+
+    def stage(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    pool = nn.MaxPool2d(2)
+    layers = [*stage(shape.channels, 16), *stage(16, 32), pool, *stage(32, 64), nn.AdaptiveAvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, shape.num_classes))
+
+
+def _mlp(shape: Shape) -> nn.Module:
+    """Two hidden layers of 128 with batch normalisation: 27,000 weights for digits, a second of training."""
+
+    def stage(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+
+    layers = [nn.Flatten(), *stage(shape.channels * shape.size**2, 128), *stage(128, 128)]
+    return nn.Sequential(*layers, nn.Linear(128, shape.num_classes))
+
+
+def _resnet(layer_type: str, depths: Sequence[int], widths: Sequence[int]) -> Callable[[Shape], nn.Module]:
+    def make(shape: Shape) -> nn.Module:
+        from transformers import ResNetConfig, ResNetForImageClassification
+
+        config = ResNetConfig(
+            num_channels=shape.channels,
+            embedding_size=64,
+            hidden_sizes=list(widths),
+            depths=list(depths),
+            layer_type=layer_type,
+        )
+        config.num_labels = shape.num_classes
+        network = ResNetForImageClassification(config)
+        if shape.size <= SMALL_PICTURE:  # the stem of He et al. (2016) for CIFAR: 3 x 3, no stride, no pooling
+            stem: Any = network.resnet.embedder
+            stem.embedder.convolution = nn.Conv2d(shape.channels, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(stem.embedder.convolution.weight, mode="fan_out", nonlinearity="relu")
+            stem.pooler = nn.Identity()
+        return network
+
+    return make
+
+
+def _vgg16_bn(shape: Shape) -> nn.Module:
+    """Configuration D of Simonyan & Zisserman (2015) with batch normalisation and one linear layer, as for CIFAR."""
+    layers: list[nn.Module] = []
+    inputs = shape.channels
+    for outputs, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(repeats):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, shape.num_classes))
+
+
+def _vit(shape: Shape) -> nn.Module:
+    """ViT-S (Steiner et al., 2022): 12 layers of 384, on patches of an eighth of the side, 16 pixels at most."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        image_size=shape.size,
+        patch_size=max(1, min(16, shape.size // 8)),
+        num_channels=shape.channels,
+    )
+    config.num_labels = shape.num_classes
+    return ViTForImageClassification(config)
+
+
+def _swin_t(shape: Shape) -> nn.Module:
+    """Swin-T (Liu et al., 2021); small pictures have patches of 2 pixels and windows of 4."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    is_small = shape.size <= SMALL_PICTURE
+    config = SwinConfig(
+        image_size=shape.size,
+        num_channels=shape.channels,
+        patch_size=2 if is_small else 4,
+        window_size=4 if is_small else 7,
+        embed_dim=96,
+        depths=[2, 2, 6, 2],
+        num_heads=[3, 6, 12, 24],
+    )
+    config.num_labels = shape.num_classes
+    return SwinForImageClassification(config)
+
+
+_BUILDERS: dict[str, Callable[[Shape], nn.Module]] = {
+    "mlp": _mlp,
+    "small": _small,
+    "resnet18": _resnet("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet50": _resnet("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048)),
+    "vgg16_bn": _vgg16_bn,
+    "vit": _vit,
+    "swin_t": _swin_t,
+}

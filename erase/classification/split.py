@@ -1,0 +1,140 @@
+"""Which pictures are to be forgotten: one split, by one seed, for training, unlearning and evaluation."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erase import files
+from erase.classification.data import Dataset, Images
+from erase.errors import EraseError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Positions, int64, ascending: to forget and to keep among the training pictures, to test among the test pictures.
+
+    request: as it was asked for: 10%, class:3, or the file's name.
+    """
+
+    request: str
+    forget: Tensor
+    retain: Tensor
+    test: Tensor
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is forgotten and what is kept; a model and its unlearning must agree on it."""
+        return files.text_hash({"forget": self.forget.tolist(), "retain": self.retain.tolist()})
+
+    def save(self, path: str | Path) -> None:
+        """The positions as JSON; `make` takes the file as a request."""
+        positions = {"forget": self.forget.tolist(), "retain": self.retain.tolist()}
+        files.write_json(path, {"request": self.request, "sha256": self.digest, **positions})
+
+
+def make(dataset: Dataset, request: str, seed: int) -> Split:
+    """The split that is asked for.
+
+    request: "10%" of the training pictures, drawn by `seed`; "class:3" or "class:cat", all of a class, which the test
+        then leaves out too; or a file of `Split.save`, or with one position a line.
+
+    Raises:
+        EraseError: the request cannot be read, or leaves nothing to forget or nothing to keep.
+    """
+    everything, tested = torch.arange(len(dataset.train)), torch.arange(len(dataset.test))
+    if request.endswith("%"):
+        num = _share(request, len(everything))
+        drawn = np.random.default_rng(seed).choice(len(everything), num, replace=False)
+        return _split(request, everything, torch.from_numpy(drawn), tested)
+    if request.startswith("class:"):
+        label = _class(request.removeprefix("class:"), dataset.classes)
+        chosen = (dataset.train.y == label).nonzero().view(-1)
+        return _split(request, everything, chosen, (dataset.test.y != label).nonzero().view(-1))
+    forget, retain = _read(request, len(everything))
+    return _split(request, everything if retain is None else retain, forget, tested)
+
+
+def reference(labels: Tensor, seed: int, num_forget: int) -> tuple[Tensor, Tensor]:
+    """What SalUn's code trains on (a tenth of every class is put aside) and what of it is to be forgotten.
+
+    Its unlearning uses seed 2 but its training seed 1, so that a tenth of its forget set was never trained on.
+    """
+    y = labels.numpy()
+    random = np.random.RandomState(seed)
+    aside = [random.choice(places, int(0.1 * len(places)), replace=False) for places in map(np.flatnonzero, _each(y))]
+    train = np.setdiff1d(np.arange(len(y)), np.concatenate(aside))
+    chosen = np.random.RandomState(seed - 1).choice(len(train), num_forget, replace=False)
+    return torch.from_numpy(train), torch.from_numpy(train[chosen])
+
+
+def make_reference(dataset: Dataset, request: str, seed: int) -> Split:
+    """The split of SalUn's code, for comparison with it: a tenth of the training pictures is not used at all."""
+    if not request.endswith("%"):
+        raise EraseError(f"--forget is {request!r}; the reference's split is for a share of the pictures, like 10%")
+    if seed < 1:
+        raise EraseError(f"--seed is {seed}; the reference's split draws with seed - 1, so it must be at least 1")
+    train, _ = reference(dataset.train.y, seed, 0)
+    train, forget = reference(dataset.train.y, seed, _share(request, len(train)))
+    return _split(request, train, forget, torch.arange(len(dataset.test)))
+
+
+def parts(dataset: Dataset, split: Split) -> tuple[Images, Images, Images]:
+    """The pictures to forget, to keep, and to test."""
+    return dataset.train[split.forget], dataset.train[split.retain], dataset.test[split.test]
+
+
+def _each(y: np.ndarray) -> list[np.ndarray]:
+    return [y == label for label in np.unique(y)]
+
+
+def _split(request: str, pool: Tensor, forget: Tensor, test: Tensor) -> Split:
+    forget = forget.sort().values
+    retain = pool[~torch.isin(pool, forget)].sort().values
+    if not len(forget):
+        raise EraseError(f"--forget {request} leaves nothing to forget; ask for more")
+    if not len(retain):
+        raise EraseError(f"--forget {request} leaves nothing to keep; ask for less than all of the training pictures")
+    return Split(request, forget, retain, test)
+
+
+def _share(request: str, total: int) -> int:
+    try:
+        percent = float(request.removesuffix("%"))
+    except ValueError:
+        raise EraseError(f"--forget is {request!r}; a share is a number and a percent sign, like 10%") from None
+    if not 0 <= percent <= 100:
+        raise EraseError(f"--forget is {request!r}; a share lies between 0% and 100%")
+    return int(total * percent / 100)
+
+
+def _class(text: str, classes: Sequence[str]) -> int:
+    if text in classes:
+        return classes.index(text)
+    if text.isdigit() and int(text) < len(classes):
+        return int(text)
+    raise EraseError(f"--forget is 'class:{text}'; the classes are 0 to {len(classes) - 1}: {', '.join(classes[:12])}")
+
+
+def _read(path: str, total: int) -> tuple[Tensor, Tensor | None]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        stored = json.loads(text) if text.lstrip().startswith("{") else {"forget": [int(line) for line in text.split()]}
+        lists = [stored["forget"], stored.get("retain")]
+        forget, retain = (None if one is None else torch.tensor(one, dtype=torch.int64) for one in lists)
+    except OSError as error:
+        raise EraseError(f"--forget is {path!r}: no share like 10%, no class like class:3, no file") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise EraseError(f"{path} holds no positions: one a line, or JSON with 'forget'") from error
+    assert forget is not None
+    for positions in (forget, retain):
+        if positions is not None and len(positions):
+            if positions.min() < 0 or positions.max() >= total:
+                raise EraseError(f"{path} names picture {int(positions.max())}; they are numbered 0 to {total - 1}")
+            if len(positions.unique()) < len(positions):
+                raise EraseError(f"{path} names a picture twice")
+    return forget, retain

@@ -1,0 +1,144 @@
+"""`unlearn-classifier`: arguments in, one call, a few lines out."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from erase import __version__
+from erase.classification.settings import PRESETS, Settings
+from erase.cli import Parser, add_options, one_line, silence_libraries
+from erase.errors import EraseError
+from erase.files import default_cache_dir
+
+WHAT, TRAINING = {"what": "what to forget, from what"}, {"training": "training"}
+GROUPS = {**WHAT, "method": "method", "how": "how: which weights may move", **TRAINING}
+DESCRIPTION = """\
+Make an image classifier forget some of its training pictures: find the weights that matter for them, retrain only
+those, and say how far the result is from a model that never saw them."""
+EPILOG = f"""\
+methods: {", ".join(PRESETS)}
+
+examples:
+  unlearn-classifier --data digits --forget 10% --method salun --output runs/digits
+  unlearn-classifier train --data digits --output runs/digits-original
+  unlearn-classifier --data digits --forget class:3 --method ft --model runs/digits-original --output runs/digits-ft
+  unlearn-classifier compare --data digits --methods all --seeds 5 --output runs/digits-compared
+
+other commands (each has its own --help):
+  train    the original model, or the retrained one: --without-forget
+  compare  methods on several seeds against retraining: table, figures and plot
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exit code 0 done, 2 for what the user can mend, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    silence_libraries()
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+        else:
+            _unlearn(arguments)
+    except EraseError as error:
+        print(f"unlearn-classifier: {one_line(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("unlearn-classifier: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _unlearn(arguments: list[str]) -> None:
+    parser = Parser(
+        "unlearn-classifier",
+        DESCRIPTION,
+        epilog=EPILOG,
+        usage="unlearn-classifier [--data DATA] [--forget WHAT] [--method METHOD] [--output DIR] [options]",
+    )
+    parser.add_argument("--version", action="version", version=f"unlearn-classifier {__version__}")
+    add_options(parser, Settings, GROUPS)
+    settings = _settings(vars(parser.parse_args(arguments)))
+
+    from erase import files
+    from erase.classification import split
+    from erase.classification.run import run
+    from erase.evaluation.membership import measure
+
+    result = run(settings, default_cache_dir())
+    parts = split.parts(result.dataset, result.split)
+    both = {"before": result.original, "after": result.model}
+    scores = {when: measure(model, *parts, seed=settings.seed) for when, model in both.items() if model is not None}
+    plain = {when: {name: vars(score) for name, score in of.items()} for when, of in scores.items()}
+    files.write_json(result.folder / "scores.json", plain)
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.record["seconds"].items())
+    print(f"{result.folder}: {len(result.split.forget):,} pictures forgotten by {settings.method} ({seconds})")
+    for name in scores["after"]:
+        values = " -> ".join(f"{100 * of[name].value:5.1f} %" for of in scores.values())
+        print(f"{name:22} {values}  (n = {scores['after'][name].n:,})")
+
+
+def _train(arguments: list[str]) -> None:
+    parser = Parser("unlearn-classifier train", "Train the original model, or the one that never sees the forget set.")
+    parser.add_argument("--without-forget", action="store_true", help="train without what --forget names")
+    add_options(parser, Settings, WHAT | TRAINING)
+    given = vars(parser.parse_args(arguments))
+    without_forget = given.pop("without_forget")
+    settings = _settings(given | {"method": "retrain"})
+
+    from erase.classification import split
+    from erase.classification.run import run_training
+    from erase.evaluation.membership import correctness, outputs
+
+    result = run_training(settings, default_cache_dir(), without_forget=without_forget)
+    test = outputs(result.model, split.parts(result.dataset, result.split)[2])
+    accuracy = correctness(test).mean()
+    print(f"{result.folder}: trained in {result.record['seconds']['train']:.0f} s")
+    print(f"test accuracy {accuracy:.2%} (n = {len(test):,})")
+
+
+def _compare(arguments: list[str]) -> None:
+    parser = Parser(
+        "unlearn-classifier compare",
+        "Methods on several seeds against retraining. Continues where it stopped; each cell is run once.",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=["all"], metavar="METHOD", help="methods, or all [default: all]"
+    )
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds, from --seed on [default: 5]")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", default=[], metavar="X", help="more lines: SalUn at these"
+    )
+    parser.add_argument("--controls", action="store_true", help="more lines: SalUn with other masks and scores")
+    parser.add_argument(
+        "--shadows", type=int, default=0, metavar="N", help="pairs of shadow models for LiRA [default: 0]"
+    )
+    add_options(parser, Settings, GROUPS)
+    given = vars(parser.parse_args(arguments))
+    asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows")}
+    if asked["seeds"] < 1 or asked["shadows"] < 0:
+        parser.error("--seeds must be at least 1 and --shadows 0 or more")
+    if given["model"] is not None:
+        parser.error("--model does not go with compare, which trains an original model for every seed")
+    unknown = [name for name in asked["methods"] if name not in ("all", *PRESETS)]
+    if unknown:
+        parser.error(f"unknown method {unknown[0]!r}; choose all, {', '.join(PRESETS)}")
+    settings = _settings(given)
+
+    from erase.evaluation.unlearning import compare, rows, table
+
+    folder = given["output"] or f"{settings.resolved().output}-compared"
+    lines = rows(settings, asked["methods"], densities=asked["densities"], controls=asked["controls"])
+    seeds = range(settings.seed, settings.seed + asked["seeds"])
+    tell = lambda line: print(line, flush=True)  # noqa: E731
+    print(table(compare(settings, lines, seeds, folder, default_cache_dir(), shadows=asked["shadows"], tell=tell)))
+    print(f"{folder}: results.json, table.md, plot.png")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "compare": _compare}
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+if __name__ == "__main__":
+    main()

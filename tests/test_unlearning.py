@@ -1,0 +1,158 @@
+"""The table of methods: each cell once, resumed, with intervals over seeds; and the command that makes it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import t
+
+from erase.classification import data, run
+from erase.classification.data import Dataset, Images
+from erase.classification.settings import PRESETS, Settings
+from erase.errors import EraseError
+from erase.evaluation import unlearn_cli
+from erase.evaluation.unlearning import compare, over_seeds, rows
+
+
+def toy_images(n: int, seed: int) -> Images:
+    x = torch.randint(0, 120, (n, 1, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    y = torch.arange(n) % 3
+    x[torch.arange(n), 0, y] += 120
+    return Images(x, y)
+
+
+@pytest.fixture(autouse=True)
+def toy_world(monkeypatch) -> None:
+    dataset = Dataset("toy", toy_images(30, 0), toy_images(12, 1), ("a", "b", "c"), (0.3,), (0.3,))
+    monkeypatch.setattr(data, "load", lambda name, cache_dir, size=None: dataset)
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list[int]:
+    """One entry for every network that is trained from nothing."""
+    seen: list[int] = []
+    train = run.trained
+
+    def counted(settings: Settings, *rest: Any) -> Any:
+        seen.append(settings.seed)
+        return train(settings, *rest)
+
+    monkeypatch.setattr(run, "trained", counted)
+    return seen
+
+
+def toy_settings(**changes: Any) -> Settings:
+    options = {"data": "toy", "network": "mlp", "forget": "20%", "train_epochs": 2, "epochs": 1, "batch_size": 8}
+    return Settings(**{**options, "learning_rate": 0.01, "train_learning_rate": 0.05, **changes})
+
+
+def test_every_cell_is_run_once_and_the_table_grows(trainings, tmp_path):
+    """Two seeds of three trainings: original, retrained, retrained again. A new line needs none of them again."""
+    settings = toy_settings()
+    first = compare(settings, rows(settings, ["ft"]), [0, 1], tmp_path, tmp_path)
+    assert sorted(trainings) == [0, 0, 1, 1, 500_000, 500_001]
+    trainings.clear()
+    again = compare(settings, rows(settings, ["ft"]), [0, 1], tmp_path, tmp_path)
+    assert again == first and not trainings
+    more = compare(settings, rows(settings, ["ft", "salun"], densities=[0.1]), [0, 1], tmp_path, tmp_path)
+    assert not trainings and list(more["rows"]) == ["original", "retrain", "retrain again", "ft", "salun", "salun 10%"]
+    assert more["rows"]["ft"] == first["rows"]["ft"]
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(more))
+    assert "| salun 10% |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_lost_cell_comes_back_the_same(tmp_path):
+    settings = toy_settings()
+    compare(settings, rows(settings, ["salun"]), [0], tmp_path, tmp_path)
+    path = tmp_path / "cells" / "salun-0.json"
+    cell = json.loads(path.read_text())
+    path.unlink()
+    compare(settings, rows(settings, ["salun"]), [0], tmp_path, tmp_path)
+    again = json.loads(path.read_text())
+    assert again["scores"] == cell["scores"] and again["split"] == cell["split"]
+
+
+def test_cells_of_other_settings_are_refused(tmp_path):
+    compare(toy_settings(), rows(toy_settings(), ["ft"]), [0], tmp_path, tmp_path)
+    other = toy_settings(train_epochs=3)
+    with pytest.raises(EraseError, match="original-0.json was made with another train_epochs; choose another --output"):
+        compare(other, rows(other, ["ft"]), [0], tmp_path, tmp_path)
+
+
+def test_retraining_has_no_gap_to_itself_and_shadows_are_trained_once(trainings, tmp_path):
+    settings = toy_settings()
+    for _ in range(2):
+        results = compare(settings, rows(settings, ["ft"]), [0], tmp_path, tmp_path, shadows=2)
+    assert len(trainings) == 3 + 4
+    retrained = results["rows"]["retrain"]
+    assert retrained["gap"]["value"] == retrained["gap_of_means"] == 0
+    assert results["rows"]["original"]["gap"]["value"] > 0
+    assert all("LiRA" in line for line in results["rows"].values())
+
+
+def test_a_method_that_diverges_is_a_line_without_figures(tmp_path):
+    """The others have theirs; retraining must not diverge, because all gaps are to it."""
+    settings = toy_settings(learning_rate=1e18, weight_decay=0.0)
+    results = compare(settings, rows(settings, ["ft", "iu"]), [0], tmp_path, tmp_path)
+    assert results["rows"]["ft"] == {"diverged": 1} and "UA" in results["rows"]["iu"]
+    assert "| ft | diverged on 1 of 1 |" in (tmp_path / "table.md").read_text()
+    settings = toy_settings(train_learning_rate=1e18)
+    with pytest.raises(EraseError, match="the loss is|retraining diverged"):
+        compare(settings, rows(settings, []), [0], tmp_path / "other", tmp_path)
+
+
+def test_all_methods_and_every_control_have_a_line():
+    labels = [line.label for line in rows(toy_settings(), ["all"], densities=[0.1, 0.9], controls=True)]
+    assert len(labels) == len(set(labels)) and set(PRESETS) <= set(labels)
+    assert {"salun 10%", "salun 90%", "salun, random mask", "salun, inverse mask", "salun, no mask"} <= set(labels)
+
+
+def test_the_interval_over_seeds_is_students():
+    """Of 1, 2, 3: deviation 1, so t(.975, 2) / sqrt(3) to each side; one seed says nothing of others."""
+    score = over_seeds("UA", [1, 2, 3])
+    assert (score.value, score.n) == (2, 3)
+    assert score.high - 2 == pytest.approx(t.ppf(0.975, 2) / 3**0.5) == pytest.approx(2 - score.low)
+    alone = over_seeds("UA", [1])
+    assert (alone.low, alone.high, alone.interval) == (1, 1, "none, one seed")
+
+
+# The command
+
+
+def options(tmp_path: Path, name: str) -> list[str]:
+    plain = "--data toy --network mlp --forget 20% --train-epochs 2 --batch-size 8 --output"
+    return [*plain.split(), str(tmp_path / name)]
+
+
+def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
+    unlearn_cli.main(["train", *options(tmp_path, "original")])
+    unlearn_cli.main(["train", "--without-forget", *options(tmp_path, "retrained")])
+    unlearn_cli.main(["--method", "rl", "--model", str(tmp_path / "original"), *options(tmp_path, "rl")])
+    scores = json.loads((tmp_path / "rl" / "scores.json").read_text())
+    assert scores["before"]["UA"]["n"] == scores["after"]["UA"]["n"] == 6
+    unlearn_cli.main(["compare", "--methods", "ft", "ga", "--seeds", "2", *options(tmp_path, "compared")])
+    text = capsys.readouterr().out
+    assert "test accuracy" in text and "6 pictures forgotten by rl" in text and "| ga |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "salum"], "did you mean salun"),
+        (["--methd", "salun"], "did you mean --method"),
+        (["--forget", "0%"], "leaves nothing to forget"),
+        (["compare", "--methods", "salum"], "unknown method 'salum'"),
+        (["compare", "--seeds", "0"], "--seeds must be at least 1"),
+        (["compare", "--model", "somewhere"], "--model does not go with compare"),
+        (["train", "--density", "0.5"], "unknown argument '--density'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        unlearn_cli.main([*arguments, "--output", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1
