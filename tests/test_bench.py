@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from erase import saliency
-from erase.evaluation import bench, plain
+from erase.evaluation import bench, growth, plain
 from erase.evaluation.bench import Check
 from erase.optim import MaskedAdam
 
@@ -96,3 +96,17 @@ def test_the_part_for_gpus_runs_on_a_cpu_and_says_that_it_estimates(monkeypatch)
     assert {"fp32, sdpa", "bf16, sdpa", "bf16, sdpa, bf16 weights"} <= report["variants"].keys()
     for measured in report["variants"].values():
         assert all(measured[phase]["seconds"] > 0 for phase in ("mask", "training", "drawing"))
+
+
+def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
+    """Smaller still than the small size; a larger number of weights takes more memory."""
+    monkeypatch.setattr(growth, "WEIGHTS", {"small": (1_600, 160_000)})
+    monkeypatch.setattr(growth, "DENSITIES", (0.1, 1.0))
+    monkeypatch.setattr(growth, "PICTURES", {"small": (1,)})
+    told: list[str] = []
+    bench.main(["--growth", str(tmp_path / "growth.png"), "--rounds", "1"], told.append)
+    written = json.loads((tmp_path / "growth.json").read_text())
+    assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(told) == len(written["rows"]) == 4 + 4 + 4 + 1
+    state = [r["bytes_per_weight"] for r in written["rows"] if "bytes_per_weight" in r and r["side"] == "ours"]
+    assert state[0] < 2 < 8 <= state[1]  # a tenth may move, and all

@@ -3,6 +3,7 @@
     python -m erase.evaluation.bench                     # small: a minute or so, the targets are not judged
     python -m erase.evaluation.bench --size full         # the sizes of SD v1.4; the plain step takes 20 GB
     python -m erase.evaluation.bench --size full --only selection --output selection.json
+    python -m erase.evaluation.bench --growth growth.png # how time and memory grow, as a plot and as JSON beside it
 
 Every job runs in a process of its own, ours and the plain one in turns; what is shown are medians. Seconds are those of
 the CPU, all threads together, since on a shared machine the clock on the wall measures the others too.
@@ -135,7 +136,7 @@ def measure(name: str, size: str, rounds: int) -> dict[str, Any]:
     item = ITEMS[name]
     sides = {"plain": item.plain, "ours": item.ours} if item.plain else {"ours": item.ours}
     try:
-        turns = _turns(sides, size, rounds, is_alone=item.is_alone and size == "full")
+        turns = take_turns(sides, size, rounds, is_alone=item.is_alone and size == "full")
     except EraseError as error:
         return {"title": item.title, "skipped": str(error)}
     result: dict[str, Any] = {"title": item.title, "rounds": rounds}
@@ -155,13 +156,15 @@ def measure(name: str, size: str, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _turns(sides: dict[str, jobs.Job], size: str, rounds: int, *, is_alone: bool) -> dict[str, list[dict[str, float]]]:
+def take_turns(
+    sides: dict[str, jobs.Job], size: str, rounds: int, *, is_alone: bool
+) -> dict[str, list[dict[str, float]]]:
     """What each side's turns took, the sides alternating."""
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     if is_alone:
         for _ in range(rounds):
             for side, job in sides.items():
-                turns[side] += _turns({side: job}, size, 1, is_alone=False)[side]
+                turns[side] += take_turns({side: job}, size, 1, is_alone=False)[side]
         return turns
     children = {side: _Child(job, size) for side, job in sides.items()}
     try:
@@ -270,7 +273,13 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
     parser.add_argument("--only", action="append", choices=[*ITEMS, "gpu"], help="one item; may be repeated")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side; default: 3")
     parser.add_argument("--output", help="JSON to write")
+    parser.add_argument("--growth", metavar="PNG", help="plot how time and memory grow instead; JSON goes beside it")
     given = parser.parse_args(arguments)
+    if given.growth:
+        from erase.evaluation import growth
+
+        growth.report(given.growth, given.size, given.rounds, show)
+        return
     report: dict[str, Any] = {"machine": machine(), "size": given.size, "items": {}}
     show(f"{'item':13} {'measure':23} {'plain':>10} {'ours':>10} {'ratio':>9}  target (at full size)")
     for name in given.only or ITEMS:

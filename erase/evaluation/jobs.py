@@ -93,11 +93,16 @@ def _resident() -> int:
 # --- the mask -------------------------------------------------------------------------------------------------------
 
 
+def num_scores(size: str) -> int:
+    """How many scores or weights: by the size's name, or a number."""
+    return NUM_SCORES.get(size) or int(size)
+
+
 def _scores(size: str) -> dict[str, Any]:
     """Sixteen tensors of scores without structure."""
     import torch
 
-    each = NUM_SCORES[size] // 16
+    each = num_scores(size) // 16
     draw = torch.Generator().manual_seed(0)
     return {f"{i}": torch.empty(each).exponential_(generator=draw) for i in range(16)}
 
@@ -109,7 +114,7 @@ def our_selection(size: str) -> Iterator[Turn]:
 
     def turn() -> dict[str, float]:
         saliency.select(scores, 0.5)
-        return {"weights": float(NUM_SCORES[size])}
+        return {"weights": float(num_scores(size))}
 
     yield turn
 
@@ -149,7 +154,7 @@ def _random_bits(size: str) -> dict[str, Any]:
     import torch
 
     draw = torch.Generator().manual_seed(0)
-    return {"w": torch.empty(NUM_SCORES[size], dtype=torch.uint8).random_(0, 2, generator=draw).bool()}
+    return {"w": torch.empty(num_scores(size), dtype=torch.uint8).random_(0, 2, generator=draw).bool()}
 
 
 def our_mask_file(size: str) -> Iterator[Turn]:
@@ -161,7 +166,7 @@ def our_mask_file(size: str) -> Iterator[Turn]:
 
         def turn() -> dict[str, float]:
             saliency.load(path)
-            return {"bits_per_weight": 8 * path.stat().st_size / NUM_SCORES[size]}
+            return {"bits_per_weight": 8 * path.stat().st_size / num_scores(size)}
 
         yield turn
 
@@ -175,7 +180,7 @@ def plain_mask_file(size: str) -> Iterator[Turn]:
 
         def turn() -> dict[str, float]:
             torch.load(path, weights_only=True)
-            return {"bits_per_weight": 8 * path.stat().st_size / NUM_SCORES[size]}
+            return {"bits_per_weight": 8 * path.stat().st_size / num_scores(size)}
 
         yield turn
 
@@ -190,7 +195,7 @@ def _weights(size: str, density: float) -> tuple[dict[str, Any], dict[str, Any]]
     from erase import saliency
 
     draw = torch.Generator().manual_seed(0)
-    shape = (NUM_SCORES[size] // 16,)
+    shape = (num_scores(size) // 16,)
     weights = {str(i): torch.nn.Parameter(torch.randn(shape, generator=draw)) for i in range(16)}
     for weight in weights.values():
         weight.grad = torch.randn(shape, generator=draw)
@@ -206,7 +211,7 @@ def our_optimizer(size: str, density: float) -> Iterator[Turn]:
 
     def turn() -> dict[str, float]:
         optimizer.step()
-        return {"bytes_per_weight": optimizer.num_bytes() / NUM_SCORES[size]}
+        return {"bytes_per_weight": optimizer.num_bytes() / num_scores(size)}
 
     yield turn
 
@@ -220,7 +225,7 @@ def plain_optimizer(size: str, density: float) -> Iterator[Turn]:
 
     def turn() -> dict[str, float]:
         optimizer.step()
-        return {"bytes_per_weight": optimizer.num_bytes() / NUM_SCORES[size]}
+        return {"bytes_per_weight": optimizer.num_bytes() / num_scores(size)}
 
     yield turn
 
@@ -236,7 +241,7 @@ def our_base(size: str, density: float) -> Iterator[Turn]:
     def turn() -> dict[str, float]:
         optimizer.exchange(base)
         optimizer.exchange(base)
-        return {"bytes_per_weight": sum(values.nbytes for values in base.values()) / NUM_SCORES[size]}
+        return {"bytes_per_weight": sum(values.nbytes for values in base.values()) / num_scores(size)}
 
     yield turn
 
@@ -245,7 +250,7 @@ def plain_base(size: str) -> Iterator[Turn]:
     """A second copy; it costs memory and, once made, no time."""
     weights, _ = _weights(size, 0.5)
     base = {name: weight.detach().clone() for name, weight in weights.items()}
-    yield lambda: {"bytes_per_weight": sum(values.nbytes for values in base.values()) / NUM_SCORES[size]}
+    yield lambda: {"bytes_per_weight": sum(values.nbytes for values in base.values()) / num_scores(size)}
 
 
 # --- training steps -------------------------------------------------------------------------------------------------
@@ -324,8 +329,30 @@ def our_steps(size: str, density: float, checkpointing: bool) -> Iterator[Turn]:
     yield turn
 
 
+def our_mask_pass(size: str, num: int) -> Iterator[Turn]:
+    """Scores from the gradients of `num` pictures, eight at a time; `size` as for the steps."""
+    from accelerate import Accelerator
+
+    from erase import train
+
+    model, accelerator = random_model(size), Accelerator(cpu=True)
+    data, parameters = random_data(model, num), dict(model.unet.named_parameters())
+    options: dict[str, Any] = {"score": "abs_sum", "guidance": 0.0, "batch_size": 8, "seed": 0}
+
+    def turn() -> dict[str, float]:
+        path = Path("none")
+        train.accumulate(model, data, parameters, accelerator, **options, state_path=path, quiet=True)
+        return {}
+
+    yield turn
+
+
 def plain_steps(size: str, density: float) -> Iterator[Turn]:
-    """The same two steps, images and words encoded at each, dense gradients, Adam and int64 mask."""
+    """The same two steps, images and words encoded at each, dense gradients and Adam.
+
+    With a bool mask and torch's loop over tensors, which fits into 24 GB: SalUn's int64 mask and the foreach Adam's
+    temporaries would take 9 GB more.
+    """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -343,8 +370,7 @@ def plain_steps(size: str, density: float) -> Iterator[Turn]:
     )
     text_encoder = CLIPTextModel(words).eval()
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    mask = {name: bits.long() for name, bits in _random_mask(unet, density).items()}
-    optimizer = plain.DenseAdam(dict(unet.named_parameters()), mask, lr=1e-5)
+    optimizer = plain.DenseAdam(dict(unet.named_parameters()), _random_mask(unet, density), lr=1e-5, foreach=False)
     side = 8 * unet.config["sample_size"]
     images = {which: torch.rand(1, 3, side, side) * 2 - 1 for which in ("forget", "retain")}
     ids = {which: torch.randint(0, 40_000, (1, 77)) for which in ("forget", "other", "retain")}

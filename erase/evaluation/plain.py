@@ -25,7 +25,7 @@ def argsort_mask(scores: Mapping[str, Tensor], density: float) -> dict[str, Tens
 
 
 class DenseAdam:
-    """torch's Adam over whole tensors, after every gradient was multiplied in place with its int64 mask.
+    """torch's Adam over whole tensors, after each gradient was multiplied in place with its mask, int64 in SalUn's.
 
     What each step of SalUn's `random_label.py` does: `grad *= mask[name]` for all 686 tensors, then `Adam.step()`.
     It runs on a GPU, where torch chooses the foreach Adam; so that one it is here too, with its temporaries. (On a CPU
@@ -33,9 +33,11 @@ class DenseAdam:
     mask's way from the host to the GPU, 6.9 GB a step, and a sleep of 0.1 s.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], mask: Mapping[str, Tensor], lr: float):
+    def __init__(
+        self, parameters: Mapping[str, Parameter], mask: Mapping[str, Tensor], lr: float, *, foreach: bool = True
+    ):
         self.parameters, self.mask = parameters, mask
-        self.adam = torch.optim.Adam(parameters.values(), lr=lr, foreach=True)
+        self.adam = torch.optim.Adam(parameters.values(), lr=lr, foreach=foreach)
 
     def step(self) -> None:
         for name, parameter in self.parameters.items():
