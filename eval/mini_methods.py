@@ -131,6 +131,11 @@ def figure(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float] 
     return (sum(found) / len(found), min(found), max(found)) if found else None
 
 
+def above(values: tuple[float, float, float] | None, floor: tuple[float, float, float] | None) -> Any:
+    """KID above that of the base's pictures to themselves, which is below zero: the seeds are the same."""
+    return tuple(value - floor[0] for value in values) if values and floor else None
+
+
 def rate(runs: list[list[Any]]) -> Any:
     """A rate over runs and samples with its 95 % interval."""
     from erase.evaluation import statistics
@@ -143,10 +148,14 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a concept and a variant: rates with intervals over seeds and prompts, and the other columns' means."""
     found = []
     for concept in CONCEPTS:
+        itself = None
         for variant in ("base", "gold", *VARIANTS, *GUARDS):
             rows = [c for c in cells if c["concept"] == concept and c["variant"] == variant]
             if not rows:
                 continue
+
+            if variant == "base":
+                itself = figure(rows, "quality.kid_base")
 
             def outcome(column: str, rows: list[dict[str, Any]] = rows) -> Any:
                 return rate([r["outcomes"]["columns"].get(column, {}).get("erased", []) for r in rows])
@@ -162,7 +171,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "colour": outcome("mini.colour"),
                     "style": outcome("mini.style"),
                     "drift": figure(rows, "pixels.drift"),
-                    "kid_base": figure(rows, "quality.kid_base"),
+                    "kid_base": above(figure(rows, "quality.kid_base"), itself),
                     "kid_gold": figure(rows, "quality.kid_gold"),
                     "recovered": rate([r["recovered"] for r in rows if "recovered" in r]),
                     "seconds": [sum(r["seconds"].values()) for r in rows if "seconds" in r],
