@@ -41,7 +41,9 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
         return Pictures(torch.randn(shape), torch.zeros(shape), torch.tensor([row]))
 
     text = torch.randn(4, 77, 768)
-    data = Data(pictures(1), pictures(3), torch.tensor([2]), torch.tensor([]), ("", "f", "a", "r"), text, "random", {})
+    places = torch.zeros(1, 77, dtype=torch.bool)
+    instead, names = torch.tensor([2]), ("", "f", "a", "r")
+    data = Data(pictures(1), pictures(3), instead, torch.tensor([]), places, places, names, text, "random", {})
     phases: dict[str, Any] = {}
     clock = time.perf_counter()
 
