@@ -89,7 +89,17 @@ def test_every_unlearn_command_is_accepted(monkeypatch):
 
 def test_every_option_in_the_text_exists():
     known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
-    known |= {"--list", "--delta", "--output", "--num_processes", "--check", "--size", "--only", "--growth", "--without"}
+    known |= {
+        "--list",
+        "--delta",
+        "--output",
+        "--num_processes",
+        "--check",
+        "--size",
+        "--only",
+        "--growth",
+        "--without",
+    }
     known |= {f"--{name.replace('_', '-')}" for name in ClassifierSettings.__dataclass_fields__}
     for name in ("cli.py", "unlearn_cli.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "erase" / "evaluation" / name).read_text(encoding="utf-8")))
