@@ -24,6 +24,7 @@ def estimate(
     dtype: torch.dtype,
     checkpointing: bool,
     needs_base: bool,
+    eight_bit: bool = False,
 ) -> dict[str, int]:
     """Peak bytes of each phase, "mask", "training" and "writing", libraries included.
 
@@ -31,7 +32,7 @@ def estimate(
     mask_batch: pictures that go through the UNet together in the mask's pass, a whole batch for scores other than
         abs_sum; None when no mask is made from gradients.
     part: pictures of one branch that go through the UNet together. dtype: of the stored weights.
-    needs_base: the masked weights' values in the base are kept.
+    needs_base: the masked weights' values in the base are kept. eight_bit: of the moments.
     """
     size = dtype.itemsize
     weights = sum(parameter.numel() for parameter in unet.parameters()) * size
@@ -49,7 +50,9 @@ def estimate(
         needs["mask"] = weights + sums + max(pass_of(mask_batch), scope)  # selection: a bool for every weight
     masters = 4 * masked if size < 4 else 0
     places = 0 if density == 1 else min(scope // 8, 4 * masked) + scope // 8  # the optimizer's and the packed mask
-    moments, gradients, base = 8 * masked, size * masked, size * masked if needs_base else 0
+    largest = max(parameter.numel() for parameter in parameters.values())
+    stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
+    moments, gradients, base = stored, size * masked, size * masked if needs_base else 0
     needs["training"] = weights + moments + masters + gradients + base + places + pass_of(part)
     float32 = 4 * weights // size
     needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change

@@ -21,6 +21,8 @@ class MaskedAdam(torch.optim.Optimizer):
     weight outside the mask is never written at all, whatever its gradient. State per masked weight: two float32
     moments, for bfloat16 and float16 parameters also a float32 master, which the parameter is rounded from; a step
     smaller than the parameter's resolution is thus not lost. Masks cost at most one bit a weight, or 4 bytes per one.
+    With eight_bit the moments lie in one byte each (Dettmers et al., ICLR 2022: a scale for every 256, bitsandbytes'
+    code), in float32 only while their tensor's turn lasts; results are then approximate.
 
     named_parameters: those to train, by name.
     mask: bool tensors of the parameters' shapes under the same names; None trains every weight.
@@ -40,7 +42,9 @@ class MaskedAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        eight_bit: bool = False,
     ):
+        self._code = _EightBit() if eight_bit else None
         for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
             if not 0 <= value < math.inf:
                 raise EraseError(f"{name} {value} must not be negative")
@@ -174,11 +178,12 @@ class MaskedAdam(torch.optim.Optimizer):
         is_gathered = parameter in self._gathered
         num_steps = torch.empty((), dtype=torch.float32, device=parameter.device)
         (beta1, beta2), options = group["betas"], {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        moments = state if self._code is None else {name: self._code.read(state, name) for name in _MOMENTS}
         with _flat(parameter) as weights:
             for part, where in places.chunks(parameter.device):
                 g = (gradient[part] if is_gathered else _take(gradient, where)).float()
                 w = state["master"][part] if "master" in state else _take(weights, where)
-                m, v = state["exp_avg"][part], state["exp_avg_sq"][part]
+                m, v = moments["exp_avg"][part], moments["exp_avg_sq"][part]
                 num_steps.fill_(state["step"])  # for every chunk anew, since torch counts its calls in it
                 adamw(
                     *([w], [g], [m], [v], [], [num_steps]),
@@ -190,13 +195,17 @@ class MaskedAdam(torch.optim.Optimizer):
                     **options,
                 )
                 _put(weights, where, w)
+        if self._code is not None:
+            for name, moment in moments.items():
+                self._code.write(state, name, moment)
         state["step"] += 1
 
-    @staticmethod
-    def _initial_state(parameter: Parameter, places: "_Places") -> dict[str, Any]:
+    def _initial_state(self, parameter: Parameter, places: "_Places") -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0, "mask": places.checksum}
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = torch.zeros(places.num, dtype=torch.float32, device=parameter.device)
+        for name in _MOMENTS:
+            state[name] = torch.zeros(places.num, dtype=torch.float32, device=parameter.device)
+            if self._code is not None:
+                self._code.write(state, name, state[name])
         if parameter.element_size() < 4:
             state["master"] = places.take(parameter).float()
         return state
@@ -226,6 +235,36 @@ class MaskedAdam(torch.optim.Optimizer):
                 key: value.to(parameter.device, copy=True) if torch.is_tensor(value) else value
                 for key, value in state.items()
             }
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _EightBit:
+    """Moments as one byte each in the state, with a float32 scale for every 256 of them under `name + "_scale"`."""
+
+    BLOCK = 256
+
+    def __init__(self) -> None:
+        try:
+            from bitsandbytes import functional
+        except ImportError as error:
+            raise EraseError("bitsandbytes is not installed; pip install 'erase-concept[8bit]'") from error
+        self._functional: Any = functional
+        # the second moment is never negative, and needs no sign
+        self._codes = {name: functional.create_dynamic_map(signed=name == "exp_avg") for name in _MOMENTS}
+
+    def read(self, state: Mapping[str, Any], name: str) -> torch.Tensor:
+        """float32, [masked weights]."""
+        code = self._codes[name].to(state[name].device)
+        return self._functional.dequantize_blockwise(
+            state[name], absmax=state[f"{name}_scale"], code=code, blocksize=self.BLOCK
+        )
+
+    def write(self, state: dict[str, Any], name: str, moment: torch.Tensor) -> None:
+        code = self._codes[name].to(moment.device)
+        state[name], how = self._functional.quantize_blockwise(moment, code=code, blocksize=self.BLOCK)
+        state[f"{name}_scale"] = how.absmax
 
 
 def _mask_of(name: str, parameter: Parameter, mask: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -172,6 +172,9 @@ class Settings:
         group="training",
         shown="fp32; with --low-memory on a GPU bf16",
     )
+    moments: Literal["fp32", "8bit"] = option(
+        "fp32", "storage of Adam's moments; 8bit takes a quarter, approximately (bitsandbytes)", group="training"
+    )
     low_memory: bool = option(
         False,
         "checkpointing, parts of one picture, on a GPU bf16 weights; slower, and says first how much it needs",

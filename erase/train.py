@@ -36,6 +36,7 @@ class Recipe:
     in_order: go through the forget pictures in order, epoch by epoch, instead of drawing them at random.
     independent_latents: the target branch sees a second sample of the VAE's posterior, as SalUn's code does.
     accumulation: parts that a batch is cut into, to save memory; the result is the same up to rounding.
+    eight_bit: Adam's moments take a byte each instead of four.
     way_steps, way_guidance: of the ways from noise to pictures on which some methods train.
     """
 
@@ -50,6 +51,7 @@ class Recipe:
     independent_latents: bool = False
     seed: int = 0
     checkpoint_every: int = 50
+    eight_bit: bool = False
     way_steps: int = 50
     way_guidance: float = 3.0
 
@@ -184,7 +186,9 @@ def train(
         raise EraseError("this method compares gradients, which --mixed-precision fp16 scales; use bf16 or no")
     if is_rounded and any(hasattr(method, step) for step in ("prepare", "shrink", "teacher_decay")):
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
-    optimizer = MaskedAdam(parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = MaskedAdam(
+        parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, eight_bit=recipe.eight_bit
+    )
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_unet().named_parameters()))
     frozen = _Exchanged(model, optimizer) if getattr(method, "needs_base", False) else None

@@ -1,6 +1,8 @@
 """The bench: its plain jobs do what ours do, its targets are judged rightly, and every item runs at the small size."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,3 +112,22 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     assert len(told) == len(written["rows"]) == 4 + 4 + 4 + 1
     state = [r["bytes_per_weight"] for r in written["rows"] if "bytes_per_weight" in r and r["side"] == "ours"]
     assert state[0] < 2 < 8 <= state[1]  # a tenth may move, and all
+
+
+STEPS_UNDER_A_LIMIT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
+from erase.evaluation import jobs
+next(jobs.our_steps("full", 0.1, True))()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what RLIMIT_DATA limits")
+@pytest.mark.parametrize("limit, fits", [(9_000_000_000, True), (3_000_000_000, False)])
+def test_full_size_steps_end_within_nine_gigabytes(limit, fits):
+    """Two steps of SD v1.4's size, a tenth of the weights, checkpointing; weights alone are 3.4 GB, plain steps 20."""
+    command = [sys.executable, "-c", STEPS_UNDER_A_LIMIT, str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    assert (done.returncode == 0) == fits, done.stderr[-2000:]
+    assert fits or "alloc" in done.stderr or "MemoryError" in done.stderr

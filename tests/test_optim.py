@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -466,3 +467,50 @@ def test_rounded_weights_train_as_masters_that_give_exact_weights():
             moved = bits(weight) != before[name]
             assert torch.equal(moved, mask[name] & (steps > 0)), name
             assert torch.equal(weight.bfloat16(), seen[name]), name
+
+
+# --- moments of one byte ---------------------------------------------------------------------------------------------
+
+
+def eight_bit_run(num_steps: int, *, eight_bit: bool, halfway: bool = False) -> tuple[Parameter, MaskedAdam]:
+    """Steps on one weight tensor whose left half may move; `halfway`, through a saved state in the middle."""
+    draw = torch.Generator().manual_seed(0)
+    weight = Parameter(torch.randn(64, 64, generator=draw))
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:, :32] = True
+    optimizer = MaskedAdam({"w": weight}, {"w": mask}, lr=1e-3, weight_decay=0.1, eight_bit=eight_bit)
+    for step in range(num_steps):
+        weight.grad = torch.randn(64, 64, generator=draw) + 0.5
+        optimizer.step()
+        if halfway and step == num_steps // 2:
+            state = optimizer.state_dict()
+            optimizer = MaskedAdam({"w": weight}, {"w": mask}, lr=1e-3, weight_decay=0.1, eight_bit=eight_bit)
+            optimizer.load_state_dict(state)
+    return weight, optimizer
+
+
+def test_eight_bit_moments_take_a_quarter_and_go_nearly_where_float32_goes():
+    """2 bytes and 2/256 float32 scales a masked weight; a step is coarser by less than a tenth of the way gone."""
+    pytest.importorskip("bitsandbytes")
+    start, _ = eight_bit_run(0, eight_bit=False)
+    exact, large = eight_bit_run(20, eight_bit=False)
+    near, small = eight_bit_run(20, eight_bit=True)
+    state = small.state[near]
+    assert {state[name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.uint8}
+    assert large.num_bytes() - small.num_bytes() == 2048 * (8 - 2) - 2 * 4 * 2048 // 256
+    way, error = (exact - start)[:, :32].norm(), (near - exact)[:, :32].norm()
+    assert 0 < error < 0.1 * way
+    assert torch.equal(near[:, 32:], start[:, 32:])
+
+
+def test_eight_bit_moments_resume_bit_for_bit():
+    pytest.importorskip("bitsandbytes")
+    whole, _ = eight_bit_run(9, eight_bit=True)
+    resumed, _ = eight_bit_run(9, eight_bit=True, halfway=True)
+    assert torch.equal(whole, resumed)
+
+
+def test_eight_bit_moments_without_their_package_say_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(EraseError, match=r"bitsandbytes is not installed; pip install 'erase-concept\[8bit\]'"):
+        MaskedAdam({"w": Parameter(torch.zeros(3))}, None, eight_bit=True)

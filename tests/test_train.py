@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.view(torch.int32) == b.view(torch.int32)
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, weight_decay=0.1, max_grad_norm=0.5, accumulation=2)])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        replace(RECIPE, weight_decay=0.1, max_grad_norm=0.5, accumulation=2),
+        pytest.param(
+            replace(RECIPE, eight_bit=True),
+            marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("method", [Relabel(), Relabel(alpha=0.5, frozen_target=False, distill_retain=False)])
 @pytest.mark.parametrize("scope_name", ["full", "xattn"])
 def test_only_weights_inside_mask_and_scope_move(model, data, accelerator, tmp_path, recipe, method, scope_name):
