@@ -106,7 +106,7 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "DENSITIES", (0.1, 1.0))
     monkeypatch.setattr(growth, "PICTURES", {"small": (1,)})
     told: list[str] = []
-    bench.main(["--growth", str(tmp_path / "growth.png"), "--rounds", "1"], told.append)
+    growth.main(["--output", str(tmp_path / "growth.png"), "--rounds", "1"], told.append)
     written = json.loads((tmp_path / "growth.json").read_text())
     assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
     assert len(told) == len(written["rows"]) == 4 + 4 + 4 + 1

@@ -97,7 +97,6 @@ def test_every_option_in_the_text_exists():
         "--check",
         "--size",
         "--only",
-        "--growth",
         "--without",
     }
     known |= {f"--{name.replace('_', '-')}" for name in ClassifierSettings.__dataclass_fields__}

@@ -3,7 +3,6 @@
     python -m erase.evaluation.bench                     # small: a minute or so, the targets are not judged
     python -m erase.evaluation.bench --size full         # the sizes of SD v1.4; the plain step takes 20 GB
     python -m erase.evaluation.bench --size full --only selection --output selection.json
-    python -m erase.evaluation.bench --growth growth.png # how time and memory grow, as a plot and as JSON beside it
 
 Every job runs in a process of its own, ours and the plain one in turns; what is shown are medians. Seconds are those of
 the CPU, all threads together, since on a shared machine the clock on the wall measures the others too.
@@ -273,13 +272,7 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
     parser.add_argument("--only", action="append", choices=[*ITEMS, "gpu"], help="one item; may be repeated")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side; default: 3")
     parser.add_argument("--output", help="JSON to write")
-    parser.add_argument("--growth", metavar="PNG", help="plot how time and memory grow instead; JSON goes beside it")
     given = parser.parse_args(arguments)
-    if given.growth:
-        from erase.evaluation import growth
-
-        growth.report(given.growth, given.size, given.rounds, show)
-        return
     report: dict[str, Any] = {"machine": machine(), "size": given.size, "items": {}}
     show(f"{'item':13} {'measure':23} {'plain':>10} {'ours':>10} {'ratio':>9}  target (at full size)")
     for name in given.only or ITEMS:

@@ -1,5 +1,9 @@
-"""How cost grows with the number of weights, with the share that may move, and with the number of pictures: a plot."""
+"""How cost grows with the number of weights, with the share that may move, and with the number of pictures: a plot.
 
+python -m erase.evaluation.growth --output growth.png
+"""
+
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,3 +122,20 @@ def _line(ax: "Axes", rows: Sequence[dict[str, Any]], measure: str, scale: float
         ax.plot(
             [r["x"] for r in rows], [r[measure] * scale for r in rows], "o-", color=colour, label=label, markersize=4
         )
+
+
+def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m erase.evaluation.growth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=["small", "full"], default="small", help="up to a million or 1e8 weights")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side; default: 3")
+    parser.add_argument("--output", default="growth.png", help="plot to write, with a JSON beside it")
+    given = parser.parse_args(arguments)
+    report(given.output, given.size, given.rounds, show)
+
+
+if __name__ == "__main__":
+    main()
