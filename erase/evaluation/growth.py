@@ -112,7 +112,8 @@ def _plot(path: Path, drawn: Sequence[Sweep], rows: Sequence[dict[str, Any]]) ->
             _line(left, here, "cpu_seconds", 1.0, side, colour)
             _line(right, here, sweep.memory, sweep.scale, side, colour)
         left.set(title=sweep.title, xlabel=sweep.x, ylabel="CPU seconds", xscale="log", yscale="log")
-        right.set(title=sweep.memory.replace("_", " "), xlabel=sweep.x, ylabel=sweep.unit, xscale="log", ylim=(0, None))
+        right.set(title=sweep.memory.replace("_", " "), xlabel=sweep.x, ylabel=sweep.unit, xscale="log")
+        right.set_ylim(0, 1.1 * right.get_ylim()[1])
         left.legend()
     sheet.savefig(path, dpi=110)
 
