@@ -379,7 +379,7 @@ def _load_dataset(name: str, repository: str, config: str | None) -> Mapping[str
     try:
         return datasets.load_dataset(repository, config)
     except Exception as error:  # network, disk and format errors of many kinds, each with a message of its own
-        raise EraseError(f"{name} could not be loaded ({str(error).splitlines()[0]}); or give a folder") from error
+        raise EraseError(f"{name} could not be loaded ({' '.join(str(error).split())[:300]}); or give a folder") from error
 
 
 def _collect(
