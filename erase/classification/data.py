@@ -379,7 +379,8 @@ def _load_dataset(name: str, repository: str, config: str | None) -> Mapping[str
     try:
         return datasets.load_dataset(repository, config)
     except Exception as error:  # network, disk and format errors of many kinds, each with a message of its own
-        raise EraseError(f"{name} could not be loaded ({' '.join(str(error).split())[:300]}); or give a folder") from error
+        reason = " ".join(str(error).split())[:300]
+        raise EraseError(f"{name} could not be loaded ({reason}); or give a folder") from error
 
 
 def _collect(
