@@ -164,7 +164,7 @@ def save_lora(
     factors: dict[str, Tensor] = {}
     residuals: dict[str, float] = {}
     changed = {name: int((new_state[name] != base_state[name]).sum()) for name in base_state}
-    for name in (name for name, count in changed.items() if count and _fits_lora(name, base_state[name])):
+    for name in (name for name, count in changed.items() if count and fits_lora(name, base_state[name])):
         layer, shape = name.removesuffix(".weight"), base_state[name].shape
         change = (new_state[name].double() - base_state[name].double()).flatten(1)
         up, down = _low_rank(change, rank)
@@ -202,7 +202,7 @@ def only_variant(names: list[str]) -> str | None:
     return max(variants) if variants and None not in variants else None
 
 
-def _fits_lora(name: str, weight: Tensor) -> bool:
+def fits_lora(name: str, weight: Tensor) -> bool:
     """Linear layers and 1x1 convolutions of the transformer blocks."""
     return ".attentions." in name and weight.ndim >= 2 and all(size == 1 for size in weight.shape[2:])
 

@@ -22,7 +22,22 @@ from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_
 from torch import Tensor
 
 import erase
-from erase import card, compvis, concepts, data, delta, export, files, memory, methods, models, saliency, scope, train
+from erase import (
+    card,
+    compvis,
+    concepts,
+    data,
+    delta,
+    export,
+    files,
+    lowrank,
+    memory,
+    methods,
+    models,
+    saliency,
+    scope,
+    train,
+)
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.settings import RECIPES, Settings, resolve
@@ -113,6 +128,7 @@ def run(
         num_processes=accelerator.num_processes,
         on_gpu=accelerator.device.type == "cuda",
     )
+    require_rank(settings, method)
     parameters = scope.inside(dict(model.unet.named_parameters()), str(settings.scope))
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)
@@ -232,12 +248,13 @@ def _carry_out(
             model.reload_unet()
         notes = train.solve(method, text, parameters, mask)
     else:
-        losses = train.train(
+        losses = _train(
             model,
             method,
             pictures,
             parameters,
             mask,
+            settings.rank,
             train.Recipe(
                 num_steps=_int(settings.num_train_steps),
                 batch_size=_int(settings.batch_size),
@@ -320,6 +337,24 @@ def _carry_out(
     return Run(folder, files.read_json(folder / "run.json"))
 
 
+def _train(
+    model: models.Model,
+    method: Any,
+    pictures: data.Data,
+    parameters: Mapping[str, torch.nn.Parameter],
+    mask: Mapping[str, Tensor] | None,
+    rank: int | None,
+    recipe: train.Recipe,
+    accelerator: Accelerator,
+    **how: Any,
+) -> list[dict[str, float]]:
+    """`train.train` of the parameters themselves, or of a change of low rank."""
+    if rank is None:
+        return train.train(model, method, pictures, parameters, mask, recipe, accelerator, **how)
+    with lowrank.factors(model.unet, parameters, rank, train.generator(recipe.seed, "rank")) as factors:
+        return train.train(model, method, pictures, factors, None, recipe, accelerator, **how)
+
+
 # --- the parts of the job -------------------------------------------------------------------------------------------
 
 
@@ -362,6 +397,20 @@ def make_method(settings: Settings) -> Any:
     if settings.alpha is not None:
         general["alpha"] = settings.alpha
     return methods.make(settings.method, general, settings.set)
+
+
+def require_rank(settings: Settings, method: Any) -> None:
+    """Raise an EraseError where --rank, which puts factors in the place of weights, meets what handles weights."""
+    if settings.rank is None:
+        return
+    if settings.mask != "none":
+        raise EraseError(
+            f"--rank {settings.rank} does not go with a mask: a masked change is of no low rank; leave one out"
+        )
+    if not hasattr(method, "loss") or hasattr(method, "prepare") or hasattr(method, "shrink"):
+        raise EraseError(f"--rank {settings.rank} does not go with {settings.method}, which changes weights directly")
+    if settings.weights == "bf16":
+        raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
 
 
 @dataclass(frozen=True)
@@ -595,7 +644,7 @@ def write_outputs(
         files.write_tensors(folder / "unet.safetensors", plain)
     if "lora" in settings.save:
         base = {name: tensor.detach() for name, tensor in base_unet.state_dict().items()}
-        export.save_lora(folder / "pytorch_lora_weights.safetensors", base, plain, rank=settings.lora_rank)
+        export.save_lora(folder / "pytorch_lora_weights.safetensors", base, plain, rank=_int(settings.lora_rank))
     if "pipeline" in settings.save or "single-file" in settings.save:
         export.save_pipeline(model.folder, folder, plain)
     if "single-file" in settings.save:

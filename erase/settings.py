@@ -157,6 +157,14 @@ class Settings:
         None, "optimizer steps", group="training", least=0, shown="500; 100 for nudity"
     )
     batch_size: int | None = option(None, "forget images a step, and as many retain images", group="training", least=1)
+    rank: int | None = option(
+        None,
+        "train no weights, but a change of this rank of each attention and feed-forward matrix in the scope, all of "
+        "which --save lora then holds",
+        group="training",
+        least=1,
+        shown="4 for leco, else none",
+    )
     weight_decay: float | None = option(None, "decoupled decay, inside the mask only", group="training", least=0)
     max_grad_norm: float | None = option(
         None, "clip the masked gradient's norm to this", group="training", least=0, shown="the method's own, or none"
@@ -206,7 +214,9 @@ class Settings:
     )
     revision: str | None = option(None, "branch, tag or commit on the hub", group="files", shown="main")
     num_samples: int = option(6, "pictures a row in samples.png; 0 for none", group="files", least=0)
-    lora_rank: int = option(64, "rank of --save lora, an approximation", group="files", least=1)
+    lora_rank: int | None = option(
+        None, "rank of --save lora, an approximation", group="files", least=1, shown="that of --rank, else 64"
+    )
     overwrite: bool = option(False, "delete what is in the output folder first", group="files")
 
     def __post_init__(self) -> None:
@@ -280,6 +290,7 @@ def resolve(
         }
     )
     settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
+    settings = settings.filled({"lora_rank": settings.rank or 64})
     if settings.low_memory:
         parts = max(settings.gradient_accumulation_steps, (settings.batch_size or 1) // num_processes)
         settings = replace(settings, gradient_checkpointing=True, gradient_accumulation_steps=parts)

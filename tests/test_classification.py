@@ -581,9 +581,10 @@ def check_network(name: str, folder: Path) -> None:
 
 def test_the_resnet_for_small_pictures_keeps_their_resolution_at_first():
     """The stem of CIFAR: 32 x 32 after it, where ImageNet's leaves 8 x 8."""
-    models: list[Any] = [networks.build(Shape("resnet18", 10, 3, size, (0.5,) * 3, (0.5,) * 3), 0) for size in (32, 96)]
+    cases = [("resnet18", 32), ("resnet18", 96), ("resnet18_imagenet", 32)]
+    models: list[Any] = [networks.build(Shape(name, 10, 3, size, (0.5,) * 3, (0.5,) * 3), 0) for name, size in cases]
     x = torch.zeros(1, 3, 32, 32)
-    assert [model.network.resnet.embedder(x).shape[-1] for model in models] == [32, 8]
+    assert [model.network.resnet.embedder(x).shape[-1] for model in models] == [32, 8, 8]
     assert sum(p.numel() for p in models[0].parameters()) == 11_173_962  # as in every ResNet-18 for CIFAR-10
 
 

@@ -185,7 +185,7 @@ def digits() -> Dataset:
     return Dataset("digits", Images(x[train], y[train]), Images(x[test], y[test]), names, (0.305,), (0.376,))
 
 
-NUM_DRAWINGS = (500, 100)  # of a class, for training and for testing
+NUM_DRAWINGS = (300, 100)  # of a class, for training and for testing
 
 
 def drawings(cache_dir: str | Path, num: tuple[int, int] = NUM_DRAWINGS) -> Dataset:

@@ -127,7 +127,11 @@ def _mlp(shape: Shape) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(128, shape.num_classes))
 
 
-def _resnet(layer_type: str, depths: Sequence[int], widths: Sequence[int]) -> Callable[[Shape], nn.Module]:
+def _resnet(
+    layer_type: str, depths: Sequence[int], widths: Sequence[int], *, small_stem: bool = True
+) -> Callable[[Shape], nn.Module]:
+    """small_stem: small pictures have a stem of their own; else all have that of He et al. (2016) for ImageNet."""
+
     def make(shape: Shape) -> nn.Module:
         from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -140,7 +144,7 @@ def _resnet(layer_type: str, depths: Sequence[int], widths: Sequence[int]) -> Ca
         )
         config.num_labels = shape.num_classes
         network = ResNetForImageClassification(config)
-        if shape.size <= SMALL_PICTURE:  # the stem of He et al. (2016) for CIFAR: 3 x 3, no stride, no pooling
+        if small_stem and shape.size <= SMALL_PICTURE:  # He et al.'s for CIFAR: 3 x 3, no stride, no pooling
             stem: Any = network.resnet.embedder
             stem.embedder.convolution = nn.Conv2d(shape.channels, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(stem.embedder.convolution.weight, mode="fan_out", nonlinearity="relu")
@@ -201,6 +205,7 @@ _BUILDERS: dict[str, Callable[[Shape], nn.Module]] = {
     "mlp": _mlp,
     "small": _small,
     "resnet18": _resnet("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet18_imagenet": _resnet("basic", (2, 2, 2, 2), (64, 128, 256, 512), small_stem=False),
     "resnet50": _resnet("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048)),
     "vgg16_bn": _vgg16_bn,
     "vit": _vit,

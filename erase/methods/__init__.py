@@ -36,6 +36,7 @@ class Preset:
     learning_rate: float | None = None
     num_train_steps: int | None = None
     batch_size: int | None = None
+    rank: int | None = None
     weight_decay: float | None = None
     max_grad_norm: float | None = None
     num_forget: int | None = None
@@ -56,6 +57,16 @@ METHODS: dict[str, Preset] = {
     "esd-x": Preset("esd:ESD", scope="xattn", learning_rate=5e-5, num_train_steps=200, batch_size=1, num_forget=200),
     "esd-strict": Preset(
         "esd:ESD", scope="xattn-kv", learning_rate=5e-5, num_train_steps=200, batch_size=1, num_forget=200
+    ),
+    "leco": Preset(
+        "esd:ESD",
+        {"guidance": 1.0, "target": "paper"},
+        scope="xattn",
+        learning_rate=1e-4,
+        num_train_steps=500,
+        batch_size=1,
+        rank=4,
+        num_forget=500,
     ),
     "esd-u": Preset(
         "esd:ESD", {"guidance": 1.0, "target": "paper"}, scope="noxattn", num_train_steps=1000, batch_size=1

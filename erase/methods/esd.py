@@ -22,6 +22,7 @@ class ESD:
 
     "x" is meant to touch only what the words say. On the embedded model's circle that holds in part: the unconditional
     prediction moves 17 % as far as the concept's does under `esd-x`, 63 % under `esd-u`.
+    `leco` trains a change of rank 4 with the paper's target; `--save lora` then holds all of it.
     There is no retain term. Costs three passes forward and one back a step, and one way of up to 50 double passes a
     picture beforehand. Known to break: all that shares words with the concept; `esd-u` and `esd-full` change pictures
     of other prompts, and `esd-x` leaves knowledge outside the text layers, which attacks find.
