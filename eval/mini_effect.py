@@ -27,10 +27,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def arm(folder: Path, concept: str, delta: Path | None, *, model: str = "mini", guard: str | None = None) -> Path:
+def arm(
+    folder: Path,
+    concept: str,
+    delta: Path | None,
+    *,
+    model: str = "mini",
+    guard: str | None = None,
+    steps: int | None = None,
+) -> Path:
     """The mini task's pictures of the base (None) or of the base with a delta, drawn and scored.
 
-    guard: stands beside the model and steers away from the concept's name and synonyms.
+    guard: stands beside the model and steers away from the concept's name and synonyms. steps: None for the model's.
     """
     from erase import concepts, guards
     from erase.evaluation import generate, score, tasks
@@ -39,7 +47,7 @@ def arm(folder: Path, concept: str, delta: Path | None, *, model: str = "mini", 
     task = tasks.build("mini", wanted)
     watching = guard and guards.make(guard, ", ".join([wanted.name, *wanted.synonyms]))
     loaded = generate.load_model(model, delta_path=delta and str(delta), device="cpu", guard=watching or None)
-    generate.generate(loaded, task, folder, batch_size=16, quiet=True)
+    generate.generate(loaded, task, folder, steps=steps, batch_size=32, quiet=True)
     for name in task.judges:
         score.score(folder, score.make_judge(name, task.identity()), quiet=True)
     return folder
