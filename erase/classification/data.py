@@ -37,8 +37,9 @@ class Images:
 
     @property
     def pixels(self) -> Tensor:
-        """float32 in [0, 1]: what a model is given."""
-        return self.x.float() / 255
+        """float32 in [0, 1]: what a model is given. On a CPU channels lie last, as its convolutions like it."""
+        pixels = self.x.float() / 255
+        return pixels.contiguous(memory_format=torch.channels_last) if pixels.device.type == "cpu" else pixels
 
     def with_labels(self, y: Tensor) -> "Images":
         return Images(self.x, y)
