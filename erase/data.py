@@ -419,14 +419,14 @@ def _captions(path: Path) -> dict[Path, str]:
 
 def _from_datasets(name: str) -> list[tuple[Picture, str | None]]:
     try:
-        from datasets import Image as Column  # pyright: ignore[reportMissingImports]
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+        from datasets import Image as Column
+        from datasets import load_dataset
     except ImportError as error:
         raise EraseError(
             f"{name}: no such folder; to read a data set from the hub, pip install 'erase-concept[datasets]'"
         ) from error
     try:
-        rows: Iterable[Any] = load_dataset(name, split="train").cast_column("image", Column(decode=False))
+        rows: Any = load_dataset(name, split="train").cast_column("image", Column(decode=False))
     except Exception as error:  # the hub client's and datasets' errors share no class
         raise EraseError(
             f"{name}: no such folder, and not a data set with a column 'image' ({' '.join(str(error).split())[:300]})"

@@ -570,9 +570,13 @@ def check_network(name: str, folder: Path) -> None:
     shape = Shape(name, 7, 3, 32, (0.5,) * 3, (0.5,) * 3)
     model = networks.build(shape, seed=0)
     x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    images = Images(x, torch.tensor([0, 6]))
+    recipe = Recipe(epochs=1, learning_rate=0.0)
+    run.train(networks.build(shape, seed=0), images, recipe, seed=0, num_classes=7)  # channels last, in train mode
     with torch.no_grad():
         logits = model(x)
         assert logits.shape == (2, 7) and torch.equal(logits, model(x.float() / 255))
+        torch.testing.assert_close(model(images.pixels), logits, rtol=0, atol=1e-4)
         networks.save(folder / "model.safetensors", model, shape, {"seed": 0})
         loaded, found, header = networks.load(folder)
         assert torch.equal(loaded(x), logits) and found == shape and header["seed"] == 0
@@ -586,6 +590,35 @@ def test_the_resnet_for_small_pictures_keeps_their_resolution_at_first():
     x = torch.zeros(1, 3, 32, 32)
     assert [model.network.resnet.embedder(x).shape[-1] for model in models] == [32, 8, 8]
     assert sum(p.numel() for p in models[0].parameters()) == 11_173_962  # as in every ResNet-18 for CIFAR-10
+
+
+def test_convolutions_see_channels_last_and_nothing_that_is_kept_does(monkeypatch, tmp_path):
+    """Same seed, same bits; near to what the usual order gives, as float32 sums in another order; stored as ever."""
+    x = torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images, shape = (
+        Images(x, torch.arange(24) % NUM_CLASSES),
+        Shape("small", NUM_CLASSES, 3, 32, (0.5,) * 3, (0.5,) * 3),
+    )
+
+    def unlearned() -> tuple[nn.Module, list[bool]]:
+        model, seen = networks.build(shape, seed=0), []
+        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        first.register_forward_hook(
+            lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
+        how: dict[str, Any] = {"num_classes": NUM_CLASSES, "seed": 0, "mask": random_mask(model)}
+        run.unlearn(model, images[slice(0, 8)], images[slice(8, 24)], method_of("salun"), RECIPE, **how)
+        return model, seen
+
+    (once, seen), (again, _) = unlearned(), unlearned()
+    assert all(seen) and seen
+    assert_same(once.state_dict(), again.state_dict())
+    assert all(tensor.is_contiguous() for tensor in once.state_dict().values())
+    monkeypatch.setattr(Images, "pixels", property(lambda self: self.x.float() / 255))
+    plain, seen = unlearned()
+    assert not any(seen)
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(once.state_dict()[name], weight, rtol=0, atol=1e-5)
 
 
 # Errors

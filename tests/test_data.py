@@ -1,6 +1,7 @@
 """Laws of the data: nothing is drawn twice, n processes draw what one draws, and every picture has its own words."""
 
 import csv
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -247,7 +248,9 @@ def test_image_latents_are_cached_by_content_and_by_batch(collect, tmp_path, mon
         collect(plan=replace(plan, forget_images=str(tmp_path / "moved")))
 
 
-def test_errors_name_what_is_wrong(collect, tmp_path, drawn):
+def test_errors_name_what_is_wrong(collect, tmp_path, drawn, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+
     def forget_from(folder: Path) -> Data:
         return collect(plan=replace(PLAN, forget_images=str(folder)))
 

@@ -1,7 +1,7 @@
 """Pictures with labels: digits and drawings that need no network, CIFAR's own files, image folders, hub data sets."""
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ class Images:
 
     @property
     def pixels(self) -> Tensor:
-        """float32 in [0, 1]: what a model is given."""
-        return self.x.float() / 255
+        """float32 in [0, 1]: what a model is given. On a CPU channels lie last, as its convolutions like it."""
+        pixels = self.x.float() / 255
+        return pixels.contiguous(memory_format=torch.channels_last) if pixels.device.type == "cpu" else pixels
 
     def with_labels(self, y: Tensor) -> "Images":
         return Images(self.x, y)
@@ -373,14 +374,16 @@ def _from_parquet(folder: Path, size: int | None) -> Dataset:
 
 def _load_dataset(name: str, repository: str, config: str | None) -> Mapping[str, Any]:
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        import datasets
     except ImportError as error:
         raise EraseError(f"{name} is read with datasets; pip install 'erase-concept[datasets]'") from error
     try:
-        return datasets.load_dataset(repository, config)
+        stored: Any = datasets.load_dataset(repository, config)
     except Exception as error:  # network, disk and format errors of many kinds, each with a message of its own
-        reason = " ".join(str(error).split())[:300]
-        raise EraseError(f"{name} could not be loaded ({reason}); or give a folder") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        advice = "" if Path(repository).is_dir() else "; give --data a folder with its files instead"
+        raise EraseError(f"{name} could not be loaded ({reason}){advice}") from error
+    return stored
 
 
 def _collect(
@@ -391,15 +394,27 @@ def _collect(
     size: int | None,
     source: _Source | None,
 ) -> Dataset:
+    _require(name, "splits", splits, stored)
     parts: list[Images] = []
     for split in splits:
-        x = torch.stack([_pixels(picture, size) for picture in stored[split][columns[0]]])
-        parts.append(Images(x, torch.tensor(stored[split][columns[1]])))
+        _require(name, "columns", columns, stored[split].features)
+        pictures = [_pixels(picture, size) for picture in stored[split][columns[0]]]
+        first = (parts[0].x if parts else pictures)[0]
+        other = next((picture for picture in pictures if picture.shape != first.shape), first)
+        if other is not first:
+            here, there = ("x".join(map(str, one.shape[1:])) for one in (other, first))
+            raise EraseError(f"{split} of {name} has pictures of {here} pixels, but the first is {there}; give --size")
+        parts.append(Images(torch.stack(pictures), torch.tensor(stored[split][columns[1]])))
     classes = tuple(stored[splits[0]].features[columns[1]].names)
     train, test = parts
     if source is None:
         return Dataset(name, train, test, classes, *_statistics(train.x), padding=train.x.shape[2] // 8, flip=True)
     return Dataset(name, train, test, classes, source.mean, source.std, source.padding, source.flip)
+
+
+def _require(name: str, what: str, wanted: tuple[str, str], found: Iterable[str]) -> None:
+    if not set(wanted) <= set(found):
+        raise EraseError(f"{name} has the {what} {', '.join(found)}; it needs {' and '.join(wanted)}")
 
 
 def _statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
