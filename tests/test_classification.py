@@ -21,7 +21,7 @@ from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, saliency_mask
 from erase.classification.methods import Plan, Task
 from erase.classification.networks import Shape
-from erase.classification.settings import NETWORKS, PRESETS, Settings, make_method
+from erase.classification.settings import NETWORKS, OWN_PRESETS, PRESETS, Settings, make_method
 from erase.classification.sgd import MaskedSGD
 from erase.errors import EraseError
 
@@ -678,6 +678,16 @@ def test_a_class_without_samples_is_one_line():
 def test_settings_that_make_no_sense_are_one_line(options, message):
     with pytest.raises(EraseError, match=message):
         Settings(**options)
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [("10%", "share"), ("29.9%", "share"), ("30%", "half"), ("50%", "half"), ("class:3", "class"), ("many%", "share")],
+)
+def test_the_preset_is_chosen_by_how_much_is_forgotten(request_, kind):
+    for method, preset in OWN_PRESETS["digits", kind].items():
+        assert Settings(forget=request_, method=method).preset == preset
+    assert OWN_PRESETS["digits", kind].keys() == set(METHODS)
 
 
 @pytest.mark.parametrize(
