@@ -4,12 +4,17 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import Parameter
 
 from erase import saliency
-from erase.evaluation import bench, growth, plain
+from erase.classification.data import Images
+from erase.classification.descent import Recipe, descend, saliency_mask
+from erase.classification.methods import Plan
+from erase.evaluation import bench, growth, membership, plain
 from erase.evaluation.bench import Check
 from erase.optim import MaskedAdam
 
@@ -42,6 +47,55 @@ def test_the_plain_optimizer_ends_where_ours_does_and_holds_16_bytes_a_weight():
     assert fast.num_bytes() == 8 * int(mask.sum()) + 125
 
 
+def labelled(n: int) -> Images:
+    draw = torch.Generator().manual_seed(0)
+    return Images(torch.randint(0, 256, (n, 1, 4, 4), generator=draw, dtype=torch.uint8), torch.arange(n) % 3)
+
+
+def linear_classifier() -> nn.Module:
+    """Without batch normalisation, whose statistics move in the plain step and are frozen in ours."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_the_plain_masks_of_a_classifier_are_ours():
+    """One batch, since the plain mean over batches weighs a picture in a short one more. Sums in another order may
+    exchange two weights next to the threshold."""
+    images = labelled(12)
+    theirs = plain.classifier_masks(linear_classifier(), [(images.pixels, images.y)], [0.1, 0.5])
+    for density, mask in theirs.items():
+        ours = saliency_mask(linear_classifier(), images, density)
+        assert sum((ours[name].long() != bits).sum() for name, bits in mask.items()) <= 2
+        assert sum(bits.sum() for bits in mask.values()) == int(163 * density)
+
+
+def test_the_plain_steps_of_a_classifier_end_where_ours_do():
+    """Every epoch one step on all pictures; three of them, so that momentum counts. float32 sums in another order."""
+    images, models = labelled(12), [linear_classifier() for _ in range(2)]
+    start = {name: p.detach().clone() for name, p in models[0].named_parameters()}
+    mask = saliency.random_mask({name: tuple(p.shape) for name, p in start.items()}, 0.5, seed=0)
+    recipe = Recipe(epochs=3, learning_rate=0.05, batch_size=12)
+    descend(models[0], Plan(passes=lambda: [images]), recipe, torch.Generator().manual_seed(0), mask)
+    optimizer = plain.DenseSGD(dict(models[1].named_parameters()), {n: m.long() for n, m in mask.items()}, lr=0.05)
+    for _ in range(3):
+        loss, accuracy = plain.classifier_step(models[1], optimizer, images.pixels, images.y)
+    assert 0 < loss and 0 <= accuracy <= 1
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+        assert torch.equal(theirs[~mask[name]], start[name][~mask[name]])
+    assert all((models[1].get_parameter(name) != start[name]).any() for name in ("1.weight", "3.weight"))
+
+
+def test_scikit_learns_attack_guesses_as_ours():
+    """libsvm stops at a tolerance of 1e-3, so that a few guesses at the boundary differ."""
+    pytest.importorskip("sklearn")
+    random = np.random.default_rng(0)
+    members, others, target = (random.beta(a, 1, 500) for a in (30, 5, 15))
+    theirs, ours = (attack(members, others, target) for attack in (plain.svc_attack, membership.svc_attack))
+    assert (theirs != ours).mean() < 0.01 < ours.mean() < 0.99
+
+
 @pytest.mark.parametrize(
     "check, value, is_met",
     [
@@ -62,7 +116,7 @@ def test_targets_are_judged_by_their_relation(check, value, is_met):
 
 
 def test_what_cannot_run_here_is_one_line():
-    assert bench.lines("nudenet", {"title": "", "skipped": "no detector"}) == ["nudenet       skipped: no detector"]
+    assert bench.lines("nudenet", {"title": "", "skipped": "no detector"}) == ["nudenet           skipped: no detector"]
 
 
 @pytest.mark.slow

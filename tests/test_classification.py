@@ -21,7 +21,7 @@ from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, saliency_mask
 from erase.classification.methods import Plan, Task
 from erase.classification.networks import Shape
-from erase.classification.settings import NETWORKS, PRESETS, Settings, make_method
+from erase.classification.settings import NETWORKS, OWN_PRESETS, PRESETS, Settings, make_method
 from erase.classification.sgd import MaskedSGD
 from erase.errors import EraseError
 
@@ -330,12 +330,14 @@ def test_the_references_split_is_the_published_one(seed, first, train_digest, fo
 
 
 def test_the_reference_trains_and_unlearns_on_different_pictures():
-    """P19: 462 of 4,500 forgotten pictures and 4,026 of 40,500 kept ones were never trained on."""
+    """P19: 462 of 4,500 forgotten pictures and 4,026 of 40,500 kept ones were never trained on; 4,488 of the 5,000 that
+    training puts aside are unlearned with."""
     labels = torch.arange(50000) % 10
     trained_on, (train, forget) = split.reference(labels, 1, 4500)[0], split.reference(labels, 2, 4500)
     retain = train[~torch.isin(train, forget)]
     assert (~torch.isin(forget, trained_on)).sum() == 462
     assert (~torch.isin(retain, trained_on)).sum() == 4026
+    assert (~torch.isin(train, trained_on)).sum() == 4488
 
 
 def test_a_split_is_exact_repeatable_and_survives_its_file(tmp_path):
@@ -561,9 +563,21 @@ def test_every_network_gives_logits_of_small_pictures_and_survives_its_file(name
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", LARGE)
 def test_every_large_network_gives_logits_of_small_pictures_and_survives_its_file(name, tmp_path):
     check_network(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("size", [16, 64, 128, 224])
+@pytest.mark.parametrize("name", ["vit", "swin_t"])
+def test_transformers_take_pictures_of_any_size(name, size):
+    """Swin halves its grid three times, and no window may be larger than what is left."""
+    model = networks.build(Shape(name, 7, 3, size, (0.5,) * 3, (0.5,) * 3), seed=0)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, size, size)).shape == (1, 7)
 
 
 def check_network(name: str, folder: Path) -> None:
@@ -665,6 +679,16 @@ def test_a_class_without_samples_is_one_line():
 def test_settings_that_make_no_sense_are_one_line(options, message):
     with pytest.raises(EraseError, match=message):
         Settings(**options)
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [("10%", "share"), ("29.9%", "share"), ("30%", "half"), ("50%", "half"), ("class:3", "class"), ("many%", "share")],
+)
+def test_the_preset_is_chosen_by_how_much_is_forgotten(request_, kind):
+    for method, preset in OWN_PRESETS["digits", kind].items():
+        assert Settings(forget=request_, method=method).preset == preset
+    assert OWN_PRESETS["digits", kind].keys() == set(METHODS)
 
 
 @pytest.mark.parametrize(

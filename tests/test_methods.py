@@ -1,7 +1,7 @@
 """Every trained method: the laws of erasure on a toy pipeline, and each formula against an obvious computation."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -239,6 +239,20 @@ def test_ascent_is_the_negative_diffusion_loss_of_diffusers(model, batch):
     assert terms["forget"] == pytest.approx(-mse_loss(seen, batch.eps_forget).item(), rel=1e-6)
     assert terms["retain"] == pytest.approx(0.3 * mse_loss(kept, batch.eps_retain).item(), rel=1e-6)
     assert set(terms_of(GradientAscent(alpha=0), model, None, batch)) == {"forget"}
+
+
+def test_terms_are_means_so_that_alpha_has_no_unit():
+    """P27: the sum over a picture's 3 x 32 x 32 values, which SalUn's DDPM code has in one of its terms, is 3,072 times
+    ours."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (2, 3, 32, 32)
+    batch = Batch(**{field.name: torch.randn(shape, generator=draw).double() for field in fields(Batch)})
+    predict: Any = lambda x, t, text: x * text  # noqa: E731
+    terms = dict(Relabel(alpha=2.0, distill_retain=False).loss(predict, predict, batch))
+    seen = (batch.x_forget * batch.c_forget - batch.x_target * batch.c_target).square()
+    kept = 2 * (batch.x_retain * batch.c_retain - batch.eps_retain).square()
+    for term, squares in (("forget", seen), ("retain", kept)):
+        assert squares.sum((1, 2, 3)).mean().item() == pytest.approx(3072 * terms[term].item(), rel=1e-9)
 
 
 def test_esds_targets_are_those_of_its_code_and_its_paper(model, moved_model, batch):

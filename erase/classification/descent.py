@@ -119,8 +119,19 @@ def saliency_mask(
 ) -> saliency.Mask:
     """The weights that matter most for the pictures to forget: |grad CE|, one pass in eval mode without augmentation.
 
-    Every picture weighs the same, in a short last batch too. largest: see `saliency.select`. batch_size: matters for
-    the scores sum_abs and sum_sq, which add up batches; for abs_sum it is a matter of memory only.
+    largest: see `saliency.select`. batch_size: see `saliency_scores`.
+    """
+    scores = saliency_scores(model, forget, score, batch_size=batch_size)
+    return saliency.select(scores, density, per_tensor=per_tensor, largest=largest)
+
+
+def saliency_scores(
+    model: nn.Module, forget: Images, score: saliency.Score = "abs_sum", *, batch_size: int = 256
+) -> dict[str, Tensor]:
+    """What `saliency_mask` selects from. Every picture weighs the same, in a short last batch too.
+
+    batch_size: matters for the scores sum_abs and sum_sq, which add up batches; for abs_sum it is a matter of memory
+        only.
     """
     with in_eval(model):
         accumulated = saliency.Saliency(dict(model.named_parameters()), score)
@@ -128,7 +139,7 @@ def saliency_mask(
             for batch in forget.batches(batch_size):
                 loss = F.cross_entropy(model(batch.pixels), batch.y, reduction="sum") / len(forget)
                 loss.backward()
-    return saliency.select(accumulated.scores(), density, per_tensor=per_tensor, largest=largest)
+    return accumulated.scores()
 
 
 def _optimizer(

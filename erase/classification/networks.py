@@ -1,5 +1,6 @@
 """Image classifiers by name, their normalisation inside, built from a seed and kept in one safetensors file."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,15 +185,17 @@ def _vit(shape: Shape) -> nn.Module:
 
 
 def _swin_t(shape: Shape) -> nn.Module:
-    """Swin-T (Liu et al., 2021); small pictures have patches of 2 pixels and windows of 4."""
+    """Swin-T (Liu et al., 2021); small pictures have patches of 1 pixel (up to 32) or 2 and windows of 4."""
     from transformers import SwinConfig, SwinForImageClassification
 
     is_small = shape.size <= SMALL_PICTURE
+    patch = (1 if shape.size <= 32 else 2) if is_small else 4
+    last = math.ceil(shape.size / (patch * 8))  # side of the last stage's grid, which no window may exceed
     config = SwinConfig(
         image_size=shape.size,
         num_channels=shape.channels,
-        patch_size=2 if is_small else 4,
-        window_size=4 if is_small else 7,
+        patch_size=patch,
+        window_size=min(4 if is_small else 7, last),
         embed_dim=96,
         depths=[2, 2, 6, 2],
         num_heads=[3, 6, 12, 24],

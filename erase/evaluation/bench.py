@@ -80,6 +80,15 @@ def _optimizer(density: float, num_bytes: float, times: float) -> Item:
     )
 
 
+def _masks(how_many: str, densities: tuple[float, ...], times: float) -> Item:
+    return Item(
+        f"mask of ResNet-18 for {how_many}, after a pass over 64 pictures",
+        jobs.Job("our_classifier_masks", (densities,)),
+        jobs.Job("plain_classifier_masks", (densities,)),
+        (Check("cpu_seconds", "times", times),),
+    )
+
+
 ITEMS: dict[str, Item] = {
     "selection": Item(
         "exact selection of the larger half of the scores",
@@ -110,6 +119,26 @@ ITEMS: dict[str, Item] = {
     "steps-50": _steps(0.5, 0.78),
     "steps-10": _steps(0.1, 0.60),
     "steps-10-low": _steps(0.1, 0.48, checkpointing=True),
+    "classifier-mask": _masks("ten densities, as SalUn's code makes", tuple(i / 10 for i in range(1, 11)), 5),
+    "classifier-mask-1": _masks("one density", (0.5,), 1),
+    "classifier-step": Item(
+        "two steps of ResNet-18 on 64 pictures, half of the weights",
+        jobs.Job("our_classifier_steps"),
+        jobs.Job("plain_classifier_steps"),
+        (Check("cpu_seconds", "times", 1.5),),
+    ),
+    "classifier-update": Item(
+        "of such a step what follows the backward pass, ten times",
+        jobs.Job("our_classifier_update"),
+        jobs.Job("plain_classifier_update"),
+        (Check("cpu_seconds", "times", 1.5),),
+    ),
+    "classifier-mia": Item(
+        "membership attack, fitted to 20,000 pictures",
+        jobs.Job("our_attack"),
+        jobs.Job("plain_attack"),
+        (Check("cpu_seconds", "times", 5),),
+    ),
     "drawing": Item(
         "drawing latents with the embedded model",
         jobs.Job("our_drawing"),
@@ -240,7 +269,7 @@ def machine() -> dict[str, Any]:
 def lines(name: str, result: dict[str, Any]) -> list[str]:
     """The rows of the table for one item, one a target."""
     if "skipped" in result:
-        return [f"{name:13} skipped: {result['skipped']}"]
+        return [f"{name:17} skipped: {result['skipped']}"]
     rows = []
     for check in result["checks"]:
         sides = [result.get(side, {}).get(check["measure"]) for side in ("plain", "ours")]
@@ -251,7 +280,7 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
         target = f"{'>=' if relation in {'times', '>='} else '<='} {shown_limit}"
         verdict = {True: "met", False: "MISSED", None: ""}[check.get("is_met")]
         rows.append(
-            f"{name:13} {check['measure']:23} {plain:>10} {ours:>10} {ratio:>9}  {target:12} {verdict}".rstrip()
+            f"{name:17} {check['measure']:23} {plain:>10} {ours:>10} {ratio:>9}  {target:12} {verdict}".rstrip()
         )
     return rows
 
@@ -274,7 +303,7 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
     parser.add_argument("--output", help="JSON to write")
     given = parser.parse_args(arguments)
     report: dict[str, Any] = {"machine": machine(), "size": given.size, "items": {}}
-    show(f"{'item':13} {'measure':23} {'plain':>10} {'ours':>10} {'ratio':>9}  target (at full size)")
+    show(f"{'item':17} {'measure':23} {'plain':>10} {'ours':>10} {'ratio':>9}  target (at full size)")
     for name in given.only or ITEMS:
         if name == "gpu":
             from erase.evaluation import gpu

@@ -383,6 +383,157 @@ def plain_steps(size: str, density: float) -> Iterator[Turn]:
     yield turn
 
 
+# --- image classifiers ----------------------------------------------------------------------------------------------
+
+
+def _classifier(size: str) -> tuple[Any, Any]:
+    """ResNet-18 for 32 x 32 pixels in random weights, and 64 pictures; at the small size a small network, and 8."""
+    import torch
+
+    from erase.classification import networks
+    from erase.classification.data import Images
+
+    network, num = ("resnet18", 64) if size == "full" else ("small", 8)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (num, 3, 32, 32), generator=draw, dtype=torch.uint8)
+    model = networks.build(networks.Shape(network, 10, 3, 32, (0.5,) * 3, (0.5,) * 3), seed=0)
+    return model, Images(x, torch.arange(num) % 10)
+
+
+def our_classifier_masks(size: str, densities: tuple[float, ...]) -> Iterator[Turn]:
+    from erase import saliency
+    from erase.classification.descent import saliency_scores
+
+    model, images = _classifier(size)
+
+    def turn() -> dict[str, float]:
+        scores = saliency_scores(model, images)
+        for density in densities:
+            saliency.select(scores, density)
+        return {}
+
+    yield turn
+
+
+def plain_classifier_masks(size: str, densities: tuple[float, ...]) -> Iterator[Turn]:
+    from erase.evaluation import plain
+
+    model, images = _classifier(size)
+
+    def turn() -> dict[str, float]:
+        plain.classifier_masks(model, [(images.x.float() / 255, images.y)], densities)
+        return {}
+
+    yield turn
+
+
+STEP_SIZE = 1e-5  # small: in random weights the loss must stay finite, and the size does not matter for time
+
+
+def our_classifier_steps(size: str) -> Iterator[Turn]:
+    """Two steps on 64 pictures, which are cropped and mirrored too."""
+    import torch
+
+    from erase.classification.descent import Recipe, descend
+    from erase.classification.methods import Plan
+
+    model, images = _classifier(size)
+    mask = _random_mask(model, 0.5)
+    recipe = Recipe(epochs=2, learning_rate=STEP_SIZE, batch_size=len(images), padding=4, flip=True)
+    plan = Plan(passes=lambda: [images])
+
+    def turn() -> dict[str, float]:
+        descend(model, plan, recipe, torch.Generator().manual_seed(0), mask)
+        return {}
+
+    yield turn
+
+
+def plain_classifier_steps(size: str) -> Iterator[Turn]:
+    """The same two, of which the pictures' way to the model is left out."""
+    from erase.evaluation import plain
+
+    model, images = _classifier(size)
+    mask, x = {name: bits.long() for name, bits in _random_mask(model, 0.5).items()}, images.x.float() / 255
+
+    def turn() -> dict[str, float]:
+        optimizer = plain.DenseSGD(dict(model.named_parameters()), mask, lr=STEP_SIZE)
+        for _ in range(2):
+            plain.classifier_step(model, optimizer, x, images.y)
+        return {}
+
+    yield turn
+
+
+def _with_gradients(size: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A classifier's parameters, each with a gradient, and a mask."""
+    import torch
+
+    model, _ = _classifier(size)
+    named = dict(model.named_parameters())
+    draw = torch.Generator().manual_seed(0)
+    for parameter in named.values():
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+    return named, _random_mask(model, 0.5)
+
+
+def our_classifier_update(size: str) -> Iterator[Turn]:
+    from erase.classification.sgd import MaskedSGD
+
+    named, mask = _with_gradients(size)
+    yield _ten_times(MaskedSGD(named, mask, lr=STEP_SIZE))
+
+
+def plain_classifier_update(size: str) -> Iterator[Turn]:
+    from erase.evaluation.plain import DenseSGD
+
+    named, mask = _with_gradients(size)
+    yield _ten_times(DenseSGD(named, {name: bits.long() for name, bits in mask.items()}, lr=STEP_SIZE))
+
+
+def _ten_times(optimizer: Any) -> Turn:
+    optimizer.step()
+
+    def turn() -> dict[str, float]:
+        for _ in range(10):
+            optimizer.step()
+        return {}
+
+    return turn
+
+
+def our_attack(size: str) -> Iterator[Turn]:
+    from erase.evaluation.membership import svc_attack
+
+    yield _attack(size, svc_attack)
+
+
+def plain_attack(size: str) -> Iterator[Turn]:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise EraseError("scikit-learn is not installed; pip install 'erase-concept[classification]'") from error
+    from erase.evaluation.plain import svc_attack
+
+    yield _attack(size, svc_attack)
+
+
+def _attack(size: str, attack: Any) -> Turn:
+    """On confidences as of 10,000 pictures seen and as many unseen; 4,500 are to be told apart, and both kinds."""
+    import numpy as np
+
+    num = 10_000 if size == "full" else 300
+    random = np.random.default_rng(0)
+    members, others, target = (random.beta(a, 1, n) for a, n in ((30, num), (5, num), (15, num * 9 // 20)))
+
+    def turn() -> dict[str, float]:
+        unseen = attack(members, others, np.concatenate([target, members, others]))
+        right = np.concatenate([~unseen[len(target) : -num], unseen[-num:]])
+        return {"unseen": float(unseen[: len(target)].mean()), "accuracy": float(right.mean())}
+
+    return turn
+
+
 # --- drawing and whole commands -------------------------------------------------------------------------------------
 
 

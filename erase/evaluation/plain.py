@@ -3,12 +3,17 @@
 Written for the purpose from the published formulas; nothing here is used by a run.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def argsort_mask(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
@@ -22,6 +27,25 @@ def argsort_mask(scores: Mapping[str, Tensor], density: float) -> dict[str, Tens
         mask[name] = (part < k).long().reshape(score.shape)
         start += score.numel()
     return mask
+
+
+def classifier_masks(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], densities: Sequence[float]
+) -> dict[float, dict[str, Tensor]]:
+    """Masks as SalUn's `generate_mask.py` makes them: gradients of -CE added up batch by batch, then everything is
+    sorted again for every density."""
+    model.eval()
+    gradients: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for x, y in batches:
+        model.zero_grad()
+        loss = -F.cross_entropy(model(x), y)
+        loss.backward()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    gradients[name] += parameter.grad
+    gradients = {name: gradient.abs() for name, gradient in gradients.items()}
+    return {density: argsort_mask(gradients, density) for density in densities}
 
 
 class DenseAdam:
@@ -49,6 +73,54 @@ class DenseAdam:
         """Of both moments and the mask."""
         moments = (t for state in self.adam.state.values() for t in state.values() if t.ndim or t.numel() > 1)
         return sum(t.nbytes for t in (*moments, *self.mask.values()))
+
+
+class DenseSGD:
+    """torch's SGD over whole tensors as SalUn's code for classifiers has it: `grad *= mask`, a step, and then
+    p = p m + theta_0 (1 - m) and momentum *= m, tensor by tensor; whether a mask is all ones is asked every time."""
+
+    def __init__(self, parameters: Mapping[str, Parameter], mask: Mapping[str, Tensor], lr: float):
+        self.parameters, self.mask = parameters, mask
+        self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.sgd = torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9, weight_decay=5e-4)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                parameter.grad *= self.mask[name]
+        self.sgd.step()
+        for name, parameter in self.parameters.items():
+            mask = self.mask[name]
+            if bool((mask == 1).all()):
+                continue
+            parameter.copy_(parameter * mask + self.start[name] * (1 - mask))
+            self.sgd.state[parameter]["momentum_buffer"].mul_(mask)
+
+
+def classifier_step(model: nn.Module, optimizer: DenseSGD, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """One step on the true or random labels `y`, statistics of batch normalisation following; loss and accuracy, which
+    SalUn's code reads at every step. Loading and augmenting the pictures is left out."""
+    model.train()
+    logits = model(x)
+    loss = F.cross_entropy(logits, y)
+    optimizer.sgd.zero_grad()
+    loss.backward()
+    optimizer.step()
+    right = logits.detach().float().topk(1, dim=1).indices.t().eq(y.view(1, -1))
+    return loss.item(), right.float().mean().item()
+
+
+def svc_attack(
+    members: "NDArray[np.float64]", others: "NDArray[np.float64]", target: "NDArray[np.float64]"
+) -> "NDArray[np.bool_]":
+    """Which of `target` look unseen to scikit-learn's SVC(C=3, gamma="auto", kernel="rbf"), as SalUn's code fits it."""
+    import numpy as np
+    from sklearn.svm import SVC
+
+    x = np.concatenate([members, others])[:, None]
+    fitted = SVC(C=3, gamma="auto", kernel="rbf").fit(x, np.arange(len(x)) < len(members))
+    return ~fitted.predict(target[:, None])
 
 
 def salun_step(
