@@ -519,6 +519,7 @@ DEFAULTS: dict[str, Any] = {
         "ga": {"learning_rate": 5e-05, "num_train_steps": 20},
         "esd-x": {"learning_rate": 0.0004},
         "esd-strict": {"learning_rate": 0.0004},
+        "leco": {"learning_rate": 0.002},
         "esd-u": {"learning_rate": 0.0001},
         "esd-full": {"learning_rate": 0.0001},
         "fmn": {"learning_rate": 5e-05, "num_train_steps": 35, "batch_size": 8},
