@@ -100,7 +100,7 @@ OWN_PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
         "salun": Preset("RandomLabel", 1, 1e-4, "saliency"),
         "salun-joint": Preset("RandomLabelJoint", 1, 1e-4, "saliency"),
         "salun-soft": Preset("SoftThreshold", 1, 1e-4),
-        "iu": Preset("Influence", options=(("alpha", 1), ("num_samples", 200))),
+        "iu": Preset("Influence", options=(("alpha", 0.05), ("num_samples", 200))),
         "be": Preset("BoundaryExpand", 2, 1e-5),
         "bs": Preset("BoundaryShrink", 2, 1e-5),
         "l1-sparse": Preset("L1Sparse", 1, 0.001),
