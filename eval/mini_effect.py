@@ -35,16 +35,18 @@ def arm(
     model: str = "mini",
     guard: str | None = None,
     steps: int | None = None,
+    num_images: int | None = None,
 ) -> Path:
     """The mini task's pictures of the base (None) or of the base with a delta, drawn and scored.
 
     guard: stands beside the model and steers away from the concept's name and synonyms. steps: None for the model's.
+    num_images: of the concept; None for the task's.
     """
     from erase import concepts, guards
     from erase.evaluation import generate, score, tasks
 
     wanted = concepts.load(concept, model_family="mini")
-    task = tasks.build("mini", wanted)
+    task = tasks.build("mini", wanted, tasks.Options(num_images=num_images))
     watching = guard and guards.make(guard, ", ".join([wanted.name, *wanted.synonyms]))
     loaded = generate.load_model(model, delta_path=delta and str(delta), device="cpu", guard=watching or None)
     generate.generate(loaded, task, folder, steps=steps, batch_size=32, quiet=True)

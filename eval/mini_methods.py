@@ -4,12 +4,14 @@
 
 Each cell is one erasure, the pictures of the task mini, and an attack: a new word learnt in 60 steps from the base's
 pictures of the concept ("recovered": how often it draws the concept again). The base and, where it is given, the model
-that was trained without the concept are attacked alike. A finished cell is kept, so the same command continues.
+that was trained without the concept are attacked alike. A finished cell is kept, so the same command continues;
+`--known eval/results/mini-methods.json` takes over the published cells, so that only what is new beside them is run.
 A result on the embedded model says nothing about SD v1.4.
 """
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +23,7 @@ from erase import files
 from erase.methods import METHODS
 
 CONCEPTS = ("circle", "striped", "nudity")
+NUM_IMAGES = 120  # pictures of the concept; with those by synonym and of everything else a thousand in three seeds
 NUM_RECOVERED = 100  # pictures of the learnt word
 NUM_SHOWN = 64  # pictures of the concept that it is learnt from
 STEPS = 15  # of the pictures that are judged; the embedded model's own 25 show the judge no more
@@ -40,7 +43,7 @@ def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Pa
     """The mini task's pictures with their scores, and their features for KID."""
     from erase.evaluation import quality, score
 
-    arm(folder, concept, delta, model=model, steps=STEPS, **guard)
+    arm(folder, concept, delta, model=model, steps=STEPS, num_images=NUM_IMAGES, **guard)
     score.score(folder, quality.Features("mini"), quiet=True)
     return folder
 
@@ -80,6 +83,10 @@ def recovered(
     return [not line["invalid"] and line[str(judge["head"])] == judge["label"] for line in lines]
 
 
+def cell_name(concept: str, variant: str, seed: int) -> str:
+    return f"{concept}-{variant.replace(' --', '-').replace(' ', '-')}-{seed}"
+
+
 def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) -> None:
     """One erasure with its measures; the variants "base" and "gold" are erased from nothing."""
     import torch
@@ -88,15 +95,16 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
     from erase.evaluation import measure
 
     torch.set_num_threads(1)
-    name = f"{concept}-{variant.replace(' --', '-').replace(' ', '-')}-{seed}"
+    name = cell_name(concept, variant, seed)
     path, base = folder / "cells" / f"{name}.json", folder / "arms" / f"{concept}-base"
     latents = shown(folder, concept)
-    if path.exists():
+    drawn = folder / "arms" / f"{concept}-{variant}"  # of base and gold: kept, the others are compared with them
+    if path.exists() and (variant not in {"base", "gold"} or drawn.exists()):
         return
-    record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed}
+    record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed, "model": model_hash()}
     if variant in {"base", "gold"}:
         model = "mini" if variant == "base" else str(gold)
-        erased, delta = draw_and_judge(folder / "arms" / f"{concept}-{variant}", concept, model=model), None
+        erased, delta = draw_and_judge(drawn, concept, model=model), None
     elif variant in GUARDS:
         model, delta = "mini", None
         erased = draw_and_judge(folder / "arms" / name, concept, guard=variant)
@@ -112,24 +120,40 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
         }
         erased = draw_and_judge(folder / "arms" / name, concept, delta=delta)
     golden = folder / "arms" / f"{concept}-gold"
-    record["results"], record["outcomes"] = measure.measure(
+    results, outcomes = measure.measure(
         erased,
         base,
         name=variant,
         gold=golden if golden.exists() and variant not in {"base", "gold"} else None,
         command="python eval/mini_methods.py",
     )
+    record["figures"] = {s["name"].split("/")[0]: s["erased"]["value"] for s in results["scores"] if s["erased"]}
+    record["outcomes"] = {c: said(of["erased"]) for c, of in outcomes["columns"].items() if c.startswith("mini.")}
     if variant not in GUARDS:
-        record["recovered"] = recovered(folder / "arms" / f"{name}-word", concept, latents, model=model, delta=delta)
+        word = folder / "arms" / f"{name}-word"
+        record["recovered"] = said(recovered(word, concept, latents, model=model, delta=delta))
     files.write_json(path, record)
     if variant not in {"base", "gold"}:
         shutil.rmtree(erased)
         shutil.rmtree(folder / "runs" / name, ignore_errors=True)
 
 
+def model_hash() -> str:
+    """Of the embedded model's weights: cells of different ones do not belong into one table."""
+    from erase import models
+
+    parts = sorted(models.MINI_DIR.glob("*/*.safetensors"))
+    return files.text_hash([files.file_hash(path) for path in parts])[:16]
+
+
+def said(outcomes: Sequence[bool | None]) -> str:
+    """A character a picture: 1 yes, 0 no, - not looked at."""
+    return "".join("-" if value is None else str(int(value)) for value in outcomes)
+
+
 def figure(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float] | None:
     """Mean over the seeds of a distance, with its least and greatest."""
-    found = [s["erased"]["value"] for r in rows for s in r["results"]["scores"] if s["name"] == name and s["erased"]]
+    found = [row["figures"][name] for row in rows if name in row["figures"]]
     return (sum(found) / len(found), min(found), max(found)) if found else None
 
 
@@ -138,12 +162,12 @@ def above(values: tuple[float, float, float] | None, floor: tuple[float, float, 
     return tuple(value - floor[0] for value in values) if values and floor else None
 
 
-def rate(runs: list[list[Any]]) -> Any:
+def rate(runs: list[str]) -> Any:
     """A rate over runs and samples with its 95 % interval."""
     from erase.evaluation import statistics
 
-    runs = [[float(value) for value in run if value is not None] for run in runs]
-    return statistics.hierarchical("rate", runs, higher_is_better=True) if runs and runs[0] else None
+    found = [[float(value) for value in run if value != "-"] for run in runs]
+    return statistics.hierarchical("rate", found, higher_is_better=True) if found and found[0] else None
 
 
 def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,7 +184,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 itself = figure(rows, "quality.kid_base")
 
             def outcome(column: str, rows: list[dict[str, Any]] = rows) -> Any:
-                return rate([r["outcomes"]["columns"].get(column, {}).get("erased", []) for r in rows])
+                return rate([row["outcomes"].get(column, "") for row in rows])
 
             found.append(
                 {
@@ -269,9 +293,17 @@ def main() -> None:
         "--gold", action="append", default=[], metavar="CONCEPT=DIR", help="the model trained without the concept"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each [2]")
+    parser.add_argument("--known", metavar="FILE", help="results.json of another run, whose cells are not run again")
     given = parser.parse_args()
     folder, chosen = Path(given.output), given.concept or CONCEPTS
     golds = dict(text.split("=", 1) for text in given.gold)
+    places = [*(folder / "cells").glob("*.json"), *([Path(given.known)] if given.known else [])]
+    for place in places:
+        found = files.read_json(place)
+        for one in found.get("cells", [found]):
+            if one["model"] != model_hash():
+                parser.error(f"{place} was measured on other weights ({one['model']}); the model's are {model_hash()}")
+            files.write_json(folder / "cells" / f"{cell_name(one['concept'], one['variant'], one['seed'])}.json", one)
     stages = [[(c, "base", 0, None) for c in chosen], [(c, "gold", 0, golds[c]) for c in chosen if c in golds]]
     variants = given.variant or [*METHODS, *GUARDS, *MASKED]
     once = {*SOLVED, *GUARDS}
@@ -285,7 +317,7 @@ def main() -> None:
                 future.result()
                 print(*one[:3], flush=True)
     cells = [files.read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
-    files.write_json(folder / "results.json", {"cells": [{k: c[k] for k in c if k != "outcomes"} for c in cells]})
+    files.write_json(folder / "results.json", {"cells": cells})
     rows = summary(cells)
     files.write_text(folder / "table.md", table(rows) + "\n")
     plot(rows, folder / "plot.png")

@@ -1,7 +1,9 @@
 """The batch scripts in eval/ ask the right things of the commands that do the work."""
 
+import importlib
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 import erase
 from erase.evaluation import cli
+from erase.files import read_json, write_json
 from erase.settings import Settings
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "eval"
@@ -64,3 +67,40 @@ def test_compare_methods_pools_the_seeds_of_each_method(start):
     assert [c[0] for c in commands] == ["run"] * 8 + ["compare"]
     labels = [text.partition("=")[0] for text in commands[-1][1:9]]
     assert labels == ["salun", "salun", "salun-10", "salun-10", "random-mask", "random-mask", "no-mask", "no-mask"]
+
+
+def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatch, tmp_path, capsys):
+    """`mini_methods.py --known` runs only what is new, and never mixes models in one table."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("mini_methods")
+    figures = {"pixels.drift": 0.02, "quality.kid_base": 0.001}
+    outcomes = {
+        "mini.ua": "1110",
+        "mini.ua_synonym": "11",
+        "mini.ra": "0111",
+        "mini.colour": "1-11",
+        "mini.style": "----",
+    }
+    one = {"concept": "circle", "seed": 0, "model": module.model_hash(), "figures": figures, "outcomes": outcomes}
+    cells = [one | {"variant": "base"}, one | {"variant": "salun", "recovered": "0001", "seconds": {"train": 2.0}}]
+    asked = []
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(module, "cell", lambda folder, *what: asked.append(what))
+
+    def start(known: list[dict[str, Any]]) -> None:
+        write_json(tmp_path / "known.json", {"cells": known})
+        arguments = ["--known", str(tmp_path / "known.json"), "--output", str(tmp_path / "out"), "--concept", "circle"]
+        monkeypatch.setattr(sys, "argv", ["mini_methods.py", *arguments, "--variant", "salun", "--seeds", "1"])
+        module.main()
+
+    start(cells)
+    assert asked == [("circle", "base", 0, None), ("circle", "salun", 0, None)]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "`salun`" in line)
+    columns = [column.strip() for column in line.strip("|").split("|")]
+    assert columns[3].startswith("25% [") and columns[4:7] == ["0%", "75%", "100%"] and columns[7] == "-"
+    assert columns[11].startswith("25% [") and columns[12] == "2"
+    assert read_json(tmp_path / "out" / "results.json")["cells"] == cells
+
+    with pytest.raises(SystemExit) as stop:
+        start([cells[0] | {"model": "of yesterday"}])
+    assert stop.value.code == 2 and "other weights" in capsys.readouterr().err
