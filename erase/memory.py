@@ -20,18 +20,19 @@ def estimate(
     latent_size: int,
     tokens: int,
     mask_batch: int | None,
-    part: int,
+    part: int | None,
     dtype: torch.dtype,
     checkpointing: bool,
     needs_base: bool,
     eight_bit: bool = False,
 ) -> dict[str, int]:
-    """Peak bytes of each phase, "mask", "training" and "writing", libraries included.
+    """Peak bytes of each phase, "mask", "training" or "solving", and "writing", libraries included.
 
     parameters: those in the scope. density: share of them that may move; 1 without a mask.
     mask_batch: pictures that go through the UNet together in the mask's pass, a whole batch for scores other than
         abs_sum; None when no mask is made from gradients.
-    part: pictures of one branch that go through the UNet together. dtype: of the stored weights.
+    part: pictures of one branch that go through the UNet together; None for a closed form, which needs none.
+    dtype: of the stored weights.
     needs_base: the masked weights' values in the base are kept. eight_bit: of the moments.
     """
     size = dtype.itemsize
@@ -50,10 +51,13 @@ def estimate(
         needs["mask"] = weights + sums + max(pass_of(mask_batch), scope)  # selection: a bool for every weight
     masters = 4 * masked if size < 4 else 0
     places = 0 if density == 1 else min(scope // 8, 4 * masked) + scope // 8  # the optimizer's and the packed mask
-    largest = max(parameter.numel() for parameter in parameters.values())
-    stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
-    moments, gradients, base = stored, size * masked, size * masked if needs_base else 0
-    needs["training"] = weights + moments + masters + gradients + base + places + pass_of(part)
+    if part is None:
+        needs["solving"] = weights + 16 * scope  # old and new in float64
+    else:
+        largest = max(parameter.numel() for parameter in parameters.values())
+        stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
+        moments, gradients, base = stored, size * masked, size * masked if needs_base else 0
+        needs["training"] = weights + moments + masters + gradients + base + places + pass_of(part)
     float32 = 4 * weights // size
     needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change
     return {phase: LIBRARIES + need for phase, need in needs.items()}

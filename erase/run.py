@@ -506,7 +506,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -
 
 def needed_memory(settings: Settings, model: models.Model, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
-    accumulates = settings.mask in {"saliency", "inverse"}
+    accumulates, method = settings.mask in {"saliency", "inverse"}, make_method(settings)
     mask_batch = _part(settings) if settings.score == "abs_sum" else _int(settings.batch_size)
     mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
     return memory.estimate(
@@ -517,10 +517,10 @@ def needed_memory(settings: Settings, model: models.Model, parameters: Mapping[s
         latent_size=(settings.resolution or model.resolution) // model.vae_scale,
         tokens=model.tokenizer.model_max_length,
         mask_batch=mask_batch if accumulates else None,
-        part=_part(settings),
+        part=None if hasattr(method, "solve") else _part(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
-        needs_base=getattr(make_method(settings), "needs_base", False),
+        needs_base=getattr(method, "needs_base", False),
     )
 
 

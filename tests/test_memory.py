@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from erase import memory, models
+from erase import memory, models, run
 from erase.errors import EraseError
 from erase.settings import Settings, resolve
 
@@ -41,6 +41,16 @@ def test_the_estimate_counts_every_byte_once(tiny_pipeline_dir):
     assert needs["mask"] > memory.LIBRARIES + 6 * n
     whole = memory.estimate(unet, parameters, density=1.0, dtype=torch.float32, **{**options, "mask_batch": None})
     assert "mask" not in whole and whole["training"] > needs["training"]
+
+
+def test_a_closed_form_needs_its_weights_twice_in_float64_and_neither_activations_nor_moments(tiny_pipeline_dir):
+    model = models.load(tiny_pipeline_dir)
+    settings = resolve(Settings("church", method="uce", low_memory=True), "object", {})
+    parameters = {n: p for n, p in model.unet.named_parameters() if n.endswith(("attn2.to_k.weight", "to_v.weight"))}
+    needs = run.needed_memory(settings, model, parameters)
+    weights = 4 * sum(p.numel() for p in model.unet.parameters())
+    assert needs["solving"] == memory.LIBRARIES + weights + 16 * sum(p.numel() for p in parameters.values())
+    assert needs.keys() == {"solving", "writing"}
 
 
 def test_low_memory_chooses_checkpointing_parts_of_one_picture_and_on_a_gpu_bf16_weights():
