@@ -1,5 +1,6 @@
 """Laws of unlearning for classifiers, on a tiny network; golden values are those of SalUn's formulas."""
 
+import copy
 import hashlib
 import json
 import pickle
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from erase import delta, files, saliency
 from erase.classification import data, methods, networks, run, split
 from erase.classification.data import Dataset, Images
-from erase.classification.descent import Recipe, descend, saliency_mask
+from erase.classification.descent import Recipe, computing, descend, saliency_mask, saliency_scores
 from erase.classification.methods import Plan, Task
 from erase.classification.networks import Shape
 from erase.classification.settings import NETWORKS, OWN_PRESETS, PRESETS, Settings, make_method
@@ -104,6 +105,40 @@ def test_weights_outside_the_mask_and_buffers_do_not_move_by_one_bit(name, optim
     unlearn(control, name, replace(RECIPE, optimizer=optimizer))
     outside = [(control.state_dict()[key] != trained_state[key])[~bits].any() for key, bits in mask.items()]
     assert any(outside)
+
+
+@pytest.mark.parametrize("name", ["salun", "salun-soft", "bs"])
+def test_bf16_computes_in_bf16_and_outside_the_mask_no_bit_moves(name, trained_state):
+    model, mask, seen, ends = trained(trained_state), random_mask(toy_model()), set(), {}
+    model[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    for label, precision in (("float32", "no"), ("bf16", "bf16"), ("again", "bf16")):
+        model.load_state_dict(trained_state)
+        seen.clear()
+        unlearn(model, name, replace(RECIPE, mixed_precision=precision), mask=mask)
+        assert (torch.bfloat16 in seen) == (precision == "bf16")
+        ends[label] = {key: value.clone() for key, value in model.state_dict().items()}
+    assert_same(ends["bf16"], ends["again"])
+    for key, bits in mask.items():
+        assert ends["bf16"][key].dtype == torch.float32
+        assert torch.equal(ends["bf16"][key][~bits], trained_state[key][~bits]), key
+    moved = {k: torch.cat([(end[key] - trained_state[key])[mask[key]] for key in mask]) for k, end in ends.items()}
+    assert 0.9 < torch.cosine_similarity(moved["float32"], moved["bf16"], dim=0) < 1 - 1e-7
+
+
+def test_a_model_that_computes_in_bf16_answers_in_float32_and_its_copies_call_themselves(trained_state):
+    model, x = trained(trained_state), toy_images().pixels
+    plain = model(x)
+    with computing(model, "bf16"):
+        copied = copy.deepcopy(model)
+        nn.init.zeros_(copied[-1].weight)  # pyright: ignore
+        answer = model(x)
+        assert answer.dtype == torch.float32 and not torch.equal(answer, plain)
+        assert torch.allclose(answer, plain, atol=0.1)
+        assert len(copied(x).unique(dim=0)) == 1
+    assert torch.equal(model(x), plain)
+    scores = [saliency_scores(model, toy_images(), mixed_precision=precision) for precision in ("no", "bf16")]
+    assert not torch.equal(scores[0]["0.weight"], scores[1]["0.weight"])
+    assert torch.allclose(scores[0]["0.weight"], scores[1]["0.weight"], rtol=0.1, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Literal
 
 import torch
@@ -18,6 +19,8 @@ from erase.classification.sgd import MaskedSGD
 from erase.errors import EraseError
 from erase.optim import MaskedAdam
 
+Precision = Literal["no", "bf16"]
+
 
 class Diverged(EraseError):
     """The loss is no number any more; a smaller step size may help."""
@@ -31,7 +34,7 @@ class Recipe:
         three quarters of the epochs, as SalUn's code trains its originals.
     batch_norm: frozen normalises with the model's statistics and leaves them as they are; moving normalises with those
         of the batch and lets them follow, as in SalUn's code; they then change outside any mask.
-    padding, flip: see `augment`.
+    padding, flip: see `augment`. mixed_precision: see `computing`.
     """
 
     epochs: int
@@ -44,6 +47,7 @@ class Recipe:
     batch_norm: Literal["frozen", "moving"] = "frozen"
     padding: int = 0
     flip: bool = False
+    mixed_precision: Precision = "no"
 
     def learning_rate_at(self, epoch: int) -> float:
         share = epoch / self.epochs
@@ -74,7 +78,7 @@ def descend(
     write(model, plan.start, mask)
     optimizer = _optimizer(moving, mask, plan.extra, recipe)
     at = Progress(0, recipe.epochs, 0, 0)
-    with _training(model, moving, recipe.batch_norm):
+    with _training(model, moving, recipe.batch_norm), computing(model, recipe.mixed_precision):
         for epoch in range(recipe.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(epoch)
@@ -116,30 +120,55 @@ def saliency_mask(
     per_tensor: bool = False,
     largest: bool = True,
     batch_size: int = 256,
+    mixed_precision: Precision = "no",
 ) -> saliency.Mask:
     """The weights that matter most for the pictures to forget: |grad CE|, one pass in eval mode without augmentation.
 
-    largest: see `saliency.select`. batch_size: see `saliency_scores`.
+    largest: see `saliency.select`. batch_size, mixed_precision: see `saliency_scores`.
     """
-    scores = saliency_scores(model, forget, score, batch_size=batch_size)
+    scores = saliency_scores(model, forget, score, batch_size=batch_size, mixed_precision=mixed_precision)
     return saliency.select(scores, density, per_tensor=per_tensor, largest=largest)
 
 
 def saliency_scores(
-    model: nn.Module, forget: Images, score: saliency.Score = "abs_sum", *, batch_size: int = 256
+    model: nn.Module,
+    forget: Images,
+    score: saliency.Score = "abs_sum",
+    *,
+    batch_size: int = 256,
+    mixed_precision: Precision = "no",
 ) -> dict[str, Tensor]:
     """What `saliency_mask` selects from. Every picture weighs the same, in a short last batch too.
 
     batch_size: matters for the scores sum_abs and sum_sq, which add up batches; for abs_sum it is a matter of memory
-        only.
+        only. mixed_precision: see `computing`.
     """
-    with in_eval(model):
+    with in_eval(model), computing(model, mixed_precision):
         accumulated = saliency.Saliency(dict(model.named_parameters()), score)
         with accumulated.collecting():
             for batch in forget.batches(batch_size):
                 loss = F.cross_entropy(model(batch.pixels), batch.y, reduction="sum") / len(forget)
                 loss.backward()
     return accumulated.scores()
+
+
+@contextmanager
+def computing(model: nn.Module, mixed_precision: Precision) -> Iterator[None]:
+    """Inside, "bf16" lets the model's convolutions and products compute in bfloat16; weights, their gradients and the
+    logits are float32 all the same. Which results come out then depends on the processor more than with "no"."""
+    if mixed_precision == "no":
+        yield
+        return
+
+    def forward(module: nn.Module, *inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            return type(module).forward(module, *inputs).float()
+
+    model.forward = MethodType(forward, model)  # bound, so that a copy of the model calls itself
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def _optimizer(

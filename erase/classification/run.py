@@ -104,6 +104,7 @@ def recipes(settings: Settings, dataset: Dataset) -> tuple[Recipe, Recipe]:
         "weight_decay": settings.weight_decay,
         "padding": dataset.padding,
         "flip": dataset.flip,
+        "mixed_precision": settings.mixed_precision,
     }
     how: dict[str, Any] = {"optimizer": settings.optimizer, "batch_norm": settings.batch_norm}
     training = Recipe(settings.train_epochs, settings.train_learning_rate, schedule="cosine", **rest)
@@ -128,6 +129,7 @@ def make_mask(
             "per_tensor": settings.per_tensor,
             "largest": kind == "saliency",
             "batch_size": settings.batch_size,
+            "mixed_precision": settings.mixed_precision,
         }
         mask = saliency_mask(model, forget, settings.density, settings.score, **how)
         return mask, {**header, "mask": kind, "score": settings.score, "per_tensor": settings.per_tensor}

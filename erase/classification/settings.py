@@ -205,6 +205,11 @@ class Settings:
     train_learning_rate: float | None = option(
         None, "their first step size, falling as a cosine", group="training", least=0, shown="the data's"
     )
+    mixed_precision: Literal["no", "bf16"] = option(
+        "no",
+        "of the passes that train or make a mask; bf16 needs AVX512_BF16, AMX or a GPU to be fast",
+        group="training",
+    )
     seed: int = option(0, "seed of split, training and unlearning", group="training", least=0)
     device: str | None = option(
         None, "cpu, cuda or cuda:N", group="training", shown="a GPU if there is one", metavar="DEVICE"

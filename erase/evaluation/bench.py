@@ -127,6 +127,12 @@ ITEMS: dict[str, Item] = {
         jobs.Job("plain_classifier_steps"),
         (Check("cpu_seconds", "times", 1.5),),
     ),
+    "classifier-step-bf16": Item(
+        "the same two steps, ours with --mixed-precision bf16",
+        jobs.Job("our_classifier_steps", ("bf16",)),
+        jobs.Job("plain_classifier_steps"),
+        (Check("cpu_seconds", "times", 1.5),),
+    ),
     "classifier-update": Item(
         "of such a step what follows the backward pass, ten times",
         jobs.Job("our_classifier_update"),

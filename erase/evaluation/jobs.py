@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from erase.errors import EraseError
 
@@ -430,7 +430,7 @@ def plain_classifier_masks(size: str, densities: tuple[float, ...]) -> Iterator[
 STEP_SIZE = 1e-5  # small: in random weights the loss must stay finite, and the size does not matter for time
 
 
-def our_classifier_steps(size: str) -> Iterator[Turn]:
+def our_classifier_steps(size: str, mixed_precision: Literal["no", "bf16"] = "no") -> Iterator[Turn]:
     """Two steps on 64 pictures, which are cropped and mirrored too."""
     import torch
 
@@ -439,7 +439,8 @@ def our_classifier_steps(size: str) -> Iterator[Turn]:
 
     model, images = _classifier(size)
     mask = _random_mask(model, 0.5)
-    recipe = Recipe(epochs=2, learning_rate=STEP_SIZE, batch_size=len(images), padding=4, flip=True)
+    how: dict[str, Any] = {"batch_size": len(images), "padding": 4, "flip": True, "mixed_precision": mixed_precision}
+    recipe = Recipe(epochs=2, learning_rate=STEP_SIZE, **how)
     plan = Plan(passes=lambda: [images])
 
     def turn() -> dict[str, float]:
