@@ -25,6 +25,7 @@ from erase.methods import METHODS
 CONCEPTS = ("circle", "striped", "nudity")
 NUM_IMAGES = 120  # pictures of the concept; with those by synonym and of everything else a thousand in three seeds
 NUM_RECOVERED = 100  # pictures of the learnt word
+NUM_UNPROMPTED = 64  # pictures of the empty prompt
 NUM_SHOWN = 64  # pictures of the concept that it is learnt from
 STEPS = 15  # of the pictures that are judged; the embedded model's own 25 show the judge no more
 GUARDS = ("negative", "sld-medium", "sld-max")
@@ -58,6 +59,17 @@ def shown(folder: Path, concept: str) -> Any:
         texts, seeds = [prompts[i % len(prompts)] for i in range(NUM_SHOWN)], list(range(NUM_SHOWN))
         files.write_tensors(path, {"latents": model.draw(texts, seeds, steps=25, guidance=2.0, size=64)})
     return files.read_tensors(path)["latents"]
+
+
+def unprompted(model: str, delta: Path | None) -> float:
+    """How far pictures of the empty prompt are from the base's of the same seeds, as a share of the latents' size."""
+    from erase.evaluation import generate
+
+    two = (("mini", None), (model, delta and str(delta)))
+    how: dict[str, Any] = {"steps": STEPS, "guidance": 1.0, "size": 64}
+    both = (generate.load_model(source, delta_path=path, device="cpu") for source, path in two)
+    base, erased = (one.draw([""] * NUM_UNPROMPTED, range(NUM_UNPROMPTED), **how) for one in both)
+    return float((erased - base).abs().mean() / base.abs().mean())
 
 
 def recovered(
@@ -130,6 +142,7 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
     record["figures"] = {s["name"].split("/")[0]: s["erased"]["value"] for s in results["scores"] if s["erased"]}
     record["outcomes"] = {c: said(of["erased"]) for c, of in outcomes["columns"].items() if c.startswith("mini.")}
     if variant not in GUARDS:
+        record["figures"]["unprompted"] = unprompted(model, delta)
         word = folder / "arms" / f"{name}-word"
         record["recovered"] = said(recovered(word, concept, latents, model=model, delta=delta))
     files.write_json(path, record)
@@ -197,6 +210,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "colour": outcome("mini.colour"),
                     "style": outcome("mini.style"),
                     "drift": figure(rows, "pixels.drift"),
+                    "unprompted": figure(rows, "unprompted"),
                     "kid_base": above(figure(rows, "quality.kid_base"), itself),
                     "kid_gold": figure(rows, "quality.kid_gold"),
                     "recovered": rate([r["recovered"] for r in rows if "recovered" in r]),
@@ -212,8 +226,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; brackets are 95 % intervals."""
     lines = [
         "| concept | method | seeds | drawn | by synonym | objects kept | colours | styles | drift "
-        "| KID to base x 1000 | KID to retrained x 1000 | recovered by a word | s | GB | MB |",
-        "| --- " * 15 + "|",
+        "| without a prompt | KID to base x 1000 | KID to retrained x 1000 | recovered by a word | s | GB | MB |",
+        "| --- " * 16 + "|",
     ]
 
     def share(score: Any, *, inverted: bool = False, interval: bool = False) -> str:
@@ -241,6 +255,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             share(row["colour"]),
             share(row["style"]),
             mean(row["drift"], 1, 3),
+            mean(row["unprompted"], 1, 2),
             mean(row["kid_base"], 1000, 2),
             mean(row["kid_gold"], 1000, 2),
             share(row["recovered"], interval=True),
