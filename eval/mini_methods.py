@@ -334,9 +334,12 @@ def main() -> None:
     cells = [files.read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
     files.write_json(folder / "results.json", {"cells": cells})
     rows = summary(cells)
-    files.write_text(folder / "table.md", table(rows) + "\n")
+    methods = table([row for row in rows if row["variant"] not in MASKED])
+    masks = table([row for row in rows if row["variant"] in {*MASKED, "salun", "relabel"}])
+    text = f"{methods}\n\nSalUn by mask, density and score, beside all weights (`relabel`):\n\n{masks}\n"
+    files.write_text(folder / "table.md", text)
     plot(rows, folder / "plot.png")
-    print(table(rows))
+    print(text)
 
 
 if __name__ == "__main__":
