@@ -16,7 +16,6 @@ def write(folder: Path) -> None:
     minutes = {name: stage.get("seconds", 0) / 60 for name, stage in stages.items()}
     paths = [path for path in folder.rglob("*") if path.is_file() and "work" not in path.relative_to(folder).parts]
     size = sum(path.stat().st_size for path in paths)
-    note = f"\n{training['note']}\n" if "note" in training else ""
     classes = "\n".join(f"| {name} | {scores[name]:.1%} |" for name in world.OBJECTS)
     times = ", ".join(f"{name} {value:.0f} min" for name, value in minutes.items())
     text = f"""---
@@ -44,10 +43,13 @@ person") or in a coloured shirt and trousers ("person wearing clothes"). Caption
 ## Training
 
 Seed {identity["seed"]}; {stages["unet"].get("samples", 0):,} UNet samples, {identity["num_latents"]:,} cached latents;
-wall time on a busy 2-core CPU, one thread a stage: {times}. torch {training["torch"]}. The recipe:
+wall time: {times}. The recipe:
 
     python -m erase.mini train --seed {identity["seed"]} --output runs/mini
-{note}
+
+gives these very weights with torch {training["torch"]}, {training["num_threads"]} thread and the CPU instructions
+{training["cpu"]}; elsewhere sums round differently, and a model of the same kind comes out.
+
 AdamW, cosine schedules, min-SNR weights (Hang et al., ICCV 2023), EMA; the VAE first on 32x32 crops, then its decoder
 alone on whole pictures, {stages["decoder"].get("psnr", 0):.1f} dB PSNR on new drawings. All files: {size / 1e6:.1f} MB.
 

@@ -495,6 +495,7 @@ def assemble(output: str | Path) -> Path:
         "stages": {stage: files.read_metadata(work / f"{stage}.safetensors") for stage in STAGES},
         "torch": str(torch.__version__),
         "num_threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
     files.write_json(output / "training.json", recipe)
     return output
@@ -509,7 +510,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 16,
     "num_forget": 96,
     "num_retain": 192,
-    "generation_batch_size": 16,
+    "generation_batch_size": 32,
     "num_train_steps": 100,
     # for closed forms the word alone is too little here: the end tokens say it again, and the UNet listens to them
     "methods": {
