@@ -15,6 +15,7 @@ from typing import Any
 
 from erase import files
 
+STEPS = 15  # of the pictures that are judged; the embedded model's own 25 show the judge no more
 CONCEPTS = ("circle", "moon", "striped", "nudity")
 # new ones at the end: finished cells are named by a variant's place
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -34,12 +35,11 @@ def arm(
     *,
     model: str = "mini",
     guard: str | None = None,
-    steps: int | None = None,
     num_images: int | None = None,
 ) -> Path:
     """The mini task's pictures of the base (None) or of the base with a delta, drawn and scored.
 
-    guard: stands beside the model and steers away from the concept's name and synonyms. steps: None for the model's.
+    guard: stands beside the model and steers away from the concept's name and synonyms.
     num_images: of the concept; None for the task's.
     """
     from erase import concepts, guards
@@ -49,7 +49,7 @@ def arm(
     task = tasks.build("mini", wanted, tasks.Options(num_images=num_images))
     watching = guard and guards.make(guard, ", ".join([wanted.name, *wanted.synonyms]))
     loaded = generate.load_model(model, delta_path=delta and str(delta), device="cpu", guard=watching or None)
-    generate.generate(loaded, task, folder, steps=steps, batch_size=32, quiet=True)
+    generate.generate(loaded, task, folder, steps=STEPS, batch_size=32, quiet=True)
     for name in task.judges:
         score.score(folder, score.make_judge(name, task.identity()), quiet=True)
     return folder

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from mini_effect import arm
+from mini_effect import STEPS, arm
 
 from erase import files
 from erase.methods import METHODS
@@ -27,7 +27,6 @@ NUM_IMAGES = 120  # pictures of the concept; with those by synonym and of everyt
 NUM_RECOVERED = 100  # pictures of the learnt word
 NUM_UNPROMPTED = 64  # pictures of the empty prompt
 NUM_SHOWN = 64  # pictures of the concept that it is learnt from
-STEPS = 15  # of the pictures that are judged; the embedded model's own 25 show the judge no more
 GUARDS = ("negative", "sld-medium", "sld-max")
 DENSITIES, MASKS, SCORES = (0.01, 0.05, 0.1, 0.25), ("saliency", "random", "inverse"), ("sum_abs", "sum_sq")
 MASKED: dict[str, dict[str, Any]] = {
@@ -44,7 +43,7 @@ def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Pa
     """The mini task's pictures with their scores, and their features for KID."""
     from erase.evaluation import quality, score
 
-    arm(folder, concept, delta, model=model, steps=STEPS, num_images=NUM_IMAGES, **guard)
+    arm(folder, concept, delta, model=model, num_images=NUM_IMAGES, **guard)
     score.score(folder, quality.Features("mini"), quiet=True)
     return folder
 

@@ -506,7 +506,7 @@ DEFAULTS: dict[str, Any] = {
     "family": "mini",
     "guidance_scale": 2.0,
     "num_inference_steps": 25,
-    "learning_rate": 2e-4,
+    "learning_rate": 5e-4,
     "batch_size": 16,
     "num_forget": 96,
     "num_retain": 192,
@@ -526,6 +526,7 @@ DEFAULTS: dict[str, Any] = {
         "fmn": {"learning_rate": 5e-05, "num_train_steps": 35, "batch_size": 8},
         "ca": {"learning_rate": 0.0005},
         "sdd": {"learning_rate": 0.0005, "batch_size": 4, "set": ["teacher_decay=0.98"]},
-        "scissorhands": {"num_train_steps": 150},
+        "erasediff": {"learning_rate": 0.0002},
+        "scissorhands": {"learning_rate": 0.0002, "num_train_steps": 150},
     },
 }
