@@ -427,6 +427,6 @@ def test_on_the_embedded_model_other_prompts_predictions_move_far_less_than_the_
     before = predictions()
     train.solve(method, data.read_text(model, circle), parameters, None)
     *kept, erased = (float((b - a).square().mean()) for a, b in zip(before, predictions(), strict=True))
-    assert erased > 0.03 and max(kept) < 2e-3 < erased / 10
+    assert erased > 0.02 and max(kept) < 2e-3 < erased / 10
     if name == "uce":
         assert max(kept) < 1e-3
