@@ -1,7 +1,6 @@
 """Attacks on classifiers against closed forms, the published values and scikit-learn."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -60,13 +59,10 @@ def test_the_fast_classifier_is_scikit_learns(name):
     assert np.abs(Svc(x, is_member).decide(at) - theirs.decision_function(at[:, None])).max() < 1e-4
 
 
-def test_the_attack_on_twenty_thousand_pictures_takes_about_a_second_at_most():
-    """libsvm needs ten or more; the bound is loose because the machine may be busy."""
+def test_the_attack_takes_twenty_thousand_pictures():
+    """The bench `classifier-mia` says how fast."""
     members, others, target = confidences(10_000, 6, 3, 5)
-    start = time.process_time()
-    share = membership.svc_attack(members, others, target).mean()
-    assert time.process_time() - start < 3
-    assert 0.2 < share < 0.4
+    assert 0.2 < membership.svc_attack(members, others, target).mean() < 0.4
 
 
 def test_equal_answers_say_nothing():
