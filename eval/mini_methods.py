@@ -315,8 +315,9 @@ def main() -> None:
     for place in places:
         found = files.read_json(place)
         for one in found.get("cells", [found]):
-            if one["model"] != model_hash():
-                parser.error(f"{place} was measured on other weights ({one['model']}); the model's are {model_hash()}")
+            measured = one.get("model", "not named")
+            if measured != model_hash():
+                parser.error(f"{place} was measured on other weights ({measured}); the model's are {model_hash()}")
             files.write_json(folder / "cells" / f"{cell_name(one['concept'], one['variant'], one['seed'])}.json", one)
     stages = [[(c, "base", 0, None) for c in chosen], [(c, "gold", 0, golds[c]) for c in chosen if c in golds]]
     variants = given.variant or [*METHODS, *GUARDS, *MASKED]

@@ -101,6 +101,8 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
     assert columns[12].startswith("25% [") and columns[13] == "2"
     assert read_json(tmp_path / "out" / "results.json")["cells"] == cells
 
-    with pytest.raises(SystemExit) as stop:
-        start([cells[0] | {"model": "of yesterday"}])
-    assert stop.value.code == 2 and "other weights" in capsys.readouterr().err
+    unnamed = {key: value for key, value in cells[0].items() if key != "model"}
+    for other in (cells[0] | {"model": "of yesterday"}, unnamed):
+        with pytest.raises(SystemExit) as stop:
+            start([other])
+        assert stop.value.code == 2 and "other weights" in capsys.readouterr().err
