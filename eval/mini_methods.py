@@ -5,7 +5,7 @@
 Each cell is one erasure, the pictures of the task mini, and an attack: a new word learnt in 60 steps from the base's
 pictures of the concept ("recovered": how often it draws the concept again). The base and, where it is given, the model
 that was trained without the concept are attacked alike. A finished cell is kept, so the same command continues;
-`--known eval/results/mini-methods.json` takes over the published cells, so that only what is new beside them is run.
+`--known eval/results/mini-methods` takes over the published cells, so that only what is new beside them is run.
 A result on the embedded model says nothing about SD v1.4.
 """
 
@@ -107,15 +107,15 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
 
     torch.set_num_threads(1)
     name = cell_name(concept, variant, seed)
-    path, base = folder / "cells" / f"{name}.json", folder / "arms" / f"{concept}-base"
+    path, golden = folder / "cells" / f"{name}.json", folder / "gold" / f"{concept}.safetensors"
+    base = folder / "arms" / f"{concept}-base"  # kept, all others are compared with it, as with the gold's features
     latents = shown(folder, concept)
-    drawn = folder / "arms" / f"{concept}-{variant}"  # of base and gold: kept, the others are compared with them
-    if path.exists() and (variant not in {"base", "gold"} or drawn.exists()):
+    if path.exists() and {"base": base, "gold": golden}.get(variant, path).exists():
         return
     record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed, "model": model_hash()}
     if variant in {"base", "gold"}:
         model = "mini" if variant == "base" else str(gold)
-        erased, delta = draw_and_judge(drawn, concept, model=model), None
+        erased, delta = draw_and_judge(folder / "arms" / f"{concept}-{variant}", concept, model=model), None
     elif variant in GUARDS:
         model, delta = "mini", None
         erased = draw_and_judge(folder / "arms" / name, concept, guard=variant)
@@ -130,7 +130,6 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
             "changed": run.record["weights"]["changed"],
         }
         erased = draw_and_judge(folder / "arms" / name, concept, delta=delta)
-    golden = folder / "arms" / f"{concept}-gold"
     results, outcomes = measure.measure(
         erased,
         base,
@@ -144,10 +143,23 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
         record["figures"]["unprompted"] = unprompted(model, delta)
         word = folder / "arms" / f"{name}-word"
         record["recovered"] = said(recovered(word, concept, latents, model=model, delta=delta))
+    if variant == "gold":
+        keep_features(erased, golden)
     files.write_json(path, record)
-    if variant not in {"base", "gold"}:
+    if variant != "base":
         shutil.rmtree(erased)
         shutil.rmtree(folder / "runs" / name, ignore_errors=True)
+
+
+def keep_features(drawn: Path, path: Path) -> None:
+    """Of the retained pictures, for the others' distance to them."""
+    import numpy as np
+
+    from erase.evaluation import arm, quality, score
+
+    lines = zip(arm.samples(drawn), score.load(drawn, "features"), strict=True)
+    found = [quality.decode(line) for sample, line in lines if sample.role == "retain" and not line["invalid"]]
+    quality.save_features(path, np.stack(found), score.identity(drawn, "features"))
 
 
 def model_hash() -> str:
@@ -184,16 +196,13 @@ def rate(runs: list[str]) -> Any:
 
 def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a concept and a variant: rates with intervals over seeds and prompts, and the other columns' means."""
-    found = []
+    found, rowed = [], ("base", "gold", *VARIANTS, *GUARDS)
     for concept in CONCEPTS:
-        itself = None
-        for variant in ("base", "gold", *VARIANTS, *GUARDS):
-            rows = [c for c in cells if c["concept"] == concept and c["variant"] == variant]
+        of = {v: [c for c in cells if (c["concept"], c["variant"]) == (concept, v)] for v in rowed}
+        itself, from_gold = (figure(of[v], "quality.kid_base") for v in ("base", "gold"))
+        for variant, rows in of.items():
             if not rows:
                 continue
-
-            if variant == "base":
-                itself = figure(rows, "quality.kid_base")
 
             def outcome(column: str, rows: list[dict[str, Any]] = rows) -> Any:
                 return rate([row["outcomes"].get(column, "") for row in rows])
@@ -211,7 +220,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "drift": figure(rows, "pixels.drift"),
                     "unprompted": figure(rows, "unprompted"),
                     "kid_base": above(figure(rows, "quality.kid_base"), itself),
-                    "kid_gold": figure(rows, "quality.kid_gold"),
+                    "kid_gold": from_gold if variant == "base" else figure(rows, "quality.kid_gold"),
                     "recovered": rate([r["recovered"] for r in rows if "recovered" in r]),
                     "seconds": [sum(r["seconds"].values()) for r in rows if "seconds" in r],
                     "peak_memory": [r["peak_memory"] for r in rows if "peak_memory" in r],
@@ -307,12 +316,14 @@ def main() -> None:
         "--gold", action="append", default=[], metavar="CONCEPT=DIR", help="the model trained without the concept"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each [2]")
-    parser.add_argument("--known", metavar="FILE", help="results.json of another run, whose cells are not run again")
+    parser.add_argument("--known", metavar="DIR", help="output of another run, whose cells are not run again")
     given = parser.parse_args()
     folder, chosen = Path(given.output), given.concept or CONCEPTS
     golds = dict(text.split("=", 1) for text in given.gold)
-    places = [*(folder / "cells").glob("*.json"), *([Path(given.known)] if given.known else [])]
-    for place in places:
+    if given.known:
+        shutil.copytree(Path(given.known) / "gold", folder / "gold", dirs_exist_ok=True)
+    known = [Path(given.known) / "results.json"] if given.known else []
+    for place in [*(folder / "cells").glob("*.json"), *known]:
         found = files.read_json(place)
         for one in found.get("cells", [found]):
             measured = one.get("model", "not named")

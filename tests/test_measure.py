@@ -235,6 +235,13 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_sa
     assert row(results, "quality.kid_real")["erased"]["n"] == 24 and results["verdict"] is None
     report.check(results)
 
+    kept = [quality.decode(line) for line in score.load(arms[0], "features")]
+    quality.save_features(tmp_path / "gold", np.stack(kept), score.identity(arms[0], "features"))
+    golds = [
+        measure.measure(arms[1], arms[0], gold=one, name="it", command="")[0] for one in (arms[0], tmp_path / "gold")
+    ]
+    assert row(golds[0], "quality.kid_gold") == row(golds[1], "quality.kid_gold")
+
 
 # --- scoring
 

@@ -88,8 +88,10 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
     monkeypatch.setattr(module, "cell", lambda folder, *what: asked.append(what))
 
     def start(known: list[dict[str, Any]]) -> None:
-        write_json(tmp_path / "known.json", {"cells": known})
-        arguments = ["--known", str(tmp_path / "known.json"), "--output", str(tmp_path / "out"), "--concept", "circle"]
+        write_json(tmp_path / "known" / "results.json", {"cells": known})
+        (tmp_path / "known" / "gold").mkdir(exist_ok=True)
+        (tmp_path / "known" / "gold" / "circle.safetensors").touch()
+        arguments = ["--known", str(tmp_path / "known"), "--output", str(tmp_path / "out"), "--concept", "circle"]
         monkeypatch.setattr(sys, "argv", ["mini_methods.py", *arguments, "--variant", "salun", "--seeds", "1"])
         module.main()
 
@@ -100,6 +102,7 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
     assert columns[3].startswith("25% [") and columns[4:7] == ["0%", "75%", "100%"] and columns[7] == "-"
     assert columns[12].startswith("25% [") and columns[13] == "2"
     assert read_json(tmp_path / "out" / "results.json")["cells"] == cells
+    assert (tmp_path / "out" / "gold" / "circle.safetensors").exists()
 
     unnamed = {key: value for key, value in cells[0].items() if key != "model"}
     for other in (cells[0] | {"model": "of yesterday"}, unnamed):

@@ -213,7 +213,9 @@ def _report(arguments: list[str]) -> None:
     parser = Parser("eval-concept report", "Figures, tables and pictures from the scores; nothing is drawn or judged.")
     parser.add_argument("folder", help="scored folder of the erased model")
     parser.add_argument("--base", metavar="DIR", help="scored folder of the base model, same task")
-    parser.add_argument("--gold", metavar="DIR", help="scored folder of the model trained without the concept")
+    parser.add_argument(
+        "--gold", metavar="PATH", help="scored folder, or features file, of the model trained without the concept"
+    )
     parser.add_argument("--real", metavar="PATH", help="scored folder, or features file, of real pictures")
     parser.add_argument("--output", metavar="DIR", help="folder of the report [the erased model's folder]")
     parser.add_argument("--name", help="what the report calls the model [the folder's name]")

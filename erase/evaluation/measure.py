@@ -68,7 +68,8 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The results of an erased arm, paired with the base's where there is one; `report` has their layout.
 
-    gold: an arm of the model that was trained without the concept, for the distance to it.
+    gold: an arm of the model that was trained without the concept, for the distance to it; or the file of its retained
+        pictures' features, for FID and KID alone.
     real: a scored folder or a features file of real pictures, for FID and KID to them.
 
     Returns the results, and every column's outcome for every sample, from which several runs can be put together.
@@ -83,7 +84,7 @@ def measure(
     here = protocol(erased)
     arms = {"base": base, "erased": erased} if base else {"erased": erased}
     for other, role in ((base, "base"), (gold, "gold")):
-        different = arm.differences(here, protocol(other)) if other else []
+        different = arm.differences(here, protocol(other)) if other and not other.is_file() else []
         if different:
             raise EraseError(f"{erased} and the {role} {other} were made differently ({'; '.join(different)})")
     judges = sorted(path.stem for path in (erased / "scores").glob("*.json"))
@@ -342,7 +343,7 @@ def _drift(
         return []
     rows, here = [], score.load(erased, "thumbnails")
     for other, name, title in ((base, "drift", "Drift from the base"), (gold, "to_gold", "Distance to retrained")):
-        if other is None:
+        if other is None or other.is_file():
             continue
         there = score.load(other, "thumbnails")
         values = [
