@@ -222,7 +222,9 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "kid_base": above(figure(rows, "quality.kid_base"), itself),
                     "kid_gold": from_gold if variant == "base" else figure(rows, "quality.kid_gold"),
                     "recovered": rate([r["recovered"] for r in rows if "recovered" in r]),
-                    "seconds": [sum(r["seconds"].values()) for r in rows if "seconds" in r],
+                    "seconds": [
+                        sum(r["seconds"].values()) - r["seconds"].get("data", 0) for r in rows if "seconds" in r
+                    ],
                     "peak_memory": [r["peak_memory"] for r in rows if "peak_memory" in r],
                     "bytes": [r["bytes"] for r in rows if "bytes" in r],
                 }
@@ -231,12 +233,11 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; brackets are 95 % intervals."""
-    lines = [
-        "| concept | method | seeds | drawn | by synonym | objects kept | colours | styles | drift "
-        "| without a prompt | KID to base x 1000 | KID to retrained x 1000 | recovered by a word | s | GB | MB |",
-        "| --- " * 16 + "|",
-    ]
+    """Markdown, a part a concept; brackets are 95 % intervals, seconds are without drawing the training pictures."""
+    head = (
+        "| method | seeds | drawn | by synonym | objects kept | colours | styles | drift | without a prompt "
+        "| KID to base x 1000 | KID to retrained x 1000 | recovered by a word | s | GB | MB |\n" + "| --- " * 15 + "|"
+    )
 
     def share(score: Any, *, inverted: bool = False, interval: bool = False) -> str:
         if score is None:
@@ -252,9 +253,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         value = values[0] if isinstance(values, tuple) else sum(values) / len(values)
         return f"{value * scale:.{digits}f}"
 
-    for row in rows:
+    def line(row: dict[str, Any]) -> str:
         cells = [
-            row["concept"],
             f"`{row['variant']}`",
             str(row["seeds"]),
             share(row["kept_forget"], inverted=True, interval=True),
@@ -271,8 +271,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             mean(row["peak_memory"], 1e-9, 1),
             mean(row["bytes"], 1e-6, 1),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        return f"| {' | '.join(cells)} |"
+
+    of = {concept: [line(row) for row in rows if row["concept"] == concept] for concept in CONCEPTS}
+    return "\n\n".join("\n".join([f"**{concept}**", "", head, *lines]) for concept, lines in of.items() if lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -346,8 +348,11 @@ def main() -> None:
     files.write_json(folder / "results.json", {"cells": cells})
     rows = summary(cells)
     methods = table([row for row in rows if row["variant"] not in MASKED])
-    masks = table([row for row in rows if row["variant"] in {*MASKED, "salun", "relabel"}])
-    text = f"{methods}\n\nSalUn by mask, density and score, beside all weights (`relabel`):\n\n{masks}\n"
+    masked = {row["concept"] for row in rows if row["variant"] in MASKED}
+    masks = table([r for r in rows if r["variant"] in {*MASKED, "salun", "relabel"} and r["concept"] in masked])
+    text = f"{methods}\n"
+    if masks:
+        text += f"\nSalUn by mask, density and score, beside all weights (`relabel`):\n\n{masks}\n"
     files.write_text(folder / "table.md", text)
     plot(rows, folder / "plot.png")
     print(text)

@@ -99,8 +99,8 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
     assert asked == [("circle", "base", 0, None), ("circle", "salun", 0, None)]
     line = next(line for line in capsys.readouterr().out.splitlines() if "`salun`" in line)
     columns = [column.strip() for column in line.strip("|").split("|")]
-    assert columns[3].startswith("25% [") and columns[4:7] == ["0%", "75%", "100%"] and columns[7] == "-"
-    assert columns[12].startswith("25% [") and columns[13] == "2"
+    assert columns[2].startswith("25% [") and columns[3:6] == ["0%", "75%", "100%"] and columns[6] == "-"
+    assert columns[11].startswith("25% [") and columns[12] == "2"
     assert read_json(tmp_path / "out" / "results.json")["cells"] == cells
     assert (tmp_path / "out" / "gold" / "circle.safetensors").exists()
 
