@@ -159,7 +159,7 @@ def keep_features(drawn: Path, path: Path) -> None:
 
     lines = zip(arm.samples(drawn), score.load(drawn, "features"), strict=True)
     found = [quality.decode(line) for sample, line in lines if sample.role == "retain" and not line["invalid"]]
-    quality.save_features(path, np.stack(found), score.identity(drawn, "features"))
+    quality.save_features(path, np.stack(found).astype(np.float16), score.identity(drawn, "features"))
 
 
 def model_hash() -> str:

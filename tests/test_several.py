@@ -12,6 +12,7 @@ from erase import run as running
 from erase.concepts import Concept, unite
 from erase.errors import EraseError
 from erase.evaluation import cli as evaluation
+from erase.evaluation import tasks
 from erase.settings import Settings
 
 CAT = Concept(
@@ -158,6 +159,38 @@ def test_the_record_keeps_each_concept_for_its_judge(both):
     given.concept = None
     with pytest.raises(EraseError, match="erased cat, lorry; choose one with --concept"):
         evaluation._concept(given, str(both.folder))
+
+
+def test_nothing_that_was_erased_is_asked_to_stay():
+    """Judging the circle of a model without circle and moon must not call the missing moon a damage."""
+    circle, moon, striped = (concepts.load(name, model_family="mini") for name in ("circle", "moon", "striped"))
+    alone, beside = tasks.build("mini", circle), tasks.build("mini", circle, also_erased=[moon, striped])
+    gone = {s.id for s in alone.samples} - {s.id for s in beside.samples}
+    wanted = {s.id for s in alone.samples if s.role == "retain" and {"moon", "striped"} & set(s.facts.values())}
+    assert gone == wanted and len(gone) > 16
+    assert beside.options["also_erased"] == ["moon", "striped"] and "also_erased" not in alone.options
+
+    church, tench = (concepts.load(name) for name in ("church", "tench"))
+    classes = tasks.build("class-forget", church, tasks.Options(num_images=2), [tench])
+    assert {s.label for s in classes.samples} == set(tasks.IMAGENETTE) - {"tench"}
+    clip = replace(CAT, judge={"type": "clip", "target": "a cat", "alternatives": ["a dog", "a lorry"]})
+    lorry = replace(LORRY, judge={"type": "clip", "target": "a lorry", "alternatives": ["a dog", "a cat"]})
+    assert {s.label for s in tasks.build("object", clip, also_erased=[lorry]).samples} == {"a cat", "a dog"}
+
+
+def test_each_concept_of_a_run_has_its_own_report(both, monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setattr(evaluation, "_arm", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(evaluation, "_check_origin", lambda *_: None)
+    monkeypatch.setattr(evaluation, "_write_report", lambda folder, *_: folders.append(folder))
+    monkeypatch.setattr(evaluation, "_gate", lambda *_: None)
+    for concept in ("church", "lorry"):
+        arguments = ["--model", str(both.folder), "--concept", concept, "--output", str(tmp_path)]
+        evaluation._run([*arguments, "--task", "quality"])
+    assert [folder.relative_to(tmp_path).parts[0] for folder in folders] == [
+        f"{both.folder.name}-church",
+        f"{both.folder.name}-lorry",
+    ]
 
 
 def test_too_few_pictures_for_all_are_refused(toy_pipeline_dir, tmp_path):

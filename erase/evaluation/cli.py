@@ -99,13 +99,20 @@ def _judge_options(parser: Parser) -> None:
 
 def _task(given: argparse.Namespace, name: str, model: str | None) -> Task:
     chosen = {key: getattr(given, key) for key in ("subset", "prompts", "num_images", "limit", "features")}
-    return build(name, _concept(given, model), Options(**chosen))
+    concept = _concept(given, model)
+    others = [one for one in _erased(model) if concept and one.name != concept.name]
+    return build(name, concept, Options(**chosen), others)
+
+
+def _erased(model: str | None) -> list[Concept]:
+    """The concepts that a run folder says were erased."""
+    record = _run_record(model)
+    return [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
 
 
 def _concept(given: argparse.Namespace, model: str | None) -> Concept | None:
     """The one that is named, else the one that the run folder says was erased."""
-    record = _run_record(model)
-    erased = [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
+    record, erased = _run_record(model), _erased(model)
     if given.concept:
         named = [part for part in erased if part.name.lower() == given.concept.lower().replace("_", " ")]
         made_from = record.get("model", {})
@@ -297,6 +304,7 @@ def _run(arguments: list[str]) -> None:
                 raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
             label = _label(Path(given.delta).resolve().parent.name if given.delta else model)
             label += f"-{given.guard}" if guard else ""
+            label += f"-{_label(given.concept)}" if len(_erased(model)) > 1 else ""
             folder = root / label / task.id
             others = {"base": _arm(given, root, base, task)}
             if given.gold:

@@ -104,8 +104,12 @@ class Options:
     features: str = "clip"
 
 
-def build(task_id: str, concept: Concept | None, options: Options | None = None) -> Task:
+def build(
+    task_id: str, concept: Concept | None, options: Options | None = None, also_erased: Sequence[Concept] = ()
+) -> Task:
     """The task of this name, made for a concept.
+
+    also_erased: other concepts that the model has lost, of which nothing is asked to stay.
 
     Raises:
         EraseError: unknown task, a concept that the task cannot judge, or prompts that cannot be read.
@@ -122,6 +126,10 @@ def build(task_id: str, concept: Concept | None, options: Options | None = None)
     if task_id not in builders:
         raise EraseError(f"unknown task {task_id!r}; choose {', '.join(builders)}")
     task = builders[task_id](task_id, concept, options)
+    if also_erased:
+        kept = tuple(s for s in task.samples if s.role != "retain" or not any(_shows(s, one) for one in also_erased))
+        named = sorted(one.name for one in also_erased)
+        task = replace(task, samples=kept, options={**task.options, "also_erased": named})
     if options.limit is not None:
         chosen = _spread(task.samples, options.limit)
         task = replace(task, samples=chosen, options={**task.options, "limit": options.limit})
@@ -132,6 +140,19 @@ def seed_of(task: str, sample: str, image: int = 0) -> int:
     """In [0, 2^32), the same for ever."""
     digest = hashlib.sha256(f"{task}/{sample}/{image}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def _shows(sample: Sample, concept: Concept) -> bool:
+    """Whether a sample asks for a concept, by what the concept's judge looks for."""
+    judge = concept.judge
+    wanted = {"mini": judge.get("label"), "imagenet": judge.get("index"), "clip": judge.get("target")}
+    asked = {
+        "mini": sample.facts.get(judge.get("head", "")),
+        "imagenet": sample.facts.get("index"),
+        "clip": sample.label,
+    }
+    kind = judge.get("type")
+    return kind in wanted and asked[kind] == wanted[kind]
 
 
 def _spread(samples: Sequence[Sample], num: int) -> tuple[Sample, ...]:
