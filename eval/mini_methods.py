@@ -152,14 +152,18 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
 
 
 def keep_features(drawn: Path, path: Path) -> None:
-    """Of the retained pictures, for the others' distance to them."""
+    """Of the retained pictures, for the others' distance to them; a row of NaN for a broken one."""
     import numpy as np
 
     from erase.evaluation import arm, quality, score
 
     lines = zip(arm.samples(drawn), score.load(drawn, "features"), strict=True)
-    found = [quality.decode(line) for sample, line in lines if sample.role == "retain" and not line["invalid"]]
-    quality.save_features(path, np.stack(found).astype(np.float16), score.identity(drawn, "features"))
+    kept = [line for sample, line in lines if sample.role == "retain"]
+    found = [None if line["invalid"] else quality.decode(line) for line in kept]
+    broken = np.full_like(next(one for one in found if one is not None), np.nan)
+    quality.save_features(
+        path, np.array([broken if one is None else one for one in found], np.float16), score.identity(drawn, "features")
+    )
 
 
 def model_hash() -> str:
@@ -181,11 +185,6 @@ def figure(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float] 
     return (sum(found) / len(found), min(found), max(found)) if found else None
 
 
-def above(values: tuple[float, float, float] | None, floor: tuple[float, float, float] | None) -> Any:
-    """KID above that of the base's pictures to themselves, which is below zero: the seeds are the same."""
-    return tuple(value - floor[0] for value in values) if values and floor else None
-
-
 def rate(runs: list[str]) -> Any:
     """A rate over runs and samples with its 95 % interval."""
     from erase.evaluation import statistics
@@ -199,7 +198,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found, rowed = [], ("base", "gold", *VARIANTS, *GUARDS)
     for concept in CONCEPTS:
         of = {v: [c for c in cells if (c["concept"], c["variant"]) == (concept, v)] for v in rowed}
-        itself, from_gold = (figure(of[v], "quality.kid_base") for v in ("base", "gold"))
+        from_gold = figure(of["gold"], "quality.kid_base")
         for variant, rows in of.items():
             if not rows:
                 continue
@@ -219,7 +218,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "style": outcome("mini.style"),
                     "drift": figure(rows, "pixels.drift"),
                     "unprompted": figure(rows, "unprompted"),
-                    "kid_base": above(figure(rows, "quality.kid_base"), itself),
+                    "kid_base": figure(rows, "quality.kid_base"),
                     "kid_gold": from_gold if variant == "base" else figure(rows, "quality.kid_gold"),
                     "recovered": rate([r["recovered"] for r in rows if "recovered" in r]),
                     "seconds": [

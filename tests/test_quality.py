@@ -253,6 +253,30 @@ def test_kid_is_torchmetrics_kid():
     assert deviation == 0
 
 
+def test_kid_of_pairs_is_the_u_statistic_in_which_no_picture_meets_its_own_pair():
+    """Pictures of two models on the same seeds resemble each other; plain KID counts that as a negative distance."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(40, 8))
+    assert kid(a, a, are_pairs=True) == (0, 0) and kid(a, a)[0] < -0.1
+
+    b, d = a + rng.normal(size=a.shape) * 0.1 + 0.3, a.shape[1]
+    k = lambda x, y: (x @ y / d + 1) ** 3  # noqa: E731
+    apart = [(i, j) for i in range(40) for j in range(40) if i != j]
+    expected = np.mean([k(a[i], a[j]) + k(b[i], b[j]) - k(a[i], b[j]) - k(a[j], b[i]) for i, j in apart])
+    assert kid(a, b, are_pairs=True, subsets=1, subset_size=40)[0] == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(EraseError, match="40 and 39 features are no pairs"):
+        kid(a, b[1:], are_pairs=True)
+
+
+def test_kid_of_pairs_says_the_same_however_alike_the_pairs_are():
+    """Two distributions' distance does not depend on the seeds that the pictures share."""
+    rng = np.random.default_rng(1)
+    a, noise = rng.normal(size=(600, 8)), rng.normal(size=(600, 8))
+    near, far = (a + 0.5, noise + 0.5)
+    values = [kid(a, b, are_pairs=True)[0] for b in (near, far)]
+    assert values[0] == pytest.approx(values[1], rel=0.25)
+
+
 def test_kid_is_a_function_of_its_seed_alone():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(60, 16)), rng.normal(size=(50, 16))

@@ -369,22 +369,31 @@ def _distribution(
     how = score.identity(erased, "features")
 
     def vectors(folder: Path) -> np.ndarray:
+        """[n, d]; a row of NaN for a broken picture."""
         if folder.is_file():
             return quality.load_features(folder, how)
         different = arm.differences(how, score.identity(folder, "features"))
         if different:
             raise EraseError(f"{folder} has features of another kind ({'; '.join(different)})")
         lines = zip(samples, score.load(folder, "features"), strict=False)
-        found = [quality.decode(line) for s, line in lines if s.role == "retain" and not line["invalid"]]
-        if not found:
+        kept = [line for sample, line in lines if sample.role == "retain"]
+        found = [None if line["invalid"] else quality.decode(line) for line in kept]
+        width = next((len(one) for one in found if one is not None), None)
+        if width is None:
             raise EraseError(f"{folder} has no whole picture, so no FID or KID")
-        return np.stack(found)
+        return np.stack([np.full(width, np.nan, np.float32) if one is None else one for one in found])
 
-    def figure(kind: Literal["fid", "kid"], a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    def figure(kind: Literal["fid", "kid"], a: np.ndarray, b: np.ndarray, *, are_pairs: bool) -> dict[str, Any]:
+        whole = [np.isfinite(one).all(1) for one in (a, b)]
+        if are_pairs and len(a) != len(b):
+            raise EraseError(f"features of {len(a)} and of {len(b)} retained pictures are not of the same prompts")
+        if are_pairs:
+            whole = [whole[0] & whole[1]] * 2
+        a, b = a[whole[0]], b[whole[1]]
         n = min(len(a), len(b))
-        value, spread = (quality.fid(a, b), 0.0) if kind == "fid" else quality.kid(a, b)
+        value, spread = (quality.fid(a, b), 0.0) if kind == "fid" else quality.kid(a, b, are_pairs=are_pairs)
         low, high, interval = value - spread, value + spread, "subsets" if spread else "none"
-        named = quality.metric_id(kind, how, n)
+        named = quality.metric_id("kid-pairs" if kind == "kid" and are_pairs else kind, how, n)
         return statistics.to_json(statistics.Score(named, value, n, low, high, False, interval=interval))
 
     features, rows = {"erased": vectors(erased)} | ({"base": vectors(base)} if base else {}), []
@@ -393,9 +402,12 @@ def _distribution(
     targets += [("real", vectors(real))] if real else []
     called = {"base": "the base's", "gold": "those of the model trained without the concept", "real": "real ones"}
     for target, vector in targets:
-        n = min(len(vector), *(len(f) for f in features.values()))
+        n = min(np.isfinite(f).all(1).sum() for f in (vector, *features.values()))
         for kind in ("kid", "fid") if n >= quality.MIN_FID else ("kid",):
-            of = {r: None if r == target else figure(kind, f, vector) for r, f in features.items()}
+            of = {
+                role: None if role == target else figure(kind, f, vector, are_pairs=target != "real")
+                for role, f in features.items()
+            }
             about = f"{kind.upper()} of the retained pictures to {called[target]}; 0 is the same"
             row = {"name": f"quality.{kind}_{target}", "title": f"{kind.upper()} to {target}", "about": about}
             row |= {"higher_is_better": False, "base": of.get("base"), "erased": of["erased"], "comparison": None}

@@ -4,7 +4,9 @@
     FID          |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) between the Gaussians of two sets of features
     KID          squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, averaged over subsets
 
-FID is biased: fewer pictures, higher FID. KID is not, and is what small sets need. A value of either means nothing
+FID is biased: fewer pictures, higher FID. KID is not, and is what small sets need. Pictures of two models on the same
+prompts and seeds are pairs, not independent: KID of pairs leaves a pair's own likeness out, which would count against
+the distance. A value of either means nothing
 without the network, the resize rule and the number of pictures; `metric_id` puts them into the name.
 """
 
@@ -105,7 +107,7 @@ def decode(score: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(score["features"]), "<f4")
 
 
-def metric_id(metric: Literal["fid", "kid"], identity: Mapping[str, Any], n: int) -> str:
+def metric_id(metric: Literal["fid", "kid", "kid-pairs"], identity: Mapping[str, Any], n: int) -> str:
     """As fid/inception2015/299-bilinear-tf1/n=5000: values of different names cannot be compared.
 
     identity: of the `Features`. n: pictures in the smaller of the two sets.
@@ -137,34 +139,55 @@ def fid(a: np.ndarray, b: np.ndarray, *, allow_small: bool = False) -> float:
 
 
 def kid(
-    a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int | None = None, seed: int = 0
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    are_pairs: bool = False,
+    subsets: int = 100,
+    subset_size: int | None = None,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Mean and standard deviation of KID over random subsets of two sets of features, [n, d] each, in float64.
 
-    Its expectation is 0 for two independent samples of one distribution, so values below 0 are in order. A set and
-    itself, or pictures of the same seeds, come out below: their likeness counts only against the distance. The
-    deviation is that of one subset, not the mean's error. Takes 35 s for d = 2048.
+    Its expectation is 0 for two samples of one distribution, so values below 0 are in order. The deviation is that of
+    one subset, not the mean's error. Takes 35 s for d = 2048.
 
+    are_pairs: a[i] and b[i] are of the same prompt and seed. Then the mean over i != j of
+        k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(a_j, b_i) (MMD_u^2 of Gretton et al., JMLR 2012, lemma 6), which
+        is 0 for a set and itself; without it, k(a_i, b_i) counts too, and sets that are alike come out far below 0.
     subset_size: pictures of each set in a subset; by default 1,000, but no more than half of the smaller set, so that
         subsets differ.
 
     Raises:
-        EraseError: too few features.
+        EraseError: too few features, or pairs of sets that are not equally long.
     """
     from_a, from_b = _checked(a, b)
     n = min(len(from_a), len(from_b))
+    if are_pairs and len(from_a) != len(from_b):
+        raise EraseError(
+            f"{len(from_a)} and {len(from_b)} features are no pairs; give the same pictures of both models"
+        )
     size = min(1000, n // 2) if subset_size is None else subset_size
     if not 2 <= size <= n:
         raise EraseError(f"KID of {n} pictures in subsets of {size}; a subset holds two or more, and 4 are the least")
     _require_torchmetrics()
-    from torchmetrics.image.kid import poly_mmd
+    from torchmetrics.image.kid import poly_kernel, poly_mmd
 
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(features: torch.Tensor) -> torch.Tensor:
-        return features[torch.randperm(len(features), generator=generator)[:size]]
+    def drawn(features: torch.Tensor) -> torch.Tensor:
+        return torch.randperm(len(features), generator=generator)[:size]
 
-    values = torch.stack([poly_mmd(draw(from_a), draw(from_b)) for _ in range(subsets)])
+    def of_pairs() -> torch.Tensor:
+        x, y = (features[chosen] for chosen in [drawn(from_a)] for features in (from_a, from_b))
+        between = poly_kernel(x, y)
+        kernels = poly_kernel(x, x) + poly_kernel(y, y) - between - between.T
+        return (kernels.sum() - kernels.trace()) / (size * (size - 1))
+
+    def of_sets() -> torch.Tensor:
+        return poly_mmd(from_a[drawn(from_a)], from_b[drawn(from_b)])
+
+    values = torch.stack([of_pairs() if are_pairs else of_sets() for _ in range(subsets)])
     return values.mean().item(), values.std(unbiased=False).item()
 
 
