@@ -111,10 +111,14 @@ def test_uce_is_the_least_squares_solution(text, weights, options):
         assert np.abs(expected - W).max() > 0.1
 
 
-def test_rece_is_the_alternation_of_two_least_squares_solutions(text, weights):
-    method = RECE(epochs=2, xi=0.3, lamb_1=0.2, lamb_2=0.4)
+@pytest.mark.parametrize(("target", "tokens"), [("anchor", "tail"), ("anchor", "all"), ("empty", "tail")])
+def test_rece_is_the_alternation_of_two_least_squares_solutions(text, weights, target, tokens):
+    method = RECE(epochs=2, xi=0.3, lamb_1=0.2, lamb_2=0.4, target=target, tokens=tokens)
     new, notes = method.solve(weights, text)
-    C, C_a = (states.double().numpy().reshape(-1, D).T for states in (text.forget, text.anchor))
+    C, C_a = (states.numpy() for states in text.pairs(tokens))
+    if target == "empty":  # all tokens, place by place
+        everywhere = (text.forget, text.empty.expand_as(text.forget))
+        C, C_a = (states.double().numpy().reshape(-1, D).T for states in everywhere)
     kept = np.concatenate([text.empty, text.retain]).astype(float).reshape(-1, D).T
     old = [weight.double().numpy() for weight in weights.values()]
     now, found = old, C
@@ -134,9 +138,8 @@ def test_rece_is_the_alternation_of_two_least_squares_solutions(text, weights):
 
 def test_rece_without_epochs_is_uce_on_the_same_tokens(text, weights):
     ours = RECE(epochs=0, lamb_2=0.5).solve(weights, text)[0]
-    C, C_a = (states.flatten(0, 1).double().T for states in (text.forget, text.anchor))
     kept = torch.cat([text.empty, text.retain]).flatten(0, 1).double().T
-    change, _ = ridge(0.5, (1.0, C, C_a), (0.1, kept, kept))
+    change, _ = ridge(0.5, (1.0, *text.pairs("tail")), (0.1, kept, kept))
     for name, W in weights.items():
         torch.testing.assert_close(ours[name], W.double() + W.double() @ change, rtol=0, atol=1e-12)
 

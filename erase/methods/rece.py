@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from erase.errors import EraseError
-from erase.methods.inputs import Text
+from erase.methods.inputs import Text, Tokens
 from erase.methods.ridge import ridge
 
 
@@ -16,10 +16,11 @@ from erase.methods.ridge import ridge
 class RECE:
     """C' = (xi I + sum_i W_i'^T W_i')^-1 (sum_i W_i'^T W_i) C, then W' by UCE's formula with C' -> C_a, `epochs` times.
 
-    C: all token embeddings of a forget prompt; C': what the edited W' answers as W answered C, keys and values alike.
+    C: token embeddings of the forget prompts; C': what the edited W' answers as W answered C, keys and values alike.
     The first edit sends C itself to C_a, and every edit starts from the last one's W'.
     arXiv:2407.12383. The authors forget bare words ("nudity") and take the empty prompt for C_a and for all that is
-    kept; our forget prompts are sentences, which would take their other words along, hence anchor and retain prompts.
+    kept, all tokens of both place by place; our forget prompts are sentences, which would take their other words along,
+    hence anchor and retain prompts, and only the tokens from the one on in which a prompt and its anchor differ.
     Theirs are xi 0.1 and 3 epochs for nudity, 2 for other unsafe content, 1 for easy objects; xi 0.001 and 1 epoch for
     styles and hard objects; lamb_1 and lamb_2 0.1.
     """
@@ -28,7 +29,8 @@ class RECE:
     epochs: Annotated[int, "rounds after the first edit; more is more robust and disturbs more; 0 is UCE"] = 3
     lamb_1: Annotated[float, "weight of what is kept"] = 0.1
     lamb_2: Annotated[float, "weight of each W staying what it is"] = 0.1
-    target: Annotated[Literal["anchor", "empty"], "where C and C' go"] = "anchor"
+    target: Annotated[Literal["anchor", "empty"], "where C and C' go; empty takes all tokens"] = "anchor"
+    tokens: Annotated[Tokens, "which tokens of the forget prompts go to their anchor's"] = "tail"
     keep: Annotated[Literal["retain", "empty"], "what is kept: retain and empty prompt, or only this one"] = "retain"
 
     def __post_init__(self) -> None:
@@ -37,8 +39,10 @@ class RECE:
 
     def solve(self, weights: Mapping[str, Tensor], text: Text) -> tuple[dict[str, Tensor], dict[str, Any]]:
         old = [W.double() for W in weights.values()]
-        C = _columns(text.forget)
-        C_a = _columns(text.anchor if self.target == "anchor" else text.empty.expand_as(text.forget))
+        if self.target == "anchor":
+            C, C_a = text.pairs(self.tokens)
+        else:
+            C, C_a = (_columns(states) for states in (text.forget, text.empty.expand_as(text.forget)))
         kept = _columns(text.empty)
         if self.keep == "retain":
             kept = torch.cat([kept, text.kept("all")], dim=1)
