@@ -1,11 +1,13 @@
 """Every method under one protocol on the embedded model, as JSON, a table and a plot of what separates them.
 
-    python eval/mini_methods.py --output runs/methods --jobs 2
+    python -m erase.mini train --without circle --parts-from erase/mini/weights --output runs/gold-circle
+    python eval/mini_methods.py --output runs/methods --jobs 2 --gold circle=runs/gold-circle
 
 Each cell is one erasure, the pictures of the task mini, and an attack: a new word learnt in 60 steps from the base's
 pictures of the concept ("recovered": how often it draws the concept again). The base and, where it is given, the model
 that was trained without the concept are attacked alike. A finished cell is kept, so the same command continues;
-`--known eval/results/mini-methods` takes over the published cells, so that only what is new beside them is run.
+`--known eval/results/mini-methods` takes over the published cells and what is to be compared with the models trained
+without circle, striped and nude, so that only what is new beside them is run.
 A result on the embedded model says nothing about SD v1.4.
 """
 
