@@ -6,8 +6,8 @@
 
 FID is biased: fewer pictures, higher FID. KID is not, and is what small sets need. Pictures of two models on the same
 prompts and seeds are pairs, not independent: KID of pairs leaves a pair's own likeness out, which would count against
-the distance. A value of either means nothing
-without the network, the resize rule and the number of pictures; `metric_id` puts them into the name.
+the distance. A value of either means nothing without the network, the resize rule and the number of pictures;
+`metric_id` puts them into the name.
 """
 
 import base64
@@ -179,7 +179,8 @@ def kid(
         return torch.randperm(len(features), generator=generator)[:size]
 
     def of_pairs() -> torch.Tensor:
-        x, y = (features[chosen] for chosen in [drawn(from_a)] for features in (from_a, from_b))
+        chosen = drawn(from_a)
+        x, y = from_a[chosen], from_b[chosen]
         between = poly_kernel(x, y)
         kernels = poly_kernel(x, x) + poly_kernel(y, y) - between - between.T
         return (kernels.sum() - kernels.trace()) / (size * (size - 1))
