@@ -13,7 +13,7 @@ A result on the embedded model says nothing about SD v1.4.
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,13 +30,19 @@ NUM_RECOVERED = 100  # pictures of the learnt word
 NUM_UNPROMPTED = 64  # pictures of the empty prompt
 NUM_SHOWN = 64  # pictures of the concept that it is learnt from
 GUARDS = ("negative", "sld-medium", "sld-max")
-DENSITIES, MASKS, SCORES = (0.01, 0.05, 0.1, 0.25), ("saliency", "random", "inverse"), ("sum_abs", "sum_sq")
-MASKED: dict[str, dict[str, Any]] = {
-    "salun --mask random": {"mask": "random"},
-    "salun --mask inverse": {"mask": "inverse"},
-    **{f"salun --score {score}": {"score": score} for score in SCORES},
-    **{f"salun --mask {mask} --density {d}": {"mask": mask, "density": d} for d in DENSITIES for mask in MASKS},
-}
+DENSITIES, MASKS, SCORES = (0.01, 0.05, 0.1, 0.25, 0.5), ("saliency", "random", "inverse"), ("sum_abs", "sum_sq")
+
+
+def masked(mask: str, density: float) -> str:
+    """The variant's name; salun's own is the salient half."""
+    if density == 0.5:
+        return "salun" if mask == "saliency" else f"salun --mask {mask}"
+    return f"salun --mask {mask} --density {density}"
+
+
+SCORED = {"salun": {}, **{f"salun --score {score}": {"score": score} for score in SCORES}}
+SWEPT = {masked(mask, density): {"mask": mask, "density": density} for density in DENSITIES for mask in MASKS}
+MASKED: dict[str, dict[str, Any]] = {name: options for name, options in (SWEPT | SCORED).items() if name != "salun"}
 SOLVED = ("uce", "rece", "speed")  # no random number in them: one seed is all seeds
 VARIANTS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS} | MASKED
 
@@ -233,49 +239,70 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def share(score: Any, *, inverted: bool = False, interval: bool = False) -> str:
+    if score is None:
+        return "-"
+    value, low, high = score.value, score.low, score.high
+    if inverted:
+        value, low, high = 1 - value, 1 - high, 1 - low
+    return f"{value:.0%} [{low:.0%}, {high:.0%}]" if interval else f"{value:.0%}"
+
+
+def mean(values: Any, scale: float, digits: int) -> str:
+    if not values:
+        return "-"
+    value = values[0] if isinstance(values, tuple) else sum(values) / len(values)
+    return f"{value * scale:.{digits}f}"
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "drawn": lambda row: share(row["kept_forget"], inverted=True, interval=True),
+    "by synonym": lambda row: share(row["synonym"], inverted=True),
+    "objects kept": lambda row: share(row["retained"]),
+    "colours": lambda row: share(row["colour"]),
+    "styles": lambda row: share(row["style"]),
+    "drift": lambda row: mean(row["drift"], 1, 3),
+    "without a prompt": lambda row: mean(row["unprompted"], 1, 2),
+    "KID to base x 1000": lambda row: mean(row["kid_base"], 1000, 2),
+    "KID to retrained x 1000": lambda row: mean(row["kid_gold"], 1000, 2),
+    "recovered by a word": lambda row: share(row["recovered"], interval=True),
+    "s": lambda row: mean(row["seconds"], 1, 0),
+    "GB": lambda row: mean(row["peak_memory"], 1e-9, 1),
+    "MB": lambda row: mean(row["bytes"], 1e-6, 1),
+}
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a part a concept; brackets are 95 % intervals, seconds are without drawing the training pictures."""
-    head = (
-        "| method | seeds | drawn | by synonym | objects kept | colours | styles | drift | without a prompt "
-        "| KID to base x 1000 | KID to retrained x 1000 | recovered by a word | s | GB | MB |\n" + "| --- " * 15 + "|"
-    )
 
-    def share(score: Any, *, inverted: bool = False, interval: bool = False) -> str:
-        if score is None:
-            return "-"
-        value, low, high = score.value, score.low, score.high
-        if inverted:
-            value, low, high = 1 - value, 1 - high, 1 - low
-        return f"{value:.0%} [{low:.0%}, {high:.0%}]" if interval else f"{value:.0%}"
+    def part(of: list[dict[str, Any]]) -> str:
+        lines = [[f"`{row['variant']}`", str(row["seeds"]), *(say(row) for say in COLUMNS.values())] for row in of]
+        return markdown(["method", "seeds", *COLUMNS], lines)
 
-    def mean(values: Any, scale: float, digits: int) -> str:
-        if not values:
-            return "-"
-        value = values[0] if isinstance(values, tuple) else sum(values) / len(values)
-        return f"{value * scale:.{digits}f}"
+    return by_concept(rows, part)
 
-    def line(row: dict[str, Any]) -> str:
-        cells = [
-            f"`{row['variant']}`",
-            str(row["seeds"]),
-            share(row["kept_forget"], inverted=True, interval=True),
-            share(row["synonym"], inverted=True),
-            share(row["retained"]),
-            share(row["colour"]),
-            share(row["style"]),
-            mean(row["drift"], 1, 3),
-            mean(row["unprompted"], 1, 2),
-            mean(row["kid_base"], 1000, 2),
-            mean(row["kid_gold"], 1000, 2),
-            share(row["recovered"], interval=True),
-            mean(row["seconds"], 1, 0),
-            mean(row["peak_memory"], 1e-9, 1),
-            mean(row["bytes"], 1e-6, 1),
-        ]
-        return f"| {' | '.join(cells)} |"
 
-    of = {concept: [line(row) for row in rows if row["concept"] == concept] for concept in CONCEPTS}
-    return "\n\n".join("\n".join([f"**{concept}**", "", head, *lines]) for concept, lines in of.items() if lines)
+def densities(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a part a concept: what each of SalUn's masks does as more and more weights may move, up to all."""
+
+    def part(of: list[dict[str, Any]]) -> str:
+        named, lines = {row["variant"]: row for row in of}, []
+        for column in ("drawn", "recovered by a word", "colours", "styles", "drift", "KID to retrained x 1000"):
+            for mask in MASKS:
+                names = [*(masked(mask, density) for density in DENSITIES), "relabel"]
+                lines.append([column, mask, *(COLUMNS[column](named[name]) if name in named else "" for name in names)])
+        return markdown(["", "mask", *(f"{density:.0%}" for density in DENSITIES), "all"], lines)
+
+    return by_concept(rows, part)
+
+
+def by_concept(rows: list[dict[str, Any]], part: Callable[[list[dict[str, Any]]], str]) -> str:
+    of = {concept: [row for row in rows if row["concept"] == concept] for concept in CONCEPTS}
+    return "\n\n".join(f"**{concept}**\n\n{part(found)}" for concept, found in of.items() if found)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -350,12 +377,12 @@ def main() -> None:
     cells = [files.read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
     files.write_json(folder / "results.json", {"cells": cells})
     rows = summary(cells)
-    methods = table([row for row in rows if row["variant"] not in MASKED])
-    masked = {row["concept"] for row in rows if row["variant"] in MASKED}
-    masks = table([r for r in rows if r["variant"] in {*MASKED, "salun", "relabel"} and r["concept"] in masked])
-    text = f"{methods}\n"
-    if masks:
-        text += f"\nSalUn by mask, density and score, beside all weights (`relabel`):\n\n{masks}\n"
+    text = table([row for row in rows if row["variant"] not in MASKED]) + "\n"
+    swept = {row["concept"] for row in rows if row["variant"] in MASKED}
+    if swept:
+        beside = [row for row in rows if row["concept"] in swept]
+        scores = table([row for row in beside if row["variant"] in SCORED])
+        text += f"\nSalUn, mask by share of weights:\n\n{densities(beside)}\n\nSalUn, score:\n\n{scores}\n"
     files.write_text(folder / "table.md", text)
     plot(rows, folder / "plot.png")
     print(text)

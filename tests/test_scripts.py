@@ -104,6 +104,11 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
     assert read_json(tmp_path / "out" / "results.json")["cells"] == cells
     assert (tmp_path / "out" / "gold" / "circle.safetensors").exists()
 
+    start([*cells, one | {"variant": "salun --mask random --density 0.05"}])
+    drawn = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| drawn | ")]
+    assert [mask[0] for mask in drawn] == ["saliency", "random", "inverse"] and drawn[0][5].startswith("25% [")
+    assert drawn[1][2].startswith("25% [") and drawn[1][1] == drawn[1][5] == drawn[2][2] == ""
+
     unnamed = {key: value for key, value in cells[0].items() if key != "model"}
     for other in (cells[0] | {"model": "of yesterday"}, unnamed):
         with pytest.raises(SystemExit) as stop:
