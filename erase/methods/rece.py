@@ -23,6 +23,9 @@ class RECE:
     hence anchor and retain prompts, and only the tokens from the one on in which a prompt and its anchor differ.
     Theirs are xi 0.1 and 3 epochs for nudity, 2 for other unsafe content, 1 for easy objects; xi 0.001 and 1 epoch for
     styles and hard objects; lamb_1 and lamb_2 0.1.
+
+    Costs a solve a round and one before, no pictures. Known to break: each round moves what is kept farther; a word
+    learnt on the edited model finds the concept all the same.
     """
 
     xi: Annotated[float, "how much C' is held back; less finds farther embeddings and erases more"] = 0.1
@@ -59,10 +62,7 @@ class RECE:
 
     def derive(self, old: list[Tensor], new: list[Tensor], C: Tensor) -> Tensor:
         """C', the embeddings with sum_i ||W_i' C' - W_i C||^2 + xi ||C'||^2 least."""
-        new_all, old_all = (
-            torch.cat(new),
-            torch.cat(old),
-        )  # sum_i W_i'^T W_i' is the product of all rows below each other
+        new_all, old_all = torch.cat(new), torch.cat(old)  # rows below each other: their product is the sum over i
         A = self.xi * torch.eye(len(C), dtype=torch.float64) + new_all.T @ new_all
         return torch.linalg.solve(A, new_all.T @ old_all @ C)
 
