@@ -106,6 +106,13 @@ def cell_name(concept: str, variant: str, seed: int) -> str:
     return f"{concept}-{variant.replace(' --', '-').replace(' ', '-')}-{seed}"
 
 
+def finished(folder: Path, concept: str, variant: str, seed: int) -> bool:
+    """Whether the cell is there, and what the others need of the base and the gold."""
+    path = folder / "cells" / f"{cell_name(concept, variant, seed)}.json"
+    kept = {"base": folder / "arms" / f"{concept}-base", "gold": folder / "gold" / f"{concept}.safetensors"}
+    return path.exists() and kept.get(variant, path).exists()
+
+
 def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) -> None:
     """One erasure with its measures; the variants "base" and "gold" are erased from nothing."""
     import torch
@@ -118,8 +125,6 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
     path, golden = folder / "cells" / f"{name}.json", folder / "gold" / f"{concept}.safetensors"
     base = folder / "arms" / f"{concept}-base"  # kept, all others are compared with it, as with the gold's features
     latents = shown(folder, concept)
-    if path.exists() and {"base": base, "gold": golden}.get(variant, path).exists():
-        return
     record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed, "model": model_hash()}
     if variant in {"base", "gold"}:
         model = "mini" if variant == "base" else str(gold)
@@ -369,6 +374,7 @@ def main() -> None:
         [(c, v, s, None) for s in range(given.seeds) for c in chosen for v in variants if not s or v not in once]
     )
     for stage in stages:
+        stage = [one for one in stage if not finished(folder, *one[:3])]
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             futures = [pool.submit(cell, folder, *one) for one in stage]
             for one, future in zip(stage, futures, strict=True):

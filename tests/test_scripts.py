@@ -92,11 +92,12 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
         (tmp_path / "known" / "gold").mkdir(exist_ok=True)
         (tmp_path / "known" / "gold" / "circle.safetensors").touch()
         arguments = ["--known", str(tmp_path / "known"), "--output", str(tmp_path / "out"), "--concept", "circle"]
-        monkeypatch.setattr(sys, "argv", ["mini_methods.py", *arguments, "--variant", "salun", "--seeds", "1"])
+        variants = ["--variant", "salun", "--variant", "relabel", "--seeds", "1"]
+        monkeypatch.setattr(sys, "argv", ["mini_methods.py", *arguments, *variants])
         module.main()
 
     start(cells)
-    assert asked == [("circle", "base", 0, None), ("circle", "salun", 0, None)]
+    assert asked == [("circle", "base", 0, None), ("circle", "relabel", 0, None)]
     line = next(line for line in capsys.readouterr().out.splitlines() if "`salun`" in line)
     columns = [column.strip() for column in line.strip("|").split("|")]
     assert columns[2].startswith("25% [") and columns[3:6] == ["0%", "75%", "100%"] and columns[6] == "-"
