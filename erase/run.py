@@ -188,8 +188,8 @@ def _carry_out(
     quiet: bool,
 ) -> Run:
     """The run itself: data, mask, training, files; each part is skipped or continued when `folder` holds it."""
-    recipe, base_hash, method = RECIPES[settings.recipe], identity["base_hash"], make_method(settings)
-    work = folder / "work"
+    base_hash, work = identity["base_hash"], folder / "work"
+    method, plan = make_method(settings), make_plan(settings, model)
     if settings.report_to:
         accelerator.init_trackers("erase-concept", config={k: str(v) for k, v in asdict(settings).items()})
     clock, seconds = time.perf_counter(), {"load": time.time() - started}
@@ -198,20 +198,6 @@ def _carry_out(
         nonlocal clock
         seconds[name] = round(time.perf_counter() - clock, 2)
         clock = time.perf_counter()
-
-    plan = data.Plan(
-        num_forget=_int(settings.num_forget),
-        num_retain=_int(settings.num_retain),
-        steps=_int(settings.num_inference_steps),
-        guidance=float(settings.guidance_scale or 0),
-        size=settings.resolution or model.resolution,
-        batch_size=_int(settings.generation_batch_size),
-        seed=settings.seed,
-        sampler=settings.sampler,
-        round_trip=not recipe.shared_latent,
-        forget_images=settings.forget_images,
-        retain_images=settings.retain_images,
-    )
 
     def gather(kind: str) -> data.Data:
         return data.gather(
@@ -255,22 +241,7 @@ def _carry_out(
             parameters,
             mask,
             settings.rank,
-            train.Recipe(
-                num_steps=_int(settings.num_train_steps),
-                batch_size=_int(settings.batch_size),
-                learning_rate=float(settings.learning_rate or 0),
-                weight_decay=float(settings.weight_decay or 0),
-                max_grad_norm=settings.max_grad_norm,
-                accumulation=settings.gradient_accumulation_steps,
-                target=str(settings.target),
-                in_order=recipe.in_order,
-                independent_latents=not recipe.shared_latent,
-                seed=settings.seed,
-                checkpoint_every=settings.checkpointing_steps,
-                eight_bit=settings.moments == "8bit",
-                way_steps=plan.steps,
-                way_guidance=plan.way_guidance,
-            ),
+            make_recipe(settings, plan),
             accelerator,
             state_path=work / "training.pt",
             checkpointing=settings.gradient_checkpointing,
@@ -356,6 +327,44 @@ def _train(
 
 
 # --- the parts of the job -------------------------------------------------------------------------------------------
+
+
+def make_plan(settings: Settings, model: models.Model) -> data.Plan:
+    """Which pictures the run trains on, and how they are drawn."""
+    return data.Plan(
+        num_forget=_int(settings.num_forget),
+        num_retain=_int(settings.num_retain),
+        steps=_int(settings.num_inference_steps),
+        guidance=float(settings.guidance_scale or 0),
+        size=settings.resolution or model.resolution,
+        batch_size=_int(settings.generation_batch_size),
+        seed=settings.seed,
+        sampler=settings.sampler,
+        round_trip=not RECIPES[settings.recipe].shared_latent,
+        forget_images=settings.forget_images,
+        retain_images=settings.retain_images,
+    )
+
+
+def make_recipe(settings: Settings, plan: data.Plan) -> train.Recipe:
+    """How the run trains; methods without training never ask."""
+    recipe = RECIPES[settings.recipe]
+    return train.Recipe(
+        num_steps=_int(settings.num_train_steps),
+        batch_size=_int(settings.batch_size),
+        learning_rate=float(settings.learning_rate or 0),
+        weight_decay=float(settings.weight_decay or 0),
+        max_grad_norm=settings.max_grad_norm,
+        accumulation=settings.gradient_accumulation_steps,
+        target=str(settings.target),
+        in_order=recipe.in_order,
+        independent_latents=not recipe.shared_latent,
+        seed=settings.seed,
+        checkpoint_every=settings.checkpointing_steps,
+        eight_bit=settings.moments == "8bit",
+        way_steps=plan.steps,
+        way_guidance=plan.way_guidance,
+    )
 
 
 def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
