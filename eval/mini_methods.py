@@ -305,6 +305,39 @@ def densities(rows: list[dict[str, Any]]) -> str:
     return by_concept(rows, part)
 
 
+def differences(cells: list[dict[str, Any]]) -> str:
+    """Markdown, a part a concept: rates with salient weights less those with others, seed by seed, in points."""
+    from erase.evaluation import statistics
+
+    kept = {"objects": "mini.ra", "colours": "mini.colour", "styles": "mini.style"}
+    columns = {"drawn": "mini.ua", "recovered by a word": None} | kept
+
+    def outcomes(cell: dict[str, Any], column: str | None) -> list[int]:
+        return [int(value) for value in (cell["outcomes"][column] if column else cell["recovered"]) if value != "-"]
+
+    def part(of: list[dict[str, Any]]) -> str:
+        runs = {(cell["variant"], cell["seed"]): cell for cell in of}
+
+        def between(title: str, one: str, other: str) -> str:
+            sign = -100 if title == "drawn" else 100  # UA counts what is not drawn
+            seeds = sorted(seed for variant, seed in runs if variant == one and (other, seed) in runs)
+            pairs = [[outcomes(runs[variant, seed], columns[title]) for variant in (one, other)] for seed in seeds]
+            apart = [[sign * (a - b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+            if not apart or not apart[0]:
+                return ""
+            found = statistics.hierarchical(title, apart, higher_is_better=False)
+            return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+
+        lines = []
+        for title in columns:
+            to_random = [between(title, masked("saliency", d), masked("random", d)) for d in DENSITIES]
+            to_all = [between(title, masked("saliency", d), "relabel") for d in DENSITIES]
+            lines += [[title, "random", *to_random], [title, "all", *to_all]]
+        return markdown(["", "less that of", *(f"{density:.0%}" for density in DENSITIES)], lines)
+
+    return by_concept(cells, part)
+
+
 def by_concept(rows: list[dict[str, Any]], part: Callable[[list[dict[str, Any]]], str]) -> str:
     of = {concept: [row for row in rows if row["concept"] == concept] for concept in CONCEPTS}
     return "\n\n".join(f"**{concept}**\n\n{part(found)}" for concept, found in of.items() if found)
@@ -389,6 +422,8 @@ def main() -> None:
         beside = [row for row in rows if row["concept"] in swept]
         scores = table([row for row in beside if row["variant"] in SCORED])
         text += f"\nSalUn, mask by share of weights:\n\n{densities(beside)}\n\nSalUn, score:\n\n{scores}\n"
+        apart = differences([cell for cell in cells if cell["concept"] in swept])
+        text += f"\nSalient weights less others:\n\n{apart}\n"
     files.write_text(folder / "table.md", text)
     plot(rows, folder / "plot.png")
     print(text)

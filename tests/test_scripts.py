@@ -82,7 +82,8 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
         "mini.style": "----",
     }
     one = {"concept": "circle", "seed": 0, "model": module.model_hash(), "figures": figures, "outcomes": outcomes}
-    cells = [one | {"variant": "base"}, one | {"variant": "salun", "recovered": "0001", "seconds": {"train": 2.0}}]
+    one |= {"recovered": "0001"}
+    cells = [one | {"variant": "base"}, one | {"variant": "salun", "seconds": {"train": 2.0}}]
     asked = []
     monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     monkeypatch.setattr(module, "cell", lambda folder, *what: asked.append(what))
@@ -105,10 +106,13 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
     assert read_json(tmp_path / "out" / "results.json")["cells"] == cells
     assert (tmp_path / "out" / "gold" / "circle.safetensors").exists()
 
-    start([*cells, one | {"variant": "salun --mask random --density 0.05"}])
+    other = one | {"variant": "salun --mask saliency --density 0.05", "outcomes": outcomes | {"mini.ua": "1111"}}
+    start([*cells, other, one | {"variant": "salun --mask random --density 0.05"}])
     drawn = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| drawn | ")]
-    assert [mask[0] for mask in drawn] == ["saliency", "random", "inverse"] and drawn[0][5].startswith("25% [")
-    assert drawn[1][2].startswith("25% [") and drawn[1][1] == drawn[1][5] == drawn[2][2] == ""
+    assert [mask[0] for mask in drawn] == ["saliency", "random", "inverse", "random", "all"]
+    assert drawn[0][2].startswith("0% [") and drawn[0][5].startswith("25% [") and drawn[1][2].startswith("25% [")
+    assert drawn[1][1] == drawn[1][5] == drawn[2][2] == ""
+    assert drawn[3][2].startswith("-25.0 [") and drawn[3][1] == drawn[3][5] == drawn[4][2] == ""
 
     unnamed = {key: value for key, value in cells[0].items() if key != "model"}
     for other in (cells[0] | {"model": "of yesterday"}, unnamed):
