@@ -108,7 +108,8 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
 
     other = one | {"variant": "salun --mask saliency --density 0.05", "outcomes": outcomes | {"mini.ua": "1111"}}
     start([*cells, other, one | {"variant": "salun --mask random --density 0.05"}])
-    drawn = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| drawn | ")]
+    lines = [[column.strip() for column in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    drawn = [columns[1:] for columns in lines if columns and columns[0] == "drawn"]
     assert [mask[0] for mask in drawn] == ["saliency", "random", "inverse", "random", "all"]
     assert drawn[0][2].startswith("0% [") and drawn[0][5].startswith("25% [") and drawn[1][2].startswith("25% [")
     assert drawn[1][1] == drawn[1][5] == drawn[2][2] == ""
