@@ -21,7 +21,7 @@ class ESD:
     guidance: eta, how far to push away from the concept; 1 under "current" is the unconditional prediction.
 
     "x" is meant to touch only what the words say: on the embedded model pictures of the empty prompt move by 0.07 to
-    0.11 of the latents' size under `esd-x`, by 0.22 to 0.31 under `esd-u` (three concepts, eval/mini_methods.py).
+    0.11 of the latents' size under `esd-x`, by 0.23 to 0.29 under `esd-u` (three concepts, eval/mini_methods.py).
     `leco` trains a change of rank 4 with the paper's target; `--save lora` then holds all of it.
     There is no retain term. Costs three passes forward and one back a step, and one way of up to 50 double passes a
     picture beforehand. Known to break: all that shares words with the concept; `esd-u` and `esd-full` change pictures
