@@ -147,7 +147,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[
             argument["metavar"] = item.metadata.get("metavar") or choices or word
             argument["action"] = "append" if form.is_repeated else "store"
             argument["type"] = form.type
-        groups[item.metadata["group"]].add_argument(flag(item.name), **argument)
+        groups[item.metadata["group"]].add_argument(flag(item.name), *item.metadata.get("aliases", ()), **argument)
 
 
 def _shown_default(item: Field[Any]) -> str:

@@ -5,6 +5,7 @@ Standard library only, so that the command line can be built from it without loa
 
 import difflib
 import functools
+import math
 import operator
 import os
 from collections.abc import Callable
@@ -32,9 +33,9 @@ SD_DEFAULTS: dict[str, Any] = {
 def option(default: Any, help: str, *, group: str, **metadata: Any) -> Any:
     """A dataclass field with what the command line says of it.
 
-    group: heading of `--help` under which it stands. metadata, as far as it applies: `least`, the smallest number
-    allowed; `shown`, what stands for a default of None in `--help`; `metavar`, its value's name there; `choices`, the
-    texts allowed where a Literal cannot list them.
+    group: heading of `--help` under which it stands. metadata, as far as it applies: `least` and `most`, the smallest
+    and the largest number allowed; `aliases`, other flags for it; `shown`, what stands for a default of None in
+    `--help`; `metavar`, its value's name there; `choices`, the texts allowed where a Literal cannot list them.
     """
     return field(default=default, metadata={"help": help, "group": group, **metadata})
 
@@ -131,9 +132,11 @@ class Settings:
     retain_images: str | None = option(
         None, "folder of images (or datasets name) to keep", group="data", shown="drawn", metavar="DIR"
     )
-    num_forget: int | None = option(None, "forget images to draw", group="data", least=1)
-    num_retain: int | None = option(None, "retain images to draw", group="data", least=1)
-    num_inference_steps: int | None = option(None, "denoising steps a drawn image", group="data", least=1)
+    num_forget: int | None = option(None, "forget images to draw", group="data", least=1, most=1_000_000)
+    num_retain: int | None = option(None, "retain images to draw", group="data", least=1, most=1_000_000)
+    num_inference_steps: int | None = option(
+        None, "denoising steps of a generated image", group="data", least=1, most=1000, aliases=("--steps",)
+    )
     sampler: Literal["model", "dpm++"] = option(
         "model",
         "how training pictures and samples.png are drawn: the model's own scheduler, or DPM++ 2M Karras, which wants "
@@ -141,7 +144,12 @@ class Settings:
         group="data",
     )
     guidance_scale: float | None = option(
-        None, "guidance of drawn images, diffusers' convention", group="data", least=0
+        None,
+        "guidance of generated images, diffusers' convention: 1 or less is none",
+        group="data",
+        least=0,
+        most=1000,
+        aliases=("--guidance",),
     )
     resolution: int | None = option(
         None, "side of the images in pixels", group="data", least=1, shown="the model's own, 512 for SD v1.4"
@@ -371,7 +379,8 @@ def _checked_one(value: Any, item: Field[Any], form: Form) -> Any:
         guess = difflib.get_close_matches(plain, form.choices, n=1)
         hint = f"did you mean {guess[0]}? ({', '.join(form.choices)})" if guess else f"choose {', '.join(form.choices)}"
         raise EraseError(f"{flag(item.name)} is {plain!r}; {hint}")
-    least = item.metadata.get("least")
-    if least is not None and not least <= plain < float("inf"):
-        raise EraseError(f"{flag(item.name)} is {plain}; it must be {'at least 1' if least else '0 or more'}")
+    least, most = item.metadata.get("least"), item.metadata.get("most", math.inf)
+    if least is not None and (not least <= plain <= most or plain == math.inf):
+        allowed = (f"at least {least}" if least else "0 or more") + (f" and at most {most}" if most < math.inf else "")
+        raise EraseError(f"{flag(item.name)} is {plain}; it must be {allowed}")
     return plain

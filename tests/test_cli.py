@@ -414,3 +414,21 @@ def test_inspect_of_an_empty_delta_divides_by_nothing(command, tmp_path):
     delta.save(tmp_path / "delta.safetensors", delta.difference({"w": torch.zeros(0)}, {"w": torch.zeros(0)}, {}))
     code, out, _ = command("inspect", str(tmp_path / "delta.safetensors"))
     assert code == 0 and "0.0%" in out
+
+
+@pytest.mark.parametrize("value", ["1001", "-1", "nan", "inf", "99999999999999999999"])
+@pytest.mark.parametrize("name", ["num_inference_steps", "guidance_scale"])
+def test_a_number_beyond_what_a_model_can_do_is_refused(name, value):
+    """Steps are at most the 1,000 timesteps of training, and guidance is finite (2.9)."""
+
+    number = float(value) if name == "guidance_scale" or value in {"nan", "inf"} else int(value)
+    with pytest.raises(EraseError, match=f"--{name.replace('_', '-')} is .*it must be"):
+        Settings(concept="circle", **{name: number})
+
+
+def test_both_commands_names_for_steps_and_guidance_are_accepted(capsys):
+    """`--steps` is `--num-inference-steps` and `--guidance` is `--guidance-scale` (4.8)."""
+    for flags in (("--steps", "--guidance"), ("--num-inference-steps", "--guidance-scale")):
+        with pytest.raises(SystemExit):
+            cli.main(["--concept", "circle", flags[0], "0", flags[1], "0"])
+        assert "--num-inference-steps is 0; it must be at least 1 and at most 1000" in capsys.readouterr().err
