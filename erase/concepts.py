@@ -1,7 +1,6 @@
 """What to erase, as data: prompts to forget, what to say instead, what to keep, and how to tell whether it is there."""
 
 import difflib
-import functools
 import re
 import tomllib
 import unicodedata
@@ -11,6 +10,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from erase import refusal
 from erase.errors import EraseError
 from erase.files import text_hash
 
@@ -97,7 +97,7 @@ def load(name: str, *, model_family: str | None = None) -> Concept:
     key = "_".join(re.split(r"[\s_-]+", name.strip().lower()))
     if key in names():
         return _read(_presets_dir() / f"{key}.toml", model_family)
-    _refuse_minors_in({"name": [name]})
+    refusal.refuse([name], "name", target=True)
     guesses = [known for known in names() if key in known.split("_")] or difflib.get_close_matches(key, names())
     hint = f"did you mean {_listed(guesses, 'or')}?" if guesses else f"the presets are {_listed(names(), 'and')};"
     raise EraseError(f"unknown concept {name!r}; {hint} or describe your own with --kind object or --kind style")
@@ -128,7 +128,7 @@ def describe(name: str, kind: Literal["object", "style"]) -> Concept:
     `anchor` to `override`. A style's anchor is the same subject without a style.
     """
     name = " ".join(name.split())
-    _refuse_minors_in({"name": [name]})
+    refusal.refuse([name], "name", target=True)
     if not name:
         raise EraseError("a concept needs a name, such as 'golf ball'")
     if kind == "object":
@@ -220,6 +220,24 @@ def _mentions(prompt: str, concepts: Iterable[Concept]) -> bool:
     return any(_share_word(word, prompt) for concept in concepts for word in (concept.name, *concept.synonyms))
 
 
+def slug(name: str) -> str:
+    """The name as the name of one file or folder, below whatever folder it is put in.
+
+    Letters, digits, "-" and "." stay as they are; everything else becomes "_". A name of more than 80 characters, or
+    one without any letter or digit, ends in a part of its hash, so that different names stay different.
+
+    Raises:
+        EraseError: the name is empty.
+    """
+    if not name.strip():
+        raise EraseError("a concept needs a name, such as 'golf ball'")
+    plain = unicodedata.normalize("NFC", " ".join(name.split()))
+    plain = re.sub(r"[^\w.-]", "_", plain).strip(".")
+    if len(plain) <= 80 and re.search(r"[^\W_]", plain):
+        return plain
+    return f"{plain[:64].strip('._-') or 'concept'}-{text_hash(name)[:12]}"
+
+
 # --- TOML -------------------------------------------------------------------------------------------------------------
 
 
@@ -300,84 +318,24 @@ def _type_name(value: Any) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
-# --- Refusal ----------------------------------------------------------------------------------------------------------
-
-_AGE = (
-    r"(?:0?\d|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen"
-    r"|seventeen)"
-)
-_MINORS = re.compile(
-    r"\b(?:"
-    r"(?:grand|step|god|school)?child(?:ren|rens|s|like|hood|hoods)?|kids?|kiddos?|kidd(?:y|ies?)"
-    r"|(?:baby|little|young|tiny|teen|school)?(?:girls?|boys?)|girlish|boyish"
-    r"|(?:pre)?teen(?:s|age|aged|agers?)?|tweens?|adolescen(?:ce|ts?)|juveniles?|(?:pre)?pubescents?"
-    r"|toddlers?|bab(?:y|ys|ies)|infants?|newborns?|youngsters?"
-    r"|(?<!ursa )minors?(?! (?:chords?|keys?|scales?|thirds?|sevenths?|planets?|leagues?|arcana)\b)"
-    r"|under ?aged?|under (?:the )?age|(?:under|below) (?:the age of )?(?:18|eighteen)"
-    r"|younger than (?:18|eighteen|" + _AGE + r")|barely legal|jailbait|age regression"
-    r"|school ?(?:kids?|aged?|uniforms?|students?|pupils?)|(?:pre ?|high ?|middle ?|grade ?)schoolers?"
-    r"|kindergart(?:en|ners?|eners?)"
-    r"|loli(?:s|ta|tas|con)?|shota(?:s|con)?|toddlercon|csam|pa?edo(?:s|phil\w*)?"
-    r"|" + _AGE + r"(?: and a half)? (?:(?:years?|yrs?|y) ?(?:olds?|o|young|of age)|yos?)"
-    r"|\w+ (?:months?|weeks?|days?) old|age[ds]? (?:of )?" + _AGE + r")\b"
-)
-_CHILD_EMOJI = re.compile("[\N{BABY}\N{CHILD}\N{BOY}\N{GIRL}\N{BABY ANGEL}]")
-_SEXUAL = re.compile(
-    r"\b(?:nud(?:e|es|ity|ist|ists)|naked|nakedness|nsfw|sex|sexual\w*|sexy|erotic\w*|porn\w*|topless|bottomless|undress\w*"
-    r"|unclothed|lingerie|underwear|breasts?|nipples?|genitals?|genitalia|penis|vagina|hentai|xxx|fetish\w*)\b"
-)
-# Harmless by themselves; beside nudity they are not.
-_YOUNG = re.compile(
-    r"\b(?:young|younger|youngest|youths?|youthful|(?:step)?daughters?|(?:step)?sons?|lads?|lass(?:es|ie)?)\b"
-)
-
-
-def shows_minors(prompt: str, is_sexual: bool = False) -> bool:
-    """Whether a prompt of somebody's benchmark puts minors beside sexual content, so that it must not be drawn.
-
-    is_sexual: the benchmark says that it is; otherwise the prompt's own words decide.
-    """
-    text = _plain(prompt)
-    named = _MINORS.search(text) or _YOUNG.search(text) or _CHILD_EMOJI.search(prompt)
-    return bool(named and (is_sexual or _SEXUAL.search(text)))
-
-
 def _refuse_minors(concept: Concept) -> None:
-    """Raise if the concept involves minors: training would draw what it is told to forget.
+    """Raise if the concept involves minors: training would generate what it is asked to forget.
 
-    What is aimed at (name, forget, anchor, synonyms, judge) never may, whatever the kind. What is kept (retain, others)
-    may show a baby elephant, but not in a concept that has to do with nudity. A harmless name now and then goes
-    with it ("kid" for a goat); whole English words only, so a kidney or a boycott does not.
+    Targets (name, forget, anchor, synonyms, judge) never may, whatever the kind. Retained prompts (retain, others) may
+    show a baby elephant, but not in a concept that has to do with nudity.
     """
     judged: list[str] = []
     for value in concept.judge.values():
         judged += [] if isinstance(value, int) else [value] if isinstance(value, str) else value
-    aimed = {"name": [concept.name], "forget": concept.forget, "anchor": concept.anchor}
-    aimed |= {"synonyms": concept.synonyms, "judge": judged}
+    targets: dict[str, Iterable[str]] = {"name": [concept.name], "forget": concept.forget, "anchor": concept.anchor}
+    targets |= {"synonyms": concept.synonyms, "judge": judged}
     kept = {"retain": concept.retain, "others": concept.others}
-    _refuse_minors_in(aimed)
-    everything = aimed | kept
-    text = _plain("\n".join(text for texts in everything.values() for text in texts))
-    if concept.kind == "nudity" or _SEXUAL.search(text):
-        _refuse_minors_in(everything, strict=True)
-
-
-def _refuse_minors_in(parts: Mapping[str, Iterable[str]], *, strict: bool = False) -> None:
-    for part, texts in parts.items():
-        for text in texts:
-            plain = _plain(text)
-            found = _CHILD_EMOJI.search(text) or _MINORS.search(plain) or (_YOUNG.search(plain) if strict else None)
-            if found:
-                raise EraseError(f"this tool does not accept targets that involve minors ('{found[0]}' in {part})")
-
-
-@functools.cache
-def _plain(text: str) -> str:
-    """Lower-case words and numbers between single spaces, without accents, wide letters and invisible characters."""
-    text = unicodedata.normalize("NFKD", text).casefold()
-    text = "".join(c for c in text if unicodedata.category(c) not in {"Mn", "Cf"})
-    text = re.sub(r"[\W_]+", " ", text)
-    return re.sub(r"(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)", " ", text).strip()
+    every = chain.from_iterable((targets | kept).values())
+    sexual = concept.kind == "nudity" or any(map(refusal.has_sexual_words, every))
+    for part, texts in targets.items():
+        refusal.refuse(texts, part, sexual=sexual, target=True)
+    for part, texts in kept.items():
+        refusal.refuse(texts, part, sexual=sexual, target=sexual)
 
 
 # --- Free text --------------------------------------------------------------------------------------------------------
@@ -508,7 +466,7 @@ def _share_word(a: str, b: str) -> bool:
     """Whether a word of four letters or more, or the whole of `a`, occurs in both; a plural s does not count."""
 
     def words(text: str) -> set[str]:
-        return {word.removesuffix("s") for word in _plain(text).split()}
+        return {word.removesuffix("s") for word in refusal.plain(text).split()}
 
     common = words(a) & words(b)
     return any(len(word) >= 4 for word in common) or words(a) <= words(b)

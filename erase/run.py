@@ -104,7 +104,7 @@ def run(
     given = [concept] if isinstance(concept, Concept) else list(concept or [None] * len(settings.concept))
     found = find_concepts(settings, given, None)  # unknown or refused: an error before a model is loaded
     name = " and ".join(one.name for one in found)
-    folder = Path(settings.output or Path("runs") / name.replace(" ", "_"))
+    folder = Path(settings.output or Path("runs") / concepts.slug(name))
     earlier = read_base(settings, folder)
     if earlier is not None:
         settings = replace(settings, model=str(settings.base))

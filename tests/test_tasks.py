@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from erase import concepts
+from erase import concepts, refusal
 from erase.errors import EraseError
 from erase.evaluation import tasks
 from erase.evaluation.tasks import Options
@@ -44,7 +44,7 @@ def test_the_real_i2p_has_its_rows_and_subsets():
 def test_prompts_with_minors_beside_sexual_content_are_counted_and_not_drawn():
     whole = tasks.build("i2p", None, Options(prompts=str(I2P)))
     assert len(whole.samples) + whole.refused == 4703 and whole.refused > 100
-    assert not any(concepts.shows_minors(s.prompt, "sexual" in s.facts["categories"]) for s in whole.samples)
+    assert not any(refusal.shows_minors(s.prompt, "sexual" in s.facts["categories"]) for s in whole.samples)
     assert whole.identity()["refused"] == whole.refused
 
 

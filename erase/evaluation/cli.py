@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -304,7 +303,7 @@ def _run(arguments: list[str]) -> None:
                 raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
             label = _label(Path(given.delta).resolve().parent.name if given.delta else model)
             label += f"-{given.guard}" if guard else ""
-            label += f"-{_label(given.concept)}" if len(_erased(model)) > 1 else ""
+            label += f"-{concepts.slug(given.concept)}" if len(_erased(model)) > 1 else ""
             folder = root / label / task.id
             others = {"base": _arm(given, root, base, task)}
             if given.gold:
@@ -336,7 +335,7 @@ def _check_origin(model: str, made_from: dict[str, Any], base: Path, erased: Pat
 
 
 def _label(model: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", Path(model).resolve().name if Path(model).exists() else model).strip("_")
+    return concepts.slug(Path(model).resolve().name if Path(model).exists() else model)
 
 
 def _arm(

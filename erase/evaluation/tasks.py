@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from erase import concepts, files
+from erase import files, refusal
 from erase.concepts import Concept
 from erase.errors import EraseError
 
@@ -245,7 +245,7 @@ def _i2p(task: str, concept: Concept | None, options: Options) -> Task:
     chosen = [row for row in rows if _in_subset(row.facts, options.subset)]
     if options.subset not in {"all", "nudity", *I2P_CATEGORIES}:
         raise EraseError(f"unknown I2P subset {options.subset!r}; choose all, nudity, {', '.join(I2P_CATEGORIES)}")
-    drawn = [row for row in chosen if not concepts.shows_minors(row.prompt, "sexual" in row.facts["categories"])]
+    drawn = [row for row in chosen if not refusal.shows_minors(row.prompt, "sexual" in row.facts["categories"])]
     num = options.num_images or 1
     samples = tuple(
         replace(row, id=f"{row.id}-{i}", seed=row.seed if i == 0 else seed_of(task, row.id, i))
