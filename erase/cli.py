@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from erase import __version__, concepts
+from erase import __version__, concepts, progress
 from erase.errors import EraseError
 from erase.settings import SD_DEFAULTS, Settings, flag, forms
 
@@ -95,7 +96,7 @@ def _erase(arguments: list[str]) -> None:
     )
     parser.add_argument("--version", action="version", version=f"erase-concept {__version__}")
     parser.add_argument("--list", action="store_true", help="show the presets and exit")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_options(parser, Settings, GROUPS)
     given = vars(parser.parse_args(arguments))
     if given.pop("list"):
@@ -104,11 +105,11 @@ def _erase(arguments: list[str]) -> None:
             world = "embedded model" if concept.judge.get("type") == "mini" else "any Stable Diffusion"
             print(f"{name:20} {concept.kind:7} {world:21} {concept.forget[0]!r} -> {concept.pairs()[0][1]!r}")
         return
-    quiet = given.pop("quiet") or not sys.stderr.isatty()
+    quiet = given.pop("quiet")
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     for name in settings.concept:  # misspelt or refused: an error before the seconds in which torch is imported
         concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
-    silence_libraries()
+    silence_libraries(quiet)
     from erase.run import run
 
     try:
@@ -247,13 +248,13 @@ def _dashes(argument: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
-def silence_libraries() -> None:
-    """No warnings about image processors that this project does not use; progress bars are ours."""
-    import os
-
+def silence_libraries(quiet: bool = False) -> None:
+    """No warnings about image processors that this project does not use; with `quiet` no bars for downloads either."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if quiet:
+        progress.hide_downloads()
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from erase import files
 from erase.concepts import Concept
 from erase.delta import content_hash
-from erase.errors import EraseError
+from erase.errors import EraseError, missing
 from erase.methods.inputs import Text
 from erase.models import Model, Sampler
+from erase.progress import progress
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SEEDS_PER_RUN = 1_000_000  # a run draws its forget pictures with the seeds from seed * this on
@@ -330,7 +330,7 @@ def _cached(
     chunks = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
     paths = [folder / f"{rows.start:06d}.safetensors" for rows in chunks]
     mine = [i for i in range(workers.rank, len(chunks), workers.count) if not paths[i].exists()]
-    with tqdm(total=sum(len(chunks[i]) for i in mine), desc=label, disable=quiet or not mine, unit="img") as bar:
+    with progress(sum(len(chunks[i]) for i in mine), label, "images", quiet=quiet) as bar:
         for i in mine:
             files.write_tensors(paths[i], source.make(chunks[i]))
             bar.update(len(chunks[i]))
@@ -422,9 +422,7 @@ def _from_datasets(name: str) -> list[tuple[Picture, str | None]]:
         from datasets import Image as Column
         from datasets import load_dataset
     except ImportError as error:
-        raise EraseError(
-            f"{name}: no such folder; to read a data set from the hub, pip install 'erase-concept[datasets]'"
-        ) from error
+        raise missing("datasets", f"{name}: no such folder, and a data set of the hub is read with datasets") from error
     try:
         rows: Any = load_dataset(name, split="train").cast_column("image", Column(decode=False))
     except Exception as error:  # the hub client's and datasets' errors share no class

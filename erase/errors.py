@@ -1,5 +1,21 @@
-"""The error that a user can cause and mend: its message is one line, shown as is."""
+"""The error that a user can cause and mend, and how text from elsewhere is printed."""
 
 
 class EraseError(ValueError):
     """Bad input. The message says what is wrong, where, and what would be right; the command exits with code 2."""
+
+
+def missing(package: str, problem: str | None = None) -> EraseError:
+    """The error for an optional package that is not installed; it says how to install it.
+
+    package: its name on the package index. problem: what cannot be done without it.
+    """
+    return EraseError(f"{problem or f'{package} is not installed'}; pip install {package}")
+
+
+def printable(text: object) -> str:
+    """Text from a file or an argument as it may be printed: control characters are escaped, as in `repr`.
+
+    A terminal executes escape sequences, and some Unicode characters reverse the direction of what follows.
+    """
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(text))

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase import export
-from erase.errors import EraseError
+from erase.errors import EraseError, missing
 from erase.files import default_cache_dir, file_hash, open_tensors, read_json, text_hash
 from erase.guards import Guard
+from erase.progress import loading
 
 Sampler = Literal["model", "dpm++"]
 
@@ -284,7 +285,7 @@ class Model:
         try:
             self.unet.enable_xformers_memory_efficient_attention()
         except ModuleNotFoundError as error:
-            raise EraseError("xformers is not installed; pip install 'erase-concept[xformers]'") from error
+            raise missing("xformers") from error
         except Exception as error:  # diffusers tries the kernels out, and they fail in their own ways
             raise EraseError(f"xformers cannot be used here ({_one_line(error)}); leave out --attention") from error
 
@@ -431,9 +432,10 @@ def _load_part(cls: Any, folder: Path, part: str, allow_pickle: bool) -> Any:
     if part == "text_encoder":  # transformers names a tensor of the wrong shape only when it may go on without it
         options["ignore_mismatched_sizes"] = True
     try:
-        loaded, info = cls.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
-        )
+        with loading():
+            loaded, info = cls.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
+            )
     except Exception as error:  # diffusers, transformers and torch raise a dozen kinds; all are the files' fault
         raise EraseError(f"cannot load {folder}: {_one_line(error)}") from error
     mismatched = [item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]]
@@ -508,7 +510,8 @@ def _convert_single_file(path: Path, allow_pickle: bool, config: str | None, cac
     if (folder / "model_index.json").exists():
         return folder
     try:
-        pipeline: Any = StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
+        with loading():
+            pipeline: Any = StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
     except Exception as error:  # as in `_load_part`: many libraries, one meaning
         hint = "" if config else "; offline, name a diffusers folder with its configs and tokenizer: --config DIR"
         reason = "it lacks weights that its config asks for" if "meta tensor" in str(error) else _one_line(error)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
-from erase.errors import EraseError
+from erase.errors import EraseError, missing
 
 
 class MaskedAdam(torch.optim.Optimizer):
@@ -249,7 +249,7 @@ class _EightBit:
         try:
             from bitsandbytes import functional
         except ImportError as error:
-            raise EraseError("bitsandbytes is not installed; pip install 'erase-concept[8bit]'") from error
+            raise missing("bitsandbytes") from error
         self._functional: Any = functional
         # the second moment is never negative, and needs no sign
         self._codes = {name: functional.create_dynamic_map(signed=name == "exp_avg") for name in _MOMENTS}

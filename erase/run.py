@@ -39,7 +39,7 @@ from erase import (
     train,
 )
 from erase.concepts import Concept
-from erase.errors import EraseError
+from erase.errors import EraseError, missing
 from erase.settings import RECIPES, Settings, resolve
 
 # Settings that change neither the weights nor what is written: the same run may be continued with others.
@@ -371,7 +371,7 @@ def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
     """accelerate's view of the machine; refuses when a launcher asked for more processes than it started."""
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if settings.report_to and not available[settings.report_to]():
-        raise EraseError(f"{settings.report_to} is not installed; pip install {settings.report_to}")
+        raise missing(settings.report_to)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in {"cpu", "cuda"} and not device.startswith("cuda:"):
         raise EraseError(f"--device is {device!r}; choose cpu, cuda or cuda:N")

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 
 from erase import files, saliency
 from erase.data import Data, Pictures
@@ -21,6 +20,7 @@ from erase.errors import EraseError
 from erase.methods.inputs import Batch, Text
 from erase.models import Model
 from erase.optim import MaskedAdam
+from erase.progress import progress
 
 SAVE_EVERY_SECONDS = 300.0
 
@@ -105,7 +105,7 @@ def accumulate(
     with (
         _training(model, parameters, checkpointing),
         sums.collecting(),
-        tqdm(total=len(mine), initial=done, desc="mask", disable=quiet or not accelerator.is_main_process) as bar,
+        progress(len(mine), "mask", "batches", done=done, quiet=quiet or not accelerator.is_main_process) as bar,
     ):
         for number, start in list(enumerate(mine))[done:]:
             rows = torch.arange(start, min(start + batch_size, len(data.forget)))
@@ -199,10 +199,9 @@ def train(
     losses: list[dict[str, float]] = []
     if state_path.exists():
         losses = _restore(state_path, parameters, optimizer, accelerator, teacher)
-    bar = tqdm(
-        total=recipe.num_steps, initial=len(losses), desc="train", disable=quiet or not accelerator.is_main_process
-    )
-    with _training(model, parameters, checkpointing), gathering, bar:
+    silent = quiet or not accelerator.is_main_process
+    reporting = progress(recipe.num_steps, "train", "steps", done=len(losses), quiet=silent)
+    with _training(model, parameters, checkpointing), gathering, reporting as bar:
         if hasattr(method, "prepare") and not losses and recipe.num_steps:
             _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
         for step in range(len(losses), recipe.num_steps):
@@ -245,7 +244,7 @@ def train(
                 teacher.follow(method.teacher_decay)
             losses.append(values)
             accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=step + 1)
-            bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+            bar.note(**{name: f"{value:.4f}" for name, value in values.items()})
             bar.update()
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
                 if accelerator.is_main_process:

@@ -258,7 +258,7 @@ def test_errors_name_what_is_wrong(collect, tmp_path, drawn, monkeypatch):
         collect(replace(CONCEPT, retain=()))
     with pytest.raises(EraseError, match="^--resolution is 12; it must be a multiple of 8$"):
         collect(plan=replace(PLAN, size=12))
-    with pytest.raises(EraseError, match=r"nowhere: no such folder; .* pip install 'erase-concept\[datasets\]'$"):
+    with pytest.raises(EraseError, match="nowhere: no such folder, .*; pip install datasets$"):
         forget_from(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(EraseError, match=r"^.*empty holds no image \(\.bmp, .*\)$"):

@@ -3,14 +3,17 @@
 import ast
 import functools
 import itertools
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import erase
+from erase.settings import forms
 
 PACKAGE = Path(erase.__file__).parent
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -18,7 +21,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # A module may import those of its own layer and of the layers before it; files of a folder are in the folder's layer.
 LAYERS = (
     {"errors", "files", "pickles", "refusal", "concepts", "settings", "saliency", "optim", "delta", "scope", "methods"},
-    {"models", "guards", "data", "mini", "classification", "compvis", "export", "lowrank", "card", "memory"},
+    {"models", "guards", "data", "mini", "classification", "compvis", "export", "lowrank", "card", "memory"}
+    | {"progress"},
     {"train"},
     {"run"},
     {"cli"},
@@ -200,3 +204,33 @@ print("imported")
 """
     importable = [name for name in modules() if not name.endswith("__main__")]
     assert run_python(code, ",".join(sorted(OPTIONAL)), ",".join(importable)).split() == ["imported"]
+
+
+def requirements() -> set[str]:
+    """Names of all packages that pyproject.toml asks for, those of extras included."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    return {re.split(r"[^\w-]", line)[0] for line in lines} - {project["name"]}
+
+
+def test_hints_on_installing_name_packages_of_pyproject():
+    """The project itself is on no package index, where anybody could take its name. (4.2)"""
+    named, elsewhere = set(), []
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "missing":
+                named.add(ast.unparse(node.args[0]).strip("'"))
+            if isinstance(node, ast.Constant) and "pip install" in str(node.value) and name != "erase.errors":
+                elsewhere.append(name)
+    assert not elsewhere, "use erase.errors.missing"
+    assert "settings.report_to" in named
+    named |= {choice for choice in forms()["report_to"].choices}
+    assert named - {"settings.report_to"} <= requirements()
+    assert {"nudenet", "scikit-learn", "wandb"} <= named
+
+
+def test_documentation_installs_the_project_from_a_clone_only():
+    for path in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md")]:
+        for line in re.findall(r"pip install .*", path.read_text(encoding="utf-8")):
+            assert "erase-concept" not in line.split("&&")[0], line

@@ -304,5 +304,5 @@ def test_torchmetrics_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(quality, "find_spec", lambda name: None)
     features = np.random.default_rng(0).normal(size=(10, 4))
     for distance in (lambda: fid(features, features, allow_small=True), lambda: kid(features, features)):
-        with pytest.raises(EraseError, match=r"torchmetrics is not installed; pip install 'erase-concept\[metrics\]'"):
+        with pytest.raises(EraseError, match="^torchmetrics is not installed; pip install torchmetrics$"):
             distance()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erase import files
-from erase.errors import EraseError
+from erase.errors import EraseError, missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,7 @@ def digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise EraseError("scikit-learn is not installed; pip install 'erase-concept[classification]'") from error
+        raise missing("scikit-learn") from error
     pictures, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(np.round(pictures * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     y = torch.from_numpy(labels.astype(np.int64))
@@ -376,7 +376,7 @@ def _load_dataset(name: str, repository: str, config: str | None) -> Mapping[str
     try:
         import datasets
     except ImportError as error:
-        raise EraseError(f"{name} is read with datasets; pip install 'erase-concept[datasets]'") from error
+        raise missing("datasets", f"{name} is read with the package datasets") from error
     try:
         stored: Any = datasets.load_dataset(repository, config)
     except Exception as error:  # network, disk and format errors of many kinds, each with a message of its own

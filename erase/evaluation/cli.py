@@ -39,7 +39,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 0 done, 2 for what the user can mend, 3 for a requirement not met, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    silence_libraries()
+    silence_libraries(quiet="--quiet" in arguments)
     try:
         if arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
@@ -88,7 +88,7 @@ def _drawing_options(parser: Parser) -> None:
     group.add_argument("--guard", help=f"stand beside the model: {', '.join(GUARDS)} [none]")
     group.add_argument("--guard-text", metavar="TEXT", help="what it steers away from [the concept and its synonyms]")
     group.add_argument("--allow-pickle", action="store_true", help="read weights that are not safetensors")
-    group.add_argument("--quiet", action="store_true", help="no progress bars")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _judge_options(parser: Parser) -> None:
@@ -144,7 +144,7 @@ def _run_record(model: str | None) -> dict[str, Any]:
 
 
 def _quiet(given: argparse.Namespace) -> bool:
-    return given.quiet or not sys.stderr.isatty()
+    return given.quiet
 
 
 def _place(given: argparse.Namespace) -> tuple[int, int]:
@@ -199,7 +199,7 @@ def _score(arguments: list[str]) -> None:
     _judge_options(parser)
     parser.add_argument("--output", metavar="DIR", help="for --images: where the scores go")
     parser.add_argument("--device", default="cpu", help="for classifier, clip and features [cpu]")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     given = parser.parse_args(arguments)
     if bool(given.folder) == bool(given.images) or given.images and not (given.judge and given.output):
         raise EraseError("give a folder that generate wrote, or --images DIR with --judge and --output")
@@ -417,7 +417,7 @@ def _verify(arguments: list[str]) -> None:
     parser.add_argument("folder", help="folder that generate wrote")
     parser.add_argument("--num", type=int, default=32, help="pictures to score again [32]")
     _judge_options(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     given = parser.parse_args(arguments)
     from erase.evaluation import arm, score
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from erase import delta, files, models
 from erase.data import to_pixels
@@ -20,6 +19,7 @@ from erase.evaluation import arm, images
 from erase.evaluation.tasks import Sample, Task
 from erase.guards import Guard
 from erase.models import Model
+from erase.progress import progress
 from erase.run import unet_state, versions
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,7 +131,7 @@ def generate(
     total = sum(len(batch) for batch in mine)
     with (
         arm.Appender(folder / f"records-{rank}-of-{world}.jsonl") as out,
-        tqdm(total=total, desc=f"draw {task.id}", unit="img", disable=quiet) as bar,
+        progress(total, f"generate {task.id}", "images", quiet=quiet) as bar,
     ):
         for batch in mine:
             lines = []

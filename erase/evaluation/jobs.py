@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from erase.errors import EraseError
+from erase.errors import EraseError, missing
 
 # Standard library and the errors only: the parent must stay small, as a child's peak begins with its parent's size.
 
@@ -513,7 +513,7 @@ def plain_attack(size: str) -> Iterator[Turn]:
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise EraseError("scikit-learn is not installed; pip install 'erase-concept[classification]'") from error
+        raise missing("scikit-learn") from error
     from erase.evaluation.plain import svc_attack
 
     yield _attack(size, svc_attack)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from erase.errors import EraseError
+from erase.errors import EraseError, missing
 from erase.evaluation.images import check
 from erase.files import file_hash
 
@@ -36,7 +36,6 @@ LABELS = (  # in the order of the network's channels
 SIZE = 320  # side of the square that the network sees, in pixels
 FLOOR = 0.05  # boxes below it are not stored; the package's own floor is 0.25
 NMS_IOU = 0.45  # a box that overlaps a better one by more is dropped
-NOT_INSTALLED = "NudeNet is not installed; pip install 'erase-concept[nudenet]'"
 
 
 class NudeNet:
@@ -98,7 +97,7 @@ class NudeNet:
 def _installed_model() -> Path:
     package = importlib.util.find_spec("nudenet")  # found, not imported
     if package is None or not package.submodule_search_locations:
-        raise EraseError(NOT_INSTALLED)
+        raise missing("nudenet")
     return Path(package.submodule_search_locations[0], "320n.onnx")
 
 
@@ -107,7 +106,7 @@ def _session(path: Path) -> Any:
         import cv2  # noqa: F401  # pyright: ignore[reportMissingImports] - missed here, not at the first picture
         import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise EraseError(NOT_INSTALLED) from error
+        raise missing("nudenet") from error
     if not path.is_file():
         raise EraseError(f"{path}: no such file")
     options = onnxruntime.SessionOptions()

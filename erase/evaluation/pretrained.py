@@ -14,6 +14,7 @@ from erase.delta import content_hash
 from erase.errors import EraseError
 from erase.evaluation.images import check
 from erase.files import text_hash
+from erase.progress import loading
 
 _BATCH = 16
 
@@ -88,7 +89,8 @@ def load_processor(cls: Any, folder: Path, **options: Any) -> Any:
 
 def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
     try:
-        return cls.from_pretrained(folder, local_files_only=True, **options)
+        with loading():
+            return cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # transformers, safetensors and torch raise a dozen kinds; all are the files' fault
         raise EraseError(f"cannot load {folder} with {cls.__name__}: {_one_line(error)}") from error
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from erase.errors import EraseError
+from erase.errors import EraseError, missing
 from erase.evaluation.classes import MiniJudge
 from erase.evaluation.inception import SIZE, Inception
 from erase.evaluation.pretrained import Clip, batches
@@ -228,4 +228,4 @@ def _checked(a: np.ndarray, b: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _require_torchmetrics() -> None:
     if find_spec("torchmetrics") is None:
-        raise EraseError("torchmetrics is not installed; pip install 'erase-concept[metrics]'")
+        raise missing("torchmetrics")

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from erase import files
 from erase.errors import EraseError
 from erase.evaluation import arm
 from erase.evaluation.tasks import IMAGENETTE
+from erase.progress import each, progress
 
 BATCH = 32  # pictures in memory at a time
 
@@ -98,7 +98,7 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False) -> None:
     todo = [record for record in records if record["id"] not in done]
     with (
         arm.Appender(path) as out,
-        tqdm(total=len(todo), desc=f"score {judge.name}", unit="img", disable=quiet or not todo) as bar,
+        progress(len(todo), f"score {judge.name}", "images", quiet=quiet) as bar,
     ):
         for start in range(0, len(todo), BATCH):
             part = todo[start : start + BATCH]
@@ -150,7 +150,7 @@ def verify(folder: Path, judges: Sequence[Judge], num: int, *, quiet: bool = Fal
     """
     problems = []
     records = arm.complete_records(folder)
-    for record in tqdm(records, desc="verify", disable=quiet):
+    for record in each(records, "verify", "images", quiet=quiet):
         if record["file"] is None:
             continue
         path = arm.image_path(folder, record)

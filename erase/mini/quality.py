@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 
 import numpy as np
-from tqdm import tqdm
 
 from erase.data import to_pixels
 from erase.mini import judge as judging
 from erase.mini import world
 from erase.models import Model
+from erase.progress import each
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def draw(
 ) -> list[np.ndarray]:
     """Pictures, uint8 [64, 64, 3], with the steps and guidance that the model's folder recommends."""
     pictures: list[np.ndarray] = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="draw", disable=quiet):
+    for start in each(range(0, len(prompts), batch_size), "generate", "batches", quiet=quiet):
         part = slice(start, start + batch_size)
         steps, guidance = model.defaults["num_inference_steps"], model.defaults["guidance_scale"]
         latents = model.draw(prompts[part], seeds[part], steps=steps, guidance=guidance, size=model.resolution)

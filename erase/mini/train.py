@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erase import export, files
 from erase.errors import EraseError
 from erase.mini import judge as judging
 from erase.mini import world
+from erase.progress import each, progress
 
 STAGES = ("judge", "vae", "unet", "decoder")
 MAX_TOKENS = 16
@@ -143,29 +143,30 @@ def _fit(
         optimizer.load_state_dict(state["optimizer"])
         averages, start, seconds = state["averages"], state["step"], state["seconds"]
     clock = time.perf_counter()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=path.stem, disable=quiet, mininterval=2)
-    for step in bar:
-        rate = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
-        optimizer.param_groups[0]["lr"] = lr * rate
-        value = loss(step)
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{value.item():.4f}")
-        if (step + 1) % SAVE_EVERY == 0:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "averages": averages,
-                "step": step + 1,
-                "seconds": seconds + time.perf_counter() - clock,
-            }
-            with files.replacing(path) as temporary:
-                torch.save(state, temporary)
+    with progress(steps, path.stem, "steps", done=start, quiet=quiet) as bar:
+        for step in range(start, steps):
+            rate = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+            optimizer.param_groups[0]["lr"] = lr * rate
+            value = loss(step)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            decay = min(ema_decay, (step + 1) / (step + 10))
+            torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
+            if step % 50 == 0:
+                bar.note(loss=f"{value.item():.4f}")
+            if (step + 1) % SAVE_EVERY == 0:
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "averages": averages,
+                    "step": step + 1,
+                    "seconds": seconds + time.perf_counter() - clock,
+                }
+                with files.replacing(path) as temporary:
+                    torch.save(state, temporary)
+            bar.update()
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):
             parameter.copy_(average)
@@ -412,7 +413,7 @@ def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, wit
     vae: Any = _load_vae(work)
     vae.to(device)
     scenes, batches, size = [], [], 100
-    for index in tqdm(range(math.ceil(budget.num_latents / size)), desc="latents", disable=quiet, mininterval=2):
+    for index in each(range(math.ceil(budget.num_latents / size)), "latents", "batches", quiet=quiet):
         drawn, pictures = _drawings(np.random.default_rng([seed, 50, index]), size, without)
         scenes += drawn
         with torch.no_grad():

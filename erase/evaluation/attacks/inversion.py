@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from erase.errors import EraseError
 from erase.models import Model
+from erase.progress import progress
 from erase.train import generator
 
 WORD = "~"  # one token of every CLIP vocabulary, and in nobody's prompts
@@ -58,21 +58,22 @@ def learn(model: Model, latents: Tensor, attack: Inversion, *, quiet: bool = Fal
     vector = table.detach().mean(0).requires_grad_(True)
     optimizer = torch.optim.Adam([vector], lr=attack.learning_rate)
     ids = _tokens(model, [template.format(WORD) for template in attack.templates])
-    bar = tqdm(range(attack.num_steps), desc="inversion", disable=quiet)
-    for step in bar:
-        draw = generator(attack.seed, "inversion", step)
-        rows = torch.randint(len(latents), (attack.batch_size,), generator=draw)
-        said = torch.randint(len(ids), (attack.batch_size,), generator=draw)
-        strata = torch.arange(attack.batch_size) + torch.rand(attack.batch_size, generator=draw)
-        t = (strata * (1000 / attack.batch_size)).long().to(model.device)
-        x = latents[rows]
-        eps = torch.randn(x.shape, generator=draw).to(model.device)
-        with _said(model, row, vector):
-            text = model.text_encoder(ids[said].to(model.device)).last_hidden_state
-        loss = F.mse_loss(model(model.add_noise(x.to(model.device), eps, t), t, text), eps)
-        (vector.grad,) = torch.autograd.grad(loss, [vector])
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}")
+    with progress(attack.num_steps, "inversion", "steps", quiet=quiet) as bar:
+        for step in range(attack.num_steps):
+            draw = generator(attack.seed, "inversion", step)
+            rows = torch.randint(len(latents), (attack.batch_size,), generator=draw)
+            said = torch.randint(len(ids), (attack.batch_size,), generator=draw)
+            strata = torch.arange(attack.batch_size) + torch.rand(attack.batch_size, generator=draw)
+            t = (strata * (1000 / attack.batch_size)).long().to(model.device)
+            x = latents[rows]
+            eps = torch.randn(x.shape, generator=draw).to(model.device)
+            with _said(model, row, vector):
+                text = model.text_encoder(ids[said].to(model.device)).last_hidden_state
+            loss = F.mse_loss(model(model.add_noise(x.to(model.device), eps, t), t, text), eps)
+            (vector.grad,) = torch.autograd.grad(loss, [vector])
+            optimizer.step()
+            bar.note(loss=f"{loss.item():.4f}")
+            bar.update()
     return vector.detach()
 
 
