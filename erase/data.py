@@ -3,18 +3,16 @@
 import csv
 import difflib
 import hashlib
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from erase import files
+from erase import files, images
 from erase.concepts import Concept
 from erase.delta import content_hash
 from erase.errors import EraseError, missing
@@ -22,7 +20,6 @@ from erase.methods.inputs import Text
 from erase.models import Model, Sampler
 from erase.progress import progress
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SEEDS_PER_RUN = 1_000_000  # a run draws its forget pictures with the seeds from seed * this on
 RETAIN_SEED = 500_000_000  # and its retain pictures from there plus this
 
@@ -251,7 +248,7 @@ class _Source:
 def _source(
     model: Model,
     plan: Plan,
-    images: str | None,
+    folder: str | None,
     prompts: Sequence[str],
     num: int,
     first_seed: int,
@@ -262,18 +259,18 @@ def _source(
 
     prompts: also for images that have none of their own. shown: what is drawn, where that is not what it is called.
     """
-    if images is None:
+    if folder is None:
         called, drawn = (
             [texts[i % len(texts)] if texts else None for i in range(num)] for texts in (prompts, shown or prompts)
         )
         return _drawn(model, plan, called, drawn, first_seed)
-    entries = list_images(images)
+    entries = list_images(folder)
     own = [text or (prompts[i % len(prompts)] if prompts else None) for i, (_, text) in enumerate(entries)]
 
     def make(rows: range) -> dict[str, Tensor]:
         return _posterior(model.encode_images(torch.stack([entries[i][0].pixels(plan.size) for i in rows])))
 
-    return _Source(own, make, [[entry.digest() for entry, _ in entries], plan.size])
+    return _Source(own, make, [[entry.digest() for entry, _ in entries], plan.size, f"reader {images.READER}"])
 
 
 def _drawn(model: Model, plan: Plan, called: Sequence[Any], drawn: Sequence[Any], first_seed: int) -> _Source:
@@ -350,11 +347,9 @@ class Picture:
     path: Path | None = None
     content: bytes = b""
 
-    def _bytes(self) -> bytes:
-        return self.path.read_bytes() if self.path else self.content
-
     def digest(self) -> str:
-        return hashlib.sha256(self._bytes()).hexdigest()
+        with self._readable():
+            return hashlib.sha256(images.content(self.path) if self.path else self.content).hexdigest()
 
     def pixels(self, size: int) -> Tensor:
         """[3, size, size] in [-1, 1]: shorter side resized (bicubic), centre cut out.
@@ -362,16 +357,16 @@ class Picture:
         Raises:
             EraseError: the image cannot be read.
         """
+        with self._readable():
+            pixels = images.read(self.path or self.content)
+        return torch.from_numpy(images.square(pixels, size)).float().permute(2, 0, 1) / 127.5 - 1
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
         try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(self._bytes()))).convert("RGB")
-        except Exception as error:  # Pillow's decoders raise a dozen kinds; all are the file's fault
-            raise EraseError(f"cannot read the image {self.name} ({error}); mend or remove it") from error
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
-        pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
-        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+            yield
+        except images.BadImage as error:
+            raise EraseError(f"cannot read the image {self.name} ({error.reason}); mend or remove it") from error
 
 
 def list_images(source: str) -> list[tuple[Picture, str | None]]:
@@ -386,9 +381,9 @@ def list_images(source: str) -> list[tuple[Picture, str | None]]:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return _from_datasets(source)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = images.image_files(folder)
     if not paths:
-        raise EraseError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise EraseError(f"{folder} holds no image ({', '.join(sorted(images.SUFFIXES))})")
     texts = _captions(folder / "metadata.csv") if (folder / "metadata.csv").is_file() else {}
     for path in paths:
         if path not in texts and path.parent != folder:

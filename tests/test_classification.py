@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -550,7 +551,7 @@ def test_a_broken_folder_is_one_line(tmp_path):
     with pytest.raises(EraseError, match="1.png is 9x9 pixels, but 0.png is 8x8; give --size"):
         data.load(str(tmp_path / "b"), tmp_path)
     (tmp_path / "b" / "train" / "dark" / "1.png").write_bytes(b"no picture")
-    with pytest.raises(EraseError, match="1.png cannot be read as a picture"):
+    with pytest.raises(EraseError, match=r"1\.png cannot be read as an image \(not an image\)"):
         data.load(str(tmp_path / "b"), tmp_path)
     for path in (tmp_path / "b" / "train" / "dark").iterdir():
         path.unlink()
@@ -560,6 +561,130 @@ def test_a_broken_folder_is_one_line(tmp_path):
         data.load(str(tmp_path / "b" / "test"), tmp_path)
     with pytest.raises(EraseError, match="no data set and no folder; choose digits"):
         data.load("cifar11", tmp_path)
+
+
+def test_files_of_operating_systems_and_editors_are_no_images_and_no_classes(tmp_path):
+    """(3.5)"""
+    write_folder(tmp_path)
+    for name in ("dark/.DS_Store", "dark/Thumbs.db", "dark/._0.png", ".ipynb_checkpoints/0.png", "notes.txt"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"no image")
+    (tmp_path / "test" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "light").rename(tmp_path / "train" / "golf ball")
+    (tmp_path / "test" / "light").rename(tmp_path / "test" / "golf ball")
+    dataset = data.load(str(tmp_path), tmp_path)
+    assert dataset.classes == ("dark", "golf ball") and len(dataset.train) == len(dataset.test) == 2
+
+
+def grey16(path):
+    """Levels 0, 128 and 255 of 255 in 16 bits; cut at 255 they are 0, 255 and 255."""
+    Image.fromarray(np.repeat(np.array([[0, 32896, 65535]], np.uint16), 3, axis=0)).save(path)
+
+
+def test_deep_grey_and_transparency_are_read_as_everywhere(tmp_path):
+    """One reader for all: 16 bits are scaled, and what is transparent is white (3.1, 3.5)."""
+    for part in ("train", "test"):
+        for name in ("deep", "clear"):
+            (tmp_path / part / name).mkdir(parents=True)
+        grey16(tmp_path / part / "deep" / "0.png")
+        Image.new("RGBA", (3, 3), (9, 9, 9, 0)).save(tmp_path / part / "clear" / "0.png")
+    clear, deep = data.load(str(tmp_path), tmp_path).train.x
+    assert clear.min() == 255 and deep[0, 0].tolist() == [0, 128, 255]
+
+
+def bomb(path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+
+
+def broken_chunk(path, monkeypatch):
+    """A chunk of transparency that is too short, with a right checksum: Pillow raises ValueError when it opens it."""
+    Image.new("RGB", (8, 8)).save(path)
+    content, chunk = path.read_bytes(), b"tRNS\0\0\0"
+    path.write_bytes(content[:33] + b"\0\0\0\3" + chunk + zlib.crc32(chunk).to_bytes(4, "big") + content[33:])
+
+
+def cut_short(path, monkeypatch):
+    write_noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(write_noise).save(path)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"), [(bomb, "more than 50 pixels"), (broken_chunk, "damaged"), (cut_short, "damaged")]
+)
+def test_an_image_that_cannot_be_read_is_one_line_that_names_it(spoil, reason, tmp_path, monkeypatch):
+    """(3.5, 4.10)"""
+    write_folder(tmp_path, size=4)
+    spoil(tmp_path / "train" / "dark" / "bad.png", monkeypatch)
+    with pytest.raises(EraseError, match=rf"bad\.png cannot be read as an image \({reason}\); mend or remove it$"):
+        data.load(str(tmp_path), tmp_path, size=4)
+
+
+def write_tiny_imagenet(folder):
+    for wnid, level in (("n02", 200), ("n01", 100), ("n03", 0)):
+        (folder / "train" / wnid / "images").mkdir(parents=True)
+        Image.new("RGB", (8, 8), (level,) * 3).save(folder / "train" / wnid / "images" / f"{wnid}_0.JPEG")
+        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text("a\t0\t0\t9\t9\n")
+    (folder / "val" / "images").mkdir(parents=True)
+    for number, level in enumerate((200, 100)):
+        Image.new("RGB", (8, 8), (level,) * 3).save(folder / "val" / "images" / f"val_{number}.JPEG")
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
+    (folder / "test" / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "test" / "images" / "test_0.JPEG")
+    (folder / "wnids.txt").write_text("n02\nn01\n")
+    (folder / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tcrane\nn03\tcrane\nn04\tbull\n")
+
+
+def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
+    """Labels of val/images from val_annotations.txt, names from words.txt where they tell classes apart (3.5)."""
+    write_tiny_imagenet(tmp_path)
+    dataset = data.load(str(tmp_path), tmp_path)
+    assert dataset.classes == ("goldfish", "n02", "n03")
+    assert dataset.train.y.tolist() == [0, 1, 2] and dataset.test.y.tolist() == [0, 1]
+    assert dataset.train.x[:, 0, 0, 0].tolist() == [100, 200, 0] and dataset.test.x[:, 0, 0, 0].tolist() == [100, 200]
+    (tmp_path / "words.txt").unlink()
+    assert data.load(str(tmp_path), tmp_path).classes == ("n01", "n02", "n03")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("gone.JPEG\tn01\t0", r"val_annotations\.txt, line 3: needed are a file of .*images, a TAB and a class$"),
+        ("val_0.JPEG n01", r"val_annotations\.txt, line 3: needed are a file"),
+        ("val_0.JPEG\tn09\t0", "n09 is a class that .*train does not have"),
+    ],
+)
+def test_a_line_of_tiny_imagenets_labels_that_cannot_be_used_is_named(line, message, tmp_path):
+    """(3.5)"""
+    write_tiny_imagenet(tmp_path)
+    with open(tmp_path / "val" / "val_annotations.txt", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(EraseError, match=message):
+        data.load(str(tmp_path), tmp_path)
+
+
+def test_rows_of_parquet_files_go_through_the_same_reader(tmp_path):
+    """Transparency and depth as in a folder; a broken row is named by its number (3.1, 3.5)."""
+    datasets = pytest.importorskip("datasets")
+    Image.new("RGBA", (3, 3), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    grey16(tmp_path / "deep.png")
+    good = [(tmp_path / name).read_bytes() for name in ("clear.png", "deep.png")]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["clear", "deep"])})
+
+    def write(folder, images):
+        folder.mkdir()
+        for part in ("train", "test"):
+            rows = {"image": [{"bytes": image, "path": None} for image in images], "label": [0, 1]}
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{part}.parquet")
+
+    write(tmp_path / "good", good)
+    dataset = data.load(str(tmp_path / "good"), tmp_path)
+    assert dataset.classes == ("clear", "deep")
+    assert dataset.train.x[0].min() == 255 and dataset.train.x[1, 0, 0].tolist() == [0, 128, 255]
+    write(tmp_path / "bad", [good[0], good[1][:-20]])
+    with pytest.raises(EraseError, match=r"^image 1 of train of .*bad cannot be read as an image \(damaged\)"):
+        data.load(str(tmp_path / "bad"), tmp_path)
 
 
 def test_drawings_are_cached_and_the_same_again(tmp_path):

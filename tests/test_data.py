@@ -248,6 +248,32 @@ def test_image_latents_are_cached_by_content_and_by_batch(collect, tmp_path, mon
         collect(plan=replace(plan, forget_images=str(tmp_path / "moved")))
 
 
+def test_depth_and_transparency_are_read_as_everywhere(tmp_path):
+    """16 bits are scaled to 8, and what is transparent is white (3.1)."""
+    Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((8, 8), 32896, np.uint16)).save(tmp_path / "deep.png")  # 128 of 255
+    (clear, _), (deep, _) = list_images(str(tmp_path))
+    assert torch.equal(clear.pixels(8), torch.ones(3, 8, 8))
+    assert torch.equal(deep.pixels(8), torch.full((3, 8, 8), 128.0) / 127.5 - 1)
+
+
+def test_an_animation_is_refused_by_name(tmp_path):
+    """(3.1)"""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for name in ("a.png", "b.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+    for image, _ in list_images(str(tmp_path)):
+        with pytest.raises(EraseError, match=r"cannot read the image .*[ab]\.(png|webp) \(animated\)"):
+            image.pixels(8)
+
+
+def test_hidden_files_are_not_trained_on(tmp_path):
+    """(3.5)"""
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/a.png"):
+        picture(tmp_path / name)
+    assert [Path(image.name).name for image, _ in list_images(str(tmp_path))] == ["a.png"]
+
+
 def test_errors_name_what_is_wrong(collect, tmp_path, drawn, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
 

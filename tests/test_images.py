@@ -1,6 +1,9 @@
-"""Laws of reading pictures: a damaged file never passes, a blank one has a name, the same pixels have one identity."""
+"""Laws of reading images: a damaged file never passes, a blank one has a name, the same pixels have one identity."""
 
 import io
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 from PIL import Image
 
 from erase.errors import EraseError
-from erase.evaluation.images import BadImage, invalid_reason, pixel_hash, read, write_png
+from erase.images import BadImage, image_files, invalid_reason, list_files, pixel_hash, read, square, write_png
 
 
 def picture(seed: int = 0, size: int = 32) -> np.ndarray:
@@ -31,9 +34,17 @@ def animation(image_format: str) -> bytes:
     return encoded(first, image_format, save_all=True, append_images=[second], lossless=True)
 
 
+def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with one chunk more, whole in itself, after its header."""
+    chunk = struct.pack(">I", len(content)) + kind + content
+    chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
+    return png[:33] + chunk + png[33:]
+
+
 PNG = encoded(picture(), "PNG")
 JPEG = encoded(picture(), "JPEG")
 WEBP = encoded(picture(), "WEBP")
+TIFF = encoded(picture(), "TIFF")
 BAD_FILES = {
     "empty": (b"", "empty"),
     "text": (b"not a picture\n" * 20, "not an image"),
@@ -50,6 +61,11 @@ BAD_FILES = {
     "webp cut in half": (WEBP[: len(WEBP) // 2], "damaged"),
     "animated png": (animation("PNG"), "animated"),
     "animated webp": (animation("WEBP"), "animated"),
+    "tiff of two pages": (animation("TIFF"), "several pages"),
+    "tiff cut in half": (TIFF[: len(TIFF) // 2], "damaged"),
+    "png with a short tRNS chunk": (with_chunk(encoded(picture(), "PNG"), b"tRNS", b"\0\0\0"), "damaged"),
+    "png with a short cHRM chunk": (with_chunk(encoded(picture(), "PNG"), b"cHRM", b"\0\0\0"), "damaged"),
+    "float tiff": (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "colour mode F"),
     "cmyk jpeg": (encoded(Image.fromarray(picture()).convert("CMYK"), "JPEG"), "colour mode CMYK"),
 }
 
@@ -70,7 +86,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
             read(path)
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP"])
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 def test_a_cut_file_is_refused_wherever_it_is_cut(image_format: str, tmp_path: Path) -> None:
     """A PNG's last four bytes are the checksum of an empty chunk: nothing is missing without them."""
     path = tmp_path / "picture"
@@ -118,6 +134,11 @@ def test_modes_become_the_rgb_that_a_viewer_shows(tmp_path: Path) -> None:
     cases = {
         "16-bit": (encoded(Image.fromarray(grey16), "PNG"), np.stack([[[0, 1, 128, 255]]] * 3, axis=-1)),
         "alpha": (encoded(Image.fromarray(half), "PNG"), [[[255, 255, 255], [127, 127, 127], [200, 10, 20]]]),
+        "16-bit TIFF": (encoded(Image.fromarray(grey16), "TIFF"), np.stack([[[0, 1, 128, 255]]] * 3, axis=-1)),
+        "16-bit with a clear level": (
+            with_chunk(encoded(Image.fromarray(grey16), "PNG"), b"tRNS", struct.pack(">H", 257)),
+            np.stack([[[0, 255, 128, 255]]] * 3, axis=-1),
+        ),
         "grey": (encoded(Image.fromarray(grey), "PNG"), np.stack([grey] * 3, axis=-1)),
         "palette": (encoded(palette, "PNG"), np.asarray(palette.convert("RGB"))),
         "palette with a hole": (encoded(hole, "PNG", transparency=0), [[[255, 255, 255], [50, 60, 70]]]),
@@ -128,6 +149,110 @@ def test_modes_become_the_rgb_that_a_viewer_shows(tmp_path: Path) -> None:
         pixels = read(tmp_path / name)
         assert pixels.dtype == np.uint8, name
         assert np.array_equal(pixels, np.asarray(expected)), name
+
+
+def test_a_file_and_its_content_are_read_alike(tmp_path: Path) -> None:
+    """One reader for files and for the rows of a data set (3.1)."""
+    (tmp_path / "a.png").write_bytes(PNG)
+    assert np.array_equal(read(PNG), read(tmp_path / "a.png"))
+    with pytest.raises(BadImage, match="^damaged$"):
+        read(PNG[:-12])
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_decompression_bomb_has_its_reason_and_leaves_no_warning(times: int, monkeypatch) -> None:
+    """Pillow warns above its limit and refuses above twice that; both are refused here (3.5)."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 // times - 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(BadImage, match="^more than [0-9,]+ pixels$"):
+            read(PNG)
+    assert caught == []
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32)
+    assert read(PNG).shape == (32, 32, 3)  # control
+
+
+def resized_then_cut(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The plain way: resize the whole image, then cut out the centre."""
+    image = Image.fromarray(pixels)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    whole = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(whole.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 64), (100, 67), (31, 47), (20, 201), (512, 3), (640, 480)])
+@pytest.mark.parametrize("size", [16, 64, 40])
+def test_only_the_centre_is_resized_and_its_pixels_are_those_of_the_whole(shape, size) -> None:
+    """Within two grey levels up to the border (3.5).
+
+    Pillow resizes rows and columns one after the other, in the order that is cheaper, and rounds in between. Levels
+    from 64 to 191 leave room for the filter's overshoot, which is otherwise cut off in between as well.
+    """
+    pixels = np.random.default_rng(0).integers(64, 192, (*shape, 3), dtype=np.uint8)
+    ours, plain = square(pixels, size).astype(int), resized_then_cut(pixels, size).astype(int)
+    assert ours.shape == (size, size, 3)
+    assert np.abs(ours - plain).max() <= 2
+
+
+def test_a_very_long_image_costs_no_more_than_its_centre(monkeypatch) -> None:
+    """2 x 20,000 pixels at 512 would be 512 x 5,120,000, or 7.9 GB; no array of more than 512 x 512 is made (3.5)."""
+    pixels = np.zeros((20_000, 2, 3), np.uint8)
+    pixels[9_999:10_001] = 255
+    made: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def spy(self, size, *rest, **options):
+        made.append(size)
+        return resize(self, size, *rest, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    assert square(pixels, 512)[100:400].min() > 200 and square(pixels.transpose(1, 0, 2), 512).shape == (512, 512, 3)
+    assert made == [(512, 512)] * 2
+
+
+def test_hidden_files_and_those_of_operating_systems_are_no_images(tmp_path: Path) -> None:
+    """(3.5)"""
+    hidden = [".DS_Store", "Thumbs.db", "sub/._b.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/sub/b.png"]
+    for name in ["sub/b.png", "a.JPG", "notes.txt", *hidden]:
+        (tmp_path / ".home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".home" / name).write_bytes(b"")
+    folder = tmp_path / ".home"  # a folder that is named by the user may itself be hidden
+    assert [path.relative_to(folder).as_posix() for path in list_files(folder)] == ["a.JPG", "notes.txt", "sub/b.png"]
+    assert [path.name for path in image_files(folder)] == ["a.JPG", "b.png"]
+    (folder / "sub" / "c.gif").write_bytes(b"")
+    with pytest.raises(EraseError, match=r"c\.gif: \.gif images are not read; save it as PNG, or remove it$"):
+        image_files(folder)
+
+
+def test_no_changed_bytes_end_in_anything_but_an_image_or_a_reason() -> None:
+    """Some 100 mutants of each format, with a fixed seed: bytes replaced, removed and repeated (4.10)."""
+    rng = np.random.default_rng(0)
+    refused = 0
+    for image_format in ("PNG", "JPEG", "WEBP", "BMP", "TIFF"):
+        data = encoded(picture(size=8), image_format)
+        for _ in range(100):
+            try:
+                pixels = read(mutated(data, rng))
+            except BadImage:
+                refused += 1
+            else:
+                assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    assert refused > 200  # control: mutants do damage
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """One to four changes, each of one byte or of a few in a row."""
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 5)):
+        at, length = int(rng.integers(len(changed))), int(rng.integers(1, 9))
+        part = changed[at : at + length]
+        if rng.integers(4) == 0:
+            part, length = part[:1], 1
+            part[0] ^= 1 << int(rng.integers(8))
+        changed[at : at + length] = (part, rng.bytes(len(part)), b"", part * 2)[rng.integers(4)]
+    return bytes(changed)
 
 
 def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from erase import files
 from erase.errors import EraseError, missing
+from erase.images import SUFFIXES, BadImage, image_files, is_system
+from erase.images import read as read_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,47 +313,92 @@ def _class_names(folder: Path, num_classes: int) -> Sequence[str]:
 # --- folders of pictures and the hub ----------------------------------------------------------------------------------
 
 
+_ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: file, class and box of each validation image
+
+
 def image_folder(folder: Path, size: int | None = None) -> Dataset:
-    """train/CLASS/picture and test/CLASS/picture (or val); classes in alphabetical order."""
-    test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+    """train/CLASS/image and test/CLASS/image (or val); classes in alphabetical order.
+
+    Images may be in folders below their class folder. Tiny ImageNet is read as it is distributed: labels of val/images
+    come from val_annotations.txt, class names from words.txt, and its folder test, which has no labels, is ignored.
+    """
+    annotations = folder / "val" / _ANNOTATIONS
+    names = ("val",) if annotations.is_file() else ("test", "val")
+    test = next((folder / name for name in names if (folder / name).is_dir()), None)
     if test is None:
         raise EraseError(f"{folder} has a folder train but neither test nor val")
-    classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
-    unknown = sorted(path.name for path in test.iterdir() if path.is_dir() and path.name not in classes)
+    train = _by_class(folder / "train")
+    tested = _annotated(annotations) if annotations.is_file() else _by_class(test)
+    unknown = sorted(tested.keys() - train.keys())
     if unknown:
         raise EraseError(f"{test / unknown[0]} is a class that {folder / 'train'} does not have")
-    read = [_read_folder(part, classes, size) for part in (folder / "train", test)]
-    mean, std = _statistics(read[0].x)
-    return Dataset(str(folder), read[0], read[1], tuple(classes), mean, std, padding=read[0].x.shape[2] // 8, flip=True)
+    parts = [
+        _read_files(part, [(path, y) for y, name in enumerate(train) for path in found.get(name, ())], size)
+        for part, found in ((folder / "train", train), (test, tested))
+    ]
+    classes = _in_words(folder / "words.txt", list(train))
+    mean, std = _statistics(parts[0].x)
+    return Dataset(str(folder), parts[0], parts[1], classes, mean, std, padding=parts[0].x.shape[2] // 8, flip=True)
 
 
-def _read_folder(folder: Path, classes: Sequence[str], size: int | None) -> Images:
-    from PIL import Image, UnidentifiedImageError
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    """The images of each class folder, in alphabetical order."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not is_system(path.name))
+    return {path.name: image_files(path) for path in classes}
 
-    paths = [(path, y) for y, name in enumerate(classes) for path in sorted((folder / name).glob("*"))]
+
+def _annotated(path: Path) -> dict[str, list[Path]]:
+    """The images of each class by a file with lines "FILE TAB CLASS TAB box"; the images are in images/ beside it."""
+    found: dict[str, list[Path]] = {}
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        name, *rest = line.split("\t")
+        if not rest or not (path.parent / "images" / name).is_file():
+            raise EraseError(f"{path}, line {number}: needed are a file of {path.parent / 'images'}, a TAB and a class")
+        found.setdefault(rest[0], []).append(path.parent / "images" / name)
+    return found
+
+
+def _in_words(path: Path, classes: Sequence[str]) -> tuple[str, ...]:
+    """Each class's first name in a file with lines "CLASS TAB name, other name"; itself where that is not unique."""
+    if not path.is_file():
+        return tuple(classes)
+    lines = (line.partition("\t") for line in _text(path).splitlines())
+    words = {name: text.split(",")[0].strip() for name, _, text in lines}
+    named = [words.get(name) or name for name in classes]
+    return tuple(word if named.count(word) == 1 else name for name, word in zip(classes, named, strict=True))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EraseError(f"{path} cannot be read as text ({error})") from error
+
+
+def _read_files(folder: Path, files: Sequence[tuple[Path, int]], size: int | None) -> Images:
     pictures: list[Tensor] = []
-    for path, _ in paths:
-        try:
-            with Image.open(path) as picture:
-                pictures.append(_pixels(picture, size))
-        except (OSError, UnidentifiedImageError) as error:
-            raise EraseError(f"{path} cannot be read as a picture ({type(error).__name__})") from error
+    for path, _ in files:
+        pictures.append(_pixels(path, str(path), size))
         if pictures[-1].shape != pictures[0].shape:
             here, first = ("x".join(map(str, one.shape[1:])) for one in (pictures[-1], pictures[0]))
-            raise EraseError(f"{path} is {here} pixels, but {paths[0][0].name} is {first}; give --size")
+            raise EraseError(f"{path} is {here} pixels, but {files[0][0].name} is {first}; give --size")
     if not pictures:
-        raise EraseError(f"there are no pictures among those of {folder}")
-    return Images(torch.stack(pictures), torch.tensor([y for _, y in paths]))
+        raise EraseError(f"{folder} holds no images in class folders ({', '.join(sorted(SUFFIXES))})")
+    return Images(torch.stack(pictures), torch.tensor([y for _, y in files]))
 
 
-def _pixels(picture: Any, size: int | None) -> Tensor:
-    """RGB, uint8, [3, h, w]: the middle square brought to size x size."""
-    from PIL import ImageOps
+def _pixels(source: Path | bytes, name: str, size: int | None) -> Tensor:
+    """RGB, uint8, [3, h, w]: the middle square brought to size x size.
 
-    picture = picture.convert("RGB")
-    if size is not None and picture.size != (size, size):
-        picture = ImageOps.fit(picture, (size, size))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    name: of the image, for the message.
+    """
+    try:
+        pixels = read_image(source)
+    except BadImage as error:
+        raise EraseError(f"{name} cannot be read as an image ({error.reason}); mend or remove it") from error
+    if size is not None and pixels.shape[:2] != (size, size):
+        pixels = np.array(ImageOps.fit(Image.fromarray(pixels), (size, size)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _from_hub(name: str, size: int | None) -> Dataset:
@@ -398,7 +446,8 @@ def _collect(
     parts: list[Images] = []
     for split in splits:
         _require(name, "columns", columns, stored[split].features)
-        pictures = [_pixels(picture, size) for picture in stored[split][columns[0]]]
+        rows = _encoded(stored[split], columns[0])
+        pictures = [_pixels(row, f"image {i} of {split} of {name}", size) for i, row in enumerate(rows)]
         first = (parts[0].x if parts else pictures)[0]
         other = next((picture for picture in pictures if picture.shape != first.shape), first)
         if other is not first:
@@ -410,6 +459,15 @@ def _collect(
     if source is None:
         return Dataset(name, train, test, classes, *_statistics(train.x), padding=train.x.shape[2] // 8, flip=True)
     return Dataset(name, train, test, classes, source.mean, source.std, source.padding, source.flip)
+
+
+def _encoded(split: Any, column: str) -> Iterator[Path | bytes]:
+    """The images of a data set's column as files or their bytes; no bytes for an empty row."""
+    from datasets import Image as Encoded
+
+    for row in split.cast_column(column, Encoded(decode=False))[column]:
+        row = row or {"bytes": b"", "path": None}
+        yield row["bytes"] or (Path(row["path"]) if row["path"] else b"")
 
 
 def _require(name: str, what: str, wanted: tuple[str, str], found: Iterable[str]) -> None:

@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from erase import files
+from erase import files, images
 from erase.errors import EraseError
-from erase.evaluation import images
 from erase.evaluation.tasks import Sample
 
 MANIFEST = "manifest.json"
@@ -136,16 +135,15 @@ def adopt(pictures: Path, folder: Path) -> None:
     Raises:
         EraseError: no such folder, no image, or files in it that are no images.
     """
-    from erase.data import SUFFIXES, list_images
+    from erase.data import list_images
 
     if not pictures.is_dir():
         raise EraseError(f"{pictures}: no such folder of images")
-    allowed = {"metadata.csv", ".DS_Store", "Thumbs.db"}
-    foreign = sorted(
+    foreign = [
         path.relative_to(pictures).as_posix()
-        for path in pictures.rglob("*")
-        if path.is_file() and path.suffix.lower() not in SUFFIXES and path.name not in allowed
-    )
+        for path in images.list_files(pictures)
+        if path.suffix.lower() not in images.SUFFIXES and path.name != "metadata.csv"
+    ]
     if foreign:
         raise EraseError(f"{pictures} holds files that are no images ({foreign[0]}); remove them or name a subfolder")
     found, lines = [], []

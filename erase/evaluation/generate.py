@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erase import delta, files, models
+from erase import delta, files, images, models
 from erase.data import to_pixels
 from erase.errors import EraseError
-from erase.evaluation import arm, images
+from erase.evaluation import arm
 from erase.evaluation.tasks import Sample, Task
 from erase.guards import Guard
 from erase.models import Model

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from erase.errors import EraseError, missing
-from erase.evaluation.images import check
 from erase.files import file_hash
+from erase.images import check
 
 LABELS = (  # in the order of the network's channels
     "FEMALE_GENITALIA_COVERED",

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from erase.delta import content_hash
 from erase.errors import EraseError
-from erase.evaluation.images import check
 from erase.files import text_hash
+from erase.images import check
 from erase.progress import loading
 
 _BATCH = 16
