@@ -61,7 +61,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EraseError(f"{path} cannot be read as JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
         raise EraseError(f"{path} holds no JSON object; copy or download it again")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from erase.errors import EraseError
-from erase.evaluation.report import check, compare, front, write, write_comparison
+from erase.evaluation.report import check, compare, front, read, write, write_comparison
 from erase.evaluation.statistics import mean, paired_mean, paired_rate, rate, to_json
 from erase.files import read_json
 
@@ -147,7 +147,7 @@ def test_nothing_is_written_for_results_that_are_refused(results, images, tmp_pa
 
 def test_results_json_is_the_results(results, images, tmp_path):
     write(results, tmp_path, images=images)
-    assert read_json(tmp_path / "results.json") == json.loads(json.dumps(results)) == results
+    assert read(tmp_path / "results.json") == json.loads(json.dumps(results)) == results
 
 
 def test_same_results_same_bytes(results, images, tmp_path):

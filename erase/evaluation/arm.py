@@ -9,23 +9,32 @@
 Nothing here depends on the clock, so an interrupted and continued folder is the uninterrupted one, byte for byte.
 """
 
-import fcntl
+import errno
 import json
 import os
 import re
+import sys
+import time
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from erase import files, images
 from erase.errors import EraseError
+from erase.evaluation import shapes
 from erase.evaluation.tasks import Sample
 
 MANIFEST = "manifest.json"
+_TASK = {"id": str, "version": int, "options": {"*": Any}, "num_samples": int, "prompts_hash": str}
+_MANIFEST = {"task": {**_TASK, "refused?": int, "judges?": [str]}, "model": {"*": str}, "generation": {"*": Any}}
+_SAMPLE = {**typing.get_type_hints(Sample), "facts": {"*": Any}}
+_RECORD = {"id": str, "file": (str, None), "sha256": (str, None), "invalid": (str, None), "*": Any}
+_BEYOND = 2**31 - 2  # the byte that Windows locks: nobody else can read a locked one, so it is one that no file has
 _OWN = re.compile(r"\.|manifest\.json|samples\.jsonl|records-|images$")
 
 
@@ -37,29 +46,46 @@ def open_arm(folder: Path, identity: Mapping[str, Any], samples: Iterable[Sample
     """
     identity = json.loads(json.dumps(identity))
     path = folder / MANIFEST
+    check_arm(folder, identity)
     if path.exists():
-        different = differences(files.read_json(path), identity)
-        if different:
-            raise EraseError(f"{folder} holds other pictures ({'; '.join(different)}); choose another --output")
         return
-    # without a manifest there may be what a killed process, or one that starts beside this one, has made so far
-    if folder.exists() and not (folder.is_dir() and all(_OWN.match(path.name) for path in folder.iterdir())):
-        raise EraseError(f"{folder} exists and is no evaluation folder; choose another --output")
     files.write_text(folder / "samples.jsonl", "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
     files.write_json(path, identity)
 
 
+def check_arm(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Whether an arm of this identity can be made or continued in the folder; nothing is written.
+
+    Raises:
+        EraseError: it holds another one, or something else.
+    """
+    if (folder / MANIFEST).exists():
+        different = differences(manifest(folder), json.loads(json.dumps(identity)))
+        if different:
+            raise EraseError(f"{folder} holds other pictures ({'; '.join(different)}); choose another --output")
+    # without a manifest there may be what a killed process, or one that starts beside this one, has made so far
+    elif folder.exists() and not (folder.is_dir() and all(_OWN.match(path.name) for path in folder.iterdir())):
+        raise EraseError(f"{folder} exists and is no evaluation folder; choose another --output")
+
+
 def manifest(folder: Path) -> dict[str, Any]:
+    """The arm's identity.
+
+    Raises:
+        EraseError: there is none, or it is damaged.
+    """
     if not (folder / MANIFEST).is_file():
         raise EraseError(
             f"{folder} is no evaluation folder (it has no {MANIFEST}); make one with eval-concept generate"
         )
-    return files.read_json(folder / MANIFEST)
+    found = files.read_json(folder / MANIFEST)
+    shapes.check(found, _MANIFEST, f"{folder / MANIFEST}: manifest")
+    return found
 
 
 def samples(folder: Path) -> list[Sample]:
     """What was to be drawn, in the task's order."""
-    found = [Sample(**line) for line in read_lines(folder / "samples.jsonl")]
+    found = [Sample(**line) for line in read_lines(folder / "samples.jsonl", _SAMPLE)]
     stated = manifest(folder)["task"]
     if files.text_hash([asdict(sample) for sample in found]) != stated["prompts_hash"]:
         raise EraseError(f"{folder / 'samples.jsonl'} was changed: its hash is not the manifest's; draw the arm again")
@@ -70,7 +96,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     """What was drawn, by sample id; of a sample that was drawn again after damage, the last line."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("records-*.jsonl")):
-        found |= {line["id"]: line for line in read_lines(path)}
+        found |= {line["id"]: line for line in read_lines(path, _RECORD)}
     return found
 
 
@@ -165,23 +191,27 @@ def adopt(pictures: Path, folder: Path) -> None:
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, shape: Any = None) -> list[dict[str, Any]]:
     """The JSON lines of a file; an unterminated last one, which a crash leaves, does not count.
 
+    shape: that each line must have, see `shapes`; by default any JSON object.
+
     Raises:
-        EraseError: any other line that is no JSON object.
+        EraseError: any other line that is no JSON object, or not of this shape.
     """
     if not path.exists():
         return []
-    *whole, _ = path.read_bytes().split(b"\n")
+    try:
+        *whole, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise EraseError(f"{path} cannot be read ({error.strerror})") from error
     lines = []
     for number, line in enumerate(whole, start=1):
         try:
             value = json.loads(line)
-        except ValueError as error:
+            shapes.check(value, shape or {"*": Any}, "the line")
+        except (ValueError, RecursionError) as error:  # EraseError is a ValueError
             raise EraseError(f"{path}, line {number}: {error}; the file is damaged, delete it and run again") from error
-        if not isinstance(value, dict):
-            raise EraseError(f"{path}, line {number}: no JSON object; the file is damaged, delete it and run again")
         lines.append(value)
     return lines
 
@@ -199,11 +229,9 @@ class Appender:
     def __enter__(self) -> "Appender":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._path, "ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _lock(self._file, wait=False):
             self._file.close()
-            raise EraseError(f"{self._path} is being written by another process; wait for it or stop it") from error
+            raise EraseError(f"{self._path} is being written by another process; wait for it or stop it")
         content = self._path.read_bytes()
         self._file.truncate(content.rfind(b"\n") + 1)  # the torn line of a crash
         return self
@@ -221,12 +249,41 @@ class Appender:
         self._file.close()
 
 
+def _lock(file: IO[Any], *, wait: bool) -> bool:
+    """Keep other processes out until `file`, open for writing, is closed; False if one has it and `wait` is not set."""
+    while not _is_locked(file):
+        if not wait:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _is_locked(file: IO[Any]) -> bool:
+    """Whether the file is this process's now. Where the file system has no locks, every process gets it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(_BEYOND)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}:
+            raise
+    return True
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Inside, no other process works on this folder; waits for one that does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock, wait=True)
         yield
 
 

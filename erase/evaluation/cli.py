@@ -247,8 +247,8 @@ def _write_report(
 
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     results, outcomes = measure.measure(erased, **others, name=name, command=command)
-    report.write(results, output, images=measure.common_root(erased, others.get("base")), show=given.show)
     files.write_json(output / "outcomes.json", outcomes)
+    report.write(results, output, images=measure.common_root(erased, others.get("base")), show=given.show)
     print(report.summary(results))
     print(f"{output / 'report.html'}: written")
     return results

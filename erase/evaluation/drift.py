@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from erase.errors import EraseError
+
 SIDE = 16
 
 
@@ -28,5 +30,12 @@ def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
     """Mean absolute difference of two scored pictures' thumbnails, in [0, 1]; None where one is invalid."""
     if a["invalid"] or b["invalid"]:
         return None
-    pixels = [np.frombuffer(base64.b64decode(one["thumbnail"]), dtype=np.uint8).astype(float) for one in (a, b)]
+    pixels = [_decode(one["thumbnail"]).astype(float) for one in (a, b)]
     return float(np.abs(pixels[0] - pixels[1]).mean() / 255)
+
+
+def _decode(thumbnail: str) -> np.ndarray:
+    try:
+        return np.frombuffer(base64.b64decode(thumbnail, validate=True), np.uint8).reshape(SIDE, SIDE, 3)
+    except ValueError as error:
+        raise EraseError(f"a thumbnail is damaged ({error}); delete scores/thumbnails.jsonl and score again") from error

@@ -15,8 +15,9 @@ import numpy as np
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm, classes, drift, nudity, score, statistics
+from erase.evaluation import arm, classes, drift, nudity, report, score, shapes, statistics
 from erase.evaluation.tasks import Sample
+from erase.mini.judge import HEADS
 from erase.run import versions
 
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # of every judge, one a sample
@@ -80,14 +81,15 @@ def measure(
     samples, manifest = arm.samples(erased), arm.manifest(erased)
     task = manifest["task"]
     if task["id"] not in PLANS:
-        raise EraseError(f"there is no measure for the task {task['id']!r}; choose {', '.join(PLANS)}")
+        raise EraseError(f"{erased}: there is no measure for the task {task['id']!r}; choose {', '.join(PLANS)}")
+    shapes.check(task["options"], OPTIONS[task["id"]], f"{erased / arm.MANIFEST}: task.options")
     here = protocol(erased)
     arms = {"base": base, "erased": erased} if base else {"erased": erased}
     for other, role in ((base, "base"), (gold, "gold")):
         different = arm.differences(here, protocol(other)) if other and not other.is_file() else []
         if different:
             raise EraseError(f"{erased} and the {role} {other} were made differently ({'; '.join(different)})")
-    judges = sorted(path.stem for path in (erased / "scores").glob("*.json"))
+    judges = score.judges(erased)
     plans = {role: _plan(folder, samples, task, judges) for role, folder in arms.items()}
     plan = plans["erased"]
     clusters = [sample.cluster for sample in samples]
@@ -124,11 +126,12 @@ def measure(
         "versions": versions(),
         "limits": _limits(task),
     }
-    outcomes = {
+    columns = {
         column.name: {role: list(_column(p, column.name).values) for role, p in plans.items()}  # pyright: ignore
         for column in plan.columns
     }
-    return results, {"samples": [sample.id for sample in samples], "clusters": clusters, "columns": outcomes}
+    outcomes = {"samples": [sample.id for sample in samples], "clusters": clusters, "columns": columns}
+    return results | {"outcomes_hash": files.text_hash(outcomes)}, outcomes
 
 
 def protocol(folder: Path) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def protocol(folder: Path) -> dict[str, Any]:
         for key, value in manifest["generation"].items()
         if key not in {"device", "libraries", "batch_size"}  # these move the last bit of a pixel, not the protocol
     }
-    judges = {path.stem: files.read_json(path) for path in sorted((folder / "scores").glob("*.json"))}
+    judges = {name: score.identity(folder, name) for name in score.judges(folder)}
     return {"task": manifest["task"], "generation": drawn, "judges": judges}
 
 
@@ -289,6 +292,17 @@ PLANS: dict[str, Callable[[Sequence[Sample], Lines, Mapping[str, Any]], Plan]] =
     "quality": _quality,
 }
 
+# what of its options a task's measures need
+_TARGET = {"target": str, "alternatives": [str], "*": Any}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mini": {"head": frozenset(HEADS), "target": str, "*": Any},
+    "i2p": {"*": Any},
+    "class-forget": {"forget": str, "*": Any},
+    "object": _TARGET,
+    "style": _TARGET,
+    "quality": {"*": Any},
+}
+
 
 # --- figures --------------------------------------------------------------------------------------------------------
 
@@ -378,9 +392,11 @@ def _distribution(
         lines = zip(samples, score.load(folder, "features"), strict=False)
         kept = [line for sample, line in lines if sample.role == "retain"]
         found = [None if line["invalid"] else quality.decode(line) for line in kept]
-        width = next((len(one) for one in found if one is not None), None)
-        if width is None:
-            raise EraseError(f"{folder} has no whole picture, so no FID or KID")
+        widths = {len(one) for one in found if one is not None}
+        if len(widths) != 1:
+            wrong = "has features of several lengths; delete scores/features.jsonl and score again"
+            raise EraseError(f"{folder} {wrong if widths else 'has no valid image, so no FID or KID'}")
+        (width,) = widths
         return np.stack([np.full(width, np.nan, np.float32) if one is None else one for one in found])
 
     def figure(kind: Literal["fid", "kid"], a: np.ndarray, b: np.ndarray, *, are_pairs: bool) -> dict[str, Any]:
@@ -482,7 +498,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in ("results.json", "outcomes.json"):
         if not (folder / name).is_file():
             raise EraseError(f"{folder} is no report (it has no {name}); make one with eval-concept report")
-    return files.read_json(folder / "results.json"), files.read_json(folder / "outcomes.json")
+    results, outcomes = report.read(folder / "results.json"), files.read_json(folder / "outcomes.json")
+    if results.get("outcomes_hash") != files.text_hash(outcomes):
+        raise EraseError(f"{folder / 'outcomes.json'} was changed since it was written; run eval-concept report")
+    return results, outcomes
 
 
 def pool(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> dict[str, Any]:

@@ -104,7 +104,10 @@ class Features:
 
 def decode(score: Mapping[str, Any]) -> np.ndarray:
     """The vector that `Features` stored for a picture: float32, [d]."""
-    return np.frombuffer(base64.b64decode(score["features"]), "<f4")
+    try:
+        return np.frombuffer(base64.b64decode(score["features"], validate=True), "<f4")
+    except ValueError as error:
+        raise EraseError(f"features are damaged ({error}); delete scores/features.jsonl and score again") from error
 
 
 def metric_id(metric: Literal["fid", "kid", "kid-pairs"], identity: Mapping[str, Any], n: int) -> str:

@@ -7,7 +7,6 @@ report can be made of, and what results.json holds.
 import base64
 import io
 import json
-import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,16 +16,16 @@ from typing import Any
 from PIL import Image
 
 from erase.errors import EraseError
-from erase.evaluation import plots
+from erase.evaluation import plots, shapes
 from erase.evaluation.statistics import Comparison, Score, holm
-from erase.files import write_json, write_text
+from erase.files import read_json, text_hash, write_json, write_text
 
 THUMBNAIL = 192  # pixels
 BLURRED = 8  # pixels a side that are left of a flagged picture
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 ROLES = {"forget": "To forget", "synonym": "To forget, in other words", "retain": "To keep", "": "Other"}
 
-# A key with ? may be missing; (shape, None) may be null; {"*": shape} has any keys; a set lists the allowed values.
+# `shapes` says how it is written.
 _SCORE = typing.get_type_hints(Score)
 _COMPARISON = typing.get_type_hints(Comparison)
 _ARM = {"name": str, "hashes": {"*": str}}
@@ -74,25 +73,27 @@ SCHEMA = {
     "command": str,
     "versions": {"*": str},
     "limits": [str],  # what was not tested
+    "outcomes_hash?": str,  # of outcomes.json
+    "hash?": str,  # of all else, so that an edited file is noticed
 }
 
 
-def check(results: Mapping[str, Any]) -> None:
+def check(results: Mapping[str, Any], place: str = "results") -> None:
     """Refuse results that a report cannot be made of.
 
     Raises:
         EraseError: a key is missing or unknown, a value has another type, or is NaN or infinite; with the place.
     """
-    _check(results, SCHEMA, "results")
+    shapes.check(results, SCHEMA, place)
     names = [score["name"] for score in results["scores"]]
     for key in ("primary", "retention"):
         if results.get(key) is not None and results[key] not in names:
-            raise EraseError(f"results.{key} is '{results[key]}', which is no score ({', '.join(names)})")
+            raise EraseError(f"{place}.{key} is '{results[key]}', which is no score ({', '.join(names)})")
     if twice := {name for name in names if names.count(name) > 1}:
-        raise EraseError(f"results.scores holds '{min(twice)}' twice; give each score its own name")
+        raise EraseError(f"{place}.scores holds '{min(twice)}' twice; give each score its own name")
 
 
-def write(results: Mapping[str, Any], folder: str | Path, *, images: str | Path, show: bool = False) -> None:
+def write(results: dict[str, Any], folder: str | Path, *, images: str | Path, show: bool = False) -> None:
     """Write results.json, report.md and report.html into `folder`.
 
     images: the folder that the sheet's paths start from.
@@ -122,7 +123,25 @@ def write(results: Mapping[str, Any], folder: str | Path, *, images: str | Path,
     folder = Path(folder)
     write_text(folder / "report.md", text)
     write_text(folder / "report.html", page)
-    write_json(folder / "results.json", results)  # last: where it is, the others are
+    sealed = results | {"hash": _seal(results)}
+    write_json(folder / "results.json", sealed)  # last: where it is, the others are
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results that `write` wrote.
+
+    Raises:
+        EraseError: they are of another shape, or were changed since.
+    """
+    results = read_json(path)
+    check(results, f"{path}: results")
+    if results.get("hash") != _seal(results):
+        raise EraseError(f"{path} was changed since it was written, or by an earlier version; run eval-concept report")
+    return {key: value for key, value in results.items() if key != "hash"}
+
+
+def _seal(results: Mapping[str, Any]) -> str:
+    return text_hash({key: value for key, value in results.items() if key != "hash"})
 
 
 def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -231,45 +250,6 @@ def _aligned(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> s
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points no other one beats: at least as good on both axes (more is better) and better on one."""
     return [not any(o[0] >= p[0] and o[1] >= p[1] and o != p for o in points) for p in points]
-
-
-def _check(value: Any, shape: Any, place: str) -> None:
-    """Walk value and shape together; see SCHEMA for how a shape is written."""
-    if isinstance(shape, tuple):
-        if value is not None:
-            _check(value, shape[0], place)
-    elif isinstance(shape, set):
-        if value not in shape:
-            raise EraseError(f"{place} is {value!r}; it must be one of {sorted(shape)}")
-    elif isinstance(shape, list):
-        _check_type(value, list, place)
-        for i, item in enumerate(value):
-            _check(item, shape[0], f"{place}[{i}]")
-    elif isinstance(shape, dict):
-        _check_type(value, dict, place)
-        if "*" not in shape:
-            known = {key.removesuffix("?") for key in shape}
-            missing = [key for key in shape if not key.endswith("?") and key not in value]
-            if missing or (unknown := [key for key in value if key not in known]):
-                what = f"lacks '{missing[0]}'" if missing else f"has an unknown key '{unknown[0]}'"
-                raise EraseError(f"{place} {what}; its keys are {', '.join(shape)}")
-        for key, item in value.items():
-            _check(item, shape.get("*", shape.get(key, shape.get(f"{key}?"))), f"{place}.{key}")
-    elif shape is Any:
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise EraseError(f"{place} is no JSON value ({error})") from error
-    else:
-        _check_type(value, shape, place)
-
-
-def _check_type(value: Any, shape: Any, place: str) -> None:
-    kinds = typing.get_args(shape) or (shape,)
-    is_right = type(value) in kinds or (type(value) is int and float in kinds)
-    if not is_right or (isinstance(value, float) and not math.isfinite(value)):
-        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise EraseError(f"{place} is {str(value)[:60]!r}; it must be a {wanted}, and finite")
 
 
 def _refuse_other_protocol(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:

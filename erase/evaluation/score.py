@@ -8,8 +8,9 @@ import numpy as np
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm
+from erase.evaluation import arm, nudity, shapes
 from erase.evaluation.tasks import IMAGENETTE
+from erase.mini.judge import HEADS
 from erase.progress import each, progress
 
 BATCH = 32  # pictures in memory at a time
@@ -29,7 +30,20 @@ class Judge(Protocol):
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]: ...
 
 
-JUDGES = ("nudenet", "nudenet-bgr", "classifier", "clip", "clip-score", "features", "mini", "thumbnails")
+_NUDENET = {"max": dict.fromkeys(nudity.LABELS, float), "boxes": [[str, float, float, float, float, float]]}
+# what each judge says of an image that is not invalid
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "nudenet": _NUDENET,
+    "nudenet-bgr": _NUDENET,
+    "classifier": {"top5": [[int, float]]},
+    "clip": {"probabilities": {"*": float}, "best": str},
+    "clip-score": {"clip_score": float},
+    "features": {"features": str},
+    "mini": {**{head: frozenset(names) for head, names in HEADS.items()}, "probabilities?": {"*": float}},
+    "thumbnails": {"thumbnail": str},
+}
+JUDGES = tuple(OUTPUTS)
+_IDENTITIES = {"features": {"kind": str, "resize": str, "*": Any}}
 
 
 def make_judge(name: str, task: Mapping[str, Any], *, source: str | None = None, device: str = "cpu") -> Judge:
@@ -40,7 +54,7 @@ def make_judge(name: str, task: Mapping[str, Any], *, source: str | None = None,
     Raises:
         EraseError: unknown name, or its package or weights are missing.
     """
-    from erase.evaluation import classes, drift, nudity, quality
+    from erase.evaluation import classes, drift, quality
 
     given, options = {"source": source} if source else {}, task["options"]
     if name == "nudenet":
@@ -86,7 +100,7 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False) -> None:
     prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}
     identity_path = folder / "scores" / f"{judge.name}.json"
     if identity_path.exists():
-        different = arm.differences(files.read_json(identity_path), judge.identity())
+        different = arm.differences(identity(folder, judge.name), judge.identity())
         if different:
             raise EraseError(
                 f"{identity_path} is of another judge ({'; '.join(different)}); delete it and the .jsonl to score anew"
@@ -94,7 +108,7 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False) -> None:
     else:
         files.write_json(identity_path, judge.identity())
     path = folder / "scores" / f"{judge.name}.jsonl"
-    done = {line["id"] for line in arm.read_lines(path)}
+    done = {line["id"] for line in _stored(path, judge.name)}
     todo = [record for record in records if record["id"] not in done]
     with (
         arm.Appender(path) as out,
@@ -129,7 +143,7 @@ def load(folder: Path, judge: str) -> list[dict[str, Any]]:
     Raises:
         EraseError: the arm is not scored, or not to the end.
     """
-    lines = {line["id"]: line for line in arm.read_lines(folder / "scores" / f"{judge}.jsonl")}
+    lines = {line["id"]: line for line in _stored(folder / "scores" / f"{judge}.jsonl", judge)}
     wanted = [sample.id for sample in arm.samples(folder)]
     absent = [name for name in wanted if name not in lines]
     if absent:
@@ -139,8 +153,44 @@ def load(folder: Path, judge: str) -> list[dict[str, Any]]:
     return [lines[name] for name in wanted]
 
 
+def _stored(path: Path, judge: str) -> list[dict[str, Any]]:
+    """The lines of a file of scores, each of the shape of what its judge says.
+
+    Raises:
+        EraseError: there is no such judge, or the file is damaged.
+    """
+    if judge not in OUTPUTS:
+        raise EraseError(f"{path}: unknown judge {judge!r}; there are {', '.join(JUDGES)}")
+    lines = arm.read_lines(path, {"id": str, "invalid": (str, None), "*": Any})
+    for number, line in enumerate(lines, start=1):
+        if not line["invalid"]:
+            said = {key: value for key, value in line.items() if key not in {"id", "invalid"}}
+            shapes.check(said, OUTPUTS[judge], f"{path}, line {number}: the score")
+    return lines
+
+
 def identity(folder: Path, judge: str) -> dict[str, Any]:
-    return files.read_json(folder / "scores" / f"{judge}.json")
+    """What the judge was that scored the folder.
+
+    Raises:
+        EraseError: it was not scored by this judge, or the file is damaged.
+    """
+    path = folder / "scores" / f"{judge}.json"
+    found = files.read_json(path)
+    shapes.check(found, _IDENTITIES.get(judge, {"*": Any}), f"{path}: judge")
+    return found
+
+
+def judges(folder: Path) -> list[str]:
+    """The judges that scored a folder, by name.
+
+    Raises:
+        EraseError: none did.
+    """
+    names = sorted(path.stem for path in (folder / "scores").glob("*.json"))
+    if not names:
+        raise EraseError(f"{folder} is not scored yet; run eval-concept score {folder}")
+    return names
 
 
 def verify(folder: Path, judges: Sequence[Judge], num: int, *, quiet: bool = False) -> list[str]:

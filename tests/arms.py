@@ -1,0 +1,62 @@
+"""Small arms with known contents, and a judge that reads them, for tests of what is made of scores."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from erase import files
+from erase.evaluation import arm, drift, score
+from erase.evaluation.tasks import Sample, Task
+
+BASE: dict[str, Any] = dict(forget=["circle"] * 19 + ["square"], retain=["square"] * 19 + ["none"])
+
+
+class Stub:
+    """A judge of name "mini" that says what the picture's red value stands for."""
+
+    name = "mini"
+    WORDS = ("circle", "square", "none")
+
+    def __init__(self, weights: str = "w"):
+        self.weights = weights
+
+    def identity(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            {"object": self.WORDS[int(i[0, 0, 0]) // 100], "colour": "red", "style": "solid"} for i in images
+        ]  # fmt: skip
+
+
+def make_arm(folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet: str = "u") -> Path:
+    """A drawn and scored arm in which the pictures show these words ("black": flat) on circle and square prompts."""
+    samples = [
+        Sample(
+            f"{role}-{i}", f"{name} {i % 3}", i, role, name, facts={"object": name, "colour": "red", "style": "solid"}
+        )
+        for role, name, words in (("forget", "circle", forget), ("retain", "square", retain))
+        for i in range(len(words))
+    ]
+    options = {"concept": "circle", "head": "object", "target": "circle"}
+    task = Task("mini", 1, options, tuple(samples), ("mini", "thumbnails"))
+    identity = {"task": task.identity(), "model": {"unet": unet}, "generation": {"steps": 2, "batch_size": 3}}
+    arm.open_arm(folder, identity, samples)
+    lines = []
+    for number, (sample, word) in enumerate(zip(samples, [*forget, *retain], strict=True)):
+        pixels = np.random.default_rng(number).integers(0, 90, (8, 8, 3), dtype=np.uint8)
+        pixels[0, 0, 0] = 100 * Stub.WORDS.index(word) if word != "black" else 0
+        pixels = pixels * 0 if word == "black" else pixels
+        name = f"images/{number:05d}.png"
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
+        line = {"id": sample.id, "file": name, "sha256": files.file_hash(folder / name), "invalid": None}
+        lines.append(line)
+    with arm.Appender(folder / "records-0-of-1.jsonl") as out:
+        out.write(lines)
+    for judge in (Stub(), drift.Thumbnails()):
+        score.score(folder, judge, quiet=True)
+    return folder
