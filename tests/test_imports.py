@@ -20,7 +20,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # A module may import those of its own layer and of the layers before it; files of a folder are in the folder's layer.
 LAYERS = (
-    {"errors", "files", "pickles", "refusal", "concepts", "settings", "saliency", "optim", "delta", "scope", "methods"}
+    {
+        "errors",
+        "files",
+        "pickles",
+        "refusal",
+        "refusal_words",
+        "concepts",
+        "settings",
+        "saliency",
+        "optim",
+        "delta",
+        "scope",
+        "methods",
+    }
     | {"images", "prompt_files"},
     {"models", "guards", "data", "mini", "classification", "compvis", "export", "lowrank", "card", "memory"}
     | {"progress"},
