@@ -4,9 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -19,6 +21,26 @@ torch.set_num_threads(1)  # two on a busy machine wait for each other, and anoth
 def cache_dir(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def mutants() -> Callable[[bytes, int], Iterator[bytes]]:
+    """Copies of some content with one to four changes each, of one bit or of a few bytes in a row; always the same."""
+
+    def mutants(content: bytes, num: int) -> Iterator[bytes]:
+        rng = np.random.default_rng(0)
+        for _ in range(num):
+            changed = bytearray(content)
+            for _ in range(rng.integers(1, 5)):
+                at, length = int(rng.integers(len(changed))), int(rng.integers(1, 9))
+                part = changed[at : at + length]
+                if rng.integers(4) == 0:
+                    part, length = part[:1], 1
+                    part[0] ^= 1 << int(rng.integers(8))
+                changed[at : at + length] = (part, rng.bytes(len(part)), b"", part * 2)[rng.integers(4)]
+            yield bytes(changed)
+
+    return mutants
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def write_i2p(path: Path, prompts: list[str], *, original: bool = False, without
 
 @real_i2p
 def test_the_real_i2p_has_its_rows_and_subsets():
-    rows, name = tasks.read_i2p(I2P)
+    rows, name, _ = tasks.read_i2p(I2P)
     assert (len(rows), name) == (4703, "esd")
     assert rows[2260].prompt == "Null"  # lost by readers with NA parsing, restored here
     assert sum(tasks._in_subset(row.facts, "sexual") for row in rows) == 931
@@ -50,8 +50,8 @@ def test_prompts_with_minors_beside_sexual_content_are_counted_and_not_drawn():
 
 @pytest.mark.parametrize("original", [False, True])
 def test_both_published_layouts_are_read_without_na_parsing(tmp_path, original):
-    prompts = ["Null", "NA", "nan", "None", "", "two\nlines", 'a "quote", a comma', "a/b"]
-    rows, name = tasks.read_i2p(write_i2p(tmp_path / "i2p.csv", prompts, original=original))
+    prompts = ["Null", "NA", "nan", "None", "two\nlines", 'a "quote", a comma', "a/b"]
+    rows, name, _ = tasks.read_i2p(write_i2p(tmp_path / "i2p.csv", prompts, original=original))
     assert [row.prompt for row in rows] == prompts and name == "unknown"
     assert rows[1].seed == 2**31 + 1 and (rows[0].height, rows[0].width) == (768, 512)
     assert rows[1].facts["categories"] == ["sexual", "violence"]
@@ -66,7 +66,7 @@ def test_a_missing_column_is_named(tmp_path, without):
 def test_what_is_no_i2p_is_one_clear_line(tmp_path):
     path = write_i2p(tmp_path / "i2p.csv", ["x"])
     path.write_text(path.read_text().replace("51.0", "many"))
-    with pytest.raises(EraseError, match="row 0: .*many"):
+    with pytest.raises(EraseError, match="line 2: .*many"):
         tasks.read_i2p(path)
     with pytest.raises(EraseError, match="unknown I2P subset 'sexy'"):
         tasks.build("i2p", None, Options(prompts=str(write_i2p(tmp_path / "b.csv", ["x"])), subset="sexy"))
@@ -122,8 +122,38 @@ def test_captions_come_from_a_csv_with_their_own_seeds_or_from_the_concept(tmp_p
     own = tasks.build("quality", concepts.load("church"), Options(num_images=5))
     assert len(own.samples) == 5 and own.samples[0].prompt in concepts.load("church").retain
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(EraseError, match="no column prompt, caption or text"):
+    with pytest.raises(EraseError, match="no column prompt, text or caption; it has 'a', 'b'"):
         tasks.build("quality", None, Options(prompts=str(tmp_path / "bad.csv")))
+
+
+def test_captions_have_their_files_seeds_guidance_and_sizes_and_each_is_said(tmp_path):
+    """Columns that the file has are used, 0 included, and the task says which (3.3)."""
+    path = tmp_path / "own.csv"
+    path.write_text(
+        "caption;seed;guidance_scale;width;height;source\na cat, asleep;42.0;0;64;128;web\na dog;7;2.5;;;web\n"
+    )
+    task = tasks.build("quality", None, Options(prompts=str(path), num_images=4))
+    assert [(s.prompt, s.seed, s.guidance, s.width, s.height) for s in task.samples[:2]] == [
+        ("a cat, asleep", 42, 0.0, 64, 128),
+        ("a dog", 7, 2.5, None, None),
+    ]
+    assert task.samples[2].prompt == "a cat, asleep" and task.samples[2].seed != 42  # another image of it
+    assert task.note.startswith("own.csv: 2 prompts (column caption); seed from column seed; guidance from column guid")
+    assert "note" not in task.identity()
+    (tmp_path / "own.txt").write_text("a cat, asleep\n\na dog\n")
+    (tmp_path / "own.jsonl").write_text('{"text": "a cat, asleep"}\n{"text": "a dog"}\n')
+    for name in ("own.txt", "own.jsonl"):
+        task = tasks.build("quality", None, Options(prompts=str(tmp_path / name)))
+        assert [s.prompt for s in task.samples] == ["a cat, asleep", "a dog"]
+
+
+@pytest.mark.parametrize("change", [("512", "500"), ("7\r\n", "-1\r\n"), ("x,", ",")])
+def test_a_row_of_i2p_that_cannot_be_generated_is_named(change, tmp_path):
+    """A side that is no multiple of 8, a negative guidance, a blank prompt (3.3)."""
+    path = write_i2p(tmp_path / "i2p.csv", ["x"])
+    path.write_bytes(path.read_bytes().replace(*(part.encode() for part in change)))
+    with pytest.raises(EraseError, match=r"i2p\.csv, line 2: (width is 500|guidance is -1|the prompt is blank)"):
+        tasks.read_i2p(path)
 
 
 def test_a_limit_takes_samples_of_every_role_and_is_part_of_the_identity():

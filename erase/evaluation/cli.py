@@ -72,7 +72,9 @@ def _task_options(parser: Parser, *, several: bool = False) -> None:
     group.add_argument("--concept", help="preset, .toml, or free text with --kind [the run folder's own]")
     group.add_argument("--kind", choices=("object", "style"), help="what a free-text concept is")
     group.add_argument("--subset", default="all", help="of i2p: all, sexual, nudity (> 50 %%) or a category [all]")
-    group.add_argument("--prompts", metavar="CSV", help="local copy of I2P, or captions for quality")
+    group.add_argument(
+        "--prompts", metavar="FILE", help="local copy of I2P, or captions for quality: .csv, .jsonl or .txt"
+    )
     group.add_argument("--num-images", type=int, metavar="N", help="pictures a prompt, class or task [the task's own]")
     group.add_argument("--limit", type=int, metavar="N", help="only N samples, evenly from all: a quick look")
     group.add_argument("--features", default=Options.features, help="for quality: clip, inception2015, mini [clip]")
@@ -100,7 +102,10 @@ def _task(given: argparse.Namespace, name: str, model: str | None) -> Task:
     chosen = {key: getattr(given, key) for key in ("subset", "prompts", "num_images", "limit", "features")}
     concept = _concept(given, model)
     others = [one for one in _erased(model) if concept and one.name != concept.name]
-    return build(name, concept, Options(**chosen), others)
+    task = build(name, concept, Options(**chosen), others)
+    if task.note and not given.quiet:
+        print(task.note, file=sys.stderr)
+    return task
 
 
 def _erased(model: str | None) -> list[Concept]:

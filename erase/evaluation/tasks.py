@@ -4,16 +4,14 @@ A sample's seed is a pure function of the task, the sample and the image's numbe
 pictures as the whole, in any order, on any number of machines.
 """
 
-import csv
 import hashlib
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from erase import files, refusal
+from erase import files, prompt_files, refusal
 from erase.concepts import Concept
 from erase.errors import EraseError
 
@@ -47,6 +45,7 @@ class Task:
     """A pinned list of samples and the judges that its measures need.
 
     options: the choices that made it, as they go into the protocol. steps, guidance: None for what suits the model.
+    note: what was read from a prompt file, for the user; not a part of the identity.
     """
 
     id: str
@@ -57,6 +56,7 @@ class Task:
     steps: int | None = None
     guidance: float | None = None
     refused: int = 0
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -93,7 +93,7 @@ class Options:
     """What a caller may choose; each task takes its own part of it.
 
     num_images: pictures a prompt group (see each task); None for the task's standard. limit: only the first samples.
-    subset: of I2P: all, nudity (nudity_percentage > 50) or a category. prompts: CSV of I2P or of captions.
+    subset: of I2P: all, nudity (nudity_percentage > 50) or a category. prompts: file of I2P or of captions.
     features: network of FID and KID: clip, inception2015 or mini.
     """
 
@@ -232,16 +232,12 @@ I2P_FILES = {
 }
 I2P_CATEGORIES = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
 _NULL_ROW = 2260  # its prompt is the word "Null", which readers with NA parsing lose
-_COLUMNS = {
-    "seed": ("evaluation_seed", "sd_seed"),
-    "guidance": ("evaluation_guidance", "sd_guidance_scale"),
-}
 
 
 def _i2p(task: str, concept: Concept | None, options: Options) -> Task:
     """Prompts with the seed, guidance and size that I2P gives each; one picture a prompt unless num_images says so."""
     path = Path(options.prompts).expanduser() if options.prompts else _download_i2p()
-    rows, name = read_i2p(path)
+    rows, name, note = read_i2p(path)
     chosen = [row for row in rows if _in_subset(row.facts, options.subset)]
     if options.subset not in {"all", "nudity", *I2P_CATEGORIES}:
         raise EraseError(f"unknown I2P subset {options.subset!r}; choose all, nudity, {', '.join(I2P_CATEGORIES)}")
@@ -253,54 +249,49 @@ def _i2p(task: str, concept: Concept | None, options: Options) -> Task:
         for i in range(num)
     )
     identity = {"subset": options.subset, "file": name, "num_rows": len(chosen), "images_a_prompt": num}
-    return Task(task, VERSIONS[task], identity, samples, ("nudenet",), refused=len(chosen) - len(drawn))
+    return Task(task, VERSIONS[task], identity, samples, ("nudenet",), refused=len(chosen) - len(drawn), note=note)
 
 
-def read_i2p(path: Path) -> tuple[list[Sample], str]:
-    """All rows of an I2P file in either published layout, and the name of the copy that it is ("unknown" if none).
+def read_i2p(path: Path) -> tuple[list[Sample], str, str]:
+    """All rows of an I2P file in either published layout, the name of the copy that it is ("unknown" if none), and a
+    line that says what was read.
 
-    Read without NA parsing: a prompt "Null" or "nan" stays a text. Where the ESD copy lost row 2260's prompt it is
-    restored.
+    Read without NA parsing: a prompt "Null" or "nan" stays a text. Where a copy lost row 2260's prompt, the word
+    "Null", it is restored.
 
     Raises:
         EraseError: the file cannot be read, lacks a column, or a field is no number; the message names it.
     """
-    content = _read_bytes(path)
-    digest = hashlib.sha256(content).hexdigest()
+    found = prompt_files.read(path, allow_blank=True)
+    digest = files.file_hash(path)
     name = next((name for start, name in I2P_FILES.items() if digest.startswith(start)), "unknown")
-    lines = _csv(path, content)
-    given = lines[0].keys() if lines else set()
-    column = {key: next((c for c in names if c in given), None) for key, names in _COLUMNS.items()}
-    missing = [" or ".join(_COLUMNS[key]) for key, found in column.items() if found is None]
-    needed = ("prompt", "categories", "nudity_percentage", "sd_image_width", "sd_image_height")
-    missing += [c for c in needed if c not in given]
+    missing = [" or ".join(names) for key, names in prompt_files.COLUMNS.items() if key not in found.columns]
+    missing += [c for c in ("categories", "nudity_percentage") if c not in found.rows[0].facts]
     if missing:
         raise EraseError(f"{path} is not I2P: it has no column {', '.join(missing)}; see {I2P_REPOSITORY} on the hub")
-    if name != "unknown" and len(lines) != I2P_ROWS:
-        raise EraseError(f"{path} has {len(lines)} rows, but I2P has {I2P_ROWS}")
+    if name != "unknown" and len(found.rows) != I2P_ROWS:
+        raise EraseError(f"{path} has {len(found.rows)} rows, but I2P has {I2P_ROWS}")
     rows = []
-    for number, line in enumerate(lines):
-        prompt = line["prompt"]
-        if name == "esd" and number == _NULL_ROW and not prompt:
+    for number, row in enumerate(found.rows):
+        where = f"{path}, line {row.line}"
+        prompt = row.prompt
+        if number == _NULL_ROW and len(found.rows) == I2P_ROWS and not prompt:
             prompt = "Null"
+        if not prompt.strip():
+            raise EraseError(f"{where}: the prompt is blank; write one or remove the line")
+        absent = [key for key in ("seed", "guidance", "width", "height") if getattr(row, key) is None]
+        if row.seed is None or absent:
+            raise EraseError(f"{where}: {absent[0]} is blank; download the file again")
         try:
-            sample = Sample(
-                f"i2p-{number:04d}",
-                prompt,
-                int(float(line[str(column["seed"])])),
-                "forget",
-                guidance=float(line[str(column["guidance"])]),
-                height=int(float(line["sd_image_height"])),
-                width=int(float(line["sd_image_width"])),
-                facts={
-                    "categories": [part.strip() for part in line["categories"].split(",")],
-                    "nudity_percentage": float(line["nudity_percentage"]),
-                },
-            )
-        except (TypeError, ValueError) as error:
-            raise EraseError(f"{path}, row {number}: {error}; download the file again") from error
-        rows.append(sample)
-    return rows, name
+            facts = {
+                "categories": [part.strip() for part in row.facts["categories"].split(",")],
+                "nudity_percentage": float(row.facts["nudity_percentage"]),
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            raise EraseError(f"{where}: {error}; download the file again") from error
+        size = {"guidance": row.guidance, "height": row.height, "width": row.width}
+        rows.append(Sample(f"i2p-{number:04d}", prompt, row.seed, "forget", facts=facts, **size))
+    return rows, name, found.summary()
 
 
 def _in_subset(facts: Mapping[str, Any], subset: str) -> bool:
@@ -319,20 +310,6 @@ def _download_i2p() -> Path:
         raise EraseError(
             f"I2P cannot be had from the hub ({' '.join(str(error).split())[:200]}); give a local copy: --prompts FILE"
         ) from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise EraseError(f"{path}: {error.strerror or error}") from error
-
-
-def _csv(path: Path, content: bytes) -> list[dict[str, str]]:
-    try:
-        return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), restval=""))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise EraseError(f"{path} cannot be read as CSV ({error}); save it again, in UTF-8") from error
 
 
 # --- classes --------------------------------------------------------------------------------------------------------
@@ -401,29 +378,29 @@ def _clip(task: str, concept: Concept | None, options: Options) -> Task:
 
 
 def _quality(task: str, concept: Concept | None, options: Options) -> Task:
-    """Captions of a CSV (column prompt, caption or text), or the concept's retain prompts in turn.
+    """The prompts of a file with its seeds, guidance and sizes, or the concept's retain prompts in turn.
 
-    num_images: pictures in all; without it one a caption, or 500 of the retain prompts.
+    num_images: images in all; without it one a prompt, or 500 of the retain prompts.
     """
+    rows: Sequence[prompt_files.Row]
+    note = ""
     if options.prompts:
         path = Path(options.prompts).expanduser()
-        lines = _csv(path, _read_bytes(path))
-        column = next((c for c in ("prompt", "caption", "text") if lines and c in lines[0]), None)
-        if column is None:
-            raise EraseError(f"{path} has no column prompt, caption or text")
-        prompts = [line[column] for line in lines]
-        source, seeds = files.file_hash(path), [line.get("evaluation_seed") for line in lines]
+        found = prompt_files.read(path)
+        rows, note = found.rows, found.summary()
+        source, num = files.file_hash(path), len(rows)
     elif concept is not None and concept.retain:
-        prompts, seeds, source = list(concept.retain), [], f"retain prompts of {concept.name}"
+        rows = [prompt_files.Row(0, prompt) for prompt in concept.retain]
+        source, num = f"retain prompts of {concept.name}", 500
     else:
-        raise EraseError("the task quality needs captions: --prompts CSV, or --concept for its retain prompts")
-    num = options.num_images or (len(prompts) if options.prompts else 500)
+        raise EraseError("the task quality needs captions: --prompts FILE, or --concept for its retain prompts")
     samples = []
-    for i in range(num):
-        seed = seeds[i] if i < len(seeds) and (seeds[i] or "").isdigit() else None
+    for i in range(options.num_images or num):
+        row = rows[i % len(rows)]
         sample_id = f"caption-{i:05d}"
-        prompt = prompts[i % len(prompts)]
-        samples.append(Sample(sample_id, prompt, int(seed) if seed else seed_of(task, sample_id), "retain"))
-    chosen = {"prompts": source, "num_images": num, "features": options.features}
+        seed = seed_of(task, sample_id) if row.seed is None or i >= len(rows) else row.seed  # no image twice
+        size = {"guidance": row.guidance, "height": row.height, "width": row.width}
+        samples.append(Sample(sample_id, row.prompt, seed, "retain", **size))
+    chosen = {"prompts": source, "num_images": len(samples), "features": options.features}
     judges = ("features",) if options.features == "mini" else ("clip-score", "features")
-    return Task(task, VERSIONS[task], chosen, tuple(samples), judges)
+    return Task(task, VERSIONS[task], chosen, tuple(samples), judges, note=note)
