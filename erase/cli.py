@@ -165,9 +165,14 @@ def _shown_default(item: Field[Any]) -> str:
 def _delta_parser(command: str, description: str) -> Parser:
     parser = Parser(prog=f"erase-concept {command}", description=description)
     parser.add_argument("--delta", required=True, help="delta.safetensors of a run")
-    parser.add_argument("--model", required=True, help="'mini', a diffusers folder, or a hub id")
+    parser.add_argument("--model", required=True, help="'mini', a diffusers folder, a hub id, or a checkpoint file")
     parser.add_argument("--output", required=True, help="diffusers folder to write")
     parser.add_argument("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    for name in ("unet", "config", "revision", "cache_dir"):  # the same options as in the main command
+        item = Settings.__dataclass_fields__[name]
+        shown = item.metadata.get("shown")
+        text = item.metadata["help"] + (f" [default: {shown}]" if shown else "")
+        parser.add_argument(flag(name), metavar=item.metadata.get("metavar") or name.split("_")[-1].upper(), help=text)
     return parser
 
 
@@ -195,11 +200,22 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     from erase import export, models
     from erase.run import unet_state
 
-    folder = models.locate(given.model, allow_pickle=given.allow_pickle)
-    state = unet_state(models.load_unet(folder, given.allow_pickle))
+    folder = models.locate(
+        given.model,
+        allow_pickle=given.allow_pickle,
+        config=given.config,
+        revision=given.revision,
+        cache_dir=Path(given.cache_dir).expanduser() if given.cache_dir else None,
+        tell=_tell,
+    )
+    state = unet_state(models.load_unet(folder, given.allow_pickle, given.unet, _tell))
     new = delta.apply(state, change) if direction == "apply" else delta.remove(state, change)
     export.save_pipeline(folder, output, {name.removeprefix("unet."): tensor for name, tensor in new.items()})
     print(f"{output}: written; UNet {delta.content_hash(new)[:12]}")
+
+
+def _tell(line: str) -> None:
+    print(f"erase-concept: {line}", flush=True)
 
 
 def _inspect(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from erase import compvis
+from erase import architecture, compvis
 from erase.delta import Layout, State, layout_of, require_layout
 from erase.errors import EraseError
 from erase.files import read_json, read_tensors, replacing, write_tensors
@@ -27,7 +27,9 @@ Config = Mapping[str, Any]
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 DEFAULTS_FILE = "erase_defaults.json"  # beside model_index.json: what this model needs other than Stable Diffusion 1
 
-_WEIGHTS = re.compile(r"(.+?)(?:\.(\w+))?\.(safetensors|bin|ckpt|pt|pth|msgpack|h5|onnx|pb)|.+\.index(\.\w+)?\.json")
+_WEIGHTS = re.compile(
+    r"(.+?)(?:\.(\w+)(?:-\d+-of-\d+)?)?\.(safetensors|bin|ckpt|pt|pth|msgpack|h5|onnx|pb)|.+\.index(\.\w+)?\.json"
+)
 
 
 def save_pipeline(
@@ -222,11 +224,8 @@ def _low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _components(folder: Path) -> list[str]:
-    """Names of the component folders; a name that is a path is none of them."""
-    if not (folder / "model_index.json").is_file():
-        raise EraseError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
-    index = read_json(folder / "model_index.json")
-    return [name for name, kind in index.items() if name.isidentifier() and isinstance(kind, list) and kind[0]]
+    """Names of the component folders."""
+    return list(architecture.components(folder))
 
 
 def _published(base: Path) -> Iterator[tuple[str, Path]]:

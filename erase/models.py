@@ -1,8 +1,6 @@
 """All knowledge of diffusers: where a Stable Diffusion comes from, its parts, and how it noises, predicts and draws."""
 
-import re
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from erase import export
+from erase import architecture, components, export, single_file, unet_file, vocabulary
+from erase.components import one_line
 from erase.errors import EraseError, missing
-from erase.files import default_cache_dir, file_hash, open_tensors, read_json, text_hash
+from erase.files import default_cache_dir as default_cache_dir
+from erase.files import read_json
 from erase.guards import Guard
-from erase.progress import loading
 
 Sampler = Literal["model", "dpm++"]
 
@@ -41,6 +40,8 @@ class Model:
         speaks the embedded world's language.
     allow_pickle: how the parts were loaded, for when they are loaded again.
     guard: stands beside the model whenever it draws.
+    unet_file: weights that replaced the folder's in the UNet; see `erase.unet_file`.
+    notes: lines that the user should see about how the model was loaded.
     """
 
     name: str
@@ -53,10 +54,13 @@ class Model:
     defaults: dict[str, Any]
     allow_pickle: bool = False
     guard: Guard | None = None
+    unet_file: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
         self.alphas_cumprod: Tensor = noise.alphas_cumprod
+        _require_schedule(self.name, self.alphas_cumprod)
         self.prediction_type: str = noise.config["prediction_type"]
         if self.prediction_type not in {"epsilon", "v_prediction"}:
             raise EraseError(f"{self.name} predicts {self.prediction_type!r}; only epsilon and v_prediction are known")
@@ -70,13 +74,13 @@ class Model:
         """A part that was released (Python asks here for what is not there)."""
         if name not in _LOADED_AGAIN:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        part = _load_part(_LOADED_AGAIN[name], self.folder, name, self.allow_pickle).to(self.device)
+        part = components.load(_LOADED_AGAIN[name], self.folder / name, allow_pickle=self.allow_pickle).to(self.device)
         setattr(self, name, part)
         return part
 
     def stored_unet(self) -> UNet2DConditionModel:
         """The base's UNet once more, in float32 on the CPU."""
-        return load_unet(self.folder, self.allow_pickle)
+        return load_unet(self.folder, self.allow_pickle, self.unet_file)
 
     def round_unet(self, dtype: torch.dtype) -> None:
         """Store the UNet's weights in `dtype`, until `reload_unet`."""
@@ -287,7 +291,7 @@ class Model:
         except ModuleNotFoundError as error:
             raise missing("xformers") from error
         except Exception as error:  # diffusers tries the kernels out, and they fail in their own ways
-            raise EraseError(f"xformers cannot be used here ({_one_line(error)}); leave out --attention") from error
+            raise EraseError(f"xformers cannot be used here ({one_line(error)}); leave out --attention") from error
 
 
 @contextmanager
@@ -303,19 +307,24 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
+_WEIGHTED = ("unet", "vae", "text_encoder")
+_LOADED_AGAIN: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+
 
 def load(
     source: str | Path,
     *,
     device: str | torch.device = "cpu",
     allow_pickle: bool = False,
+    unet: str | Path | None = None,
     config: str | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
 ) -> Model:
     """A Stable Diffusion in float32 from 'mini', a diffusers folder, a hub id or a single checkpoint file.
 
-    allow_pickle: accept weights that are not safetensors (.ckpt, .bin), which can run code when loaded.
+    allow_pickle: accept weights that are not safetensors (.ckpt, .bin).
+    unet: a file of UNet weights, all or some, that replace the model's; see `erase.unet_file.put_into`.
     config: a diffusers folder whose configs and tokenizer a single file is read with; without one they come from
         the hub.
     cache_dir: where a single file is converted to a diffusers folder, once.
@@ -323,29 +332,49 @@ def load(
     Raises:
         EraseError: not found, unreachable, broken, incomplete, or not a Stable Diffusion.
     """
-    folder = locate(source, allow_pickle=allow_pickle, config=config, revision=revision, cache_dir=cache_dir)
-    if not (folder / "model_index.json").is_file():
-        raise EraseError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
-    unet = _load_part(UNet2DConditionModel, folder, "unet", allow_pickle)
-    vae = _load_part(AutoencoderKL, folder, "vae", allow_pickle)
-    text_encoder = _load_part(CLIPTextModel, folder, "text_encoder", allow_pickle)
-    channels, width = unet.config["in_channels"], unet.config["cross_attention_dim"]
-    if channels != 4 or width != text_encoder.config.hidden_size:
-        raise EraseError(
-            f"{source} is not a text-to-image Stable Diffusion 1 or 2: its UNet takes {channels} channels and "
-            f"text states of width {width}, but its text encoder makes {text_encoder.config.hidden_size}"
-        )
-    tokenizer = _load_tokenizer(folder, text_encoder)
-    scheduler = _load_scheduler(folder)
-    for part in (unet, vae, text_encoder):
+    with _reading(source):
+        folder, notes = _locate(source, allow_pickle, config, revision, cache_dir)
+        architecture.require_known(source, folder)
+        network = components.load(UNet2DConditionModel, folder / "unet", allow_pickle=allow_pickle)
+        vae = components.load(AutoencoderKL, folder / "vae", allow_pickle=allow_pickle)
+        text_encoder = components.load(CLIPTextModel, folder / "text_encoder", allow_pickle=allow_pickle)
+        _require_fit(source, folder, network.config, vae.config, text_encoder.config)
+        tokenizer = vocabulary.load(folder / "tokenizer", text_encoder)
+        scheduler = _load_scheduler(folder)
+        if unet is not None:
+            notes = [*notes, *unet_file.put_into(network, unet, allow_pickle=allow_pickle)]
+        defaults = read_json(folder / export.DEFAULTS_FILE) if (folder / export.DEFAULTS_FILE).is_file() else {}
+    for part in (network, vae, text_encoder):
         part.to(device)
-    defaults = read_json(folder / export.DEFAULTS_FILE) if (folder / export.DEFAULTS_FILE).is_file() else {}
-    return Model(str(source), folder, unet, vae, text_encoder, tokenizer, scheduler, defaults, allow_pickle)
+    name = f"{source} with {Path(unet).name}" if unet else str(source)
+    return Model(
+        name,
+        folder,
+        network,
+        vae,
+        text_encoder,
+        tokenizer,
+        scheduler,
+        defaults,
+        allow_pickle,
+        unet_file=None if unet is None else str(unet),
+        notes=tuple(notes),
+    )
 
 
-def load_unet(folder: Path, allow_pickle: bool = False) -> UNet2DConditionModel:
+def load_unet(
+    folder: Path,
+    allow_pickle: bool = False,
+    unet: str | Path | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> UNet2DConditionModel:
     """The UNet alone of a diffusers folder, in float32 on the CPU, as `load` reads it."""
-    return _load_part(UNet2DConditionModel, folder, "unet", allow_pickle)
+    with _reading(folder):
+        network = components.load(UNet2DConditionModel, folder / "unet", allow_pickle=allow_pickle)
+        if unet is not None:
+            for note in unet_file.put_into(network, unet, allow_pickle=allow_pickle):
+                tell(note)
+    return network
 
 
 def locate(
@@ -355,24 +384,48 @@ def locate(
     config: str | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """The local diffusers folder of a model: its own, the hub's snapshot, or a converted single file."""
-    path = Path(source).expanduser()
+    """The local diffusers folder of a model: its own, the hub's snapshot, or a converted single file.
+
+    tell: hears what the user should know about how it was made.
+    """
+    with _reading(source):
+        folder, notes = _locate(source, allow_pickle, config, revision, cache_dir)
+        architecture.require_known(source, folder)
+    for note in notes:
+        tell(note)
+    return folder
+
+
+def _locate(
+    source: str | Path, allow_pickle: bool, config: str | None, revision: str | None, cache_dir: Path | None
+) -> tuple[Path, list[str]]:
+    """The folder, and lines for the user about how it was made."""
     if str(source) == "mini":
-        return MINI_DIR
+        return MINI_DIR, []
+    path = Path(source).expanduser()
     if path.is_dir():
-        return path
-    if path.suffix in {".safetensors", ".ckpt", ".pt", ".bin"}:
+        return path, []
+    if path.suffix in single_file.SUFFIXES:
         if not path.is_file():
             raise EraseError(f"{path}: no such file")
-        return _convert_single_file(path, allow_pickle, config, cache_dir)
+        return single_file.convert(path, allow_pickle=allow_pickle, config=config, cache_dir=cache_dir)
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise EraseError(f"no model {str(source)!r}: not 'mini', not a folder, not a checkpoint file, not a hub id")
-    return _download(str(source), revision, allow_pickle)
+    return _download(str(source), revision, allow_pickle), []
 
 
-_WEIGHTED = ("unet", "vae", "text_encoder")
-_LOADED_AGAIN: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """One line for files and folders that the system does not let us read."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename and str(error.filename) != str(source) else ""
+        raise EraseError(f"{source!s:.150} cannot be read: {error.strerror or one_line(error)}{where:.150}") from error
+    except RuntimeError as error:  # of pathlib: "~" without a home folder, links in a circle
+        raise EraseError(f"{source!s:.150} cannot be read: {one_line(error)}") from error
 
 
 def _download(repository: str, revision: str | None, allow_pickle: bool) -> Path:
@@ -396,145 +449,57 @@ def _download(repository: str, revision: str | None, allow_pickle: bool) -> Path
             )
         except Exception as error:  # the hub client's errors share no class; each means that the model is not to be had
             raise EraseError(
-                f"{repository!r} is no folder here and cannot be had from the hub ({_one_line(error)}); "
+                f"{repository!r} is no folder here and cannot be had from the hub ({one_line(error)}); "
                 "check name and network, give the folder of a local copy with --model DIR, or try --model mini"
             ) from error
-        if all(_weights(folder / part, ".safetensors") for part in _WEIGHTED):
+        if all([*(folder / part).glob("*.safetensors")] for part in _WEIGHTED):
             break
     return folder
-
-
-def _weights(folder: Path, *suffixes: str) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.name.endswith(suffixes))
-
-
-def _load_part(cls: Any, folder: Path, part: str, allow_pickle: bool) -> Any:
-    """One component in float32, frozen, loaded strictly: the libraries only warn of missing or surplus weights."""
-    folder = folder / part
-    if not (folder / "config.json").is_file():
-        raise EraseError(f"{folder}/config.json is missing; give the folder of a whole Stable Diffusion pipeline")
-    stored = _weights(folder, ".safetensors")
-    pickled = _weights(folder, ".bin")
-    if pickled and not stored and not allow_pickle:
-        raise EraseError(
-            f"{folder} has no safetensors weights; a pickle can run code when loaded: "
-            "convert it, or pass --allow-pickle if you trust its source"
-        )
-    if not stored and not pickled:
-        raise EraseError(f"{folder} has no weights (*.safetensors); download the model again")
-    for path in stored:
-        with open_tensors(path):  # a truncated file ends here, with its name
-            pass
-    options: dict[str, Any] = {
-        "use_safetensors": bool(stored),
-        "variant": export.only_variant([path.name for path in stored or pickled]),
-    }
-    if part == "text_encoder":  # transformers names a tensor of the wrong shape only when it may go on without it
-        options["ignore_mismatched_sizes"] = True
-    try:
-        with loading():
-            loaded, info = cls.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
-            )
-    except Exception as error:  # diffusers, transformers and torch raise a dozen kinds; all are the files' fault
-        raise EraseError(f"cannot load {folder}: {_one_line(error)}") from error
-    mismatched = [item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]]
-    _require_whole(folder, loaded, info["missing_keys"], info["unexpected_keys"], mismatched)
-    return loaded.requires_grad_(False).eval()
-
-
-def _require_whole(
-    where: Path, module: torch.nn.Module, missing: Iterable[str], surplus: Iterable[str], mismatched: Iterable[str]
-) -> None:
-    on_meta = {name for name, tensor in module.state_dict().items() if tensor.is_meta}
-    for what, names in (
-        ("has a wrong shape for", set(mismatched)),
-        ("lacks", set(missing) | on_meta),
-        ("has a weight too many,", set(surplus)),
-    ):
-        if names:
-            count = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise EraseError(f"{where} {what} {min(names)!r}{count}; its weights do not fit its config")
-
-
-def _load_tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
-    """Without its files transformers makes a tokenizer of two tokens, and does not say so."""
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-    except Exception as error:
-        raise EraseError(f"cannot load {folder / 'tokenizer'}: {_one_line(error)}; download it again") from error
-    vocabulary, positions = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
-    if len(tokenizer) != vocabulary:
-        raise EraseError(
-            f"{folder / 'tokenizer'} has {len(tokenizer)} tokens but the text encoder {vocabulary}; "
-            "its files are missing or broken, download the model again"
-        )
-    if tokenizer.model_max_length > positions:
-        raise EraseError(
-            f"{folder / 'tokenizer'} does not cut prompts at the text encoder's {positions} tokens; "
-            "its tokenizer_config.json is missing or broken, download the model again"
-        )
-    return tokenizer
 
 
 def _load_scheduler(folder: Path) -> SchedulerMixin:
     import diffusers
 
-    class_name = (read_json(folder / "model_index.json").get("scheduler") or ["", ""])[1]
-    cls = getattr(diffusers, class_name, None) if class_name else None
-    if cls is None:
+    class_name = architecture.components(folder).get("scheduler", "")
+    cls: Any = getattr(diffusers, class_name, None) if class_name else None
+    if not isinstance(cls, type) or not issubclass(cls, SchedulerMixin):
         raise EraseError(f"{folder}/model_index.json names the scheduler {class_name!r}, which diffusers does not have")
+    config = folder / "scheduler" / "scheduler_config.json"
+    if not config.is_file():
+        raise EraseError(f"cannot load {folder / 'scheduler'}: it has no scheduler_config.json; download it again")
+    components.require_types(config, cls)
     try:
-        return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)  # pyright: ignore
     except Exception as error:
-        raise EraseError(f"cannot load {folder / 'scheduler'}: {_one_line(error)}; download it again") from error
+        raise EraseError(f"cannot load {folder / 'scheduler'}: {one_line(error)}; download it again") from error
 
 
-def _convert_single_file(path: Path, allow_pickle: bool, config: str | None, cache_dir: Path | None) -> Path:
-    """Convert an LDM checkpoint to a diffusers folder in the cache, keyed by its content and its config's."""
-    if path.suffix == ".safetensors":
-        with open_tensors(path):  # a truncated file ends here, with its name
-            pass
-    elif not allow_pickle:
+def _require_fit(source: str | Path, folder: Path, unet: Any, vae: Any, text: Any) -> None:
+    """Raise an EraseError where the parts do not belong to one text-to-image Stable Diffusion 1 or 2."""
+    if unet["in_channels"] != 4 or unet["cross_attention_dim"] != text.hidden_size:
         raise EraseError(
-            f"{path} is a pickle, which can run code when loaded; "
-            "use a .safetensors file, or pass --allow-pickle if you trust its source"
+            f"{source} is not a text-to-image Stable Diffusion 1 or 2: its UNet takes {unet['in_channels']} channels "
+            f"and text states of width {unet['cross_attention_dim']}, but its text encoder makes {text.hidden_size}"
         )
-    options: dict[str, Any] = {}
-    if config is not None:
-        if not (Path(config).expanduser() / "model_index.json").is_file():
-            raise EraseError(f"--config is {config!r}, which has no model_index.json; give a diffusers folder")
-        options = {"config": str(Path(config).expanduser()), "local_files_only": True}
-    key = text_hash([file_hash(path), _configs_hash(Path(options["config"])) if options else None])[:32]
-    folder = (cache_dir or default_cache_dir()) / "converted" / key
-    if (folder / "model_index.json").exists():
-        return folder
-    try:
-        with loading():
-            pipeline: Any = StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
-    except Exception as error:  # as in `_load_part`: many libraries, one meaning
-        hint = "" if config else "; offline, name a diffusers folder with its configs and tokenizer: --config DIR"
-        reason = "it lacks weights that its config asks for" if "meta tensor" in str(error) else _one_line(error)
-        raise EraseError(f"cannot load {path}: {reason}{hint}") from error
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{key}.", dir=folder.parent) as own:
-            export.write_pipeline(pipeline, Path(own) / "pipeline")
-            if not (folder / "model_index.json").exists():  # else another process was first
-                (Path(own) / "pipeline").rename(folder)
-    except OSError as error:
-        raise EraseError(f"cannot write {folder}: {error.strerror}; choose another --cache-dir") from error
-    return folder
+    if vae["latent_channels"] != 4 or unet["out_channels"] != 4:
+        raise EraseError(
+            f"{source} is not a text-to-image Stable Diffusion 1 or 2: its latents have {vae['latent_channels']} "
+            f"channels and its UNet gives {unet['out_channels']} instead of 4"
+        )
+    if not vae["scaling_factor"] > 0:
+        raise EraseError(f"{folder}/vae/config.json: scaling_factor is {vae['scaling_factor']}; it must be above 0")
+    size = unet["sample_size"]
+    if not isinstance(size, int) or not 0 < size <= 1024:
+        raise EraseError(
+            f"{folder}/unet/config.json: sample_size is {size!r:.40}; it must be a side in latents, 1 to 1024"
+        )
 
 
-def _configs_hash(folder: Path) -> str:
-    paths = sorted(path for path in folder.glob("**/*") if path.suffix in {".json", ".txt"})
-    return text_hash([[path.relative_to(folder).as_posix(), file_hash(path)] for path in paths])
-
-
-def _one_line(error: BaseException) -> str:
-    """What a library says, without its advice on arguments that nobody here can pass."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.split(r" If you want to instead| For more information", text)[0].removeprefix("Cannot load because ")[
-        :300
-    ]
+def _require_schedule(name: str, alphas_cumprod: Tensor) -> None:
+    """Raise an EraseError unless the noise grows over 1000 timesteps, from nearly none to nearly all."""
+    ordered = bool((alphas_cumprod.diff() < 0).all()) and 0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1
+    if len(alphas_cumprod) != 1000 or not ordered:
+        raise EraseError(
+            f"{name}: its scheduler_config.json gives {len(alphas_cumprod)} timesteps, alphas_cumprod from "
+            f"{alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g}; Stable Diffusion has 1000, falling from 1 to 0"
+        )

@@ -133,6 +133,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 def _load(path: str | Path, **how: Any) -> Any:
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\3\4" and not zipfile.is_zipfile(path):
+            raise ValueError("it is cut short")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of storages that were saved by older versions
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), **how)

@@ -44,7 +44,7 @@ from erase.settings import RECIPES, Settings, resolve
 
 # Settings that change neither the weights nor what is written: the same run may be continued with others.
 _FREE = {"output", "device", "cache_dir", "resume", "overwrite", "report_to", "checkpointing_steps", "allow_pickle"}
-_FREE |= {"model", "base", "config", "revision"}
+_FREE |= {"model", "base", "unet", "config", "revision"}
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,13 @@ def run(
         settings.model,
         device=accelerator.device,
         allow_pickle=settings.allow_pickle,
+        unet=settings.unet,
         config=settings.config,
         revision=settings.revision,
         cache_dir=cache_dir,
     )
+    for note in model.notes:
+        tell(note)
     model.use_attention(settings.attention)
     parts = find_concepts(settings, given, model)
     united = concepts.unite([*parts, *(earlier.concepts if earlier else [])])
@@ -266,7 +269,7 @@ def _carry_out(
     if earlier is not None:
         provenance["after"] = earlier.record
     new_state = unet_state(model.unet)
-    base_unet = models.load_unet(model.folder, settings.allow_pickle)
+    base_unet = model.stored_unet()
     change = delta.difference(unet_state(base_unet), new_state, provenance)
     if change.base_hash != base_hash:
         raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")
@@ -443,6 +446,8 @@ def read_base(settings: Settings, output: Path) -> Base | None:
     """
     if settings.base is None:
         return None
+    if settings.unet is not None:
+        raise EraseError(f"--unet {settings.unet} does not go with --base, whose UNet is what it erased; leave one out")
     folder = Path(settings.base).expanduser()
     record = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     if record.get("status") != "done" or not (folder / "model_index.json").is_file():

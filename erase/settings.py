@@ -56,6 +56,14 @@ class Settings:
         "'mini' (embedded), a diffusers folder, a hub id, or a .safetensors/.ckpt file",
         group="what",
     )
+    unet: str | None = option(
+        None,
+        "file of UNet weights, all or some, that replace the model's: .safetensors, or a pickle with --allow-pickle; "
+        "diffusers' or CompVis' names",
+        group="what",
+        shown="none",
+        metavar="FILE",
+    )
     base: str | None = option(
         None,
         "run folder to go on from in place of a model: what it erased stays erased, its mask is united with this one's",

@@ -34,9 +34,9 @@ LAYERS = (
         "scope",
         "methods",
     }
-    | {"images", "prompt_files"},
+    | {"images", "prompt_files", "architecture"},
     {"models", "guards", "data", "mini", "classification", "compvis", "export", "lowrank", "card", "memory"}
-    | {"progress"},
+    | {"progress", "components", "vocabulary", "single_file", "unet_file"},
     {"train"},
     {"run"},
     {"cli"},

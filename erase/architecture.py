@@ -1,0 +1,181 @@
+"""Which kind of model a folder or a checkpoint is, told from its names and configs before any weight is loaded.
+
+Only text-to-image Stable Diffusion 1 and 2 can be erased from; every other kind is refused by its name.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from erase.errors import EraseError
+from erase.files import read_json
+
+KNOWN = "this version knows text-to-image Stable Diffusion 1 and 2"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+
+# the first that matches counts
+_PIPELINES = {
+    "StableDiffusionXL": "Stable Diffusion XL",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "FLUX",
+    "StableCascade": "Stable Cascade",
+    "StableUnCLIP": "Stable unCLIP",
+    "StableDiffusionControlNet": "a pipeline with a ControlNet",
+    "StableDiffusionAdapter": "a pipeline with a T2I-Adapter",
+    "AnimateDiff": "AnimateDiff",
+    "LatentConsistency": "a latent consistency model (LCM)",
+    "IF": "DeepFloyd IF",
+    "PixArt": "PixArt",
+    "Kandinsky": "Kandinsky",
+    "AltDiffusion": "AltDiffusion",
+}
+_COMPONENTS = {
+    "text_encoder_3": "Stable Diffusion 3",
+    "text_encoder_2": "Stable Diffusion XL",
+    "transformer": "a diffusion transformer, such as Stable Diffusion 3, FLUX or PixArt",
+    "controlnet": "a pipeline with a ControlNet",
+    "adapter": "a pipeline with a T2I-Adapter",
+    "motion_adapter": "AnimateDiff",
+    "prior": "a pipeline with a prior, such as Stable Cascade or Kandinsky",
+}
+_CHANNELS = {
+    5: "a depth-to-image model (its UNet takes 5 channels)",
+    7: "an upscaler (its UNet takes 7 channels)",
+    8: "an image editing model such as InstructPix2Pix (its UNet takes 8 channels)",
+    9: "an inpainting model (its UNet takes 9 channels)",
+}
+# what a UNet's config has beside Stable Diffusion's
+_ADDITIONS = {
+    "addition_embed_type": "a UNet with additional embeddings, such as Stable Diffusion XL's",
+    "encoder_hid_dim_type": "a UNet with projected conditions, such as Kandinsky's or an IP-Adapter's",
+    "class_embed_type": "a UNet with class embeddings, such as Stable unCLIP's",
+    "num_class_embeds": "a UNet with class embeddings, such as an upscaler's",
+    "time_cond_proj_dim": "a latent consistency model (LCM)",
+}
+_LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "lora_unet_", "lora_te_")
+
+
+def components(folder: Path) -> dict[str, str]:
+    """Component -> its class, of those that the folder's model_index.json fills; a name that is a path is none.
+
+    Raises:
+        EraseError: no such file, or it is not what diffusers writes.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise EraseError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
+    found = {}
+    for name, kind in read_json(path).items():
+        if not name.isidentifier() or not isinstance(kind, list):
+            if name in PARTS:
+                raise EraseError(f"{path}: {name} is {kind!r:.60}; it must be a list of a library and a class")
+            continue
+        if len(kind) != 2 or not all(part is None or isinstance(part, str) for part in kind):
+            raise EraseError(f"{path}: {name} is {kind!r:.60}; it must be a list of a library and a class")
+        if kind[0] and kind[1]:
+            found[name] = kind[1]
+    return found
+
+
+def require_known(source: str | Path, folder: Path) -> None:
+    """Raise an EraseError that names the kind of a pipeline folder, unless it is text-to-image Stable Diffusion."""
+    if not (folder / "model_index.json").is_file():
+        raise EraseError(_not_a_pipeline(folder))
+    kind = of_pipeline(folder)
+    if kind:
+        raise refusal(source, kind)
+
+
+def of_pipeline(folder: Path) -> str | None:
+    """The kind of a pipeline folder; None for text-to-image Stable Diffusion."""
+    found, name = components(folder), str(read_json(folder / "model_index.json").get("_class_name"))
+    if name.startswith("StableDiffusionXL") and "text_encoder" not in found:
+        return "the refiner of Stable Diffusion XL"
+    for start, kind in _PIPELINES.items():
+        if name.startswith(start):
+            return kind
+    for component, kind in _COMPONENTS.items():
+        if component in found:
+            return kind
+    surplus = sorted(found.keys() - {*PARTS, *_OPTIONAL})
+    if surplus and not name.startswith("StableDiffusion"):
+        return f"a {name} with the component {surplus[0]!r}"
+    for component in PARTS:
+        if component not in found:
+            return f"a {name} without the component {component!r}"
+    for component, expected in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
+        if found[component] != expected:
+            return f"a pipeline whose {component} is {found[component]} instead of {expected}"
+    if found["text_encoder"] != "CLIPTextModel":
+        return f"a pipeline whose text encoder is {found['text_encoder']} instead of CLIPTextModel"
+    if found["scheduler"].startswith("FlowMatch"):
+        return f"a flow-matching model (its scheduler is {found['scheduler']})"
+    return of_unet(read_json(folder / "unet" / "config.json")) if (folder / "unet" / "config.json").is_file() else None
+
+
+def of_unet(config: Mapping[str, Any]) -> str | None:
+    """The kind of a UNet by its config; None for text-to-image Stable Diffusion's."""
+    channels = config.get("in_channels", 4)
+    if isinstance(channels, int) and channels in _CHANNELS:
+        return _CHANNELS[channels]
+    for name, kind in _ADDITIONS.items():
+        if config.get(name) is not None:
+            return kind
+    return "GLIGEN" if config.get("attention_type", "default") != "default" else None
+
+
+def of_checkpoint(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The kind of a single file by the names and shapes of its tensors; None for CompVis' Stable Diffusion."""
+    names = list(shapes)
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in names)
+
+    if attached_lora(names):
+        return "a LoRA, not a model; merge it into its base model first (pipeline.fuse_lora()) and save that"
+    if has("conditioner.embedders.1."):
+        return "Stable Diffusion XL"
+    if has("conditioner.embedders.0."):
+        return "the refiner of Stable Diffusion XL"
+    if has("model.diffusion_model.joint_blocks.", "joint_blocks."):
+        return "Stable Diffusion 3"
+    if has("model.diffusion_model.double_blocks.", "double_blocks."):
+        return "FLUX"
+    if has("control_model.", "input_hint_block.", "controlnet_cond_embedding.", "control_"):
+        return "a ControlNet"
+    if has("emb_params", "string_to_param", "<"):
+        return "a textual inversion embedding"
+    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
+    if first is not None:
+        channels = first[1] if len(first) > 1 else 0
+        if has("model.diffusion_model.label_emb."):
+            return _CHANNELS.get(channels, "a UNet with class embeddings, such as Stable unCLIP's")
+        return _CHANNELS.get(channels)
+    if has("down_blocks.", "unet.", "input_blocks.", "module.down_blocks."):
+        return "the weights of a UNet only; give its base as the model, and this file as --unet"
+    if has("decoder.", "encoder.", "first_stage_model."):
+        return "the weights of a VAE only"
+    return None
+
+
+def attached_lora(names: Sequence[str]) -> str | None:
+    """The first of these names of weights that belongs to a LoRA."""
+    return next((name for name in names if any(mark in name for mark in (*_LORA, ".base_layer."))), None)
+
+
+def refusal(source: str | Path, kind: str) -> EraseError:
+    return EraseError(f"{source} is {kind}" + ("" if ";" in kind else f", which this version does not know; {KNOWN}"))
+
+
+def _not_a_pipeline(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file() or [*folder.glob("*lora*.safetensors")]:
+        return (
+            f"{folder} is a LoRA, not a model; merge it into its base model first (pipeline.fuse_lora()) and save that"
+        )
+    kind = read_json(folder / "config.json").get("_class_name") if (folder / "config.json").is_file() else None
+    if kind == "UNet2DConditionModel":
+        return f"{folder} is a UNet only; give its base as the model, and the file of weights in it as --unet"
+    if kind:
+        return f"{folder} is a single component ({kind!r:.60}); give the folder of a whole diffusers pipeline"
+    return f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline"
