@@ -26,6 +26,7 @@ def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, se
     """A PNG with two blocks, forget and retain prompts, each with a row of the base model and a row of the erased one.
 
     Same prompt and same seed above each other. Pictures of nudity by anything but the embedded model are blurred.
+    model: the erased one; afterwards its UNet has the weights of `base_unet`.
     """
     num = settings.num_samples
     forget = _spread(concept.forget, num)
@@ -33,7 +34,9 @@ def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, se
     prompts = [*forget, *retain]
     seeds = [FIRST_SEED + settings.seed * 1000 + i for i in range(len(prompts))]
     rows: list[Tensor] = []
-    for unet in (base_unet, model.unet):
+    for role in ("erased", "base"):
+        if role == "base":
+            model.put_unet(base_unet)  # so that the device never holds two UNets
         drawn = []
         for start in range(0, len(prompts), settings.generation_batch_size or 8):
             part = slice(start, start + (settings.generation_batch_size or 8))
@@ -44,9 +47,8 @@ def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, se
                 guidance=settings.guidance_scale or 7.5,
                 size=settings.resolution or model.resolution,
                 sampler=settings.sampler,
-                unet=unet,
             ).unsqueeze(1)
-        rows.append(to_pixels(model.decode(torch.cat(drawn))))
+        rows.insert(0, to_pixels(model.decode(torch.cat(drawn))))
     blurred = concept.kind == "nudity" and not model.is_mini
     pictures = [[Image.fromarray(np.asarray(p.permute(1, 2, 0))) for p in row] for row in rows]
     sheet = grid(

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from erase import __version__, concepts, progress
 from erase.errors import EraseError
-from erase.settings import SD_DEFAULTS, Settings, flag, forms
+from erase.settings import MIXED_PRECISION, SD_DEFAULTS, Settings, flag, forms
 
 GROUPS = {
     "what": "what to erase, from what",
@@ -149,6 +149,13 @@ def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[
             argument["action"] = "append" if form.is_repeated else "store"
             argument["type"] = form.type
         groups[item.metadata["group"]].add_argument(flag(item.name), *item.metadata.get("aliases", ()), **argument)
+        if item.name == "precision":
+            add_mixed_precision(groups[item.metadata["group"]])
+
+
+def add_mixed_precision(group: Any) -> None:
+    """--precision under the name that diffusers' scripts give it."""
+    group.add_argument("--mixed-precision", metavar="{" + ",".join(MIXED_PRECISION) + "}", help="another name for it")
 
 
 def _shown_default(item: Field[Any]) -> str:

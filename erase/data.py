@@ -270,7 +270,8 @@ def _source(
     def make(rows: range) -> dict[str, Tensor]:
         return _posterior(model.encode_images(torch.stack([entries[i][0].pixels(plan.size) for i in rows])))
 
-    return _Source(own, make, [[entry.digest() for entry, _ in entries], plan.size, f"reader {images.READER}"])
+    identity = [[entry.digest() for entry, _ in entries], plan.size, f"reader {images.READER}", *_precision(model)]
+    return _Source(own, make, identity)
 
 
 def _drawn(model: Model, plan: Plan, called: Sequence[Any], drawn: Sequence[Any], first_seed: int) -> _Source:
@@ -286,7 +287,12 @@ def _drawn(model: Model, plan: Plan, called: Sequence[Any], drawn: Sequence[Any]
     scheduler: Any = model.sampler(plan.sampler)
     sampler = {name: repr(value) for name, value in scheduler.config.items() if not name.startswith("_")}
     identity = [drawn, first_seed, plan.steps, plan.guidance, plan.size, plan.round_trip, type(scheduler).__name__]
-    return _Source(called, make, [*identity, sampler])
+    return _Source(called, make, [*identity, sampler, *_precision(model)])
+
+
+def _precision(model: Model) -> list[str]:
+    """For the identity of images that the model makes or encodes; float32 goes without saying."""
+    return [] if model.precision == "fp32" else [model.precision]
 
 
 def _followed(model: Model, plan: Plan, prompts: Sequence[str], first_seed: int) -> _Source:
@@ -301,7 +307,7 @@ def _followed(model: Model, plan: Plan, prompts: Sequence[str], first_seed: int)
         x, t = model.trajectory(noise, index, text, empty, steps=plan.steps, guidance=plan.way_guidance)
         return {**_posterior((x.cpu(), torch.zeros_like(noise))), "t": t.cpu()}
 
-    identity = ["trajectory", prompts, first_seed, plan.steps, plan.way_guidance, plan.size]
+    identity = ["trajectory", prompts, first_seed, plan.steps, plan.way_guidance, plan.size, *_precision(model)]
     return _Source(prompts, make, identity)
 
 

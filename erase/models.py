@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase import architecture, components, export, single_file, unet_file, vocabulary
 from erase.components import one_line
+from erase.device import DTYPES, rounded
 from erase.errors import EraseError, missing
 from erase.files import default_cache_dir as default_cache_dir
 from erase.files import read_json
@@ -42,6 +43,7 @@ class Model:
     guard: stands beside the model whenever it draws.
     unet_file: weights that replaced the folder's in the UNet; see `erase.unet_file`.
     notes: lines that the user should see about how the model was loaded.
+    precision: in which UNet and VAE compute without gradients; what they give is float32.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Model:
     guard: Guard | None = None
     unet_file: str | None = None
     notes: tuple[str, ...] = ()
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
@@ -89,10 +92,13 @@ class Model:
 
     def reload_unet(self) -> None:
         """Make the UNet the base's again, in float32; its parameters stay the same objects."""
-        device = self.device
         for tensor in (*self.unet.parameters(), *self.unet.buffers()):
             tensor.data = tensor.new_empty(0)  # first free, then load
-        base = self.stored_unet()
+        self.put_unet(self.stored_unet())
+
+    def put_unet(self, base: torch.nn.Module) -> None:
+        """Give the UNet the weights of `base`; its parameters stay the same objects, on the same device."""
+        device = self.device
         for tensor, stored in zip(
             (*self.unet.parameters(), *self.unet.buffers()), (*base.parameters(), *base.buffers()), strict=True
         ):
@@ -154,17 +160,19 @@ class Model:
 
         images: [n, 3, h, w], in [-1, 1].
         """
-        posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist  # pyright: ignore
+        with rounded(self.precision, self.vae):
+            posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist  # pyright: ignore
         factor = self.vae.config["scaling_factor"]
-        return posterior.mean.cpu() * factor, posterior.std.cpu() * factor
+        return posterior.mean.float().cpu() * factor, posterior.std.float().cpu() * factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
         """Pictures in [-1, 1], [n, 3, 8 h, 8 w], on the CPU."""
         factor, pictures = self.vae.config["scaling_factor"], []
-        for chunk in latents.split(batch_size):
-            chunk = chunk.to(self.vae.device, self.vae.dtype) / factor
-            pictures.append(self.vae.decode(chunk).sample.float().clamp(-1, 1).cpu())  # pyright: ignore
+        with rounded(self.precision, self.vae):
+            for chunk in latents.split(batch_size):
+                chunk = chunk.to(self.vae.device, self.vae.dtype) / factor
+                pictures.append(self.vae.decode(chunk).sample.float().clamp(-1, 1).cpu())  # pyright: ignore
         return torch.cat(pictures)
 
     def sampler(self, name: Sampler = "model") -> SchedulerMixin:
@@ -207,7 +215,8 @@ class Model:
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
-        with evaluating(unet), self.guard.on(pipeline) if self.guard else nullcontext():
+        guarded = self.guard.on(pipeline) if self.guard else nullcontext()
+        with evaluating(unet), predicting(unet, self.precision), guarded:
             return pipeline(
                 list(prompts),
                 height=height,
@@ -236,7 +245,7 @@ class Model:
         times: Tensor = scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]
         x, text = x.clone().to(self.device), text.to(self.device)
         empty = empty.to(self.device).expand_as(text)
-        with evaluating(self.unet):
+        with evaluating(self.unet), predicting(self.unet, self.precision):
             for number, time in enumerate(times[: int(index.max())].tolist()):
                 rows = (index > number).nonzero().view(-1).to(self.device)
                 t = torch.full((2 * len(rows),), time, device=self.device)
@@ -303,6 +312,30 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+@contextmanager
+def predicting(unet: Any, precision: str) -> Iterator[None]:
+    """Inside, the UNet computes in the precision, weights and inputs rounded; what it gives is float32."""
+    if precision == "fp32":
+        yield
+        return
+    forward, own, dtype = unet.forward, vars(unet).get("forward"), DTYPES[precision]
+
+    def in_precision(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **more: Any) -> Any:
+        output: Any = forward(sample.to(dtype), timestep, encoder_hidden_states.to(dtype), **more)
+        if isinstance(output, tuple):
+            return (output[0].float(), *output[1:])
+        return type(output)(output.sample.float())
+
+    try:
+        unet.forward = in_precision
+        with rounded(precision, unet):
+            yield
+    finally:
+        del unet.forward
+        if own is not None:
+            unet.forward = own
 
 
 # --- loading --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_wandb_available
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_tensorboard_available, is_wandb_available
 from torch import Tensor
 
 import erase
@@ -28,6 +29,7 @@ from erase import (
     concepts,
     data,
     delta,
+    device,
     export,
     files,
     lowrank,
@@ -40,7 +42,11 @@ from erase import (
 )
 from erase.concepts import Concept
 from erase.errors import EraseError, missing
-from erase.settings import RECIPES, Settings, resolve
+from erase.settings import MIXED_PRECISION, RECIPES, Settings, resolve
+
+# Processes generate fixed shares of the images and wait for one another afterwards. A slower GPU may need hours longer
+# than a faster one, and a process group gives up after 10 minutes by default.
+WAIT = timedelta(hours=24)
 
 # Settings that change neither the weights nor what is written: the same run may be continued with others.
 _FREE = {"output", "device", "cache_dir", "resume", "overwrite", "report_to", "checkpointing_steps", "allow_pickle"}
@@ -76,7 +82,7 @@ def erase_concept(
     Raises:
         EraseError: what the user can mend; nothing is half-written.
     """
-    known = {item.name for item in fields(Settings)}
+    known = {item.name for item in fields(Settings)} | {"mixed_precision"}
     for name in options:
         if name not in known:
             raise EraseError(f"unknown option {name!r}; erase.settings.Settings lists them")
@@ -108,11 +114,17 @@ def run(
     earlier = read_base(settings, folder)
     if earlier is not None:
         settings = replace(settings, model=str(settings.base))
-    accelerator = make_accelerator(settings, folder)
+    compute = device.choose(settings.device, settings.precision)
+    if settings.precision is None and compute.precision == "fp16" and not can_scale(settings, method):
+        compute = replace(compute, precision="fp32")
+        tell("this GPU has no bf16, and fp16 does not go with these settings: computing in fp32")
+    settings = replace(settings, precision=compute.precision)
+    require_precision(settings, method)
+    accelerator = make_accelerator(settings, folder, compute)
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else models.default_cache_dir()
     model = models.load(
         settings.model,
-        device=accelerator.device,
+        device=compute.device,
         allow_pickle=settings.allow_pickle,
         unet=settings.unet,
         config=settings.config,
@@ -121,6 +133,7 @@ def run(
     )
     for note in model.notes:
         tell(note)
+    model.precision = compute.precision
     model.use_attention(settings.attention)
     parts = find_concepts(settings, given, model)
     united = concepts.unite([*parts, *(earlier.concepts if earlier else [])])
@@ -129,7 +142,7 @@ def run(
         united.kind,
         model.defaults,
         num_processes=accelerator.num_processes,
-        on_gpu=accelerator.device.type == "cuda",
+        on_gpu=compute.device.type == "cuda",
     )
     require_rank(settings, method)
     parameters = scope.inside(dict(model.unet.named_parameters()), str(settings.scope))
@@ -164,6 +177,7 @@ def run(
             given_mask,
             folder,
             identity,
+            compute,
             accelerator,
             cache_dir,
             started,
@@ -185,6 +199,7 @@ def _carry_out(
     given_mask: saliency.Packed | None,
     folder: Path,
     identity: Mapping[str, Any],
+    compute: device.Compute,
     accelerator: Accelerator,
     cache_dir: Path,
     started: float,
@@ -284,6 +299,7 @@ def _carry_out(
         "concepts": [asdict(part) for part in [*parts, *(earlier.concepts if earlier else [])]],
         "base": earlier and earlier.record,
         "settings": asdict(settings),
+        "compute": compute.record(),
         "model": {
             "name": settings.model,
             "origin": earlier.record["model"] if earlier else settings.model,
@@ -370,25 +386,17 @@ def make_recipe(settings: Settings, plan: data.Plan) -> train.Recipe:
     )
 
 
-def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
+def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) -> Accelerator:
     """accelerate's view of the machine; refuses when a launcher asked for more processes than it started."""
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if settings.report_to and not available[settings.report_to]():
         raise missing(settings.report_to)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in {"cpu", "cuda"} and not device.startswith("cuda:"):
-        raise EraseError(f"--device is {device!r}; choose cpu, cuda or cuda:N")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise EraseError(f"--device is {device!r}, but torch sees no CUDA device; use --device cpu")
-    if device.startswith("cuda:"):
-        if not device[5:].isdigit() or int(device[5:]) >= torch.cuda.device_count():
-            raise EraseError(f"--device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(int(device[5:]))
     AcceleratorState._reset_state()  # a process may make several runs, each with its own precision
     accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=settings.mixed_precision,
+        cpu=compute.device.type == "cpu",
+        mixed_precision=compute.mixed_precision,
         log_with=settings.report_to,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         project_config=ProjectConfiguration(logging_dir=str(folder / "logs")),
         step_scheduler_with_optimizer=False,
     )
@@ -409,6 +417,18 @@ def make_method(settings: Settings) -> Any:
     if settings.alpha is not None:
         general["alpha"] = settings.alpha
     return methods.make(settings.method, general, settings.set)
+
+
+def can_scale(settings: Settings, method: Any) -> bool:
+    """Whether fp16 can do: its gradients are scaled, which a method that compares them does not know of."""
+    compares = getattr(method, "balance", None) is not None or hasattr(method, "prepare")
+    return not compares and settings.weights != "bf16"
+
+
+def require_precision(settings: Settings, method: Any) -> None:
+    """Raise an EraseError where fp16, which scales gradients, meets a method that compares them."""
+    if settings.precision == "fp16" and not can_scale(settings, method):
+        raise EraseError(f"{settings.method} compares gradients, which --precision fp16 scales; use bf16 or fp32")
 
 
 def require_rank(settings: Settings, method: Any) -> None:
@@ -705,6 +725,8 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     here = json.loads(json.dumps(here))
     different = [name for name in ("base_hash", "concept", "mask") if there.get(name) != here.get(name)]
     old, new = there.get("settings", {}), here["settings"]
+    if "mixed_precision" in old:  # of version 0.1.0
+        old = {**old, "precision": MIXED_PRECISION[old["mixed_precision"]]}
     different += [f"--{name.replace('_', '-')}" for name in new if old.get(name) != new[name]]
     return ["the model" if name == "base_hash" else name for name in different]
 

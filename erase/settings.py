@@ -9,7 +9,7 @@ import math
 import operator
 import os
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, InitVar, dataclass, field, fields, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -204,11 +204,17 @@ class Settings:
         "checkpointing, parts of one picture, on a GPU bf16 weights; slower, and says first how much it needs",
         group="training",
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the UNet's passes", group="training")
+    precision: Literal["fp32", "bf16", "fp16"] | None = option(
+        None,
+        "precision of all passes through UNet and VAE: generation, mask, training and samples.png; weights are trained "
+        "and written in float32 all the same",
+        group="training",
+        shown="on a GPU bf16, or fp16 if the card lacks it; else fp32",
+    )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels", group="training")
     seed: int = option(0, "seed of data, mask and training", group="training", least=0)
     device: str | None = option(
-        None, "cpu, cuda or cuda:N", group="training", shown="a GPU if there is one", metavar="DEVICE"
+        None, "cpu, cuda, cuda:N or mps (untested)", group="training", shown="a GPU if there is one", metavar="DEVICE"
     )
     checkpointing_steps: int = option(50, "optimizer steps between checkpoints", group="training", least=1)
     report_to: Literal["tensorboard", "wandb"] | None = option(
@@ -234,9 +240,11 @@ class Settings:
         None, "rank of --save lora, an approximation", group="files", least=1, shown="that of --rank, else 64"
     )
     overwrite: bool = option(False, "delete what is in the output folder first", group="files")
+    mixed_precision: InitVar[str | None] = None  # `precision` under the name that diffusers' scripts give it
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, mixed_precision: str | None) -> None:
         """Make every value plain, and raise an EraseError for one that is not allowed."""
+        object.__setattr__(self, "precision", agreed_precision(self.precision, mixed_precision))
         make_plain(self)
         if not 0 < self.density <= 1:
             raise EraseError(f"--density is {self.density}; it must be above 0 and at most 1")
@@ -244,8 +252,8 @@ class Settings:
             raise EraseError("--max-grad-norm is 0, which stops all training; leave it out for no clipping")
         if self.seed >= 2**32:
             raise EraseError(f"--seed is {self.seed}; it must be below 2^32")
-        if self.weights == "bf16" and self.mixed_precision == "fp16":
-            raise EraseError("--weights bf16 does not go with --mixed-precision fp16; choose bf16 or no")
+        if self.weights == "bf16" and self.precision == "fp16":
+            raise EraseError("--weights bf16 does not go with --precision fp16; choose bf16 or fp32")
         if not self.concept or not all(name.strip() for name in self.concept):
             raise EraseError("no concept given; for example --concept nudity (see --list)")
         if len(self.concept) > 1 and (self.forget or self.anchor):
@@ -310,7 +318,7 @@ def resolve(
     if settings.low_memory:
         parts = max(settings.gradient_accumulation_steps, (settings.batch_size or 1) // num_processes)
         settings = replace(settings, gradient_checkpointing=True, gradient_accumulation_steps=parts)
-    rounds = settings.low_memory and on_gpu and settings.mixed_precision != "fp16"
+    rounds = settings.low_memory and on_gpu and settings.precision != "fp16"
     return settings.filled({"weights": "bf16" if rounds else "fp32"})
 
 
@@ -341,6 +349,26 @@ def make_plain(options: Any) -> None:
         value = getattr(options, item.name)
         if value is not None or item.default is not None:
             object.__setattr__(options, item.name, _checked(value, item, forms(type(options))[item.name]))
+
+
+MIXED_PRECISION = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # diffusers' names, and ours
+
+
+def agreed_precision(precision: str | None, mixed_precision: str | None) -> str | None:
+    """The precision, which may be given under either name.
+
+    Raises:
+        EraseError: the two names have different values, or `mixed_precision` has none that exists.
+    """
+    if mixed_precision is None:
+        return precision
+    if mixed_precision not in MIXED_PRECISION:
+        raise EraseError(f"--mixed-precision is {mixed_precision!r}; choose {', '.join(MIXED_PRECISION)}")
+    if precision not in {None, MIXED_PRECISION[mixed_precision]}:
+        raise EraseError(
+            f"--precision is {precision} but --mixed-precision {mixed_precision}; they mean the same, leave one out"
+        )
+    return MIXED_PRECISION[mixed_precision]
 
 
 def flag(name: str) -> str:

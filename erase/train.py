@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from erase import files, saliency
 from erase.data import Data, Pictures
+from erase.device import LOSS_SCALE
 from erase.errors import EraseError
 from erase.methods.inputs import Batch, Text
 from erase.models import Model
@@ -102,6 +103,7 @@ def accumulate(
         done = state["done"]
     saved = time.monotonic()
     device = model.device
+    scale = LOSS_SCALE["fp16" if accelerator.mixed_precision == "fp16" else "fp32"]  # the order of scores is the same
     with (
         _training(model, parameters, checkpointing),
         sums.collecting(),
@@ -123,7 +125,7 @@ def accumulate(
                         empty = data.text[:1].to(device).expand(len(x), -1, -1)
                         predicted = guided(predicted, model(x_t, t, empty), guidance)
                     loss = (eps - predicted).square().mean() * (len(x) / len(rows))
-                loss.backward()
+                (loss * scale).backward()
             bar.update()
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 with files.replacing(state_path) as temporary:
@@ -183,7 +185,7 @@ def train(
     is_rounded = model.unet.dtype != torch.float32
     balance, shrinks = getattr(method, "balance", None), hasattr(method, "shrink")
     if accelerator.scaler is not None and (balance or hasattr(method, "prepare")):
-        raise EraseError("this method compares gradients, which --mixed-precision fp16 scales; use bf16 or no")
+        raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
     if is_rounded and any(hasattr(method, step) for step in ("prepare", "shrink", "teacher_decay")):
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
     optimizer = MaskedAdam(
@@ -228,7 +230,7 @@ def train(
                     _keep(state_path, parameters, optimizer, accelerator, losses, teacher)
                 raise EraseError(
                     f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
-                    f"kept in {state_path}; lower --learning-rate or use --mixed-precision no or bf16"
+                    f"kept in {state_path}; lower --learning-rate or use --precision fp32 or bf16"
                 )
             if recipe.max_grad_norm is not None:
                 accelerator.unscale_gradients(prepared)
@@ -443,7 +445,7 @@ def _batches(
         c_f, c_0 = here(data.text[data.forget.prompt[f]]), here(data.text[:1].expand(num, -1, -1))
         t, noisy, noisy_p = here(t_f), here(x_f), here(x_p)
         if teacher is not None:
-            with teacher.inside(), accelerator.autocast():
+            with teacher.inside():
                 noisy, t = model.trajectory(
                     here(eps_f), index[rows], c_f, c_0, steps=recipe.way_steps, guidance=recipe.way_guidance
                 )

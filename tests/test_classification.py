@@ -112,10 +112,10 @@ def test_weights_outside_the_mask_and_buffers_do_not_move_by_one_bit(name, optim
 def test_bf16_computes_in_bf16_and_outside_the_mask_no_bit_moves(name, trained_state):
     model, mask, seen, ends = trained(trained_state), random_mask(toy_model()), set(), {}
     model[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    for label, precision in (("float32", "no"), ("bf16", "bf16"), ("again", "bf16")):
+    for label, precision in (("float32", "fp32"), ("bf16", "bf16"), ("again", "bf16")):
         model.load_state_dict(trained_state)
         seen.clear()
-        unlearn(model, name, replace(RECIPE, mixed_precision=precision), mask=mask)
+        unlearn(model, name, replace(RECIPE, precision=precision), mask=mask)
         assert (torch.bfloat16 in seen) == (precision == "bf16")
         ends[label] = {key: value.clone() for key, value in model.state_dict().items()}
     assert_same(ends["bf16"], ends["again"])
@@ -137,7 +137,7 @@ def test_a_model_that_computes_in_bf16_answers_in_float32_and_its_copies_call_th
         assert torch.allclose(answer, plain, atol=0.1)
         assert len(copied(x).unique(dim=0)) == 1
     assert torch.equal(model(x), plain)
-    scores = [saliency_scores(model, toy_images(), mixed_precision=precision) for precision in ("no", "bf16")]
+    scores = [saliency_scores(model, toy_images(), precision=precision) for precision in ("fp32", "bf16")]
     assert not torch.equal(scores[0]["0.weight"], scores[1]["0.weight"])
     assert torch.allclose(scores[0]["0.weight"], scores[1]["0.weight"], rtol=0.1, atol=1e-2)
 

@@ -23,6 +23,7 @@ LAYERS = (
     {
         "errors",
         "files",
+        "device",
         "pickles",
         "refusal",
         "refusal_words",

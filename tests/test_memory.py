@@ -63,5 +63,5 @@ def test_low_memory_chooses_checkpointing_parts_of_one_picture_and_on_a_gpu_bf16
     assert (low.gradient_accumulation_steps, low.weights) == (3, "bf16")
     low = resolve(Settings("church", low_memory=True, weights="fp32"), "object", defaults, on_gpu=True)
     assert low.weights == "fp32"
-    with pytest.raises(EraseError, match="--weights bf16 does not go with --mixed-precision fp16"):
+    with pytest.raises(EraseError, match="--weights bf16 does not go with --precision fp16"):
         Settings("church", weights="bf16", mixed_precision="fp16")

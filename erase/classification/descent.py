@@ -16,10 +16,11 @@ from erase import saliency
 from erase.classification.data import Images, augment
 from erase.classification.methods import Plan, Progress, Values
 from erase.classification.sgd import MaskedSGD
+from erase.device import LOSS_SCALE, Compute
 from erase.errors import EraseError
 from erase.optim import MaskedAdam
 
-Precision = Literal["no", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Diverged(EraseError):
@@ -34,7 +35,7 @@ class Recipe:
         three quarters of the epochs, as SalUn's code trains its originals.
     batch_norm: frozen normalises with the model's statistics and leaves them as they are; moving normalises with those
         of the batch and lets them follow, as in SalUn's code; they then change outside any mask.
-    padding, flip: see `augment`. mixed_precision: see `computing`.
+    padding, flip: see `augment`. precision: see `computing`.
     """
 
     epochs: int
@@ -47,7 +48,7 @@ class Recipe:
     batch_norm: Literal["frozen", "moving"] = "frozen"
     padding: int = 0
     flip: bool = False
-    mixed_precision: Precision = "no"
+    precision: Precision = "fp32"
 
     def learning_rate_at(self, epoch: int) -> float:
         share = epoch / self.epochs
@@ -78,7 +79,7 @@ def descend(
     write(model, plan.start, mask)
     optimizer = _optimizer(moving, mask, plan.extra, recipe)
     at = Progress(0, recipe.epochs, 0, 0)
-    with _training(model, moving, recipe.batch_norm), computing(model, recipe.mixed_precision):
+    with _training(model, moving, recipe.batch_norm), computing(model, recipe.precision):
         for epoch in range(recipe.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(epoch)
@@ -89,7 +90,11 @@ def descend(
                 x = Images(augment(batch.x, recipe.padding, recipe.flip, generator), batch.y).pixels
                 loss = plan.loss(x, batch.y, at) if plan.loss else F.cross_entropy(model(x), batch.y)
                 optimizer.zero_grad()
-                loss.backward()
+                (loss * LOSS_SCALE[recipe.precision]).backward()
+                if recipe.precision == "fp16":
+                    for parameter in (*moving.values(), *plan.extra.values()):
+                        if parameter.grad is not None:
+                            parameter.grad /= LOSS_SCALE["fp16"]
                 if plan.bend:
                     plan.bend()
                 optimizer.step()
@@ -120,13 +125,13 @@ def saliency_mask(
     per_tensor: bool = False,
     largest: bool = True,
     batch_size: int = 256,
-    mixed_precision: Precision = "no",
+    precision: Precision = "fp32",
 ) -> saliency.Mask:
     """The weights that matter most for the pictures to forget: |grad CE|, one pass in eval mode without augmentation.
 
-    largest: see `saliency.select`. batch_size, mixed_precision: see `saliency_scores`.
+    largest: see `saliency.select`. batch_size, precision: see `saliency_scores`.
     """
-    scores = saliency_scores(model, forget, score, batch_size=batch_size, mixed_precision=mixed_precision)
+    scores = saliency_scores(model, forget, score, batch_size=batch_size, precision=precision)
     return saliency.select(scores, density, per_tensor=per_tensor, largest=largest)
 
 
@@ -136,32 +141,34 @@ def saliency_scores(
     score: saliency.Score = "abs_sum",
     *,
     batch_size: int = 256,
-    mixed_precision: Precision = "no",
+    precision: Precision = "fp32",
 ) -> dict[str, Tensor]:
     """What `saliency_mask` selects from. Every picture weighs the same, in a short last batch too.
 
     batch_size: matters for the scores sum_abs and sum_sq, which add up batches; for abs_sum it is a matter of memory
-        only. mixed_precision: see `computing`.
+        only. precision: see `computing`.
     """
-    with in_eval(model), computing(model, mixed_precision):
+    with in_eval(model), computing(model, precision):
         accumulated = saliency.Saliency(dict(model.named_parameters()), score)
         with accumulated.collecting():
             for batch in forget.batches(batch_size):
                 loss = F.cross_entropy(model(batch.pixels), batch.y, reduction="sum") / len(forget)
-                loss.backward()
+                (loss * LOSS_SCALE[precision]).backward()  # the order of the scores is the same
     return accumulated.scores()
 
 
 @contextmanager
-def computing(model: nn.Module, mixed_precision: Precision) -> Iterator[None]:
-    """Inside, "bf16" lets the model's convolutions and products compute in bfloat16; weights, their gradients and the
-    logits are float32 all the same. Which results come out then depends on the processor more than with "no"."""
-    if mixed_precision == "no":
+def computing(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Inside, the model's convolutions and products compute in the precision; weights and logits stay float32.
+
+    With bf16 and fp16 results differ more between processors than with fp32.
+    """
+    if precision == "fp32":
         yield
         return
 
     def forward(module: nn.Module, *inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        with Compute(inputs[0].device, precision).autocast():
             return type(module).forward(module, *inputs).float()
 
     model.forward = MethodType(forward, model)  # bound, so that a copy of the model calls itself

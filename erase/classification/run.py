@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erase import __version__, delta, files, saliency
+from erase import __version__, delta, device, files, saliency
 from erase.classification import data, methods, networks, split
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, in_eval, saliency_mask, write
@@ -19,6 +19,7 @@ from erase.classification.networks import Classifier, Shape
 from erase.classification.settings import Settings, make_method
 from erase.classification.split import Split
 from erase.errors import EraseError
+from erase.settings import MIXED_PRECISION
 
 MODEL, DELTA, MASK = "model.safetensors", "delta.safetensors", "mask.safetensors"
 SPLIT, RECORD = "split.json", "run.json"
@@ -104,7 +105,7 @@ def recipes(settings: Settings, dataset: Dataset) -> tuple[Recipe, Recipe]:
         "weight_decay": settings.weight_decay,
         "padding": dataset.padding,
         "flip": dataset.flip,
-        "mixed_precision": settings.mixed_precision,
+        "precision": settings.precision,
     }
     how: dict[str, Any] = {"optimizer": settings.optimizer, "batch_norm": settings.batch_norm}
     training = Recipe(settings.train_epochs, settings.train_learning_rate, schedule="cosine", **rest)
@@ -129,7 +130,7 @@ def make_mask(
             "per_tensor": settings.per_tensor,
             "largest": kind == "saliency",
             "batch_size": settings.batch_size,
-            "mixed_precision": settings.mixed_precision,
+            "precision": settings.precision,
         }
         mask = saliency_mask(model, forget, settings.density, settings.score, **how)
         return mask, {**header, "mask": kind, "score": settings.score, "per_tensor": settings.per_tensor}
@@ -150,12 +151,12 @@ def prepare(settings: Settings, cache_dir: str | Path) -> tuple[Dataset, Split]:
     dataset = data.load(settings.data, cache_dir, size=settings.size)
     make_split = split.make_reference if settings.split == "reference" else split.make
     chosen = make_split(dataset, settings.forget, settings.seed)
-    device = device_of(settings)
-    return replace(dataset, train=dataset.train.to(device), test=dataset.test.to(device)), chosen
+    here = device_of(settings)
+    return replace(dataset, train=dataset.train.to(here), test=dataset.test.to(here)), chosen
 
 
-def device_of(settings: Settings) -> str:
-    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def device_of(settings: Settings) -> torch.device:
+    return device.choose(settings.device, settings.precision).device
 
 
 def trained(settings: Settings, dataset: Dataset, images: Images) -> tuple[Classifier, Shape]:
@@ -274,13 +275,22 @@ def identity(settings: Settings) -> dict[str, Any]:
     return {**decisive, "set": list(settings.set)}  # as JSON has it
 
 
+def recorded(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in a record, also of version 0.1.0, under today's names."""
+    found = dict(found)
+    if "mixed_precision" in found:
+        found["precision"] = MIXED_PRECISION[found.pop("mixed_precision")]
+    return found
+
+
 def _open(settings: Settings, more: Mapping[str, Any]) -> Path:
     """The run's folder; an EraseError if another run is in it."""
     assert settings.output is not None
     folder = Path(settings.output)
     if (folder / RECORD).is_file():
         found = files.read_json(folder / RECORD)
-        if found.get("settings") != identity(settings) or any(found.get(name) != value for name, value in more.items()):
+        same = recorded(found.get("settings", {})) == identity(settings)
+        if not same or any(found.get(name) != value for name, value in more.items()):
             raise EraseError(f"{folder} holds a run with other settings; choose another --output")
     return folder
 
@@ -297,6 +307,7 @@ def _record(settings: Settings, dataset: Dataset, chosen: Split, seconds: Mappin
         },
         "classes": list(dataset.classes),
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "compute": device.choose(settings.device, settings.precision).record(),
         "versions": {"erase": __version__, "torch": torch.__version__},
     }
 

@@ -5,11 +5,11 @@ Standard library only, so that the command line can be built from it without loa
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
 
 from erase.errors import EraseError
-from erase.settings import make_plain, option
+from erase.settings import agreed_precision, make_plain, option
 
 NETWORKS = ("mlp", "small", "resnet18", "resnet18_imagenet", "resnet50", "vgg16_bn", "vit", "swin_t")
 
@@ -218,17 +218,20 @@ class Settings:
     train_learning_rate: float | None = option(
         None, "their first step size, falling as a cosine", group="training", least=0, shown="the data's"
     )
-    mixed_precision: Literal["no", "bf16"] = option(
-        "no",
-        "of the passes that train or make a mask; bf16 needs AVX512_BF16, AMX or a GPU to be fast",
+    precision: Literal["fp32", "bf16", "fp16"] | None = option(
+        None,
+        "precision of the passes that train or make a mask; bf16 needs AVX512_BF16, AMX or a GPU to be fast",
         group="training",
+        shown="on a GPU bf16, or fp16 if the card lacks it; else fp32",
     )
     seed: int = option(0, "seed of split, training and unlearning", group="training", least=0)
     device: str | None = option(
-        None, "cpu, cuda or cuda:N", group="training", shown="a GPU if there is one", metavar="DEVICE"
+        None, "cpu, cuda, cuda:N or mps (untested)", group="training", shown="a GPU if there is one", metavar="DEVICE"
     )
+    mixed_precision: InitVar[str | None] = None  # `precision` under the name that diffusers' scripts give it
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, mixed_precision: str | None) -> None:
+        object.__setattr__(self, "precision", agreed_precision(self.precision, mixed_precision))
         make_plain(self)
         if not 0 < self.density <= 1:
             raise EraseError(f"--density is {self.density}; it must be above 0 and at most 1")
@@ -242,6 +245,8 @@ class Settings:
 
     def resolved(self) -> "Settings":
         """Every None filled in but model, size and device, and the preset's options before those of `set`."""
+        from erase.device import choose  # torch, which `--help` does not wait for
+
         preset = self.preset
         training = TRAINING.get(self.data, Training())
         defaults: dict[str, Any] = {
@@ -253,6 +258,7 @@ class Settings:
             "batch_size": training.batch_size,
             "train_epochs": training.epochs,
             "train_learning_rate": training.learning_rate,
+            "precision": choose(self.device, self.precision).precision,
         }
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return replace(self, **given, set=(*(f"{name}={value}" for name, value in preset.options), *self.set))

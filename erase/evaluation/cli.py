@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erase import __version__, concepts, files
-from erase.cli import Parser, one_line, silence_libraries
+from erase.cli import Parser, add_mixed_precision, one_line, silence_libraries
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.evaluation.tasks import ABOUT, VERSIONS, Options, Task, build
+from erase.settings import agreed_precision
 
 if TYPE_CHECKING:
     from erase.guards import Guard
@@ -85,8 +86,9 @@ def _drawing_options(parser: Parser) -> None:
     group.add_argument("--steps", type=int, metavar="N", help="sampler steps [the model's own, else 50]")
     group.add_argument("--guidance", type=float, metavar="X", help="for every sample [its own, else 7.5]")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures drawn together [8]")
-    group.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 [fp32]")
-    group.add_argument("--device", help="cpu, cuda or cuda:N [a GPU if there is one]")
+    group.add_argument("--precision", help="fp32, bf16, fp16 [on a GPU bf16, or fp16 if the card lacks it; else fp32]")
+    add_mixed_precision(group)
+    group.add_argument("--device", help="cpu, cuda, cuda:N or mps (untested) [a GPU if there is one]")
     group.add_argument("--guard", help=f"stand beside the model: {', '.join(GUARDS)} [none]")
     group.add_argument("--guard-text", metavar="TEXT", help="what it steers away from [the concept and its synonyms]")
     group.add_argument("--allow-pickle", action="store_true", help="read weights that are not safetensors")
@@ -177,7 +179,7 @@ def _generate(arguments: list[str]) -> None:
         given.model,
         delta_path=given.delta,
         device=given.device,
-        precision=given.precision,
+        precision=agreed_precision(given.precision, given.mixed_precision),
         allow_pickle=given.allow_pickle,
         guard=_guard(given, given.model),
     )
@@ -316,7 +318,7 @@ def _run(arguments: list[str]) -> None:
             if given.real:
                 others["real"] = _real(given, root, task)
             _arm(given, root, model, task, folder, delta=given.delta, guard=guard)
-            if given.precision == "fp32" and not given.delta and not given.base:
+            if not given.delta and not given.base:
                 _check_origin(model, made_from, others["base"], folder)
             results.append(_write_report(folder, others, folder, label, given))
     _gate(results, given.require)
@@ -361,7 +363,7 @@ def _arm(
         source,
         delta_path=delta,
         device=given.device,
-        precision=given.precision,
+        precision=agreed_precision(given.precision, given.mixed_precision),
         allow_pickle=given.allow_pickle,
         guard=guard,
     )

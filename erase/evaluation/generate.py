@@ -1,7 +1,6 @@
 """(model, task) -> a folder of PNGs with records: same seed, same picture, whatever was interrupted or shared out."""
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from erase import delta, files, images, models
 from erase.data import to_pixels
+from erase.device import DTYPES, choose
 from erase.errors import EraseError
 from erase.evaluation import arm
 from erase.evaluation.tasks import Sample, Task
@@ -22,15 +22,13 @@ from erase.models import Model
 from erase.progress import progress
 from erase.run import unet_state, versions
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def load_model(
     source: str,
     *,
     delta_path: str | None = None,
     device: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     allow_pickle: bool = False,
     guard: Guard | None = None,
 ) -> Model:
@@ -39,11 +37,7 @@ def load_model(
     Raises:
         EraseError: the model cannot be loaded, the delta was made for another one, or there is no such device.
     """
-    device = device or _own_device()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise EraseError(f"--device is {device!r}, but torch sees no CUDA device; use --device cpu")
-    if precision not in PRECISIONS:
-        raise EraseError(f"--precision is {precision!r}; choose {', '.join(PRECISIONS)}")
+    compute = choose(device, precision)
     model = models.load(source, allow_pickle=allow_pickle)
     if delta_path:
         state = delta.apply(unet_state(model.unet), delta.load(delta_path))
@@ -51,21 +45,14 @@ def load_model(
         model = replace(model, name=f"{source} + {Path(delta_path).name}")
     parts: Any = (model.unet, model.vae, model.text_encoder)
     for part in parts:
-        part.to(device)
-        if precision != "fp32":
-            part.to(PRECISIONS[precision])
-    return replace(model, guard=guard)
-
-
-def _own_device() -> str:
-    """This process's GPU under a launcher, the first one without, else the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        part.to(compute.device)
+    return replace(model, guard=guard, precision=compute.precision)
 
 
 def model_hashes(model: Model) -> dict[str, str]:
     """Content hashes of all that decides a picture, of the weights as they were loaded, and the guard beside them.
 
-    The UNet's is the one that deltas and run.json state, as long as the precision is fp32.
+    The UNet's is the one that deltas and run.json state, whatever the precision.
     """
     hashes = {"unet": delta.content_hash(unet_state(model.unet))}
     hashes |= {name: delta.content_hash(getattr(model, name).state_dict()) for name in ("vae", "text_encoder")}
@@ -87,7 +74,7 @@ def effective_settings(model: Model, task: Task, steps: int | None, guidance: fl
         "guidance": guidance or task.guidance or float(model.defaults.get("guidance_scale", 7.5)),
         "guidance_of_samples": "ignored" if guidance else "used",
         "size": model.resolution,
-        "precision": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+        "precision": str(DTYPES[model.precision]).removeprefix("torch."),
         "device": model.device.type,
         "noise": "one CPU generator a picture",
         "safety_checker": None,

@@ -430,7 +430,7 @@ def plain_classifier_masks(size: str, densities: tuple[float, ...]) -> Iterator[
 STEP_SIZE = 1e-5  # small: in random weights the loss must stay finite, and the size does not matter for time
 
 
-def our_classifier_steps(size: str, mixed_precision: Literal["no", "bf16"] = "no") -> Iterator[Turn]:
+def our_classifier_steps(size: str, precision: Literal["fp32", "bf16"] = "fp32") -> Iterator[Turn]:
     """Two steps on 64 pictures, which are cropped and mirrored too."""
     import torch
 
@@ -439,7 +439,7 @@ def our_classifier_steps(size: str, mixed_precision: Literal["no", "bf16"] = "no
 
     model, images = _classifier(size)
     mask = _random_mask(model, 0.5)
-    how: dict[str, Any] = {"batch_size": len(images), "padding": 4, "flip": True, "mixed_precision": mixed_precision}
+    how: dict[str, Any] = {"batch_size": len(images), "padding": 4, "flip": True, "precision": precision}
     recipe = Recipe(epochs=2, learning_rate=STEP_SIZE, **how)
     plan = Plan(passes=lambda: [images])
 

@@ -146,8 +146,9 @@ def _cell(line: Row, bench: _Bench) -> dict[str, Any]:
     path = bench.folder / "cells" / f"{re.sub('[^a-z0-9.]+', '-', line.label)}-{seed}.json"
     if path.is_file():
         cell = files.read_json(path)
-        if cell["settings"] != identity:
-            changed = next(key for key in identity if cell["settings"].get(key) != identity[key])
+        there = run.recorded(cell["settings"])
+        if there != identity:
+            changed = next(key for key in identity if there.get(key) != identity[key])
             raise EraseError(f"{path} was made with another {changed}; choose another --output")
         return cell
     dataset, chosen = bench.prepared()

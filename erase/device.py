@@ -1,0 +1,125 @@
+"""The one place that decides on which device a command computes, and in which precision."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from erase.errors import EraseError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# fp16 gradients below 6e-8 become zero, so losses are multiplied by this before a backward pass without a GradScaler
+LOSS_SCALE = {"fp32": 1.0, "bf16": 1.0, "fp16": 4096.0}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a command computes, and how precisely.
+
+    precision: "fp32", "bf16" or "fp16", of every pass through a UNet, a VAE or a classifier. The weights that are
+        trained and written are float32, whatever the precision.
+    """
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Inside, products and convolutions compute in the precision; the weights keep theirs."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    @property
+    def mixed_precision(self) -> str:
+        """The precision under accelerate's name."""
+        return "no" if self.precision == "fp32" else self.precision
+
+    def record(self) -> dict[str, str]:
+        """For run.json."""
+        name = {"name": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+        return {"device": str(self.device), "precision": self.precision, **name}
+
+
+def choose(device: str | None, precision: str | None) -> Compute:
+    """The device and the precision that are asked for, or the best ones that are here.
+
+    device: cpu, cuda, cuda:N or mps; None is this process's GPU, else the CPU. mps is untested.
+    precision: None is bf16 on a GPU that computes in it, fp16 on an older one, fp32 on anything else.
+
+    On a GPU this also lets float32 products use TF32, unless deterministic algorithms are asked for.
+
+    Raises:
+        EraseError: no such device or precision.
+    """
+    found = _find(device)
+    if precision is not None and precision not in DTYPES:
+        raise EraseError(f"--precision is {precision!r}; choose {', '.join(DTYPES)}")
+    if found.type == "cuda":
+        is_free = not torch.are_deterministic_algorithms_enabled()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_free
+    if precision is None:
+        precision = "fp32" if found.type != "cuda" else "bf16" if has_bf16(found) else "fp16"
+    return Compute(found, precision)
+
+
+def _find(device: str | None) -> torch.device:
+    num = num_gpus()
+    own = int(os.environ.get("LOCAL_RANK", "0"))  # a launcher starts a process for each GPU
+    if device is None:
+        device = "cuda" if num else "cpu"
+    kind, colon, number = device.partition(":")
+    if device in {"cpu", "mps"}:
+        if device == "mps" and not torch.backends.mps.is_available():
+            raise EraseError("--device is 'mps', but torch sees no Apple GPU; use --device cpu")
+        return torch.device(device)
+    if kind != "cuda" or colon and not (number.isascii() and number.isdigit()):
+        raise EraseError(f"--device is {device!r}; choose cpu, cuda, cuda:N or mps")
+    if not num:
+        raise EraseError(f"--device is {device!r}, but torch sees no CUDA device; use --device cpu")
+    index = int(number) if colon else own
+    if index >= num:
+        raise EraseError(f"--device is {device!r}, but torch sees {num} CUDA devices, numbered from 0")
+    use_gpu(index)
+    return torch.device("cuda", index)
+
+
+# --- what the machine has; a test that pretends a GPU replaces these --------------------------------------------------
+
+
+def num_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the GPU computes in bfloat16; torch emulates it, slowly, on older ones."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def use_gpu(index: int) -> None:
+    """Make this GPU the one that "cuda" means."""
+    torch.cuda.set_device(index)
+
+
+# --- precision of a network -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def rounded(precision: str, *networks: nn.Module) -> Iterator[None]:
+    """Inside, the networks' weights are stored in the precision; afterwards they are what they were, bit for bit.
+
+    For passes without gradients: unlike autocast this rounds each weight once, not in every pass.
+    """
+    exact = []
+    try:
+        if precision != "fp32":
+            for tensor in (t for network in networks for t in (*network.parameters(), *network.buffers())):
+                if tensor.is_floating_point():
+                    exact.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(DTYPES[precision])
+        yield
+    finally:
+        for tensor, data in exact:
+            tensor.data = data
