@@ -204,7 +204,7 @@ class Settings:
         "checkpointing, parts of one picture, on a GPU bf16 weights; slower, and says first how much it needs",
         group="training",
     )
-    precision: Literal["fp32", "bf16", "fp16"] | None = option(
+    precision: Literal["fp32", "fp16", "bf16"] | None = option(
         None,
         "precision of all passes through UNet and VAE: generation, mask, training and samples.png; weights are trained "
         "and written in float32 all the same",

@@ -218,7 +218,7 @@ class Settings:
     train_learning_rate: float | None = option(
         None, "their first step size, falling as a cosine", group="training", least=0, shown="the data's"
     )
-    precision: Literal["fp32", "bf16", "fp16"] | None = option(
+    precision: Literal["fp32", "fp16", "bf16"] | None = option(
         None,
         "precision of the passes that train or make a mask; bf16 needs AVX512_BF16, AMX or a GPU to be fast",
         group="training",
