@@ -26,6 +26,7 @@ from erase.errors import EraseError, missing
 from erase.files import default_cache_dir as default_cache_dir
 from erase.files import read_json
 from erase.guards import Guard
+from erase.settings import read_defaults
 
 Sampler = Literal["model", "dpm++"]
 
@@ -376,7 +377,7 @@ def load(
         scheduler = _load_scheduler(folder)
         if unet is not None:
             notes = [*notes, *unet_file.put_into(network, unet, allow_pickle=allow_pickle)]
-        defaults = read_json(folder / export.DEFAULTS_FILE) if (folder / export.DEFAULTS_FILE).is_file() else {}
+        defaults = read_defaults(folder / export.DEFAULTS_FILE)
     for part in (network, vae, text_encoder):
         part.to(device)
     name = f"{source} with {Path(unet).name}" if unet else str(source)

@@ -42,7 +42,7 @@ from erase import (
 )
 from erase.concepts import Concept
 from erase.errors import EraseError, missing
-from erase.settings import MIXED_PRECISION, RECIPES, Settings, resolve
+from erase.settings import MIXED_PRECISION, RECIPES, Settings, require_consistent, resolve
 
 # Processes generate fixed shares of the images and wait for one another afterwards. A slower GPU may need hours longer
 # than a faster one, and a process group gives up after 10 minutes by default.
@@ -104,6 +104,7 @@ def run(
     concept: what the settings' names stand for, where these are no presets; None where they are.
     """
     started = time.time()
+    require_consistent(settings)
     method = make_method(settings)
     if settings.alpha is not None and not hasattr(method, "alpha"):
         raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
@@ -354,7 +355,7 @@ def make_plan(settings: Settings, model: models.Model) -> data.Plan:
         num_forget=_int(settings.num_forget),
         num_retain=_int(settings.num_retain),
         steps=_int(settings.num_inference_steps),
-        guidance=float(settings.guidance_scale or 0),
+        guidance=_float(settings.guidance_scale),
         size=settings.resolution or model.resolution,
         batch_size=_int(settings.generation_batch_size),
         seed=settings.seed,
@@ -371,8 +372,8 @@ def make_recipe(settings: Settings, plan: data.Plan) -> train.Recipe:
     return train.Recipe(
         num_steps=_int(settings.num_train_steps),
         batch_size=_int(settings.batch_size),
-        learning_rate=float(settings.learning_rate or 0),
-        weight_decay=float(settings.weight_decay or 0),
+        learning_rate=_float(settings.learning_rate),
+        weight_decay=_float(settings.weight_decay),
         max_grad_norm=settings.max_grad_norm,
         accumulation=settings.gradient_accumulation_steps,
         target=str(settings.target),
@@ -612,7 +613,7 @@ def make_mask(
                 parameters,
                 accelerator,
                 score=settings.score,
-                guidance=float(settings.mask_guidance or 0),
+                guidance=_float(settings.mask_guidance),
                 batch_size=_int(settings.batch_size),
                 seed=settings.seed,
                 state_path=work / f"saliency-{number}.pt",
@@ -746,4 +747,9 @@ def _total(mask: Mapping[str, Tensor]) -> int:
 
 def _int(value: int | None) -> int:
     assert value is not None  # `resolve` has filled it in
+    return value
+
+
+def _float(value: float | None) -> float:
+    assert value is not None
     return value

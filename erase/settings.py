@@ -10,10 +10,12 @@ import operator
 import os
 from collections.abc import Callable
 from dataclasses import Field, InitVar, dataclass, field, fields, replace
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
+from erase.files import read_json
 from erase.methods import METHODS, find
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
@@ -121,6 +123,7 @@ class Settings:
         "guidance g inside the mask's loss, (1+g) cond - g uncond",
         group="how",
         least=0,
+        most=1000,
         shown="0; recipe reference 7.5",
     )
     target: Literal["anchor", "random", "fixed"] | None = option(
@@ -130,7 +133,12 @@ class Settings:
         shown="anchor; other recipes fixed, except for nudity",
     )
     alpha: float | None = option(
-        None, "weight of the retain loss", group="how", least=0, shown="1; other recipes 0.5, for nudity 0.1"
+        None,
+        "weight of the retain loss",
+        group="how",
+        least=0,
+        most=1e6,
+        shown="1; other recipes 0.5, for nudity 0.1",
     )
 
     # data
@@ -160,33 +168,48 @@ class Settings:
         aliases=("--guidance",),
     )
     resolution: int | None = option(
-        None, "side of the images in pixels", group="data", least=1, shown="the model's own, 512 for SD v1.4"
+        None,
+        "side of the images in pixels",
+        group="data",
+        least=1,
+        most=8192,
+        shown="the model's own, 512 for SD v1.4",
     )
-    generation_batch_size: int | None = option(None, "images drawn at a time", group="data", least=1)
+    generation_batch_size: int | None = option(None, "images generated at a time", group="data", least=1, most=100_000)
     cache_dir: str | None = option(
         None, "where drawn latents are kept", group="data", shown="$ERASE_CACHE, or ~/.cache/erase-concept"
     )
 
     # training
-    learning_rate: float | None = option(None, "Adam's step size", group="training", least=0)
+    learning_rate: float | None = option(None, "Adam's step size", group="training", least=0, most=1000)
     num_train_steps: int | None = option(
-        None, "optimizer steps", group="training", least=0, shown="500; 100 for nudity"
+        None, "optimizer steps", group="training", least=0, most=10_000_000, shown="500; 100 for nudity"
     )
-    batch_size: int | None = option(None, "forget images a step, and as many retain images", group="training", least=1)
+    batch_size: int | None = option(
+        None, "forget images a step, and as many retain images", group="training", least=1, most=100_000
+    )
     rank: int | None = option(
         None,
         "train no weights, but a change of this rank of each attention and feed-forward matrix in the scope, all of "
         "which --save lora then holds",
         group="training",
         least=1,
+        most=10_000,
         shown="4 for leco, else none",
     )
-    weight_decay: float | None = option(None, "decoupled decay, inside the mask only", group="training", least=0)
+    weight_decay: float | None = option(
+        None, "decoupled decay, inside the mask only", group="training", least=0, most=1e6
+    )
     max_grad_norm: float | None = option(
-        None, "clip the masked gradient's norm to this", group="training", least=0, shown="the method's own, or none"
+        None,
+        "clip the masked gradient's norm to this",
+        group="training",
+        least=0,
+        most=1e12,
+        shown="the method's own, or none",
     )
     gradient_accumulation_steps: int = option(
-        1, "parts that each step's batch is cut into, to save memory", group="training", least=1
+        1, "parts that each step's batch is cut into, to save memory", group="training", least=1, most=100_000
     )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory", group="training")
     weights: Literal["fp32", "bf16"] | None = option(
@@ -212,11 +235,13 @@ class Settings:
         shown="on a GPU bf16, or fp16 if the card lacks it; else fp32",
     )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels", group="training")
-    seed: int = option(0, "seed of data, mask and training", group="training", least=0)
+    seed: int = option(0, "seed of data, mask and training", group="training", least=0, most=2**32 - 1)
     device: str | None = option(
         None, "cpu, cuda, cuda:N or mps (untested)", group="training", shown="a GPU if there is one", metavar="DEVICE"
     )
-    checkpointing_steps: int = option(50, "optimizer steps between checkpoints", group="training", least=1)
+    checkpointing_steps: int = option(
+        50, "optimizer steps between checkpoints", group="training", least=1, most=10_000_000
+    )
     report_to: Literal["tensorboard", "wandb"] | None = option(
         None, "tracker for the losses", group="training", shown="none"
     )
@@ -235,9 +260,14 @@ class Settings:
         metavar="DIR",
     )
     revision: str | None = option(None, "branch, tag or commit on the hub", group="files", shown="main")
-    num_samples: int = option(6, "pictures a row in samples.png; 0 for none", group="files", least=0)
+    num_samples: int = option(6, "images in each row of samples.png; 0 for none", group="files", least=0, most=100)
     lora_rank: int | None = option(
-        None, "rank of --save lora, an approximation", group="files", least=1, shown="that of --rank, else 64"
+        None,
+        "rank of --save lora, an approximation",
+        group="files",
+        least=1,
+        most=10_000,
+        shown="that of --rank, else 64",
     )
     overwrite: bool = option(False, "delete what is in the output folder first", group="files")
     mixed_precision: InitVar[str | None] = None  # `precision` under the name that diffusers' scripts give it
@@ -250,8 +280,6 @@ class Settings:
             raise EraseError(f"--density is {self.density}; it must be above 0 and at most 1")
         if self.max_grad_norm == 0:
             raise EraseError("--max-grad-norm is 0, which stops all training; leave it out for no clipping")
-        if self.seed >= 2**32:
-            raise EraseError(f"--seed is {self.seed}; it must be below 2^32")
         if self.weights == "bf16" and self.precision == "fp16":
             raise EraseError("--weights bf16 does not go with --precision fp16; choose bf16 or fp32")
         if not self.concept or not all(name.strip() for name in self.concept):
@@ -296,6 +324,7 @@ def resolve(
 ) -> Settings:
     """Every None filled in: from the model's own defaults, then the method's and the recipe's, then SD v1.4's values.
 
+    model_defaults: see `read_defaults`. What the user gave always wins over them.
     kind: of the concept; SalUn's settings differ between nudity and classes.
     num_processes: that share a batch; --low-memory cuts it into parts of one picture.
     on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
@@ -303,7 +332,9 @@ def resolve(
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     own = {k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"}
     of_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
-    settings = replace(settings, set=(*of_method.pop("set", ()), *settings.set))  # the later one of a name counts
+    taken = _given_hyperparameters(settings)
+    own_set = [text for text in of_method.pop("set", ()) if _hyperparameter(text) not in taken]
+    settings = replace(settings, set=(*own_set, *settings.set))
     settings = settings.filled(of_method).filled(own)
     settings = settings.filled(
         {
@@ -314,12 +345,98 @@ def resolve(
         }
     )
     settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
+    _require_use(settings)
     settings = settings.filled({"lora_rank": settings.rank or 64})
     if settings.low_memory:
         parts = max(settings.gradient_accumulation_steps, (settings.batch_size or 1) // num_processes)
         settings = replace(settings, gradient_checkpointing=True, gradient_accumulation_steps=parts)
     rounds = settings.low_memory and on_gpu and settings.precision != "fp16"
     return settings.filled({"weights": "bf16" if rounds else "fp32"})
+
+
+def _given_hyperparameters(settings: Settings) -> set[str]:
+    """Hyperparameters of methods that the user's options decide: by name in `set`, or by an option of their own."""
+    taken = {_hyperparameter(text) for text in settings.set} | {"seed"}
+    taken |= {"alpha"} if settings.alpha is not None else set()
+    return taken | ({"frozen_target", "distill_retain"} if settings.recipe != "default" else set())
+
+
+def _hyperparameter(text: str) -> str:
+    """The name in "name=value"."""
+    return text.partition("=")[0].strip().replace("-", "_")
+
+
+def require_consistent(settings: Settings) -> None:
+    """Check what the user gave, before anything is filled in.
+
+    Raises:
+        EraseError: two options contradict each other, or one would do nothing.
+    """
+    if settings.resume and settings.overwrite:
+        raise EraseError("--resume continues what --overwrite deletes; leave one out")
+    if settings.lora_rank is not None and "lora" not in settings.save:
+        raise EraseError(f"--lora-rank {settings.lora_rank} is for --save lora, which is not asked for; add it")
+    if settings.alpha is not None and "alpha" in map(_hyperparameter, settings.set):
+        raise EraseError(f"--alpha {settings.alpha:g} and --set alpha are both given; leave one out")
+
+
+def _require_use(settings: Settings) -> None:
+    """Raise an EraseError for an option about a mask that is not made; of resolved settings."""
+    kind = settings.mask if settings.mask in {"saliency", "inverse", "random", "none"} else "file"
+    unused = {"none": ("density", "per_tensor", "score"), "file": ("density", "per_tensor", "score")}
+    for name in unused.get(kind, ("score",) if kind == "random" else ()):
+        if getattr(settings, name) != Settings.__dataclass_fields__[name].default:
+            why = "without a mask; add --mask saliency" if kind == "none" else f"with --mask {settings.mask}"
+            raise EraseError(f"{flag(name)} has no effect {why}")
+
+
+# --- the model's own defaults ---------------------------------------------------------------------------------------
+
+_OF_MODEL = (*SD_DEFAULTS, "num_train_steps")
+_OF_METHOD = (*_OF_MODEL, "scope", "target", "alpha", "mask_guidance", "rank", "max_grad_norm", "set")
+
+
+def read_defaults(path: Path) -> dict[str, Any]:
+    """What a model's erase_defaults.json says of settings; empty where there is no such file.
+
+    It holds "family", settings of `_OF_MODEL`, and under "methods" settings of `_OF_METHOD` by method.
+
+    Raises:
+        EraseError: an unknown name, or a value that the setting does not take.
+    """
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    own = {key: value for key, value in found.items() if key not in {"family", "methods"}}
+    _check_defaults(own, _OF_MODEL, f"{path}")
+    of_methods = found.get("methods", {})
+    if not isinstance(of_methods, dict) or not all(isinstance(values, dict) for values in of_methods.values()):
+        raise EraseError(f"{path}: methods must hold an object of settings for each method")
+    if not isinstance(found.get("family", ""), str):
+        raise EraseError(f"{path}: family is {found['family']!r}; it must be a text")
+    for method, values in of_methods.items():
+        if method not in METHODS:
+            raise EraseError(f"{path}: unknown method {method!r}; choose from {', '.join(METHODS)}")
+        _check_defaults(values, _OF_METHOD, f"{path}, {method}")
+    return found
+
+
+def _check_defaults(values: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for name, value in values.items():
+        if name not in known:
+            raise EraseError(f"{where}: unknown setting {name!r}; choose from {', '.join(known)}")
+        item = Settings.__dataclass_fields__[name]
+        if isinstance(value, bool) or value is None or (name == "set") != isinstance(value, list):
+            raise EraseError(
+                f"{where}: {name} is {value!r}; it must be {'a list of texts' if name == 'set' else 'a value'}"
+            )
+        try:
+            _checked(value, item, forms()[name])
+        except EraseError as error:
+            raise EraseError(f"{where}: {str(error).removeprefix('--').replace('-', '_', name.count('_'))}") from error
+        for text in value if name == "set" else ():
+            if "=" not in text:
+                raise EraseError(f"{where}: set has {text!r}; it must be NAME=VALUE")
 
 
 # --- what an annotation says ----------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def test_settings_of_a_wrong_type_are_refused(options, message):
         ("--concept church --learning-rate=-1e-5", "--learning-rate is -1e-05; it must be 0 or more"),
         ("--concept church --max-grad-norm 0", "--max-grad-norm is 0, which stops all training"),
         ("--concept church --seed -1", "--seed is -1; it must be 0 or more"),
-        ("--concept church --seed 4294967296", "--seed is 4294967296; it must be below"),
+        ("--concept church --seed 4294967296", "--seed is 4294967296; it must be 0 or more and at most 4294967295"),
         ("--concept schoolgirl --kind object", "does not accept targets that involve minors"),
         ("--concept toddler", "does not accept targets that involve minors"),
     ],

@@ -610,7 +610,7 @@ def test_what_a_methods_name_implies_wins_over_the_recipe_and_loses_to_what_is_g
     given = Settings("church", method="ca", alpha=2.0, scope="full", mask="random", weight_decay=0.5, batch_size=3)
     of_model = {"methods": {"ca": {"learning_rate": 1e-3, "set": ["alpha=1"]}}, "num_train_steps": 7}
     settings = resolve(replace(given, set=("frozen_target=false",)), "object", of_model)
-    assert settings.set == ("alpha=1", "frozen_target=false")
+    assert settings.set == ("frozen_target=false",)  # --alpha wins over the model's own
     assert (settings.alpha, settings.scope, settings.mask, settings.weight_decay) == (2.0, "full", "random", 0.5)
     assert (settings.learning_rate, settings.num_train_steps, settings.batch_size) == (1e-3, 7, 3)
     salun = resolve(Settings("church", recipe="paper"), "object", {})

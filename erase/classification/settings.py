@@ -175,7 +175,12 @@ class Settings:
         "seeded", "how pictures to forget are drawn: by --seed, or as in SalUn's code, for comparison", group="what"
     )
     size: int | None = option(
-        None, "side that pictures of a folder or the hub are brought to", group="what", least=1, shown="theirs"
+        None,
+        "side that pictures of a folder or the hub are brought to",
+        group="what",
+        least=1,
+        most=4096,
+        shown="theirs",
     )
 
     # method
@@ -206,17 +211,28 @@ class Settings:
     )
 
     # training
-    epochs: int | None = option(None, "passes over the pictures", group="training", least=0, shown="the method's")
-    learning_rate: float | None = option(None, "step size", group="training", least=0, shown="the method's")
+    epochs: int | None = option(
+        None, "passes over the images", group="training", least=0, most=100_000, shown="the method's"
+    )
+    learning_rate: float | None = option(None, "step size", group="training", least=0, most=1000, shown="the method's")
     optimizer: Literal["sgd", "adam"] = option("sgd", "adam keeps state for masked weights only", group="training")
-    batch_size: int | None = option(None, "pictures a step", group="training", least=1, shown="the data's")
-    momentum: float = option(0.9, "of SGD", group="training", least=0)
-    weight_decay: float = option(5e-4, "share of a masked weight, in units of the step size", group="training", least=0)
+    batch_size: int | None = option(
+        None, "images a step", group="training", least=1, most=1_000_000, shown="the data's"
+    )
+    momentum: float = option(0.9, "of SGD", group="training", least=0, most=1)
+    weight_decay: float = option(
+        5e-4, "share of a masked weight, in units of the step size", group="training", least=0, most=1000
+    )
     train_epochs: int | None = option(
-        None, "passes for the original and the retrained model", group="training", least=0, shown="the data's"
+        None,
+        "passes for the original and the retrained model",
+        group="training",
+        least=0,
+        most=100_000,
+        shown="the data's",
     )
     train_learning_rate: float | None = option(
-        None, "their first step size, falling as a cosine", group="training", least=0, shown="the data's"
+        None, "their first step size, falling as a cosine", group="training", least=0, most=1000, shown="the data's"
     )
     precision: Literal["fp32", "fp16", "bf16"] | None = option(
         None,
@@ -224,7 +240,7 @@ class Settings:
         group="training",
         shown="on a GPU bf16, or fp16 if the card lacks it; else fp32",
     )
-    seed: int = option(0, "seed of split, training and unlearning", group="training", least=0)
+    seed: int = option(0, "seed of split, training and unlearning", group="training", least=0, most=2**32 - 1)
     device: str | None = option(
         None, "cpu, cuda, cuda:N or mps (untested)", group="training", shown="a GPU if there is one", metavar="DEVICE"
     )
@@ -235,8 +251,6 @@ class Settings:
         make_plain(self)
         if not 0 < self.density <= 1:
             raise EraseError(f"--density is {self.density}; it must be above 0 and at most 1")
-        if self.seed >= 2**32:
-            raise EraseError(f"--seed is {self.seed}; it must be below 2^32")
 
     @property
     def preset(self) -> Preset:
