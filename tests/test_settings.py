@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from erase import cli, methods, settings
+from erase.classification import settings as classification_settings
+from erase.classification.methods import Influence
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.errors import EraseError
 from erase.methods import METHODS
@@ -152,6 +154,14 @@ def test_a_number_out_of_range_is_one_line(arguments, capsys):
         cli.main(["--concept", "church", *arguments.split()])
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and arguments.split()[0] in err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_hyperparameters_are_finite(value):
+    with pytest.raises(EraseError, match=f"--set is 'alpha={value}'; it must be a number"):
+        methods.make("ga", {}, (f"alpha={value}",))
+    with pytest.raises(EraseError, match=f"alpha of IU is '{value}'; it must be a number"):
+        classification_settings.make_method(Influence, "IU", {"alpha": value})
 
 
 # --- options that do nothing

@@ -145,7 +145,7 @@ def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
         (["--methd", "salun"], "did you mean --method"),
         (["--forget", "0%"], "leaves nothing to forget"),
         (["compare", "--methods", "salum"], "unknown method 'salum'"),
-        (["compare", "--seeds", "0"], "--seeds must be at least 1"),
+        (["compare", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["compare", "--model", "somewhere"], "--model does not go with compare"),
         (["train", "--density", "0.5"], "unknown argument '--density'"),
     ],

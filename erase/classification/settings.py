@@ -4,6 +4,7 @@ Standard library only, so that the command line can be built from it without loa
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
@@ -214,7 +215,7 @@ class Settings:
     epochs: int | None = option(
         None, "passes over the images", group="training", least=0, most=100_000, shown="the method's"
     )
-    learning_rate: float | None = option(None, "step size", group="training", least=0, most=1000, shown="the method's")
+    learning_rate: float | None = option(None, "step size", group="training", least=0, most=1e30, shown="the method's")
     optimizer: Literal["sgd", "adam"] = option("sgd", "adam keeps state for masked weights only", group="training")
     batch_size: int | None = option(
         None, "images a step", group="training", least=1, most=1_000_000, shown="the data's"
@@ -232,7 +233,7 @@ class Settings:
         shown="the data's",
     )
     train_learning_rate: float | None = option(
-        None, "their first step size, falling as a cosine", group="training", least=0, most=1000, shown="the data's"
+        None, "their first step size, falling as a cosine", group="training", least=0, most=1e30, shown="the data's"
     )
     precision: Literal["fp32", "fp16", "bf16"] | None = option(
         None,
@@ -318,7 +319,10 @@ def _value(name: str, key: str, text: str, kind: type) -> Any:
             return text.lower() == "true"
         raise EraseError(f"{key} of {name} is {text!r}; it must be true or false")
     try:
-        return kind(text)
+        value = kind(text)
+        if not math.isfinite(value):
+            raise ValueError
+        return value
     except ValueError:
         noun = "a whole number" if kind is int else "a number"
         raise EraseError(f"{key} of {name} is {text!r}; it must be {noun}") from None

@@ -115,7 +115,7 @@ def _share(request: str, total: int) -> int:
 def _class(text: str, classes: Sequence[str]) -> int:
     if text in classes:
         return classes.index(text)
-    if text.isdigit() and int(text) < len(classes):
+    if text.isdecimal() and int(text) < len(classes):
         return int(text)
     raise EraseError(f"--forget is 'class:{text}'; the classes are 0 to {len(classes) - 1}: {', '.join(classes[:12])}")
 

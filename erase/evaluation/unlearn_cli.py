@@ -114,8 +114,10 @@ def _compare(arguments: list[str]) -> None:
     add_options(parser, Settings, GROUPS)
     given = vars(parser.parse_args(arguments))
     asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows")}
-    if asked["seeds"] < 1 or asked["shadows"] < 0:
-        parser.error("--seeds must be at least 1 and --shadows 0 or more")
+    if not 1 <= asked["seeds"] <= 10_000:
+        parser.error(f"--seeds is {asked['seeds']}; it must be at least 1 and at most 10000")
+    if not 0 <= asked["shadows"] <= 10_000:
+        parser.error(f"--shadows is {asked['shadows']}; it must be 0 or more and at most 10000")
     if given["model"] is not None:
         parser.error("--model does not go with compare, which trains an original model for every seed")
     unknown = [name for name in asked["methods"] if name not in ("all", *PRESETS)]

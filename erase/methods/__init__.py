@@ -13,6 +13,7 @@ What a method class may have beside its fields, all optional but one of `loss` a
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -151,7 +152,10 @@ def _parsed(value: str, kind: Any, text: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return kind(value)
+        number = kind(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
     except (KeyError, ValueError) as error:
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise EraseError(f"--set is {text!r}; it must be {wanted}") from error
