@@ -24,7 +24,6 @@ from erase.components import one_line
 from erase.device import DTYPES, rounded
 from erase.errors import EraseError, missing
 from erase.files import default_cache_dir as default_cache_dir
-from erase.files import read_json
 from erase.guards import Guard
 from erase.settings import read_defaults
 
