@@ -1,6 +1,5 @@
 """What a run trains on: forget and retain pictures as cached latents, each with its prompt's text states."""
 
-import csv
 import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erase import files, images
+from erase import captions, files, images, prompt_files
 from erase.concepts import Concept
 from erase.delta import content_hash
 from erase.errors import EraseError, missing
@@ -113,10 +112,12 @@ def gather(
     cache_dir: Path,
     workers: Workers | None = None,
     quiet: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Data:
     """Draw or read the concept's forget and retain sets; what is in the cache already is taken from there.
 
     model_hash: content hash of the UNet; pictures of another model are never taken for its own.
+    tell: hears where captions come from.
 
     Raises:
         EraseError: no retain prompts, an empty image folder, an image that cannot be read.
@@ -134,8 +135,10 @@ def gather(
     # both sources are listed before anything is drawn, so that a wrong folder is an error at once
     names = [forget for forget, _ in pairs]
     shown = [anchor for _, anchor in pairs] if plan.pictures == "anchor" else names
-    forget_source = _source(model, plan, plan.forget_images, names, plan.num_forget, first_seed, shown=shown)
-    retain_source = _source(model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed)
+    forget_source = _source(model, plan, plan.forget_images, names, plan.num_forget, first_seed, shown=shown, tell=tell)
+    retain_source = _source(
+        model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed, tell=tell
+    )
     if plan.pictures == "trajectory":
         forget_source = _followed(model, plan, forget_source.prompts, first_seed)
     elif plan.pictures == "noise":
@@ -254,6 +257,7 @@ def _source(
     first_seed: int,
     *,
     shown: Sequence[str] | None = None,
+    tell: Callable[[str], None],
 ) -> _Source:
     """`num` pictures that the model draws of the prompts in turn, or all pictures of a folder.
 
@@ -264,11 +268,14 @@ def _source(
             [texts[i % len(texts)] if texts else None for i in range(num)] for texts in (prompts, shown or prompts)
         )
         return _drawn(model, plan, called, drawn, first_seed)
-    entries = list_images(folder)
+    entries = [entry for entry in list_images(folder, tell) for _ in range(entry[0].repeats)]
     own = [text or (prompts[i % len(prompts)] if prompts else None) for i, (_, text) in enumerate(entries)]
 
     def make(rows: range) -> dict[str, Tensor]:
-        return _posterior(model.encode_images(torch.stack([entries[i][0].pixels(plan.size) for i in rows])))
+        unique = list(dict.fromkeys(entries[i][0] for i in rows))  # repeats of an image lie side by side
+        parts = model.encode_images(torch.stack([image.pixels(plan.size) for image in unique]))
+        places = torch.tensor([unique.index(entries[i][0]) for i in rows])
+        return _posterior((parts[0][places], parts[1][places]))
 
     identity = [[entry.digest() for entry, _ in entries], plan.size, f"reader {images.READER}", *_precision(model)]
     return _Source(own, make, identity)
@@ -347,11 +354,15 @@ def _cached(
 
 @dataclass(frozen=True)
 class Picture:
-    """One image, by file or by the bytes of a data set's row, with a name for messages."""
+    """One image, by file or by the bytes of a data set's row, with a name for messages.
+
+    repeats: how many times it counts.
+    """
 
     name: str
     path: Path | None = None
     content: bytes = b""
+    repeats: int = 1
 
     def digest(self) -> str:
         with self._readable():
@@ -375,47 +386,20 @@ class Picture:
             raise EraseError(f"cannot read the image {self.name} ({error.reason}); mend or remove it") from error
 
 
-def list_images(source: str) -> list[tuple[Picture, str | None]]:
-    """The images of a folder, or of a data set on the hub, with their prompts where they are told.
+def list_images(source: str, tell: Callable[[str], None] = lambda line: None) -> list[tuple[Picture, str | None]]:
+    """The images of a folder, or of a data set on the hub, with their captions (captions.py) where they have one.
 
-    A prompt comes from `metadata.csv` (columns file_name, text), else from the class folder that holds the image
-    ("an image of a church"), else it is None and the caller says which prompt to use.
+    tell: hears where the captions come from.
 
     Raises:
-        EraseError: no such folder, no image in it, metadata that names a missing file.
+        EraseError: no such folder, no image in it, captions that fit no image.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return _from_datasets(source)
-    paths = images.image_files(folder)
-    if not paths:
-        raise EraseError(f"{folder} holds no image ({', '.join(sorted(images.SUFFIXES))})")
-    texts = _captions(folder / "metadata.csv") if (folder / "metadata.csv").is_file() else {}
-    for path in paths:
-        if path not in texts and path.parent != folder:
-            label = path.parent.name.replace("_", " ")
-            texts[path] = f"an image of {'an' if label[:1].lower() in 'aeiou' else 'a'} {label}"
-    return [(Picture(str(path), path), texts.get(path)) for path in paths]
-
-
-def _captions(path: Path) -> dict[Path, str]:
-    """Prompt of each image in a metadata.csv."""
-    texts: dict[Path, str] = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise EraseError(f"{path} cannot be read as CSV ({error}); save it again, in UTF-8") from error
-    for number, line in enumerate(lines, start=2):
-        name, text = line.get("file_name"), line.get("text")
-        if name is None or text is None:
-            raise EraseError(
-                f"{path}, line {number}: the columns file_name and text are needed, as in 'a.png,a church'"
-            )
-        if not (path.parent / name).is_file():
-            raise EraseError(f"{path}, line {number}: there is no image {name!r}; mend the line or remove it")
-        texts[path.parent / name] = text
-    return texts
+    found, summary = captions.read(folder)
+    tell(summary)
+    return [(Picture(str(one.path), one.path, repeats=one.repeats), one.text) for one in found]
 
 
 def _from_datasets(name: str) -> list[tuple[Picture, str | None]]:
@@ -432,9 +416,10 @@ def _from_datasets(name: str) -> list[tuple[Picture, str | None]]:
         ) from error
     pictures = []
     for number, line in enumerate(rows):
-        text = line.get("text") if isinstance(line.get("text"), str) else None
-        image = line["image"]
-        path = None if image.get("bytes") else Path(image["path"])
+        given = (line.get(name) for name in prompt_files.COLUMNS["prompt"])
+        text = next((value for value in given if isinstance(value, str) and value.strip()), None)
+        image = line["image"] or {}  # an empty row
+        path = Path(image["path"]) if image.get("path") and not image.get("bytes") else None
         pictures.append((Picture(f"{name}[{number}]", path, image.get("bytes") or b""), text))
     if not pictures:
         raise EraseError(f"the data set {name} is empty")

@@ -73,18 +73,19 @@ class PromptFile:
         return f"{self.path.name}: {prompts}{column}; {'; '.join(given)}"
 
 
-def read(path: str | Path, *, allow_blank: bool = False) -> PromptFile:
+def read(path: str | Path, *, allow_blank: bool = False, prompts_only: bool = False) -> PromptFile:
     """All rows of a prompt file; its suffix says which kind it is (.txt, .jsonl; anything else is CSV).
 
     A prompt "NaN" or "Null" is a text like any other. UTF-8 and UTF-16 are recognised.
 
     allow_blank: keep rows with a blank prompt, which are an error otherwise (blank lines of a .txt file are skipped).
+    prompts_only: take no seeds, guidance or sizes; such columns are facts like any other.
 
     Raises:
         EraseError: the file cannot be read, or a row of it; the message names the line.
     """
     path = Path(path)
-    text = _text(path)
+    text = text_of(path)
     if not text.strip():
         raise EraseError(f"{path} is empty")
     suffix = path.suffix.lower()
@@ -96,6 +97,8 @@ def read(path: str | Path, *, allow_blank: bool = False) -> PromptFile:
     columns = _columns(names)
     if "prompt" not in columns:
         raise EraseError(_no_prompt_column(path, names))
+    if prompts_only:
+        columns = {"prompt": columns["prompt"]}
     taken = set(columns.values())
     rows = []
     for line, record in records:
@@ -175,7 +178,12 @@ def _side(where: str, name: str, value: Any) -> int | None:
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8 or UTF-16.
+
+    Raises:
+        EraseError: it cannot be read, or is no text.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -183,6 +183,7 @@ def run(
             cache_dir,
             started,
             quiet,
+            tell,
         )
     except EraseError:
         if accelerator.is_main_process and [path.name for path in folder.iterdir()] == ["run.json"]:
@@ -205,6 +206,7 @@ def _carry_out(
     cache_dir: Path,
     started: float,
     quiet: bool,
+    tell: Callable[[str], None],
 ) -> Run:
     """The run itself: data, mask, training, files; each part is skipped or continued when `folder` holds it."""
     base_hash, work = identity["base_hash"], folder / "work"
@@ -227,6 +229,7 @@ def _carry_out(
             cache_dir=cache_dir,
             workers=data.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
             quiet=quiet or not accelerator.is_main_process,
+            tell=tell,
         )
 
     is_scored = given_mask is None and settings.mask in {"saliency", "inverse"}

@@ -1,6 +1,7 @@
 """Laws of the data: nothing is drawn twice, n processes draw what one draws, and every picture has its own words."""
 
 import csv
+import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -216,6 +217,92 @@ def test_a_metadata_file_names_the_prompts(collect, tmp_path):
     assert words(data, data.anchor) == ["a square", "red square"]  # words that the concept does not know: its first
 
 
+def test_a_caption_with_an_unquoted_comma_is_refused_and_other_columns_are_none_of_its_business(tmp_path):
+    """Sizes in a metadata file are those of the images, so any number will do (3.3)."""
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a red circle, on white\n")
+    with pytest.raises(EraseError, match=r"metadata\.csv, line 2: 3 fields, but the header has 2"):
+        list_images(str(tmp_path))
+    (tmp_path / "metadata.csv").write_text("file_name;width;seed;text\na.png;501;x;a red circle, on white\n")
+    assert [text for _, text in list_images(str(tmp_path))] == ["a red circle, on white"]
+
+
+@pytest.mark.parametrize("column", ["text", "prompt", "caption"])
+def test_captions_of_metadata_jsonl_are_taken(column, collect, tmp_path):
+    """Also in a folder below, with names relative to it (3.4)."""
+    for name in ("a.png", "train/b.png"):
+        picture(tmp_path / name)
+        (tmp_path / name).with_name("metadata.jsonl").write_text(
+            json.dumps({"file_name": Path(name).name, column: f"a circle in {name}", "width": 500}) + "\n"
+        )
+    lines: list[str] = []
+    data = collect(plan=replace(PLAN, forget_images=str(tmp_path)), tell=lines.append)
+    assert words(data, data.forget.prompt) == ["a circle in a.png", "a circle in train/b.png"]
+    assert lines == [f"{tmp_path}: 2 images; 2 captions from metadata"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".caption"])
+def test_text_files_beside_images_are_captions_and_a_missing_one_is_said(suffix, collect, tmp_path):
+    """An image without a caption takes the concept's prompts, as in a folder without captions (3.4)."""
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / f"a{suffix}").write_text("a red circle,\non white\n", encoding="utf-8-sig")
+    (tmp_path / f"b{suffix}").write_text("\n")
+    lines: list[str] = []
+    data = collect(plan=replace(PLAN, forget_images=str(tmp_path)), tell=lines.append)
+    assert words(data, data.forget.prompt) == ["a red circle, on white", "red circle", "a circle"]
+    assert lines == [
+        f"{tmp_path}: 3 images; 1 caption from text files beside them; "
+        "2 without a caption, which take the concept's prompts in turn"
+    ]
+
+
+def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path, monkeypatch):
+    """10_circle is the prompt "circle" and ten of each image; a caption beside an image is its prompt instead (3.4)."""
+    for name in ("3_red_circle/a.png", "3_red_circle/b.png", "01_church/c.png"):
+        picture(tmp_path / name, (len(name), 0, 0))
+    (tmp_path / "3_red_circle" / "a.txt").write_text("a circle")
+    encoded: list[int] = []
+    encode = models.Model.encode_images
+    monkeypatch.setattr(models.Model, "encode_images", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    lines: list[str] = []
+    data = collect(plan=replace(PLAN, forget_images=str(tmp_path), num_retain=1), tell=lines.append)
+    assert words(data, data.forget.prompt) == ["an image of a church", *["a circle"] * 3, *["red circle"] * 3]
+    assert data.record["num_forget"] == 7
+    assert torch.equal(data.forget.mean[2], data.forget.mean[3])
+    assert sum(encoded) == 5  # batches of two, c a | a a | b b | b, and in each of them no image twice
+    assert lines == [
+        f"{tmp_path}: 3 images; 1 caption from text files beside them; 2 captions from names of their folders; "
+        "7 images with the repeats that folder names ask for"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"metadata.jsonl": '{"file_name": "gone.png", "text": "x"}'}, r"jsonl, line 1: there is no image 'gone\.png'"),
+        ({"metadata.jsonl": '{"file_name": "../out.png", "text": "x"}'}, r"line 1: there is no image '\.\./out\.png'"),
+        ({"metadata.jsonl": '{"file_name": 7, "text": "x"}'}, "line 1: no file_name"),
+        ({"metadata.jsonl": "{"}, "line 1: .*needed is one JSON object a line"),
+        ({"metadata.csv": "file_name,text\na.png,x\n./a.png,y\n"}, r"line 3: '\./a\.png' has a caption already"),
+        ({"a.txt": "x", "gone.txt": "y"}, r"gone\.txt captions no image: none beside it has this name"),
+        ({"a.txt": "x", "a.caption": "y"}, r"a\.png has two captions, a \.txt and a \.caption file"),
+        ({"a.txt": b"\xff\xff\xff"}, r"a\.txt, line 1: this is not utf-8 text"),
+        ({"2000_x/b.png": b""}, "'2000_x' asks for 2,000 repeats of its images; rename it"),
+    ],
+)
+def test_captions_that_fit_no_image_are_one_line(files, message, tmp_path):
+    """(3.4)"""
+    folder = tmp_path / "images"
+    picture(folder / "a.png")
+    picture(tmp_path / "out.png")
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(EraseError, match=message):
+        list_images(str(folder))
+
+
 def test_images_are_cut_to_a_square_in_the_middle_and_stand_upright(tmp_path):
     """A picture 16 wide and 8 high, blue but for a red middle; turned on its side with a note to turn it back."""
     pixels = np.zeros((8, 16, 3), np.uint8)
@@ -294,8 +381,8 @@ def test_errors_name_what_is_wrong(collect, tmp_path, drawn, monkeypatch):
         collect(replace(CONCEPT, retain=()), replace(PLAN, retain_images=str(tmp_path / "flat")))
     for text, words in [
         ("file_name,text\ngone.png,x\n", "line 2: there is no image 'gone.png'"),
-        ("file_name,caption\n0.png,x\n", "line 2: the columns file_name and text are needed"),
-        ("file_name,text\n0.png,\xe9\n", "cannot be read as CSV"),
+        ("image,text\n0.png,x\n", "line 2: no file_name; the columns file_name and text are needed"),
+        ("file_name,text\n0.png,\xe9\n", "line 2: this is not utf-8 text"),
     ]:
         (tmp_path / "flat" / "metadata.csv").write_text(text, encoding="latin-1")
         with pytest.raises(EraseError, match=words):

@@ -35,7 +35,7 @@ LAYERS = (
         "scope",
         "methods",
     }
-    | {"images", "prompt_files", "architecture"},
+    | {"images", "prompt_files", "captions", "architecture"},
     {"models", "guards", "data", "mini", "classification", "compvis", "export", "lowrank", "card", "memory"}
     | {"progress", "components", "vocabulary", "single_file", "unet_file"},
     {"train"},

@@ -237,6 +237,11 @@ def test_anybodys_folder_of_images_can_be_scored(tmp_path):
     assert lines["broken.png"]["invalid"] and "object" not in lines["broken.png"]
     assert lines["deep/c.png"]["object"] in Stub.WORDS
     arm.adopt(pictures, tmp_path / "scores")  # the same folder once more: nothing to do
+    (pictures / ".DS_Store").write_bytes(b"")
+    (pictures / "a.txt").write_text("a red circle")
+    arm.adopt(pictures, tmp_path / "captioned")  # a caption beside its image is no foreign file (3.4)
+    assert [sample.prompt for sample in arm.samples(tmp_path / "captioned")][:2] == ["a red circle", ""]
+    (pictures / "a.txt").unlink()
     (pictures / "notes.txt").write_text("x")
     with pytest.raises(EraseError, match=r"holds files that are no images \(notes.txt\)"):
         arm.adopt(pictures, tmp_path / "other")

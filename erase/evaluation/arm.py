@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from erase import files, images
+from erase import captions, files, images
 from erase.errors import EraseError
 from erase.evaluation import shapes
 from erase.evaluation.tasks import Sample
@@ -156,7 +156,7 @@ def read_image(folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray | No
 def adopt(pictures: Path, folder: Path) -> None:
     """Make an arm of somebody's folder of images, which stays where it is, so that it can be scored like any other.
 
-    A `metadata.csv` (columns file_name, text) may give the prompts.
+    Captions, where the folder has them (captions.py), are the prompts.
 
     Raises:
         EraseError: no such folder, no image, or files in it that are no images.
@@ -165,10 +165,11 @@ def adopt(pictures: Path, folder: Path) -> None:
 
     if not pictures.is_dir():
         raise EraseError(f"{pictures}: no such folder of images")
+    known = captions.files_of(pictures)
     foreign = [
         path.relative_to(pictures).as_posix()
         for path in images.list_files(pictures)
-        if path.suffix.lower() not in images.SUFFIXES and path.name != "metadata.csv"
+        if path.suffix.lower() not in images.SUFFIXES and path not in known
     ]
     if foreign:
         raise EraseError(f"{pictures} holds files that are no images ({foreign[0]}); remove them or name a subfolder")
