@@ -1,0 +1,187 @@
+"""eval/on_gpu.py runs without a GPU at toy size, on a machine that has only what the script says it needs."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "eval" / "on_gpu.py"
+NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pytest")
+
+# Python runs this file at its start. It hides every distribution but those that are allowed, modules and metadata.
+SITECUSTOMIZE = """
+import sys
+from importlib.machinery import PathFinder
+HIDDEN_MODULES, HIDDEN_DISTRIBUTIONS = {modules!r}, {distributions!r}
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN_MODULES else super().find_spec(name, path, target)
+
+    @classmethod
+    def find_distributions(cls, *arguments):
+        found = PathFinder.find_distributions(*arguments)
+        return (one for one in found if one.metadata["Name"].lower().replace("_", "-") not in HIDDEN_DISTRIBUTIONS)
+
+sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture
+def on_gpu() -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("on_gpu", SCRIPT)
+    assert spec and spec.loader
+    module = sys.modules["on_gpu"] = importlib.util.module_from_spec(spec)  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["on_gpu"]
+
+
+@pytest.fixture
+def start(on_gpu, monkeypatch, tmp_path):
+    """Runs the script with other parts, all in this process; returns the exit code and what the JSON file holds."""
+
+    def run(parts: dict[str, Any], *options: str) -> tuple[int, dict[str, Any]]:
+        def part(command: list[str], **_: Any) -> SimpleNamespace:
+            try:
+                return SimpleNamespace(returncode=on_gpu.main(command[2:]))
+            except SystemExit as stop:
+                return SimpleNamespace(returncode=stop.code)
+
+        monkeypatch.setattr(on_gpu, "PARTS", parts)
+        monkeypatch.setattr(on_gpu.subprocess, "run", part)
+        output = tmp_path / "on-gpu.json"
+        code = on_gpu.main(["--dry-run", "--output", str(output), "--work", str(tmp_path / "work"), *options])
+        return code, json.loads(output.read_text(encoding="utf-8"))["parts"]
+
+    return run
+
+
+def test_a_part_that_fails_leaves_its_figures_and_its_error_and_the_others_run(start):
+    def fails(job: Any) -> Iterator[dict[str, Any]]:
+        yield {"seconds": 1.5}
+        raise ValueError("first line\nno memory left")
+
+    def works(job: Any) -> Iterator[dict[str, Any]]:
+        yield {"device": job.device, "toy": job.toy}
+
+    code, parts = start({"fails": fails, "works": works}, "--only", "fails,works")
+    assert code == 1 and list(parts) == ["fails", "works"]
+    assert parts["fails"]["seconds"] == 1.5 and parts["fails"]["error"] == "no memory left"
+    assert parts["works"].items() >= {"device": "cpu", "toy": True}.items() and "error" not in parts["works"]
+    code, parts = start({"fails": works, "works": works}, "--only", "fails")
+    assert code == 0 and "error" not in parts["fails"], "figures of an earlier call go"
+    assert parts["works"]["toy"], "those of parts that were not asked for stay"
+
+
+def test_a_process_that_dies_without_a_word_is_recorded_by_the_script(start, on_gpu):
+    """As one does whose GPU or memory is gone: nothing in it can write any more."""
+
+    def dies(job: Any) -> Iterator[dict[str, Any]]:
+        yield {"begun": True}
+        raise SystemExit(139)
+
+    code, parts = start({"dies": dies}, "--only", "dies")
+    assert code == 1 and parts["dies"]["begun"] and parts["dies"]["error"] == "the process ended with 139"
+
+
+def test_every_figure_is_on_the_disk_before_the_next_is_measured(start, tmp_path):
+    seen = []
+
+    def looks(job: Any) -> Iterator[dict[str, Any]]:
+        for number in range(3):
+            yield {f"figure {number}": number}
+            seen.append(json.loads((tmp_path / "on-gpu.json").read_text())["parts"]["looks"])
+
+    start({"looks": looks}, "--only", "looks")
+    assert [len(figures) for figures in seen] == [1, 2, 3]
+
+
+def test_an_unknown_part_and_a_missing_gpu_are_one_line(on_gpu, tmp_path, capsys, monkeypatch):
+    for options, said in ((["--only", "tests,drawing"], "no part 'drawing'"), ([], "no CUDA device")):
+        monkeypatch.setattr(on_gpu, "has_cuda", lambda: False)
+        with pytest.raises(SystemExit) as stop:
+            on_gpu.main([*options, "--output", str(tmp_path / "x.json"), "--work", str(tmp_path / "work")])
+        assert stop.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_the_tokenizer_has_the_real_ones_size_and_cuts_at_77_tokens(on_gpu):
+    tokenizer = on_gpu.make_tokenizer()
+    ids = tokenizer("a photo of a person " * 30, truncation=True, max_length=77)["input_ids"]
+    assert len(tokenizer) == 49_408 and tokenizer.model_max_length == 77
+    assert len(ids) == 77 and ids[0] == 49_406 and ids[-1] == 49_407
+
+
+def test_ticks_are_the_seconds_of_steady_steps(on_gpu):
+    """The first interval allocates and is left out; a loop that passes by less often than twice is noticed."""
+
+    class Method:
+        def loss(self, value: int) -> int:
+            return value + 1
+
+    ticks = on_gpu.Ticks(SimpleNamespace(on_cuda=False))
+    method = on_gpu.with_ticks(Method(), "loss", ticks)
+    assert [method.loss(number) for number in range(4)] == [1, 2, 3, 4] and isinstance(method, Method)
+    assert len(ticks.seconds()) == 2
+    method.loss(0)
+    with pytest.raises(RuntimeError, match="no longer passes"):
+        ticks.seconds()
+
+
+def hidden() -> tuple[set[str], set[str]]:
+    """Modules and distributions that are installed here but neither needed by the script nor by what it needs."""
+    allowed, todo = set(), [*NEEDED, "pip"]
+    while todo:
+        name = todo.pop().lower().replace("_", "-")
+        if name in allowed:
+            continue
+        try:
+            requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        allowed.add(name)
+        needed = [text for text in requires if "extra ==" not in text.replace("'", '"')]
+        todo += [re.split(r"[\s;<>=!~\[(]", text)[0] for text in needed]
+    modules = metadata.packages_distributions()
+    lower = {module: {one.lower().replace("_", "-") for one in of} for module, of in modules.items()}
+    return (
+        {module for module, of in lower.items() if not of & allowed} - {"erase"},
+        {one for of in lower.values() for one in of} - allowed,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_all_parts_run_at_toy_size_with_the_needed_packages_only(tmp_path):
+    """No scipy, matplotlib, scikit-learn, nudenet or peft: what needs them says that it is left out, and why (1.4)."""
+    modules, distributions = hidden()
+    assert {"scipy", "matplotlib", "sklearn", "nudenet", "peft"} <= modules and "torch" not in modules
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE.format(modules=modules, distributions=distributions))
+    output = tmp_path / "on-gpu.json"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    places = ["--output", str(output), "--work", str(tmp_path / "work")]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry-run", *places], env=environment, capture_output=True, text=True
+    )
+    parts = json.loads(output.read_text(encoding="utf-8"))["parts"]
+    errors = {name: figures["error"] for name, figures in parts.items() if "error" in figures}
+    assert not errors and done.returncode == 0, done.stderr[-2000:]
+    assert parts["environment"]["versions"]["scipy"] is None and parts["environment"]["toy"]
+    assert parts["tests"]["tests"] == parts["tests"]["skipped"] > 10, "without a GPU each is skipped, but collected"
+    assert parts["command"]["samples_png"] and parts["command"]["weights_changed"] > 0
+    assert parts["low-memory"]["8 GB"]["fits"]
+    assert parts["steps"]["training step"]["ratio"] > 0 and parts["steps"]["optimizer"]["repeats"] >= 2
+    assert parts["methods"]["uce"]["changed"] > 0
+    assert "scipy and matplotlib" in parts["evaluation"]["skipped"] and parts["evaluation"]["images_scored"] == 4
+    assert all(parts["classifiers"][name]["weights"]["changed"] for name in ("salun", "ft", "bs"))
