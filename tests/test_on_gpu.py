@@ -161,27 +161,81 @@ def hidden() -> tuple[set[str], set[str]]:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.ci
-def test_all_parts_run_at_toy_size_with_the_needed_packages_only(tmp_path):
-    """No scipy, matplotlib, scikit-learn, nudenet or peft: what needs them says that it is left out, and why (1.4)."""
+# All parts in one process, which saves the seconds in which each would import torch: commands are called, not started.
+IN_ONE_PROCESS = """
+import contextlib, importlib, io, json, sys, time, traceback
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+import on_gpu
+
+class Here(on_gpu.Job):
+    def try_process(self, command):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            try:
+                if command[1] == "-m":
+                    importlib.import_module(command[2]).main(command[3:])
+                else:
+                    on_gpu.main(command[2:])
+                code = 0
+            except SystemExit as stop:
+                code = stop.code or 0
+        return SimpleNamespace(returncode=code, stdout="", stderr=said.getvalue())
+
+folder = Path(sys.argv[2])
+job = Here(folder / "on-gpu.json", folder / "work", "cpu", True, time.monotonic() + 3600)
+job.work.mkdir()
+parts = {}
+for name in [name for name in on_gpu.PARTS if name != "tests"]:
+    parts[name] = {}
+    for figures in on_gpu.PARTS[name](job):
+        parts[name].update(figures)
+job.output.write_text(json.dumps({"parts": parts}))
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Runs Python with the needed packages only; returns what it wrote and how it ended."""
     modules, distributions = hidden()
     assert {"scipy", "matplotlib", "sklearn", "nudenet", "peft"} <= modules and "torch" not in modules
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE.format(modules=modules, distributions=distributions))
-    output = tmp_path / "on-gpu.json"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    places = ["--output", str(output), "--work", str(tmp_path / "work")]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--dry-run", *places], env=environment, capture_output=True, text=True
-    )
-    parts = json.loads(output.read_text(encoding="utf-8"))["parts"]
-    errors = {name: figures["error"] for name, figures in parts.items() if "error" in figures}
-    assert not errors and done.returncode == 0, done.stderr[-2000:]
+    path = os.pathsep.join([str(tmp_path), str(SCRIPT.parent.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> tuple[dict[str, Any], int]:
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+        output = tmp_path / "on-gpu.json"
+        assert output.is_file(), done.stderr[-2000:]
+        parts = json.loads(output.read_text(encoding="utf-8"))["parts"]
+        errors = {name: figures["error"] for name, figures in parts.items() if "error" in figures}
+        assert not errors, done.stderr[-2000:]
+        return parts, done.returncode
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_every_part_runs_at_toy_size_with_the_needed_packages_only(bare, tmp_path):
+    """No scipy, matplotlib, scikit-learn, nudenet or peft: what needs them says that it is left out, and why (1.4)."""
+    parts, _ = bare("-c", IN_ONE_PROCESS, str(SCRIPT.parent), str(tmp_path))
     assert parts["environment"]["versions"]["scipy"] is None and parts["environment"]["toy"]
-    assert parts["tests"]["tests"] == parts["tests"]["skipped"] > 10, "without a GPU each is skipped, but collected"
     assert parts["command"]["samples_png"] and parts["command"]["weights_changed"] > 0
+    assert parts["command"]["compute"] == {"device": "cpu", "precision": "fp32"}
     assert parts["low-memory"]["8 GB"]["fits"]
     assert parts["steps"]["training step"]["ratio"] > 0 and parts["steps"]["optimizer"]["repeats"] >= 2
+    assert parts["mini"]["same_bits_twice"] and parts["mini"]["low memory"]["seconds"]["train"] > 0
     assert parts["methods"]["uce"]["changed"] > 0
     assert "scipy and matplotlib" in parts["evaluation"]["skipped"] and parts["evaluation"]["images_scored"] == 4
     assert all(parts["classifiers"][name]["weights"]["changed"] for name in ("salun", "ft", "bs"))
+
+
+@pytest.mark.slow
+def test_the_script_itself_runs_at_toy_size(bare, tmp_path):
+    """Every part and every command in a process of its own, the collection of the GPU tests included (1.4)."""
+    places = ["--output", str(tmp_path / "on-gpu.json"), "--work", str(tmp_path / "work")]
+    parts, code = bare(str(SCRIPT), "--dry-run", *places)
+    assert code == 0 and all(figures["part_seconds"] > 0 for figures in parts.values()) and len(parts) == 9
+    assert parts["tests"]["tests"] == parts["tests"]["skipped"] > 10, "without a GPU each is skipped, but collected"
