@@ -1,6 +1,7 @@
 """The face of a run folder: a before/after sheet on the same seeds, and the model card."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from erase.concepts import Concept
 from erase.data import to_pixels
 from erase.delta import Delta
+from erase.errors import printable
 from erase.files import replacing
 from erase.models import Model
 from erase.settings import Settings
@@ -33,18 +35,20 @@ def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, se
     retain = _spread(concept.retain or ("",), num)
     prompts = [*forget, *retain]
     seeds = [FIRST_SEED + settings.seed * 1000 + i for i in range(len(prompts))]
+    steps, guidance, together = settings.num_inference_steps, settings.guidance_scale, settings.generation_batch_size
+    assert steps is not None and guidance is not None and together is not None  # `resolve` has filled them in
     rows: list[Tensor] = []
     for role in ("erased", "base"):
         if role == "base":
             model.put_unet(base_unet)  # so that the device never holds two UNets
         drawn = []
-        for start in range(0, len(prompts), settings.generation_batch_size or 8):
-            part = slice(start, start + (settings.generation_batch_size or 8))
+        for start in range(0, len(prompts), together):
+            part = slice(start, start + together)
             drawn += model.draw(
                 prompts[part],
                 seeds[part],
-                steps=settings.num_inference_steps or 50,
-                guidance=settings.guidance_scale or 7.5,
+                steps=steps,
+                guidance=guidance,
                 size=settings.resolution or model.resolution,
                 sampler=settings.sampler,
             ).unsqueeze(1)
@@ -92,33 +96,34 @@ def grid(
 def model_card(settings: Settings, concept: Concept, change: Delta, *, after: Mapping[str, Any] | None = None) -> str:
     """Markdown with the hub's YAML header: what was erased from what, how to load it, what it does not promise.
 
-    after: the run that it went on from, as run.json tells it.
+    Names and prompts are escaped, and of local paths only the last part is named: cards get published.
+    after: the run that it continued from, as run.json says.
     """
     from huggingface_hub import ModelCardData
 
-    is_hub_id = settings.model.count("/") == 1 and not Path(settings.model).exists()
     header = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=settings.model if is_hub_id else None,
+        base_model=settings.model if _is_hub_id(settings.model) else None,
         license="creativeml-openrail-m" if settings.model.startswith("CompVis/stable-diffusion") else None,
         tags=["stable-diffusion", "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
     ).to_yaml()
     changed, total = sum(change.changed.values()), _weights(change)
-    options = {key: value for key, value in asdict(settings).items() if value not in (None, (), False)}
-    listed = "\n".join(f"| {key} | {value} |" for key, value in options.items())
-    examples = "\n".join(f"- {forget!r} now means {anchor!r}" for forget, anchor in concept.pairs()[:4])
+    options = {key: value for key, value in asdict(settings).items() if _is_set(key, value)}
+    listed = "\n".join(f"| {key} | {_listed(key, value)} |" for key, value in options.items())
+    pairs = concept.pairs()[:4]
+    examples = "\n".join(f"- '{escaped(forget)}' now means '{escaped(anchor)}'" for forget, anchor in pairs)
     before = ""
     if after:
-        before = f"\nThe base is a run of its own, {after['run']}, in which {after['model']} had forgotten "
-        before += f"{', '.join(after['concepts'])} already.\n"
+        before = f"\nThe base is another run, {escaped(_place(after['run']))}, which had erased "
+        before += f"{escaped(', '.join(after['concepts']))} from {escaped(_place(after['model']))}.\n"
     return f"""---
 {header}
 ---
 
-# {concept.name} erased from {Path(settings.model).name}
+# {escaped(concept.name)} erased from {escaped(_place(settings.model))}
 
-Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mask {settings.mask}.
+Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mask {escaped(_place(str(settings.mask)))}.
 {changed:,} of {total:,} UNet weights changed ({changed / total:.1%}); all else is the base model, byte for byte.
 {before}
 ```python
@@ -142,6 +147,35 @@ back. This card makes no claim about such attacks. The base model's licence appl
 | --- | --- |
 {listed}
 """
+
+
+_PATHS = {"model", "base", "unet", "config", "mask", "forget_images", "retain_images"}  # or names of other kinds
+_HERE_ONLY = {"output", "cache_dir", "overwrite", "resume"}
+
+
+def escaped(text: object) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>&|#~$])", r"\\\1", printable(text))
+
+
+def _is_set(key: str, value: Any) -> bool:
+    return key not in _HERE_ONLY and value is not None and value is not False and value != ()
+
+
+def _listed(key: str, value: Any) -> str:
+    """A setting's value as the card shows it."""
+    values = [str(one) for one in (value if isinstance(value, tuple) else (value,))]
+    names = [_place(one) if key in _PATHS or key == "concept" and one.endswith(".toml") else one for one in values]
+    return escaped(", ".join(names))
+
+
+def _is_hub_id(text: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)) and not Path(text).exists()
+
+
+def _place(text: str) -> str:
+    """A hub id or a name as it is; of a local path the last part."""
+    return text if _is_hub_id(text) else Path(text).expanduser().resolve().name
 
 
 def _weights(change: Delta) -> int:

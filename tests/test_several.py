@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from erase import card as card_text
 from erase import concepts, data, delta, erase_concept, files, models, saliency
 from erase import run as running
 from erase.concepts import Concept, unite
@@ -253,7 +254,8 @@ def test_a_second_run_goes_on_from_the_first(first, toy_pipeline_dir, tmp_path):
     assert [part["name"] for part in record["concepts"]] == ["lorry", "cat"]
     assert {"a cat", "a lorry"} <= set(record["concept"]["forget"])  # the earlier one is trained along
     card = (second.folder / "README.md").read_text()
-    assert f"{first.folder}, in which {toy_pipeline_dir} had forgotten cat already" in card
+    names = [card_text.escaped(path.name) for path in (first.folder, toy_pipeline_dir)]
+    assert f"The base is another run, {names[0]}, which had erased cat from {names[1]}." in card
     # masks united: the first one's, and a tenth for the new concept
     old, new = (saliency.load(run.folder / "mask.safetensors")[0] for run in (first, second))
     assert all((new[name] | ~old[name]).all() for name in old)
