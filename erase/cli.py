@@ -2,16 +2,19 @@
 
 import argparse
 import difflib
+import errno
+import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from erase import __version__, concepts, progress
-from erase.errors import EraseError
+from erase.errors import EraseError, printable
 from erase.settings import MIXED_PRECISION, SD_DEFAULTS, Settings, flag, forms
 
 GROUPS = {
@@ -74,17 +77,35 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 0 done, 2 for what the user can mend, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with reporting("erase-concept"):
         if arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
         else:
             _erase(arguments)
+
+
+@contextmanager
+def reporting(prog: str, interrupted: str = "interrupted") -> Iterator[None]:
+    """Turn what the user can mend into one line and exit code 2, and an interrupt into 130.
+
+    A file or folder that cannot be read or written is the user's to mend; other exceptions stay tracebacks.
+    """
+    try:
+        yield
     except EraseError as error:
-        print(f"erase-concept: {one_line(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
+        reason = str(error)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        reason = f"{where}{error.strerror}"
     except KeyboardInterrupt:
-        print("erase-concept: interrupted", file=sys.stderr)
+        print(f"{prog}: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None
+    else:
+        return
+    print(f"{prog}: {one_line(reason)}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _erase(arguments: list[str]) -> None:
@@ -113,7 +134,7 @@ def _erase(arguments: list[str]) -> None:
     from erase.run import run
 
     try:
-        result = run(settings, quiet=quiet, tell=lambda line: print(f"erase-concept: {line}", flush=True))
+        result = run(settings, quiet=quiet, tell=_tell)
     except KeyboardInterrupt:
         again = "the same command without --overwrite" if settings.overwrite else "the same command"
         print(f"erase-concept: interrupted; {again} continues", file=sys.stderr)
@@ -123,10 +144,16 @@ def _erase(arguments: list[str]) -> None:
     record, weights = result.record, result.record["weights"]
     total = sum(record["seconds"].values())
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items())
-    print(f"{result.folder}: {', '.join(settings.concept)} erased from {settings.model} in {total:.0f} s ({phases})")
+    erased = printable(f"{result.folder}: {', '.join(settings.concept)} erased from {settings.model}")
+    print(f"{erased} in {total:.0f} s ({phases})")
     print(f"{weights['changed']:,} of {weights['total']:,} weights changed; delta.safetensors takes it back exactly")
     if "pipeline" in settings.save:
-        print(f'load it: StableDiffusionPipeline.from_pretrained("{result.folder}")')
+        print(f"load it: {load_line(result.folder)}")
+
+
+def load_line(folder: Path) -> str:
+    """Python that loads a pipeline, whatever characters its path has."""
+    return f"from diffusers import StableDiffusionPipeline as SD; pipeline = SD.from_pretrained({str(folder)!r})"
 
 
 def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[str, str]) -> None:
@@ -218,11 +245,11 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     state = unet_state(models.load_unet(folder, given.allow_pickle, given.unet, _tell))
     new = delta.apply(state, change) if direction == "apply" else delta.remove(state, change)
     export.save_pipeline(folder, output, {name.removeprefix("unet."): tensor for name, tensor in new.items()})
-    print(f"{output}: written; UNet {delta.content_hash(new)[:12]}")
+    print(f"{printable(output)}: written; UNet {delta.content_hash(new)[:12]}")
 
 
 def _tell(line: str) -> None:
-    print(f"erase-concept: {line}", flush=True)
+    print(f"erase-concept: {one_line(line)}", flush=True)
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -252,18 +279,19 @@ def _inspect(arguments: list[str]) -> None:
         }
         word = "changed"
     for key, value in described.items():
-        print(f"{key:14} {value}")
+        print(f"{printable(key):14} {printable(value)}")
     ones, total = (sum(share[i] for share in shares.values()) for i in (0, 1))
     print(f"{'block':34} {word:>12} {'of':>12} {'share':>7}")
     for block, (some, of) in [*shares.items(), ("all", (ones, total))]:
-        print(f"{block:34} {some:12,} {of:12,} {some / max(of, 1):7.1%}")
+        print(f"{printable(block):34} {some:12,} {of:12,} {some / max(of, 1):7.1%}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"apply": _apply, "remove": _remove, "inspect": _inspect}
 
 
 def one_line(message: str) -> str:
-    return " ".join(line.strip() for line in message.splitlines())
+    """A message on one line, without control characters that names and files may have brought into it."""
+    return printable(" ".join(line.strip() for line in message.splitlines()))
 
 
 def _dashes(argument: str) -> str:
@@ -276,6 +304,7 @@ def silence_libraries(quiet: bool = False) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it has no folder for its settings
     if quiet:
         progress.hide_downloads()
 

@@ -135,9 +135,18 @@ def text_hash(value: Any) -> str:
 
 
 def default_cache_dir() -> Path:
-    """$ERASE_CACHE, else erase-concept under $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ERASE_CACHE") or Path(base) / "erase-concept")
+    """$ERASE_CACHE, else erase-concept under $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        EraseError: neither variable is set, and the user has no home folder.
+    """
+    if os.environ.get("ERASE_CACHE"):
+        return Path(os.environ["ERASE_CACHE"])
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise EraseError("this user has no home folder; say where to keep caches by ERASE_CACHE=DIR") from error
+    return Path(base) / "erase-concept"
 
 
 def _umask() -> int:

@@ -35,9 +35,9 @@ def trainings(monkeypatch) -> list[int]:
     seen: list[int] = []
     train = run.trained
 
-    def counted(settings: Settings, *rest: Any) -> Any:
+    def counted(settings: Settings, *rest: Any, **how: Any) -> Any:
         seen.append(settings.seed)
-        return train(settings, *rest)
+        return train(settings, *rest, **how)
 
     monkeypatch.setattr(run, "trained", counted)
     return seen
@@ -135,7 +135,7 @@ def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
     assert scores["before"]["UA"]["n"] == scores["after"]["UA"]["n"] == 6
     unlearn_cli.main(["compare", "--methods", "ft", "ga", "--seeds", "2", *options(tmp_path, "compared")])
     text = capsys.readouterr().out
-    assert "test accuracy" in text and "6 pictures forgotten by rl" in text and "| ga |" in text
+    assert "test accuracy" in text and "6 images forgotten by rl" in text and "| ga |" in text
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,11 @@ def drawings(cache_dir: str | Path, num: tuple[int, int] = NUM_DRAWINGS) -> Data
     if not path.is_file():
         files.write_tensors(path, {key: value for part in _draw(num) for key, value in part.items()})
     tensors = files.read_tensors(path)
+    for part, each in zip(_TRAIN_TEST, num, strict=True):
+        x, y = (tensors.get(f"{part}.{kind}", torch.zeros(0)) for kind in "xy")
+        known = x.dtype == torch.uint8 and x.shape == (10 * each, 3, 32, 32)
+        if not known or not torch.equal(y, torch.arange(10).repeat(each)):
+            raise EraseError(f"{path} is damaged: it does not hold the drawings; delete it, to make them again")
     train, test = (Images(tensors[f"{part}.x"], tensors[f"{part}.y"]) for part in _TRAIN_TEST)
     classes = world.SHAPES[:10]
     half = (0.5, 0.5, 0.5)

@@ -19,6 +19,7 @@ from erase.classification.sgd import MaskedSGD
 from erase.device import LOSS_SCALE, Compute
 from erase.errors import EraseError
 from erase.optim import MaskedAdam
+from erase.progress import each
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -60,11 +61,19 @@ class Recipe:
 
 
 def descend(
-    model: nn.Module, plan: Plan, recipe: Recipe, generator: torch.Generator, mask: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    plan: Plan,
+    recipe: Recipe,
+    generator: torch.Generator,
+    mask: Mapping[str, Tensor] | None = None,
+    *,
+    label: str = "train",
+    quiet: bool = True,
 ) -> None:
     """Carry out a plan, in place. Afterwards model and modules are in the modes in which they were.
 
     mask: bool tensors by parameter; a parameter without one stays as it is; None lets every weight move.
+    label: of the progress, which counts epochs.
 
     Raises:
         Diverged: a loss is no number.
@@ -80,7 +89,7 @@ def descend(
     optimizer = _optimizer(moving, mask, plan.extra, recipe)
     at = Progress(0, recipe.epochs, 0, 0)
     with _training(model, moving, recipe.batch_norm), computing(model, recipe.precision):
-        for epoch in range(recipe.epochs):
+        for epoch in each(range(recipe.epochs), label, "epochs", quiet=quiet):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(epoch)
             passes = plan.passes()

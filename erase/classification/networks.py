@@ -83,14 +83,40 @@ def load(path: str | Path) -> tuple[Classifier, Shape, dict[str, Any]]:
     header = files.read_metadata(path)
     if header.get("kind") != "classifier":
         raise EraseError(f"{path} is not a classifier: its header does not say which network it is")
-    stored = header["shape"]
-    shape = Shape(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    shape = _shape(header.get("shape"), path)
     model, state = build(shape, seed=0), files.read_tensors(path)
-    require_layout(
-        layout_of(state), layout_of(model.state_dict()), f"a {shape.network} for {shape.num_classes} classes"
-    )
+    expected = f"a {shape.network} for {shape.num_classes} classes"
+    try:
+        require_layout(layout_of(state), layout_of(model.state_dict()), expected)
+    except EraseError as error:
+        raise EraseError(f"{path} is damaged: {error}; copy or make it again") from error
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise EraseError(f"{path} is damaged: {name!r} holds values that are no numbers; copy or make it again")
     model.load_state_dict(state)
     return model, shape, header
+
+
+_MOST = {"num_classes": 100_000, "channels": 64, "size": 4096}
+
+
+def _shape(stored: Any, path: Path) -> Shape:
+    """The shape in a file's header.
+
+    Raises:
+        EraseError: it describes no network.
+    """
+    try:
+        shape = Shape(**{**stored, **{name: tuple(map(float, stored[name])) for name in ("mean", "std")}})
+        numbers = {name: getattr(shape, name) for name in _MOST}
+        whole = all(type(number) is int and 0 < number <= _MOST[name] for name, number in numbers.items())
+        if not whole or not len(shape.mean) == len(shape.std) == shape.channels or not isinstance(shape.network, str):
+            raise ValueError
+        if not all(map(math.isfinite, shape.mean)) or not all(0 < std < math.inf for std in shape.std):
+            raise ValueError
+    except (TypeError, KeyError, ValueError) as error:
+        raise EraseError(f"{path} is damaged: its header describes no network; copy or make it again") from error
+    return shape
 
 
 def require_fit(shape: Shape, num_classes: int, channels: int, size: int, where: str) -> None:

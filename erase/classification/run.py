@@ -1,7 +1,7 @@
 """The whole job: data, split, original model, mask, unlearning, files."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erase import __version__, delta, device, files, saliency
-from erase.classification import data, methods, networks, split
+from erase.classification import data, methods, networks, salun_checkpoint, split
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, in_eval, saliency_mask, write
 from erase.classification.methods import Descends, Plan, Solves, Task
@@ -40,12 +40,12 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def train(model: nn.Module, images: Images, recipe: Recipe, seed: int, *, num_classes: int) -> None:
+def train(model: nn.Module, images: Images, recipe: Recipe, seed: int, *, num_classes: int, quiet: bool = True) -> None:
     """Train any classifier on labelled pictures, in place; the statistics of batch normalisation follow."""
     data.require_labels(images, num_classes, "the training pictures")
     require_classes(model, images, num_classes)
     plan = Plan(passes=lambda: [images])
-    descend(model, plan, replace(recipe, batch_norm="moving"), torch.Generator().manual_seed(seed))
+    descend(model, plan, replace(recipe, batch_norm="moving"), torch.Generator().manual_seed(seed), quiet=quiet)
 
 
 def unlearn(
@@ -58,6 +58,7 @@ def unlearn(
     num_classes: int,
     seed: int,
     mask: Mapping[str, Tensor] | None = None,
+    quiet: bool = True,
 ) -> None:
     """Unlearn `forget` in any classifier, in place: a module that gives logits of float pictures in [0, 1].
 
@@ -74,7 +75,7 @@ def unlearn(
     with in_eval(model):
         task = Task(model, forget, retain, num_classes, torch.Generator().manual_seed(seed))
         if isinstance(method, Descends):
-            descend(model, method.plan(task), recipe, task.generator, mask)
+            descend(model, method.plan(task), recipe, task.generator, mask, label="unlearn", quiet=quiet)
         else:
             if mask is not None:
                 saliency.check(mask, {}, task.parameters())
@@ -159,37 +160,43 @@ def device_of(settings: Settings) -> torch.device:
     return device.choose(settings.device, settings.precision).device
 
 
-def trained(settings: Settings, dataset: Dataset, images: Images) -> tuple[Classifier, Shape]:
+def trained(settings: Settings, dataset: Dataset, images: Images, *, quiet: bool = True) -> tuple[Classifier, Shape]:
     """A new network, trained on the pictures from the settings' seed."""
     assert settings.network is not None
     sizes = (len(dataset.classes), dataset.channels, dataset.size)
     shape = Shape(settings.network, *sizes, dataset.mean, dataset.std)
     model = networks.build(shape, settings.seed).to(device_of(settings))
-    train(model, images, recipes(settings, dataset)[0], settings.seed, num_classes=len(dataset.classes))
+    how: dict[str, Any] = {"num_classes": len(dataset.classes), "quiet": quiet}
+    train(model, images, recipes(settings, dataset)[0], settings.seed, **how)
     return model, shape
 
 
-def run_training(settings: Settings, cache_dir: str | Path, *, without_forget: bool) -> Run:
+def run_training(settings: Settings, cache_dir: str | Path, *, without_forget: bool, quiet: bool = True) -> Run:
     """Train the original model, or the retrained one: without what is to be forgotten. Writes model and record."""
     settings = settings.resolved()
     dataset, chosen = prepare(settings, cache_dir)
     folder = _open(settings, {"without_forget": without_forget})
     seconds: dict[str, float] = {}
     with _timing(seconds, "train"):
-        model, shape = trained(settings, dataset, training_images(dataset, chosen, without_forget))
+        model, shape = trained(settings, dataset, training_images(dataset, chosen, without_forget), quiet=quiet)
     record = {**_record(settings, dataset, chosen, seconds), "without_forget": without_forget}
     _save(folder, model, shape, chosen, record)
     return Run(folder, None, model, dataset, chosen, record)
 
 
-def run(settings: Settings, cache_dir: str | Path) -> Run:
-    """Unlearn, and write model, delta, mask, split and record. Without a model the original is trained first."""
+def run(
+    settings: Settings, cache_dir: str | Path, *, quiet: bool = True, tell: Callable[[str], None] = lambda line: None
+) -> Run:
+    """Unlearn, and write model, delta, mask, split and record. Without a model the original is trained first.
+
+    tell: hears what was noticed about the model's file.
+    """
     settings = settings.resolved()
     check_method(settings)
     dataset, chosen = prepare(settings, cache_dir)
     folder = _open(settings, {})
-    original, shape, seconds = _original(settings, dataset, chosen, folder)
-    done = unlearned(settings, dataset, chosen, original, shape)
+    original, shape, seconds = _original(settings, dataset, chosen, folder, quiet, tell)
+    done = unlearned(settings, dataset, chosen, original, shape, quiet=quiet)
     before, after = original.state_dict(), done.model.state_dict()
     record = _record(settings, dataset, chosen, seconds | done.seconds)
     record["original_hash"] = delta.content_hash(before)
@@ -224,34 +231,40 @@ class Unlearned:
     seconds: dict[str, float]
 
 
-def unlearned(settings: Settings, dataset: Dataset, chosen: Split, original: Classifier, shape: Shape) -> Unlearned:
+def unlearned(
+    settings: Settings, dataset: Dataset, chosen: Split, original: Classifier, shape: Shape, *, quiet: bool = True
+) -> Unlearned:
     """Mask and method, from an original model that stays as it is; "retrain" begins anew. Settings are resolved."""
     forget, retain, _ = split.parts(dataset, chosen)
     seconds: dict[str, float] = {}
     if not settings.preset.method:
         with _timing(seconds, "unlearn"):
-            model, _ = trained(settings, dataset, retain)
+            model, _ = trained(settings, dataset, retain, quiet=quiet)
         return Unlearned(model, None, {}, seconds)
     model = networks.build(shape, seed=0).to(device_of(settings))
     model.load_state_dict(original.state_dict())
     with _timing(seconds, "mask"):
         mask, header = make_mask(settings, model, forget)
-    how: dict[str, Any] = {"num_classes": len(dataset.classes), "seed": settings.seed, "mask": mask}
+    how: dict[str, Any] = {"num_classes": len(dataset.classes), "seed": settings.seed, "mask": mask, "quiet": quiet}
     with _timing(seconds, "unlearn"):
         unlearn(model, forget, retain, make(settings), recipes(settings, dataset)[1], **how)
     return Unlearned(model, mask, header, seconds)
 
 
 def _original(
-    settings: Settings, dataset: Dataset, chosen: Split, folder: Path
+    settings: Settings, dataset: Dataset, chosen: Split, folder: Path, quiet: bool, tell: Callable[[str], None]
 ) -> tuple[Classifier, Shape, dict[str, float]]:
     seconds: dict[str, float] = {}
     if settings.model is None:
         with _timing(seconds, "train"):
-            original, shape = trained(settings, dataset, training_images(dataset, chosen, False))
+            original, shape = trained(settings, dataset, training_images(dataset, chosen, False), quiet=quiet)
         networks.save(folder / "original" / MODEL, original, shape, {"data": settings.data, "seed": settings.seed})
         return original, shape, seconds
-    original, shape, _ = networks.load(settings.model)
+    if Path(settings.model).suffix in salun_checkpoint.SUFFIXES:
+        how: dict[str, Any] = {"allow_pickle": settings.allow_pickle, "tell": tell}
+        original, shape = salun_checkpoint.load(settings.model, str(settings.network), dataset, **how)
+    else:
+        original, shape, _ = networks.load(settings.model)
     networks.require_fit(shape, len(dataset.classes), dataset.channels, dataset.size, settings.model)
     return original.to(device_of(settings)), shape, seconds
 
@@ -269,9 +282,12 @@ def _timing(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - start
 
 
+_FREE = {"output", "device", "allow_pickle"}  # do not change the result
+
+
 def identity(settings: Settings) -> dict[str, Any]:
     """What decides the result: where it is written to and on which device does not."""
-    decisive = {name: value for name, value in asdict(settings).items() if name not in ("output", "device")}
+    decisive = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     return {**decisive, "set": list(settings.set)}  # as JSON has it
 
 
@@ -289,7 +305,10 @@ def _open(settings: Settings, more: Mapping[str, Any]) -> Path:
     folder = Path(settings.output)
     if (folder / RECORD).is_file():
         found = files.read_json(folder / RECORD)
-        same = recorded(found.get("settings", {})) == identity(settings)
+        there = found.get("settings")
+        if not isinstance(there, dict):
+            raise EraseError(f"{folder / RECORD} is damaged: it has no settings; choose another --output")
+        same = recorded(there) == identity(settings)
         if not same or any(found.get(name) != value for name, value in more.items()):
             raise EraseError(f"{folder} holds a run with other settings; choose another --output")
     return folder

@@ -187,8 +187,13 @@ class Settings:
     # method
     method: str = option("salun", "unlearning method", group="method", choices=tuple(PRESETS))
     model: str | None = option(
-        None, "folder or file of the original model", group="method", shown="trained first", metavar="DIR"
+        None,
+        "folder or file of the original model, also a ResNet of SalUn's code (.pth.tar)",
+        group="method",
+        shown="trained first",
+        metavar="DIR",
     )
+    allow_pickle: bool = option(False, "read a .pth.tar file; none of the code that it names is run", group="method")
     set: tuple[str, ...] = option(
         (), "option of the method, like alpha=0.5; may be repeated", group="method", metavar="NAME=X"
     )

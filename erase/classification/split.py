@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,12 +121,19 @@ def _class(text: str, classes: Sequence[str]) -> int:
     raise EraseError(f"--forget is 'class:{text}'; the classes are 0 to {len(classes) - 1}: {', '.join(classes[:12])}")
 
 
+def _positions(values: Any) -> Tensor:
+    """Raises ValueError: they are not a list of whole numbers."""
+    if not isinstance(values, list) or not all(type(value) is int and abs(value) < 2**62 for value in values):
+        raise ValueError("no whole numbers")
+    return torch.tensor(values, dtype=torch.int64)
+
+
 def _read(path: str, total: int) -> tuple[Tensor, Tensor | None]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         stored = json.loads(text) if text.lstrip().startswith("{") else {"forget": [int(line) for line in text.split()]}
         lists = [stored["forget"], stored.get("retain")]
-        forget, retain = (None if one is None else torch.tensor(one, dtype=torch.int64) for one in lists)
+        forget, retain = (None if one is None else _positions(one) for one in lists)
     except OSError as error:
         raise EraseError(f"--forget is {path!r}: no share like 10%, no class like class:3, no file") from error
     except (ValueError, KeyError, TypeError) as error:

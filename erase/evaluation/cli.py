@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erase import __version__, concepts, files
-from erase.cli import Parser, add_mixed_precision, one_line, silence_libraries
+from erase.cli import Parser, add_mixed_precision, reporting, silence_libraries
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.evaluation.tasks import ABOUT, VERSIONS, Options, Task, build
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 0 done, 2 for what the user can mend, 3 for a requirement not met, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     silence_libraries(quiet="--quiet" in arguments)
-    try:
+    with reporting("eval-concept", "interrupted; the same command continues"):
         if arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
             return
@@ -51,12 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = parser.parse_args(arguments)
         parser.error(f"unknown command {given.command!r}; choose {', '.join(COMMANDS)}" if given.command else
                      f"no command given; choose {', '.join(COMMANDS)}")  # fmt: skip
-    except EraseError as error:
-        print(f"eval-concept: {one_line(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("eval-concept: interrupted; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 # --- options that several commands share ----------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The jobs that `bench` times: each is prepared once in a process of its own, and then done as often as asked."""
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -71,6 +70,8 @@ def serve(pipe: Any, job: Job, size: str) -> None:
             measured = turn()
             pipe.send({"cpu_seconds": _cpu_seconds() - cpu, "wall_seconds": time.perf_counter() - wall, **measured})
         else:
+            import resource
+
             peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
             peak *= 1 if sys.platform == "darwin" else 1024
             pipe.send({"peak_bytes": peak, "extra_bytes": max(0, peak - before)})
@@ -79,11 +80,15 @@ def serve(pipe: Any, job: Job, size: str) -> None:
 
 def _cpu_seconds() -> float:
     """Of this process and of those it has waited for."""
+    import resource
+
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _resident() -> int:
+    import resource
+
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:

@@ -6,11 +6,12 @@ from typing import Any
 
 from erase import __version__
 from erase.classification.settings import PRESETS, Settings
-from erase.cli import Parser, add_options, one_line, silence_libraries
-from erase.errors import EraseError
+from erase.cli import Parser, add_options, reporting, silence_libraries
+from erase.errors import printable
 from erase.files import default_cache_dir
 
 WHAT, TRAINING = {"what": "what to forget, from what"}, {"training": "training"}
+QUIET: dict[str, Any] = {"action": "store_true", "help": "no progress on stderr"}
 GROUPS = {**WHAT, "method": "method", "how": "how: which weights may move", **TRAINING}
 DESCRIPTION = """\
 Make an image classifier forget some of its training pictures: find the weights that matter for them, retrain only
@@ -33,18 +34,14 @@ other commands (each has its own --help):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 0 done, 2 for what the user can mend, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    silence_libraries()
-    try:
+    silence_libraries(quiet="--quiet" in arguments)
+    continues = arguments[:1] == ["compare"]
+    what = "the same command continues after the last finished line" if continues else "the same command starts again"
+    with reporting("unlearn-classifier", f"interrupted; {what}"):
         if arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
         else:
             _unlearn(arguments)
-    except EraseError as error:
-        print(f"unlearn-classifier: {one_line(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("unlearn-classifier: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _unlearn(arguments: list[str]) -> None:
@@ -56,21 +53,24 @@ def _unlearn(arguments: list[str]) -> None:
     )
     parser.add_argument("--version", action="version", version=f"unlearn-classifier {__version__}")
     add_options(parser, Settings, GROUPS)
-    settings = _settings(vars(parser.parse_args(arguments)))
+    parser.add_argument("--quiet", **QUIET)
+    given = vars(parser.parse_args(arguments))
+    quiet = given.pop("quiet")
+    settings = _settings(given)
 
     from erase import files
     from erase.classification import split
     from erase.classification.run import run
     from erase.evaluation.membership import measure
 
-    result = run(settings, default_cache_dir())
+    result = run(settings, default_cache_dir(), quiet=quiet, tell=_tell)
     parts = split.parts(result.dataset, result.split)
     both = {"before": result.original, "after": result.model}
     scores = {when: measure(model, *parts, seed=settings.seed) for when, model in both.items() if model is not None}
     plain = {when: {name: vars(score) for name, score in of.items()} for when, of in scores.items()}
     files.write_json(result.folder / "scores.json", plain)
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.record["seconds"].items())
-    print(f"{result.folder}: {len(result.split.forget):,} pictures forgotten by {settings.method} ({seconds})")
+    print(f"{printable(result.folder)}: {len(result.split.forget):,} images forgotten by {settings.method} ({seconds})")
     for name in scores["after"]:
         values = " -> ".join(f"{100 * of[name].value:5.1f} %" for of in scores.values())
         print(f"{name:22} {values}  (n = {scores['after'][name].n:,})")
@@ -79,19 +79,20 @@ def _unlearn(arguments: list[str]) -> None:
 def _train(arguments: list[str]) -> None:
     parser = Parser("unlearn-classifier train", "Train the original model, or the one that never sees the forget set.")
     parser.add_argument("--without-forget", action="store_true", help="train without what --forget names")
+    parser.add_argument("--quiet", **QUIET)
     add_options(parser, Settings, WHAT | TRAINING)
     given = vars(parser.parse_args(arguments))
-    without_forget = given.pop("without_forget")
+    without_forget, quiet = given.pop("without_forget"), given.pop("quiet")
     settings = _settings(given | {"method": "retrain"})
 
     from erase.classification import split
     from erase.classification.run import run_training
     from erase.evaluation.membership import correctness, outputs
 
-    result = run_training(settings, default_cache_dir(), without_forget=without_forget)
+    result = run_training(settings, default_cache_dir(), without_forget=without_forget, quiet=quiet)
     test = outputs(result.model, split.parts(result.dataset, result.split)[2])
     accuracy = correctness(test).mean()
-    print(f"{result.folder}: trained in {result.record['seconds']['train']:.0f} s")
+    print(f"{printable(result.folder)}: trained in {result.record['seconds']['train']:.0f} s")
     print(f"test accuracy {accuracy:.2%} (n = {len(test):,})")
 
 
@@ -111,9 +112,11 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument(
         "--shadows", type=int, default=0, metavar="N", help="pairs of shadow models for LiRA [default: 0]"
     )
+    parser.add_argument("--quiet", **QUIET)
     add_options(parser, Settings, GROUPS)
     given = vars(parser.parse_args(arguments))
     asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows")}
+    quiet = given.pop("quiet")
     if not 1 <= asked["seeds"] <= 10_000:
         parser.error(f"--seeds is {asked['seeds']}; it must be at least 1 and at most 10000")
     if not 0 <= asked["shadows"] <= 10_000:
@@ -130,12 +133,16 @@ def _compare(arguments: list[str]) -> None:
     folder = given["output"] or f"{settings.resolved().output}-compared"
     lines = rows(settings, asked["methods"], densities=asked["densities"], controls=asked["controls"])
     seeds = range(settings.seed, settings.seed + asked["seeds"])
-    tell = lambda line: print(line, flush=True)  # noqa: E731
-    print(table(compare(settings, lines, seeds, folder, default_cache_dir(), shadows=asked["shadows"], tell=tell)))
-    print(f"{folder}: results.json, table.md, plot.png")
+    how: dict[str, Any] = {"shadows": asked["shadows"], "tell": _tell, "quiet": quiet}
+    print(table(compare(settings, lines, seeds, folder, default_cache_dir(), **how)))
+    print(f"{printable(folder)}: results.json, table.md, plot.png")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "compare": _compare}
+
+
+def _tell(line: str) -> None:
+    print(printable(line), flush=True)
 
 
 def _settings(given: dict[str, Any]) -> Settings:

@@ -69,6 +69,7 @@ def compare(
     *,
     shadows: int = 0,
     tell: Callable[[str], None] = lambda line: None,
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """Run every cell that is not there yet, and write results.json, table.md and plot.png.
 
@@ -84,7 +85,7 @@ def compare(
         run.check_method(line.settings.resolved())
     cells: list[dict[str, Any]] = []
     for seed in seeds:
-        bench = _Bench(replace(settings, seed=seed), folder, cache_dir, shadows)
+        bench = _Bench(replace(settings, seed=seed), folder, cache_dir, shadows, quiet)
         for line in lines:
             cell = _cell(line, bench)
             tell(f"seed {seed}: {line.label:16} {_in_short(cell)}")
@@ -99,7 +100,8 @@ def compare(
 class _Bench:
     """What all cells of a seed share; made when the first of them needs it."""
 
-    def __init__(self, settings: Settings, folder: Path, cache_dir: str | Path, shadows: int):
+    def __init__(self, settings: Settings, folder: Path, cache_dir: str | Path, shadows: int, quiet: bool):
+        self.quiet = quiet
         self.settings, self.folder, self._cache_dir, self.num_shadows = settings.resolved(), folder, cache_dir, shadows
         self._prepared: tuple[Dataset, Split] | None = None
         self._original: tuple[Classifier, Shape] | None = None
@@ -116,7 +118,8 @@ class _Bench:
             self._original = model.to(run.device_of(self.settings)), shape
         elif self._original is None:
             dataset, chosen = self.prepared()
-            self._original = run.trained(self.settings, dataset, run.training_images(dataset, chosen, False))
+            images = run.training_images(dataset, chosen, False)
+            self._original = run.trained(self.settings, dataset, images, quiet=self.quiet)
             networks.save(path, *self._original, {"split": chosen.digest})
         return self._original
 
@@ -131,12 +134,19 @@ class _Bench:
             for i in range(self.num_shadows):
                 other = replace(self.settings, seed=self.settings.seed + 2 * ANOTHER_SEED + i)
                 for kind, without in (("seen", False), ("unseen", True)):
-                    model, _ = run.trained(other, dataset, run.training_images(dataset, chosen, without))
+                    images = run.training_images(dataset, chosen, without)
+                    model, _ = run.trained(other, dataset, images, quiet=self.quiet)
                     out = membership.outputs(model, split.parts(dataset, chosen)[0])
                     kinds[kind].append(membership.logit_confidence(out).tolist())
             files.write_json(path, {"num": self.num_shadows, **kinds})
         stored = files.read_json(path)
-        return np.array(stored["seen"]), np.array(stored["unseen"])
+        try:
+            seen, unseen = (np.array(stored[kind], dtype=float) for kind in ("seen", "unseen"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise EraseError(f"{path} is damaged: it holds no confidences of shadow models; delete it") from error
+        if seen.ndim != 2 or seen.shape != unseen.shape or not np.isfinite([seen, unseen]).all():
+            raise EraseError(f"{path} is damaged: it holds no confidences of shadow models; delete it")
+        return seen, unseen
 
 
 def _cell(line: Row, bench: _Bench) -> dict[str, Any]:
@@ -145,10 +155,10 @@ def _cell(line: Row, bench: _Bench) -> dict[str, Any]:
     identity = run.identity(settings) | {"shadows": bench.num_shadows}
     path = bench.folder / "cells" / f"{re.sub('[^a-z0-9.]+', '-', line.label)}-{seed}.json"
     if path.is_file():
-        cell = files.read_json(path)
+        cell = _read_cell(path)
         there = run.recorded(cell["settings"])
         if there != identity:
-            changed = next(key for key in identity if there.get(key) != identity[key])
+            changed = next((key for key in identity if there.get(key) != identity[key]), "version of this program")
             raise EraseError(f"{path} was made with another {changed}; choose another --output")
         return cell
     dataset, chosen = bench.prepared()
@@ -165,6 +175,26 @@ def _cell(line: Row, bench: _Bench) -> dict[str, Any]:
     return cell
 
 
+def _read_cell(path: Path) -> dict[str, Any]:
+    """Raises EraseError: the file holds no cell."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+
+    cell = files.read_json(path)
+    scores = cell.get("scores")
+    has_scores = (
+        isinstance(scores, dict)
+        and set(GAP_OVER) <= scores.keys()
+        and all(isinstance(score, dict) and is_number(score.get("value")) for score in scores.values())
+        and is_number(cell.get("seconds"))
+    )
+    is_known = isinstance(cell.get("label"), str) and isinstance(cell.get("settings"), dict)
+    if not is_known or not (has_scores or isinstance(cell.get("diverged"), str)):
+        raise EraseError(f"{path} is damaged: it holds no scores of a method on a seed; delete it, to run that again")
+    return cell
+
+
 def _model(label: str, settings: Settings, bench: _Bench) -> tuple[Classifier, float]:
     """The model of a cell, and the seconds that it took; the original's are not counted."""
     dataset, chosen = bench.prepared()
@@ -173,7 +203,7 @@ def _model(label: str, settings: Settings, bench: _Bench) -> tuple[Classifier, f
         return original, 0.0
     if label == AGAIN:
         settings = replace(settings, seed=settings.seed + ANOTHER_SEED)
-    done = run.unlearned(settings, dataset, chosen, original, shape)
+    done = run.unlearned(settings, dataset, chosen, original, shape, quiet=bench.quiet)
     return done.model, sum(done.seconds.values())
 
 
@@ -204,8 +234,11 @@ def summarise(cells: Sequence[dict[str, Any]], settings: Settings, seeds: Sequen
         table[label] = {name: asdict(score) for name, score in figures.items()}
         table[label]["gap_of_means"] = membership.average_gap(_means(of_seeds), centre)
     described = {name: value for name, value in asdict(settings.resolved()).items() if name not in ("method", "output")}
-    described = {name: value for name, value in described.items() if name not in ("seed", "device", "mask", "set")}
+    described = {name: value for name, value in described.items() if name not in _NOT_SHARED}
     return {"settings": described, "seeds": list(seeds), "version": __version__, "rows": table}
+
+
+_NOT_SHARED = {"seed", "device", "mask", "set", "allow_pickle"}
 
 
 def over_seeds(name: str, values: Sequence[float], *, higher_is_better: bool = True) -> Score:
