@@ -14,7 +14,8 @@ from erase import refusal
 from erase.errors import EraseError
 from erase.files import text_hash
 
-Kind = Literal["object", "style", "nudity"]
+FreeKind = Literal["object", "style", "person", "abstract"]  # what free text can be said to be
+Kind = Literal["object", "style", "person", "abstract", "nudity"]
 
 PROMPT_KEYS = ("forget", "anchor", "retain", "others", "synonyms")
 FAMILIES = ("mini",)  # model families for which a TOML may hold a table of its own
@@ -94,48 +95,93 @@ def load(name: str, *, model_family: str | None = None) -> Concept:
     """
     if name.lower().endswith(".toml"):
         return _read(Path(name).expanduser(), model_family)
-    key = "_".join(re.split(r"[\s_-]+", name.strip().lower()))
-    if key in names():
+    if (key := preset_key(name)) in names():
         return _read(_presets_dir() / f"{key}.toml", model_family)
     refusal.refuse([name], "name", target=True)
     guesses = [known for known in names() if key in known.split("_")] or difflib.get_close_matches(key, names())
     hint = f"did you mean {_listed(guesses, 'or')}?" if guesses else f"the presets are {_listed(names(), 'and')};"
-    raise EraseError(f"unknown concept {name!r}; {hint} or describe your own with --kind object or --kind style")
+    raise EraseError(
+        f"unknown concept {name!r}; {hint} or describe your own with --kind {_listed(get_args(FreeKind), 'or')}"
+    )
+
+
+def preset_key(name: str) -> str:
+    """The file name that a preset of this name has, without its ending."""
+    return "_".join(re.split(r"[\s_-]+", name.strip().lower()))
 
 
 def find(
     name: str,
-    kind: Literal["object", "style"] | None = None,
+    kind: FreeKind | None = None,
     *,
     forget: Sequence[str] = (),
     anchor: Sequence[str] = (),
     retain: Sequence[str] = (),
     model_family: str | None = None,
 ) -> Concept:
-    """The concept that a user names: `load` or, with a kind, `describe`; prompts that are given replace its own."""
+    """The concept that a user names: `load` or, with a kind, `describe`; prompts that are given replace its own.
+
+    A preset of the embedded model's world ("circle") is free text for any other model.
+    """
     if kind and name.lower().endswith(".toml"):
         raise EraseError(f"--kind is for free text, but {name!r} is a file, which has its own kind")
+    if kind and (key := preset_key(name)) in names():
+        preset = _read(_presets_dir() / f"{key}.toml", model_family)
+        if model_family == "mini" or preset.judge.get("type") != "mini":
+            raise EraseError(
+                f"{name!r} is a preset of kind {preset.kind}; leave out --kind, or describe your own under another name"
+            )
     concept = describe(name, kind) if kind else load(name, model_family=model_family)
     return override(concept, forget=forget or None, anchor=anchor or None, retain=retain or None)
 
 
-def describe(name: str, kind: Literal["object", "style"]) -> Concept:
+def describe(name: str, kind: FreeKind) -> Concept:
     """A concept from words alone, such as describe("red bicycle", "object") or describe("pixel art", "style").
 
-    An object's anchor is a potted plant, because it has to be a concrete thing: "" or "an object" tells the model
-    nothing, and it then restores what it still sees in the noisy picture. A potted plant fits most scenes and is
-    seldom erased itself. A near neighbour of your concept (bicycle -> scooter) changes the pictures less; give it as
-    `anchor` to `override`. A style's anchor is the same subject without a style.
+    object: the anchor is a potted plant, because it has to be a concrete thing: "" or "an object" tells the model
+        nothing, and it then restores what it still sees in the noisy image. A potted plant fits most scenes and is
+        seldom erased itself. A near neighbour of your concept (bicycle -> scooter) changes the images less; give it as
+        `anchor` to `override`.
+    style: the anchor is the same subject without a style.
+    person: a public figure; the anchor is "a person". "a man" or "a woman" changes the images less.
+    abstract: what has no shape of its own, such as violence; the anchor is a peaceful scene.
+
+    Raises:
+        EraseError: no name, an unknown kind, an abstract word as an object, or a target that this tool refuses.
     """
     name = " ".join(name.split())
     refusal.refuse([name], "name", target=True)
-    if not name:
-        raise EraseError("a concept needs a name, such as 'golf ball'")
-    if kind == "object":
-        return _describe_object(name)
-    if kind == "style":
-        return _describe_style(name)
-    raise EraseError(f"cannot describe a concept of kind {kind!r}; choose object or style, or load the preset 'nudity'")
+    if not re.search(r"\w", name):
+        raise EraseError(f"a concept needs a name of letters or digits, such as 'golf ball', not {name!r}")
+    describers = {
+        "object": _describe_object,
+        "style": _describe_style,
+        "person": _describe_person,
+        "abstract": _describe_abstract,
+    }
+    if kind not in describers:
+        raise EraseError(
+            f"cannot describe a concept of kind {kind!r}; choose {_listed([*describers], 'or')}, "
+            "or load the preset 'nudity'"
+        )
+    if kind == "object" and name.lower() in _ABSTRACT_WORDS:
+        raise EraseError(f"{name!r} is no object that stands somewhere; use --kind abstract")
+    return describers[kind](name)
+
+
+def advice(concept: Concept) -> str:
+    """What a user should consider about a concept of free text, or ""."""
+    words = re.sub(r"(?i)^(?:an?|the|some) ", "", concept.name).split()
+    if concept.kind == "object" and len(words) in {2, 3} and all(re.match(r"[A-Z][a-z.]", word) for word in words):
+        return f"if {concept.name} is a person, use --kind person"
+    return ""
+
+
+def mapping(concept: Concept) -> str:
+    """What becomes what, in one line: the first pair of forget prompt and anchor, and how many more there are."""
+    (forget, anchor), more = concept.pairs()[0], len(concept.forget) - 1
+    rest = f" (and {more} more pair{'s' if more > 1 else ''})" if more else ""
+    return f"{forget!r} -> {anchor!r}{rest}"
 
 
 def override(
@@ -220,11 +266,14 @@ def _mentions(prompt: str, concepts: Iterable[Concept]) -> bool:
     return any(_share_word(word, prompt) for concept in concepts for word in (concept.name, *concept.synonyms))
 
 
+_RESERVED = re.compile(r"(?i)(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?")  # no file names on Windows
+
+
 def slug(name: str) -> str:
     """The name as the name of one file or folder, below whatever folder it is put in.
 
-    Letters, digits, "-" and "." stay as they are; everything else becomes "_". A name of more than 80 characters, or
-    one without any letter or digit, ends in a part of its hash, so that different names stay different.
+    Letters, digits, "-" and "." stay as they are; everything else becomes "_". A name of more than 80 bytes, or one
+    without any letter or digit, ends in a part of its hash, so that different names stay different.
 
     Raises:
         EraseError: the name is empty.
@@ -233,9 +282,9 @@ def slug(name: str) -> str:
         raise EraseError("a concept needs a name, such as 'golf ball'")
     plain = unicodedata.normalize("NFC", " ".join(name.split()))
     plain = re.sub(r"[^\w.-]", "_", plain).strip(".")
-    if len(plain) <= 80 and re.search(r"[^\W_]", plain):
+    if len(plain.encode()) <= 80 and re.search(r"[^\W_]", plain) and not _RESERVED.fullmatch(plain):
         return plain
-    return f"{plain[:64].strip('._-') or 'concept'}-{text_hash(name)[:12]}"
+    return f"{plain.encode()[:64].decode(errors='ignore').strip('._-') or 'concept'}-{text_hash(name)[:12]}"
 
 
 # --- TOML -------------------------------------------------------------------------------------------------------------
@@ -374,6 +423,42 @@ EVERYDAY = (
     "a pencil drawing of a castle",
     "a black and white photo of a train",
 )
+_PEOPLE = (
+    "Albert Einstein",
+    "Marie Curie",
+    "Abraham Lincoln",
+    "Charlie Chaplin",
+    "Audrey Hepburn",
+    "Nelson Mandela",
+    "Muhammad Ali",
+    "Frida Kahlo",
+)
+_PERSON_TEMPLATES = (
+    "a photo of {}",
+    "a portrait of {}",
+    "a picture of {}",
+    "a close-up photo of {}",
+    "a painting of {}",
+    "a drawing of {}",
+    "a photo of {} outdoors",
+    "a photo of {} at an event",
+)
+_CALM = ("a peaceful scene", "an everyday scene")
+_ABSTRACT_TEMPLATES = (
+    "a photo of {}",
+    "an image of {}",
+    "a picture of {}",
+    "a painting of {}",
+    "a drawing of {}",
+    "an illustration of {}",
+    "a realistic photo of {}",
+    "a photo that shows {}",
+)
+_ABSTRACT_WORDS = frozenset(
+    "abuse aggression anger brutality chaos cruelty danger death despair discrimination evil fear freedom gore grief "
+    "happiness harassment hate hatred horror hunger illness injustice joy love misery pain peace poverty racism sadness "
+    "self-harm sexism shock sorrow suffering suicide terror terrorism time torture truth violence war".split()
+)
 _THINGS = ("cat", "car", "bicycle", "chair", "bridge", "guitar", "sailing boat", "horse", "cup", "mountain")
 _ANCHORS = ("potted plant", "wooden chair", "ceramic mug")
 _OBJECT_TEMPLATES = (
@@ -448,6 +533,35 @@ def _describe_style(name: str) -> Concept:
     )
 
 
+def _describe_person(name: str) -> Concept:
+    people = [other for other in _PEOPLE if not _share_word(name, other)]
+    others = tuple(f"a photo of {other}" for other in people)
+    kept = tuple(template.format(other) for other in people for template in _PERSON_TEMPLATES[:2])
+    return Concept(
+        name=name,
+        kind="person",
+        forget=tuple(template.format(name) for template in _PERSON_TEMPLATES),
+        anchor=tuple(template.format("a person") for template in _PERSON_TEMPLATES),
+        retain=tuple(prompt for prompt in (*kept, *EVERYDAY) if not _share_word(name, prompt)),
+        others=others,
+        judge={"type": "clip", "target": f"a photo of {name}", "alternatives": [*others, "a photo of a person"]},
+    )
+
+
+def _describe_abstract(name: str) -> Concept:
+    calm = next(other for other in _CALM if not _share_word(name, other.replace("peaceful", "peace")))
+    others = tuple(f"a photo of {_with_article(other)}" for other in _THINGS if not _share_word(name, other))
+    return Concept(
+        name=name,
+        kind="abstract",
+        forget=tuple(template.format(name) for template in _ABSTRACT_TEMPLATES),
+        anchor=tuple(template.format(calm) for template in _ABSTRACT_TEMPLATES),
+        retain=tuple(prompt for prompt in EVERYDAY if not _share_word(name, prompt)),
+        others=others,
+        judge={"type": "clip", "target": f"a photo of {name}", "alternatives": [f"a photo of {calm}", *others]},
+    )
+
+
 def _with_article(name: str) -> str:
     """ "an apple"; proper names ("Mickey Mouse"), plurals and names that bring their own article stay as they are."""
     words = name.split()
@@ -469,7 +583,7 @@ def _share_word(a: str, b: str) -> bool:
         return {word.removesuffix("s") for word in refusal.plain(text).split()}
 
     common = words(a) & words(b)
-    return any(len(word) >= 4 for word in common) or words(a) <= words(b)
+    return any(len(word) >= 4 for word in common) or (bool(words(a)) and words(a) <= words(b))
 
 
 def _listed(items: Sequence[str], joint: str) -> str:
