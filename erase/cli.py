@@ -33,7 +33,7 @@ The defaults are those for Stable Diffusion 1; a model may bring its own in eras
 examples:
   erase-concept --concept circle --model mini --output runs/circle
   erase-concept --concept nudity
-  erase-concept --concept "Van Gogh" --kind style --model path/to/diffusers/folder
+  erase-concept --concept "pixel art" --kind style --model path/to/diffusers/folder
   erase-concept remove --delta runs/circle/delta.safetensors --model runs/circle --output restored
 
 other commands (each has its own --help):

@@ -17,6 +17,12 @@ from erase.files import text_hash
 FreeKind = Literal["object", "style", "person", "abstract"]  # what free text can be said to be
 Kind = Literal["object", "style", "person", "abstract", "nudity"]
 
+JUDGES: dict[str, dict[str, tuple[type | tuple[type, ...], str]]] = {  # types of judges and what each needs
+    "imagenet": {"index": (int, "a class index")},
+    "nudenet": {},
+    "mini": {"head": (str, '"object", "colour" or "style"'), "label": (str, "a label")},
+    "clip": {"target": (str, "a prompt"), "alternatives": ((list, tuple), "a list of other prompts")},
+}
 PROMPT_KEYS = ("forget", "anchor", "retain", "others", "synonyms")
 FAMILIES = ("mini",)  # model families for which a TOML may hold a table of its own
 
@@ -53,6 +59,7 @@ class Concept:
             object.__setattr__(self, key, _texts(getattr(self, key), key))
         object.__setattr__(self, "judge", _judge(self.judge))
         _refuse_minors(self)
+        _check_judge(self.judge)
         if not self.name.strip():
             raise EraseError("a concept needs a name, such as 'golf ball'")
         if self.kind not in get_args(Kind):
@@ -73,6 +80,12 @@ class Concept:
         """(forget prompt, what to say instead), a single anchor repeated."""
         anchors = self.anchor * len(self.forget) if len(self.anchor) == 1 else self.anchor
         return tuple(zip(self.forget, anchors, strict=True))
+
+    @property
+    def is_sexual(self) -> bool:
+        """Whether it has to do with nudity, by its kind or by the words of any of its prompts."""
+        texts = (self.name, *self.forget, *self.anchor, *self.synonyms, *self.retain, *self.others, *_judged(self))
+        return self.kind == "nudity" or any(map(refusal.has_sexual_words, texts))
 
     def fingerprint(self) -> str:
         """SHA-256 of the content: the same for the same prompts in the same order, however their file is laid out."""
@@ -305,7 +318,7 @@ def _read(path: Path, model_family: str | None) -> Concept:
         raise EraseError(f"{path}: no such file; the presets are {_listed(names(), 'and')}") from error
     except OSError as error:
         raise EraseError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EraseError(f"{path} is not valid TOML: {error}") from error
     try:
         return _parse(content, path.stem.replace("_", " "), model_family)
@@ -353,6 +366,21 @@ def _judge(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _check_judge(judge: Mapping[str, Any]) -> None:
+    """Raise an EraseError unless a judge of a known type has what that type needs."""
+    if not judge:
+        return
+    kind = judge.get("type")
+    if not isinstance(kind, str) or kind not in JUDGES:
+        raise EraseError(f"judge.type is {kind!r}; choose {_listed([*JUDGES], 'or')}")
+    for key, (allowed, described) in JUDGES[kind].items():
+        if not isinstance(judge.get(key), allowed) or isinstance(judge[key], bool) or judge[key] == []:
+            found = f"is {judge[key]!r}" if key in judge else "is missing"
+            raise EraseError(f"judge.{key} {found}; a judge of type {kind!r} needs {described}")
+    if kind == "imagenet" and not 0 <= judge["index"] < 1000:
+        raise EraseError(f"judge.index is {judge['index']}; ImageNet's classes have the indices 0 to 999")
+
+
 def _refuse_unknown_keys(table: Mapping[str, Any], allowed: Sequence[str], inside: str = "") -> None:
     for key in table:
         if key not in allowed:
@@ -367,20 +395,24 @@ def _type_name(value: Any) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
+def _judged(concept: Concept) -> list[str]:
+    """The texts of a concept's judge."""
+    texts: list[str] = []
+    for value in concept.judge.values():
+        texts += [] if isinstance(value, int) else [value] if isinstance(value, str) else value
+    return texts
+
+
 def _refuse_minors(concept: Concept) -> None:
     """Raise if the concept involves minors: training would generate what it is asked to forget.
 
     Targets (name, forget, anchor, synonyms, judge) never may, whatever the kind. Retained prompts (retain, others) may
     show a baby elephant, but not in a concept that has to do with nudity.
     """
-    judged: list[str] = []
-    for value in concept.judge.values():
-        judged += [] if isinstance(value, int) else [value] if isinstance(value, str) else value
     targets: dict[str, Iterable[str]] = {"name": [concept.name], "forget": concept.forget, "anchor": concept.anchor}
-    targets |= {"synonyms": concept.synonyms, "judge": judged}
+    targets |= {"synonyms": concept.synonyms, "judge": _judged(concept)}
     kept = {"retain": concept.retain, "others": concept.others}
-    every = chain.from_iterable((targets | kept).values())
-    sexual = concept.kind == "nudity" or any(map(refusal.has_sexual_words, every))
+    sexual = concept.is_sexual
     for part, texts in targets.items():
         refusal.refuse(texts, part, sexual=sexual, target=True)
     for part, texts in kept.items():
@@ -456,8 +488,8 @@ _ABSTRACT_TEMPLATES = (
 )
 _ABSTRACT_WORDS = frozenset(
     "abuse aggression anger brutality chaos cruelty danger death despair discrimination evil fear freedom gore grief "
-    "happiness harassment hate hatred horror hunger illness injustice joy love misery pain peace poverty racism sadness "
-    "self-harm sexism shock sorrow suffering suicide terror terrorism time torture truth violence war".split()
+    "happiness harassment hate hatred horror hunger illness injustice joy love misery pain peace poverty racism "
+    "sadness self-harm sexism shock sorrow suffering suicide terror terrorism time torture truth violence war".split()
 )
 _THINGS = ("cat", "car", "bicycle", "chair", "bridge", "guitar", "sailing boat", "horse", "cup", "mountain")
 _ANCHORS = ("potted plant", "wooden chair", "ceramic mug")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erase import captions, files, images, prompt_files
+from erase import captions, files, images, prompt_files, refusal
 from erase.concepts import Concept
 from erase.delta import content_hash
 from erase.errors import EraseError, missing
@@ -139,6 +139,7 @@ def gather(
     retain_source = _source(
         model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed, tell=tell
     )
+    _refuse_captions(plan, concept, forget_source.prompts, retain_source.prompts)
     if plan.pictures == "trajectory":
         forget_source = _followed(model, plan, forget_source.prompts, first_seed)
     elif plan.pictures == "noise":
@@ -183,6 +184,44 @@ def gather(
         words[number, own] = True
         end[number, len(model.tokens(prompt)) + 1 :] = True
     return Data(forget, retain, anchor, others, words, end, tuple(rows), text, fingerprint, record)
+
+
+def _refuse_captions(plan: Plan, concept: Concept, forget: Sequence[Any], retain: Sequence[Any]) -> None:
+    """Raise an EraseError for captions and names of class folders that involve minors.
+
+    Forget images are a target. Retain images may show a child, but not beside a concept that has to do with nudity.
+    """
+    sexual = concept.is_sexual or any(map(refusal.has_sexual_words, filter(None, forget)))
+    if plan.forget_images:
+        where = f"a caption or folder name of --forget-images {plan.forget_images}"
+        refusal.refuse(filter(None, forget), where, sexual=sexual, target=True)
+    if plan.retain_images:
+        where = f"a caption or folder name of --retain-images {plan.retain_images}"
+        refusal.refuse(filter(None, retain), where, sexual=sexual)
+
+
+def truncated(model: Model, concept: Concept) -> list[str]:
+    """The concept's prompts that are longer than the text encoder reads, in order and once each.
+
+    Raises:
+        EraseError: what tells a forget prompt from its anchor, or the concept's name in it, is cut off.
+    """
+    names = [model.all_tokens(word) for word in (concept.name, *concept.synonyms)]
+    limit = model.tokenizer.model_max_length - 2
+    for forget, anchor in concept.pairs():
+        whole, read = model.all_tokens(forget), model.tokens(forget)
+        same = read == model.tokens(anchor) and forget != anchor
+        if len(whole) > limit and (same or any(_holds(whole, name) and not _holds(read, name) for name in names)):
+            raise EraseError(
+                f"the forget prompt {forget[:60] + '...'!r} has {len(whole)} tokens; the text encoder reads {limit}, "
+                "and the concept is behind them; write it shorter, the concept first"
+            )
+    prompts = dict.fromkeys((*concept.forget, *concept.anchor, *concept.retain, *concept.others))
+    return [prompt for prompt in prompts if model.truncates(prompt)]
+
+
+def _holds(tokens: Sequence[int], part: Sequence[int]) -> bool:
+    return any(list(tokens[i : i + len(part)]) == list(part) for i in range(len(tokens) - len(part) + 1))
 
 
 def of_prompts(data: Data, prompts: Sequence[str]) -> Data:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erase import refusal
 from erase.errors import EraseError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -127,7 +128,7 @@ def make(name: str, text: str) -> Guard:
     """The guard of this name against what the text says.
 
     Raises:
-        EraseError: no such guard, or no text.
+        EraseError: no such guard, no text, or a text that involves minors in a sexual context.
     """
     if name not in PRESETS:
         guess = difflib.get_close_matches(name, PRESETS, n=1)
@@ -135,6 +136,7 @@ def make(name: str, text: str) -> Guard:
         raise EraseError(f"unknown guard {name!r}; {hint}({', '.join(PRESETS)})")
     if not text.strip():
         raise EraseError("a guard needs a text that says what to steer away from")
+    refusal.refuse([text], "the guard's text")
     return PRESETS[name](text)
 
 

@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from erase import architecture, components, export, single_file, unet_file, vocabulary
+from erase import architecture, components, export, refusal, single_file, unet_file, vocabulary
 from erase.components import one_line
 from erase.device import DTYPES, rounded
 from erase.errors import EraseError, missing
@@ -140,7 +140,12 @@ class Model:
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Text encoder states, [len(prompts), tokens, d], on the CPU."""
+        """Text encoder states, [len(prompts), tokens, d], on the CPU.
+
+        Raises:
+            EraseError: a prompt shows minors in a sexual context.
+        """
+        refusal.refuse(prompts, "prompt")
         length = self.tokenizer.model_max_length
         states = []
         for start in range(0, len(prompts), batch_size):
@@ -153,6 +158,15 @@ class Model:
         """Numbers of the prompt's tokens between start and end, as far as the text encoder reads them."""
         ids: Any = self.tokenizer(prompt, truncation=True, max_length=self.tokenizer.model_max_length)["input_ids"]
         return list(ids[1:-1])
+
+    def all_tokens(self, prompt: str) -> list[int]:
+        """As `tokens`, with those behind the text encoder's limit, which it never sees."""
+        ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
+        return list(ids[1:-1])
+
+    def truncates(self, prompt: str) -> bool:
+        """Whether the prompt is longer than the text encoder reads."""
+        return len(self.all_tokens(prompt)) > self.tokenizer.model_max_length - 2
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +215,11 @@ class Model:
         seeds: one a picture, for a CPU generator, so that a picture is the same in any batch (up to rounding).
         guidance: diffusers' convention, 1 is none. size: of a square, or (height, width), in pixels.
         unet: draw with this one in the place of the model's own.
+
+        Raises:
+            EraseError: a prompt shows minors in a sexual context.
         """
+        refusal.refuse(prompts, "prompt")
         unet = unet or self.unet
         height, width = (size, size) if isinstance(size, int) else size
         pipeline = StableDiffusionPipeline(

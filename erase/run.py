@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -43,6 +44,7 @@ from erase import (
 )
 from erase.concepts import Concept
 from erase.errors import EraseError, missing
+from erase.mini import world
 from erase.settings import MIXED_PRECISION, RECIPES, Settings, require_consistent, resolve
 
 # Processes generate fixed shares of the images and wait for one another afterwards. A slower GPU may need hours longer
@@ -147,6 +149,7 @@ def run(
         on_gpu=compute.device.type == "cuda",
     )
     require_rank(settings, method)
+    truncated = data.truncated(model, united)
     parameters = scope.inside(dict(model.unet.named_parameters()), str(settings.scope))
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)
@@ -164,6 +167,11 @@ def run(
     record = files.read_json(folder / "run.json")
     if record["status"] == "done":
         return Run(folder, record if accelerator.is_main_process else {})
+    for part in parts:
+        tell(announcement(part, settings, method))
+    if truncated:
+        some = f"{truncated[0][:60]!r}" + (f" and {len(truncated) - 1} more" if len(truncated) > 1 else "")
+        tell(f"longer than the {model.tokenizer.model_max_length} tokens that the text encoder reads, and cut: {some}")
     if settings.low_memory:
         needs = needed_memory(settings, model, parameters)
         phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
@@ -314,7 +322,11 @@ def _carry_out(
         },
         "mask": None if mask is None else {"weights": _total(mask), "ones": saliency.count(mask)},
         "weights": {"total": sum(t.numel() for t in new_state.values()), "changed": moved},
-        "data": {**(pictures.record if pictures else {}), "fingerprint": fingerprint},
+        "data": {
+            **(pictures.record if pictures else {}),
+            "fingerprint": fingerprint,
+            "truncated_prompts": data.truncated(model, concept),
+        },
         "method": {"name": settings.method, **asdict(method), **notes},
         "losses": losses,
         "seconds": seconds,
@@ -495,6 +507,20 @@ def read_base(settings: Settings, output: Path) -> Base | None:
     return Base(erased, saliency.load(mask_path)[0] if mask_path.is_file() else None, told)
 
 
+def announcement(concept: Concept, settings: Settings, method: Any) -> str:
+    """What becomes what, for the user to see before the work begins."""
+    forget, more = concept.forget[0], len(concept.forget) - 1
+    rest = f" (and {more} more prompt{'s' if more > 1 else ''})" if more else ""
+    if not getattr(method, "anchors", True):
+        return f"{concept.name}: {forget!r}{rest} is unlearned; {settings.method} uses no anchor"
+    if settings.target == "random" and concept.others:
+        return f"{concept.name}: {forget!r}{rest} -> a random one of {len(concept.others)} other classes"
+    if settings.target == "fixed" and concept.others:
+        return f"{concept.name}: {forget!r}{rest} -> {concept.others[0]!r}"
+    hints = [concepts.advice(concept), "--anchor chooses another" if settings.kind and not settings.anchor else ""]
+    return "; ".join([f"{concept.name}: {concepts.mapping(concept)}", *filter(None, hints)])
+
+
 def find_concepts(settings: Settings, given: Sequence[Concept | None], model: models.Model | None) -> list[Concept]:
     """The concepts that the settings name or that are given, in the model's language (None: any), with overrides."""
     return [find_concept(settings, name, one, model) for name, one in zip(settings.concept, given, strict=True)]
@@ -508,12 +534,28 @@ def find_concept(settings: Settings, name: str, concept: Concept | None, model: 
         concept = concepts.find(name, settings.kind, model_family=family, **given)
     else:
         concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
+    if model and model.is_mini:
+        require_known(concept, settings)
     if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
         raise EraseError(
             f"the preset {concept.name!r} is of the embedded model's world; "
             f'for {settings.model} describe it: --concept "{concept.name}" --kind {concept.kind}'
         )
     return concept
+
+
+def require_known(concept: Concept, settings: Settings) -> None:
+    """Raise an EraseError for a forget prompt or anchor with a word that the embedded model was never shown."""
+    known = {*world.WORDS, *world.COLOURS}
+    for part, prompts in (("forget", concept.forget), ("anchor", concept.anchor)):
+        for prompt in prompts:
+            strange = [word for word in re.findall(r"\w+", prompt.lower()) if word not in known]
+            if strange:
+                other = "" if part == "forget" else "; give --anchor, such as 'a photo of a square'"
+                raise EraseError(
+                    f"the embedded model does not know {strange[0]!r} (in the {part} prompt {prompt!r}){other}; "
+                    f"it knows {', '.join(world.SHAPES)} and persons"
+                )
 
 
 def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from erase.concepts import FreeKind
 from erase.errors import EraseError
 from erase.files import read_json
 from erase.methods import METHODS, find
@@ -74,7 +75,7 @@ class Settings:
         metavar="DIR",
     )
     output: str | None = option(None, "run folder to write", group="what", shown="runs/<concept>", metavar="DIR")
-    kind: Literal["object", "style"] | None = option(None, "what a free-text concept is", group="what")
+    kind: FreeKind | None = option(None, "what a free-text concept is", group="what")
     forget: tuple[str, ...] = option(
         (), "forget prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
     )

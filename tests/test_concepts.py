@@ -153,10 +153,12 @@ def test_the_grammar_check_rejects_words_that_the_miniature_world_does_not_know(
 
 
 def test_a_family_table_replaces_the_keys_that_it_holds_for_that_family_only(tmp_path):
-    path = write(tmp_path, TOML + '[mini]\nretain = ["a star"]\njudge = { type = "mini" }\n')
+    path = write(
+        tmp_path, TOML + '[mini]\nretain = ["a star"]\njudge = { type = "mini", head = "object", label = "star" }\n'
+    )
     general, mini = load(path), load(path, model_family="mini")
     assert general.retain == ("a photo of a sofa",)
-    assert mini == replace(general, retain=("a star",), judge={"type": "mini"})
+    assert mini == replace(general, retain=("a star",), judge={"type": "mini", "head": "object", "label": "star"})
     assert load(path, model_family="sd1") == general
     assert load("circle", model_family="mini") == load("circle")
 
@@ -254,6 +256,88 @@ def test_an_override_replaces_what_it_names_and_leaves_the_rest():
     assert override(lamp(), retain=[]).retain == ()
 
 
+def test_a_described_person_becomes_a_person_and_other_people_are_retained():
+    """People are no objects: the anchor is a person, in the same words, and others stay who they are (3.8)."""
+    concept = describe("Albert Einstein", "person")
+    assert concept.pairs()[0] == ("a photo of Albert Einstein", "a photo of a person")
+    assert all("Albert Einstein" in prompt for prompt in concept.forget)
+    assert not mentions(" ".join((*concept.anchor, *concept.retain, *concept.others)), ("Einstein",))
+    assert any("Marie Curie" in prompt for prompt in concept.retain)
+    assert concept.judge["target"] == "a photo of Albert Einstein"
+
+
+def test_a_described_abstract_concept_becomes_a_peaceful_scene():
+    """Violence stands nowhere as a thing does; as an object it is refused, since no plant is its neighbour (3.8)."""
+    concept = describe("violence", "abstract")
+    assert concept.pairs()[0] == ("a photo of violence", "a photo of a peaceful scene")
+    assert not mentions(" ".join(concept.retain), ("violence",))
+    assert "peace" not in " ".join(describe("peace", "abstract").anchor)
+    for word in ("violence", "Hate", "war"):
+        with pytest.raises(EraseError, match=f"'{word}' is no object that stands somewhere; use --kind abstract"):
+            describe(word, "object")
+
+
+def test_a_kind_never_replaces_a_preset():
+    """`--concept nudity --kind object` would train "a photo of a nudity" towards a potted plant (3.8)."""
+    for name in ("nudity", "Van Gogh", "french-horn"):
+        with pytest.raises(
+            EraseError, match=f"'{name}' is a preset of kind .*; leave out --kind, or describe your own"
+        ):
+            concepts.find(name, "object")
+    with pytest.raises(EraseError, match="'circle' is a preset of kind object"):
+        concepts.find("circle", "object", model_family="mini")
+    assert concepts.find("circle", "object").forget[0] == "a photo of a circle"  # for other models it is free text
+
+
+def test_a_concept_says_what_becomes_what_and_that_a_name_may_be_a_persons():
+    assert concepts.mapping(lamp()) == "'a photo of a lamp' -> 'a candle' (and 1 more pair)"
+    assert concepts.mapping(lamp(forget=("a lamp",))) == "'a lamp' -> 'a candle'"
+    assert concepts.mapping(load("church")).endswith(" -> 'an image of a French horn' (and 7 more pairs)")
+    assert concepts.advice(describe("Taylor Swift", "object")) == "if Taylor Swift is a person, use --kind person"
+    assert concepts.advice(describe("Taylor Swift", "person")) == concepts.advice(describe("red car", "object")) == ""
+
+
+# --- Names as file names
+
+
+def test_a_plain_name_keeps_its_folder():
+    assert [concepts.slug(name) for name in ("Van Gogh", "golf ball", "church and tench", "Dr. Who", "R2-D2")] == [
+        "Van_Gogh",
+        "golf_ball",
+        "church_and_tench",
+        "Dr._Who",
+        "R2-D2",
+    ]
+    assert all(concepts.slug(load(name).name).lower() == name for name in names())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../a/b", "AC/DC", "..", ".", "/etc/passwd", "a\\b", "x" * 300, "\N{BABY BOTTLE}", "~", "C:", "nul", "é" * 70]
+    + ["a\x00b", "猫" * 60, "a\nb", "-rf"],
+)
+def test_a_name_is_one_file_below_its_folder_whatever_it_holds(name, tmp_path):
+    """Never another folder, never empty, never too long for a file system (2.10)."""
+    slug = concepts.slug(name)
+    (tmp_path / slug).mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == [slug]
+    assert slug.strip(".") and len(slug.encode()) <= 80
+
+
+def test_long_and_unspeakable_names_stay_different():
+    assert concepts.slug("x" * 300) != concepts.slug("x" * 301)
+    assert concepts.slug("\N{BABY BOTTLE}") != concepts.slug("\N{SLICE OF PIZZA}")
+    with pytest.raises(EraseError, match="a concept needs a name"):
+        concepts.slug("  ")
+
+
+def test_a_name_without_letters_cannot_be_described():
+    """An emoji has no word that the anchor could be told from (4.10)."""
+    for name in ("\N{BABY BOTTLE}", "!!", "..."):
+        with pytest.raises(EraseError, match="a concept needs a name of letters or digits"):
+            describe(name, "object")
+
+
 # --- Mistakes
 
 
@@ -266,7 +350,7 @@ def test_an_override_replaces_what_it_names_and_leaves_the_rest():
         ({"anchor": ("a", "b", "c")}, "has 3 anchors for 2 forget prompts"),
         ({"forget": ("a lamp",), "anchor": ("a", "b")}, "has 2 anchors for 1 forget prompt; give 1$"),
         ({"retain": ("a lamp",)}, "both forgets and retains 'a lamp'"),
-        ({"kind": "thing"}, "has kind 'thing'; choose object, style or nudity"),
+        ({"kind": "thing"}, "has kind 'thing'; choose object, style, person, abstract or nudity"),
         ({"name": " "}, "a concept needs a name"),
         ({"forget": "a lamp"}, "'forget' must be a list of texts, not a text"),
         ({"retain": ("a", 3)}, "'retain' must be a list of texts, but holds a number: 3"),
@@ -302,6 +386,22 @@ def test_an_override_that_does_not_fit_is_refused():
         ("retain =", "[mini]\nkind =", r"unknown key 'kind' in \[mini\]"),
         ("retain =", "[mini]\nanchor = []\nretain =", "has 0 anchors for 2 forget prompts"),
         ("retain =", "retain", "is not valid TOML: .*line 5"),
+        ('"imagenet"', '"imagnet"', "judge.type is 'imagnet'; choose imagenet, nudenet, mini or clip"),
+        ('"imagenet"', "5", "judge.type is 5; choose imagenet"),
+        ("index = 846", 'index = "846"', "judge.index is '846'; a judge of type 'imagenet' needs a class index"),
+        ("index = 846", "index = true", "judge.index is True; a judge of type 'imagenet' needs a class index"),
+        ("index = 846", "index = 1000", "judge.index is 1000; ImageNet's classes have the indices 0 to 999"),
+        ('{ type = "imagenet", index = 846 }', "{ index = 846 }", "judge.type is None; choose"),
+        (
+            '"imagenet", index = 846',
+            '"clip", target = "a lamp"',
+            "judge.alternatives is missing; a judge of type 'clip'",
+        ),
+        ('"imagenet", index = 846', '"clip", target = "x", alternatives = []', "judge.alternatives is \\[\\]"),
+        ("retain =", "name = 3\nretain =", "'name' must be a text, not a number"),
+        ("retain =", "synonyms = {}\nretain =", "'synonyms' must be a list of texts, not a table"),
+        ("retain =", "forget = []\nretain =", "is not valid TOML: .*overwrite"),
+        ("retain =", "x = " + "[" * 5000 + "\nretain =", "is not valid TOML"),
     ],
 )
 def test_a_mistake_in_a_toml_is_named_with_its_file(tmp_path, old, new, message):
@@ -331,12 +431,15 @@ def test_an_unknown_name_is_answered_with_the_nearest_presets():
         load("cirle")
     with pytest.raises(EraseError, match=r"did you mean claude_monet\?"):
         load("Monet")
-    with pytest.raises(EraseError, match="the presets are andy_warhol, .*; or describe your own with --kind object or"):
+    with pytest.raises(
+        EraseError,
+        match="the presets are andy_warhol, .*; or describe your own with --kind object, style, person or abstract",
+    ):
         load("zzzzzz")
 
 
-def test_only_objects_and_styles_can_be_described():
-    with pytest.raises(EraseError, match="cannot describe a concept of kind 'nudity'; choose object or style"):
+def test_nudity_cannot_be_described():
+    with pytest.raises(EraseError, match="cannot describe a concept of kind 'nudity'; choose object, style, person or"):
         describe("nudity", "nudity")  # pyright: ignore[reportArgumentType]
     with pytest.raises(EraseError, match="a concept needs a name"):
         describe("  ", "object")
@@ -383,8 +486,8 @@ def test_a_target_that_involves_minors_is_refused_on_every_path(tmp_path, text):
         lambda: lamp(forget=("a lamp", f"a photo of a {text}")),
         lambda: lamp(anchor=(f"a photo of a {text}",)),
         lambda: lamp(synonyms=(text,)),
-        lambda: lamp(judge={"type": "clip", "target": text}),
-        lambda: lamp(judge={"type": "clip", "alternatives": [text]}),
+        lambda: lamp(judge={"type": "clip", "target": text, "alternatives": ["a sofa"]}),
+        lambda: lamp(judge={"type": "clip", "target": "a lamp", "alternatives": [text]}),
         lambda: load(text),
         lambda: describe(text, "object"),
         lambda: describe(f"photos of {text}", "style"),

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from erase import __version__, concepts, files
 from erase.cli import Parser, add_mixed_precision, reporting, silence_libraries
@@ -65,7 +65,7 @@ def _task_options(parser: Parser, *, several: bool = False) -> None:
     else:
         group.add_argument("--task", required=True, help="task (eval-concept list)")
     group.add_argument("--concept", help="preset, .toml, or free text with --kind [the run folder's own]")
-    group.add_argument("--kind", choices=("object", "style"), help="what a free-text concept is")
+    group.add_argument("--kind", choices=get_args(concepts.FreeKind), help="what a free-text concept is")
     group.add_argument("--subset", default="all", help="of i2p: all, sexual, nudity (> 50 %%) or a category [all]")
     group.add_argument(
         "--prompts", metavar="FILE", help="local copy of I2P, or captions for quality: .csv, .jsonl or .txt"
@@ -336,7 +336,7 @@ def _check_origin(model: str, made_from: dict[str, Any], base: Path, erased: Pat
 
 
 def _label(model: str) -> str:
-    return concepts.slug(Path(model).resolve().name if Path(model).exists() else model)
+    return concepts.slug(Path(model).resolve().name if os.path.exists(model) else model)
 
 
 def _arm(

@@ -61,6 +61,7 @@ class Task:
     def __post_init__(self) -> None:
         if not self.samples:
             raise EraseError(f"the task {self.id} has no sample with these options ({dict(self.options)})")
+        refusal.refuse([sample.prompt for sample in self.samples], f"the task {self.id}")
         ids = [sample.id for sample in self.samples]
         assert len(set(ids)) == len(ids), "sample ids must be unique"
 
@@ -85,7 +86,7 @@ ABOUT = {
     "style": "any style, told from its alternatives by CLIP",
     "quality": "retain prompts or captions: CLIP score, FID and KID against base and real pictures",
 }
-VERSIONS = dict.fromkeys(ABOUT, 1)
+VERSIONS = dict.fromkeys(ABOUT, 1) | {"i2p": 2}  # 2: which rows are refused, with minors beside sexual content
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _i2p(task: str, concept: Concept | None, options: Options) -> Task:
     chosen = [row for row in rows if _in_subset(row.facts, options.subset)]
     if options.subset not in {"all", "nudity", *I2P_CATEGORIES}:
         raise EraseError(f"unknown I2P subset {options.subset!r}; choose all, nudity, {', '.join(I2P_CATEGORIES)}")
-    drawn = [row for row in chosen if not refusal.shows_minors(row.prompt, "sexual" in row.facts["categories"])]
+    drawn = [row for row in chosen if not refusal.shows_minors(row.prompt, _is_sexual(row.facts))]
     num = options.num_images or 1
     samples = tuple(
         replace(row, id=f"{row.id}-{i}", seed=row.seed if i == 0 else seed_of(task, row.id, i))
@@ -292,6 +293,18 @@ def read_i2p(path: Path) -> tuple[list[Sample], str, str]:
         size = {"guidance": row.guidance, "height": row.height, "width": row.width}
         rows.append(Sample(f"i2p-{number:04d}", prompt, row.seed, "forget", facts=facts, **size))
     return rows, name, found.summary()
+
+
+def refuse_rows(path: Path, rows: Iterable[prompt_files.Row]) -> None:
+    """Raise an EraseError for the first row of a user's own file that shows minors in a sexual context."""
+    for row in rows:
+        sexual = "sexual" in str(row.facts.get("categories", ""))
+        refusal.refuse([row.prompt], f"{path}, line {row.line}", sexual=sexual)
+
+
+def _is_sexual(facts: Mapping[str, Any]) -> bool:
+    """Whether I2P labels a row so: by its category, or since half of the images that it measured showed nudity."""
+    return "sexual" in facts["categories"] or facts["nudity_percentage"] >= 50
 
 
 def _in_subset(facts: Mapping[str, Any], subset: str) -> bool:
@@ -387,6 +400,7 @@ def _quality(task: str, concept: Concept | None, options: Options) -> Task:
     if options.prompts:
         path = Path(options.prompts).expanduser()
         found = prompt_files.read(path)
+        refuse_rows(path, found.rows)
         rows, note = found.rows, found.summary()
         source, num = files.file_hash(path), len(rows)
     elif concept is not None and concept.retain:

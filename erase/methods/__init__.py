@@ -5,6 +5,7 @@ What a method class may have beside its fields, all optional but one of `loss` a
     solve(weights, text)        new weights by name, without training, and notes on the solution for run.json
     pictures                    the forget set: "concept" (default), "anchor", "trajectory", "noise"; see `erase.data`
     retains                     False: `loss` asks for no retain pictures, and none are drawn
+    anchors                     False: neither `loss` nor `solve` asks what to say instead
     needs_base                  True: `loss` asks `frozen`, or `shrink` is there, and the loop keeps the base's values
     balance(ff, fr, rr)         factors of the "forget" and the "retain" gradient, from their inner products; None: 1, 1
     teacher_decay               the loop keeps an average of the weights, draws trajectories from it and returns it

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +22,8 @@ class GradientAscent:
     Costs two passes forward and two back a step, no base. Known to break: nothing bounds the loss from below, so that
     with too many or too large steps all pictures break, and those of the concept are noise rather than something else.
     """
+
+    anchors: ClassVar[bool] = False
 
     alpha: float = 0.1
 

@@ -31,6 +31,7 @@ class ESD:
     pictures: ClassVar[str] = "trajectory"
     needs_base: ClassVar[bool] = True
     retains: ClassVar[bool] = False
+    anchors: ClassVar[bool] = False
 
     guidance: float = 2.0
     target: Literal["current", "paper"] = "current"

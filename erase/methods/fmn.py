@@ -26,6 +26,7 @@ class ForgetMeNot:
     """
 
     retains: ClassVar[bool] = False
+    anchors: ClassVar[bool] = False
 
     end: bool = True
 

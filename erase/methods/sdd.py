@@ -26,6 +26,7 @@ class SelfDistillation:
 
     pictures: ClassVar[str] = "noise"
     retains: ClassVar[bool] = False
+    anchors: ClassVar[bool] = False
 
     teacher_decay: float = 0.999
 

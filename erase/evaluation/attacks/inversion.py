@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erase import refusal
 from erase.errors import EraseError
 from erase.models import Model
 from erase.progress import progress
@@ -42,6 +43,9 @@ class Inversion:
     batch_size: int = 16
     learning_rate: float = 0.003
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        refusal.refuse(self.templates, "the attack's templates", target=True)
 
     def prompts(self, num: int) -> list[str]:
         """`num` prompts that say the word."""
