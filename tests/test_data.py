@@ -303,6 +303,21 @@ def test_captions_that_fit_no_image_are_one_line(files, message, tmp_path):
         list_images(str(folder))
 
 
+@pytest.mark.parametrize(("folder", "caption"), [("ch1ld", None), ("photos", "a gіrl in a garden")])
+def test_captions_and_folder_names_of_minors_are_refused_before_an_image_is_read(folder, caption, collect, tmp_path):
+    """Forget images are a target; retain images may show a child, but not where the concept is nudity (2.11)."""
+    picture(tmp_path / folder / "a.png")
+    if caption:
+        (tmp_path / folder / "a.txt").write_text(caption, encoding="utf-8")
+    with pytest.raises(EraseError, match=r"does not accept targets that involve minors \(.* of --forget-images"):
+        collect(plan=replace(PLAN, forget_images=str(tmp_path)))
+    retain = replace(PLAN, retain_images=str(tmp_path))
+    collect(plan=retain)
+    nudity = replace(CONCEPT, kind="nudity")
+    with pytest.raises(EraseError, match=r"minors in a sexual context \(.* of --retain-images"):
+        collect(nudity, plan=retain)
+
+
 def test_images_are_cut_to_a_square_in_the_middle_and_stand_upright(tmp_path):
     """A picture 16 wide and 8 high, blue but for a red middle; turned on its side with a note to turn it back."""
     pixels = np.zeros((8, 16, 3), np.uint8)

@@ -192,6 +192,13 @@ def test_a_wrong_name_or_an_empty_text_is_one_clear_line():
 # --- evaluated ------------------------------------------------------------------------------------------------------
 
 
+def test_a_guards_text_is_checked_as_a_prompt_is():
+    """The text goes through the text encoder as any prompt does (2.11)."""
+    with pytest.raises(EraseError, match=r"minors in a sexual context \('girl' in the guard's text\)"):
+        guards.make("negative", "nude g1rl")
+    assert guards.make("negative", "nudity, nude, naked").text
+
+
 def test_a_guarded_model_draws_other_pictures_and_is_another_model(toy_pipeline_dir, tmp_path):
     samples = tuple(Sample(f"s{i}", "a cat", i, "forget") for i in range(2))
     task = Task("mini", 1, {}, samples, ("mini",), steps=3, guidance=4.0)

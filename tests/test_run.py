@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from erase import cli, delta, erase_concept, files, models, saliency
+from erase import cli, concepts, delta, erase_concept, files, models, saliency
 from erase import run as running
 from erase.concepts import Concept
 from erase.errors import EraseError
@@ -207,7 +208,7 @@ def test_low_memory_says_first_what_it_needs_and_moves_no_bit_outside_the_mask(
     gather = running.data.gather
 
     def gather_after_the_word(*arguments, **options):
-        assert len(said) == 1
+        assert len(said) == 2
         return gather(*arguments, **options)
 
     monkeypatch.setattr(running.data, "gather", gather_after_the_word)
@@ -215,7 +216,7 @@ def test_low_memory_says_first_what_it_needs_and_moves_no_bit_outside_the_mask(
     quiet = options.pop("quiet")
     settings = Settings("cat", str(toy_pipeline_dir), **options)
     record = running.run(settings, CONCEPT, quiet=quiet, tell=said.append).record
-    assert re.fullmatch(r"needs about 0\.5 GB of memory \(mask 0\.5, training 0\.5, writing 0\.5\)", said[0])
+    assert re.fullmatch(r"needs about 0\.5 GB of memory \(mask 0\.5, training 0\.5, writing 0\.5\)", said[1])
     assert record["settings"]["gradient_accumulation_steps"] == 2 and record["settings"]["gradient_checkpointing"]
     mask, _ = saliency.load(tmp_path / "run" / "mask.safetensors")
     base, erased = (models.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))
@@ -228,6 +229,69 @@ def test_losses_go_to_the_tracker_that_was_asked_for(toy_pipeline_dir, tmp_path)
     pytest.importorskip("tensorboard")
     folder = erase(toy_pipeline_dir, tmp_path / "run", report_to="tensorboard", num_samples=0, mask="none").folder
     assert list((folder / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_the_user_sees_what_becomes_what_before_the_work_begins(toy_pipeline_dir, tmp_path):
+    """Forget -> anchor of each concept, as the method uses it (3.8)."""
+    said: list[str] = []
+    for number, (options, expected) in enumerate(
+        [
+            ({}, "cat: 'a cat' -> 'a dog' (and 1 more pair)"),
+            ({"target": "fixed"}, "cat: 'a cat' (and 1 more prompt) -> 'a bird'"),
+            ({"target": "random"}, "cat: 'a cat' (and 1 more prompt) -> a random one of 2 other classes"),
+            ({"method": "ga"}, "cat: 'a cat' (and 1 more prompt) is unlearned; ga uses no anchor"),
+        ]
+    ):
+        chosen = {**OPTIONS, "num_train_steps": 1, "num_samples": 0, "save": ("delta",), **options}
+        del chosen["quiet"]
+        settings = Settings("cat", str(toy_pipeline_dir), output=str(tmp_path / str(number)), **chosen)
+        running.run(settings, CONCEPT, quiet=True, tell=said.append)
+        assert said[-1] == expected
+    described = concepts.describe("Taylor Swift", "object")
+    line = running.announcement(described, Settings("Taylor Swift", kind="object"), object())
+    assert line.endswith("pairs); if Taylor Swift is a person, use --kind person; --anchor chooses another")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"concept": "church"},
+            "the embedded model does not know 'church' (in the forget prompt 'an image of a church')",
+        ),
+        ({"concept": "red disc", "kind": "object"}, "does not know 'close' (in the forget prompt 'a close-up photo of"),
+        (
+            {"concept": "circle", "anchor": ("a potted plant",)},
+            "'potted' (in the anchor prompt 'a potted plant'); give",
+        ),
+    ],
+)
+def test_what_the_embedded_model_was_never_shown_is_refused_by_name(options, message, tmp_path):
+    """ "church" would be erased from a model that cannot generate one, without a word (3.8)."""
+    with pytest.raises(EraseError, match=re.escape(message)):
+        running.run(Settings(model="mini", output=str(tmp_path / "run"), **options), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_whose_concept_is_cut_off_is_refused_and_a_long_one_is_said(toy_pipeline_dir, tmp_path):
+    """The toy's tokenizer has a token for each letter and reads 75 of them (3.2)."""
+    long = "a very detailed and rather long description of a quiet place in the evening with "
+    assert len(long.replace(" ", "")) < 75 < len((long + long).replace(" ", ""))
+    for forget, anchor in ((long + long + "a cat", "a dog"), (long + long + "a cat", long + long + "a dog")):
+        hidden = replace(CONCEPT, forget=(forget,), anchor=(anchor,))
+        with pytest.raises(
+            EraseError, match=r"has \d+ tokens; the text encoder reads 75, and the concept is behind them"
+        ):
+            erase_concept(hidden, str(toy_pipeline_dir), output=str(tmp_path / "hidden"), **OPTIONS)
+        assert not (tmp_path / "hidden").exists()
+    said: list[str] = []
+    shown = replace(CONCEPT, forget=("a cat in " + long + long,), anchor=("a dog",), retain=("a tree", long + long))
+    options = {**OPTIONS, "num_train_steps": 1, "num_samples": 0, "save": ("delta",), "output": str(tmp_path / "run")}
+    del options["quiet"]
+    record = running.run(Settings("cat", str(toy_pipeline_dir), **options), shown, quiet=True, tell=said.append).record
+    assert record["data"]["truncated_prompts"] == [shown.forget[0], shown.retain[1]]
+    assert said[1].startswith("longer than the 77 tokens that the text encoder reads, and cut: 'a cat in a very")
+    assert said[1].endswith("and 1 more")
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

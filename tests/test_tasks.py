@@ -40,6 +40,28 @@ def test_the_real_i2p_has_its_rows_and_subsets():
     assert sum((row.height, row.width) != (512, 512) for row in rows) == 55
 
 
+def test_a_benchmarks_rows_with_minors_are_counted_and_a_users_own_are_named(tmp_path):
+    """I2P labels a row by its category and by the share of its images that show nudity (2.11)."""
+    prompts = ["a girl in a garden", "a 2 5 y o woman", "a child on a beach", "a dog"]
+    text = write_i2p(tmp_path / "i2p.csv", prompts).read_text().replace('"sexual, violence"', "violence")
+    for name, share in (("plain", "49.9"), ("nude", "50.0")):
+        (tmp_path / f"{name}.csv").write_text(text.replace(",51.0,", f",{share},"))
+    plain = tasks.build("i2p", None, Options(prompts=str(tmp_path / "plain.csv")))
+    shown = tasks.build("i2p", None, Options(prompts=str(tmp_path / "nude.csv")))
+    assert (len(plain.samples), plain.refused) == (4, 0)
+    assert [sample.prompt for sample in shown.samples] == ["a 2 5 y o woman", "a dog"] and shown.refused == 2
+    own = tmp_path / "own.csv"
+    own.write_text("prompt\na girl with a dog\na nudе gіrl\n", encoding="utf-8")
+    with pytest.raises(EraseError, match=r"minors in a sexual context \('girl' in .*own\.csv, line 3\)"):
+        tasks.build("quality", None, Options(prompts=str(own)))
+
+
+def test_no_task_holds_a_prompt_with_minors_in_a_sexual_context():
+    """Whoever makes the task: the samples themselves are checked."""
+    with pytest.raises(EraseError, match=r"minors in a sexual context \('boy' in the task mine\)"):
+        tasks.Task("mine", 1, {}, (tasks.Sample("a", "a naked b0y", 0, "forget"),), ())
+
+
 @real_i2p
 def test_prompts_with_minors_beside_sexual_content_are_counted_and_not_drawn():
     whole = tasks.build("i2p", None, Options(prompts=str(I2P)))

@@ -125,7 +125,8 @@ def generate(
             for sample, latents, picture, size in _drawn(model, batch, settings):
                 if sample.id in absent:
                     name = f"images/{numbers[sample.id]:05d}_{files.text_hash([sample.id, sample.prompt])[:8]}.png"
-                    lines.append(_store(folder, name, sample, latents, picture) | {"batch_size": size})
+                    facts = {"batch_size": size, "truncated": model.truncates(sample.prompt)}
+                    lines.append(_store(folder, name, sample, latents, picture) | facts)
             out.write(lines)
             bar.update(len(batch))
 
