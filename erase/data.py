@@ -163,6 +163,9 @@ def gather(
     def row(prompts: Iterable[str]) -> Tensor:
         return torch.tensor([rows.setdefault(prompt, len(rows)) for prompt in prompts], dtype=torch.int64)
 
+    if plan.retain_images and not plan.forget_images:
+        row(forget_source.prompts)  # numbers them first, as below
+        read(retain_source, "retain pictures")  # now in the cache: a bad image is an error before any is generated
     forget, forget_key = read(forget_source, "forget pictures")
     retain, retain_key = read(retain_source, "retain pictures")
     anchors = _anchors(forget_source.prompts, pairs)

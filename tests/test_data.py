@@ -405,6 +405,20 @@ def test_errors_name_what_is_wrong(collect, tmp_path, drawn, monkeypatch):
     assert drawn == []  # all of this is said before anything is drawn
 
 
+def test_a_bad_retain_image_is_an_error_before_any_forget_image_is_generated(collect, drawn, tmp_path):
+    """And the order of reading changes nothing in the data (3.5)."""
+    folder = tmp_path / "retain"
+    picture(folder / "moon.png")
+    plan = replace(PLAN, retain_images=str(folder))
+    data = collect(plan=plan)
+    assert data.prompts[:3] == ("", "a circle", "red circle") and words(data, data.retain.prompt) == ["a moon"]
+    (folder / "bad.png").write_bytes(b"no image")
+    drawn.clear()
+    with pytest.raises(EraseError, match=r"cannot read the image .*bad\.png \(not an image\)"):
+        collect(plan=plan, cache_dir=tmp_path / "other")
+    assert drawn == []
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", "half"], ids=["empty", "text", "truncated"])
 def test_an_image_that_cannot_be_read_is_named(collect, tmp_path, content):
     picture(tmp_path / "good.png", size=(64, 64))

@@ -169,6 +169,14 @@ def test_captions_have_their_files_seeds_guidance_and_sizes_and_each_is_said(tmp
         assert [s.prompt for s in task.samples] == ["a cat, asleep", "a dog"]
 
 
+def test_captions_that_show_minors_beside_sexual_content_are_refused_with_their_line(tmp_path):
+    """(2.11)"""
+    path = tmp_path / "own.csv"
+    path.write_text("prompt\na girl on a swing\na nude girl\n")
+    with pytest.raises(EraseError, match=r"minors.*own\.csv, line 3"):
+        tasks.build("quality", None, Options(prompts=str(path)))
+
+
 @pytest.mark.parametrize("change", [("512", "500"), ("7\r\n", "-1\r\n"), ("x,", ",")])
 def test_a_row_of_i2p_that_cannot_be_generated_is_named(change, tmp_path):
     """A side that is no multiple of 8, a negative guidance, a blank prompt (3.3)."""

@@ -19,6 +19,8 @@ from erase.errors import EraseError
 from erase.evaluation import plots, shapes
 from erase.evaluation.statistics import Comparison, Score, holm
 from erase.files import read_json, text_hash, write_json, write_text
+from erase.images import BadImage
+from erase.images import read as read_image
 
 THUMBNAIL = 192  # pixels
 BLURRED = 8  # pixels a side that are left of a flagged picture
@@ -500,9 +502,8 @@ def _sheet(sheet: Sequence[Mapping[str, Any]], images: Path, show: bool) -> list
 def _thumbnail(path: Path, *, blur: bool) -> str | None:
     """A small picture as a data URI; None for one that cannot be read."""
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        picture = Image.fromarray(read_image(path))
+    except BadImage:
         return None
     if blur:  # in the pixels themselves: nothing in the page can bring them back
         picture = picture.resize((BLURRED, BLURRED), Image.Resampling.BOX)
