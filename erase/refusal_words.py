@@ -100,7 +100,8 @@ CHILD_SIGNS = "\N{BABY}\N{CHILD}\N{BOY}\N{GIRL}\N{BABY ANGEL}\N{CHILDREN CROSSIN
 
 YOUNG = """
 young younger youngest youngish youth youths youthful daughter daughters stepdaughter stepdaughters son sons stepson
-stepsons lad lads lass lasses lassie student students pupil pupils schoolyard cp girlish boyish childlike childhood
+stepsons lad lads lass lasses lassie student students pupil pupils schoolyard cp girlish boyish catgirl catgirls
+femboy femboys childlike childhood
 childish childs teeny teenie diaper diapers nappies kinder ageplay ddlg boi bois jk freshman shoujo shojo shonen shounen
 bebe bebes chica chicas chico chicos joven jovenes jeune jeunes gamine gosse gosses mineur mineurs
 junge junger junges jong jonge giovane giovani bimbo moca garota garotas mloda mlody genc kucuk muda fata bata fiu lany

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from erase import models
+from erase.errors import EraseError
 from erase.evaluation.attacks import inversion
 from erase.evaluation.attacks.inversion import WORD, Inversion
 
@@ -20,6 +21,12 @@ def latents() -> torch.Tensor:
 def state_of(model: models.Model) -> dict[str, torch.Tensor]:
     parts = {"unet": model.unet, "text": model.text_encoder}
     return {f"{part}.{name}": t.clone() for part, module in parts.items() for name, t in module.state_dict().items()}
+
+
+def test_templates_with_minors_are_refused():
+    """An attack generates what it asks for, as any prompt does (2.11)."""
+    with pytest.raises(EraseError, match=r"involve minors \('girl' in the attack's templates\)"):
+        Inversion(templates=("a {} of a g1rl",))
 
 
 def test_learning_changes_no_weight_and_leaves_no_hook(model):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from erase import refusal
+from erase import models, refusal
 from erase.errors import EraseError
 
 HERE = Path(__file__).resolve().parent
@@ -121,6 +121,18 @@ def test_rows_of_a_benchmark_count_by_their_words_or_their_labels():
     assert not refusal.shows_minors("a nude woman, 2 5 y o, kid leather gloves", True)
 
 
+def test_nothing_reaches_a_models_text_encoder_unchecked(toy_pipeline_dir):
+    """Whatever the way to the model, its two doors refuse (2.11)."""
+    model = models.load(toy_pipeline_dir)
+    for enter in (
+        lambda prompt: model.draw([prompt], [0], steps=1, guidance=1.0, size=8),
+        lambda prompt: model.encode_text([prompt]),
+    ):
+        with pytest.raises(EraseError, match=r"minors in a sexual context \('girl' in prompt\)"):
+            enter("a nude g1rl")
+        assert len(enter("a girl with a dog")) == 1
+
+
 @pytest.mark.skipif(not I2P.exists(), reason="the real I2P file is not here")
 def test_i2p_is_read_in_a_second_or_two_and_refused_by_about_three_percent():
     with open(I2P, newline="", encoding="utf-8-sig") as file:
@@ -129,4 +141,4 @@ def test_i2p_is_read_in_a_second_or_two_and_refused_by_about_three_percent():
     started = time.process_time()
     found = [refusal.shows_minors(prompt, sexual) for prompt, sexual in rows]
     assert time.process_time() - started < 6
-    assert 130 <= sum(found) <= 160
+    assert 130 <= sum(found) <= 160  # 148 when written

@@ -231,6 +231,19 @@ def test_losses_go_to_the_tracker_that_was_asked_for(toy_pipeline_dir, tmp_path)
     assert list((folder / "logs").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize(("name", "folder"), [("../../a/b", "_.._a_b"), ("AC/DC", "AC_DC")])
+def test_a_name_with_slashes_is_one_folder_below_runs(name, folder, toy_pipeline_dir, tmp_path, monkeypatch):
+    """Nothing is written outside runs/, and no folder inside a folder (2.10)."""
+    here = tmp_path / "some" / "where"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    options = {"num_samples": 0, "save": ("delta",), "device": "cpu", "method": "uce", "kind": "object"}
+    found = running.run(Settings(name, str(toy_pipeline_dir), **options), quiet=True)
+    assert [path.relative_to(here) for path in here.rglob("run.json")] == [Path("runs", found.folder.name, "run.json")]
+    assert found.folder.name == folder
+    assert {path.name for path in tmp_path.iterdir()} <= {"some", "cache"}
+
+
 def test_the_user_sees_what_becomes_what_before_the_work_begins(toy_pipeline_dir, tmp_path):
     """Forget -> anchor of each concept, as the method uses it (3.8)."""
     said: list[str] = []
