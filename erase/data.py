@@ -165,9 +165,9 @@ def gather(
 
     if plan.retain_images and not plan.forget_images:
         row(forget_source.prompts)  # numbers them first, as below
-        read(retain_source, "retain pictures")  # now in the cache: a bad image is an error before any is generated
-    forget, forget_key = read(forget_source, "forget pictures")
-    retain, retain_key = read(retain_source, "retain pictures")
+        read(retain_source, "retain images")  # now in the cache: a bad image is an error before any is generated
+    forget, forget_key = read(forget_source, "forget images")
+    retain, retain_key = read(retain_source, "retain images")
     anchors = _anchors(forget_source.prompts, pairs)
     anchor = row(anchors)
     others = row(concept.others)

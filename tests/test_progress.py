@@ -2,10 +2,12 @@
 
 import re
 import sys
+from typing import Any
 
 import pytest
 
-from erase import cli, progress
+from erase import cli, erase_concept, progress
+from erase.concepts import Concept
 from erase.errors import missing, printable
 
 
@@ -128,3 +130,17 @@ def test_the_hint_for_a_missing_package_installs_it():
 )
 def test_text_from_elsewhere_is_printed_without_control_characters(text, expected):
     assert printable(text) == expected
+
+
+def test_a_run_reports_its_phases_and_a_quiet_one_prints_nothing(toy_pipeline_dir, tmp_path, capfd, monkeypatch):
+    """Through the libraries too: what they print goes past Python's stderr. (4.6)"""
+    monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "cache"))
+    concept = Concept("cat", "object", ("a cat",), ("a dog",), ("a tree",))
+    options: dict[str, Any] = dict(num_forget=1, num_retain=1, num_inference_steps=1, num_train_steps=1, batch_size=1)
+    options |= dict(num_samples=0, save=("delta",), device="cpu")
+    erase_concept(concept, str(toy_pipeline_dir), output=str(tmp_path / "loud"), **options)
+    phases = [line.partition(":")[0] for line in capfd.readouterr().err.splitlines()]
+    assert phases == ["forget images", "retain images", "mask", "train"]
+    monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "other cache"))
+    erase_concept(concept, str(toy_pipeline_dir), output=str(tmp_path / "quiet"), quiet=True, **options)
+    assert capfd.readouterr() == ("", "")
