@@ -15,7 +15,7 @@ from PIL import Image
 
 from erase import delta, models
 from erase.errors import EraseError
-from erase.evaluation import arm, generate
+from erase.evaluation import arm, generate, measure
 from erase.evaluation.tasks import Sample, Task, seed_of
 
 
@@ -52,6 +52,14 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 def test_the_seed_of_a_sample_never_changes():
     assert seed_of("mini", "forget-0000") == 2095980826
     assert len({seed_of("mini", f"s{i}", j) for i in range(50) for j in range(2)}) == 100
+
+
+def test_a_record_says_whether_its_prompt_was_cut(model, tmp_path):
+    """The toy's text encoder reads 75 letters, and the last prompt has 240 (3.2)."""
+    generate.generate(model, make_task(), tmp_path / "arm", quiet=True)
+    assert [record["truncated"] for record in arm.complete_records(tmp_path / "arm")] == [False] * 6 + [True]
+    assert measure._num_truncated(tmp_path / "arm") == 1
+    assert "1 images have prompts that are longer" in measure._limits(make_task().identity(), 1)[-1]
 
 
 def test_pictures_are_the_same_for_any_batch_size_and_bit_equal_at_one(model, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm, cli, measure, report, score
+from erase.evaluation import arm, cli, measure, report, score, tasks
 from erase.evaluation.tasks import Sample, Task
 
 
@@ -376,7 +376,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, command, t
 
 def test_list_shows_every_task_with_its_version(command):
     code, out, _ = command("list")
-    assert code == 0 and all(f"{name}@1" in out for name in measure.PLANS)
+    assert code == 0 and all(f"{name}@{tasks.VERSIONS[name]}" in out for name in measure.PLANS)
 
 
 def test_help_answers_without_torch():

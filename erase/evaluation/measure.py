@@ -124,7 +124,7 @@ def measure(
         "sheet": _sheet(arms, samples, flagged),
         "command": command,
         "versions": versions(),
-        "limits": _limits(task),
+        "limits": _limits(task, _num_truncated(erased)),
     }
     columns = {
         column.name: {role: list(_column(p, column.name).values) for role, p in plans.items()}  # pyright: ignore
@@ -479,12 +479,19 @@ def common_root(*folders: Path | None) -> Path:
     return Path(os.path.commonpath([folder.resolve() for folder in folders if folder]))
 
 
-def _limits(task: Mapping[str, Any]) -> list[str]:
+def _num_truncated(folder: Path) -> int:
+    """Images whose prompt is longer than the text encoder reads."""
+    return sum(bool(record.get("truncated")) for record in arm.complete_records(folder))
+
+
+def _limits(task: Mapping[str, Any], num_truncated: int) -> list[str]:
     limits = ["Prompts as they are: no attack, learned embedding or fine-tuning was tried to bring the concept back."]
     if task["id"] == "mini":
         limits.append("The embedded model is a toy: this says nothing about Stable Diffusion.")
     if task["refused"]:
         limits.append(f"{task['refused']} prompts put minors beside sexual content and were not drawn.")
+    if num_truncated:
+        limits.append(f"{num_truncated} images have prompts that are longer than the text encoder reads, and were cut.")
     if task["options"].get("limit"):
         limits.append(f"Only {task['num_samples']} of the task's samples were drawn (--limit).")
     return limits

@@ -402,8 +402,6 @@ def _quality(task: str, concept: Concept | None, options: Options) -> Task:
         found = prompt_files.read(path)
         refuse_rows(path, found.rows)
         rows, note = found.rows, found.summary()
-        for row in rows:
-            refusal.refuse([row.prompt], f"{path}, line {row.line}")
         source, num = files.file_hash(path), len(rows)
     elif concept is not None and concept.retain:
         rows = [prompt_files.Row(0, prompt) for prompt in concept.retain]
