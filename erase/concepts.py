@@ -312,8 +312,7 @@ def _presets_dir() -> Path:
 
 def _read(path: Path, model_family: str | None) -> Concept:
     try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
+        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # Windows' editors write a byte order mark
     except FileNotFoundError as error:
         raise EraseError(f"{path}: no such file; the presets are {_listed(names(), 'and')}") from error
     except OSError as error:

@@ -414,6 +414,13 @@ def test_a_mistake_in_a_toml_is_named_with_its_file(tmp_path, old, new, message)
     assert "\n" not in str(caught.value)
 
 
+def test_a_byte_order_mark_and_lines_of_windows_are_read_over(tmp_path):
+    """As Notepad saves a file (4.10)."""
+    path = tmp_path / "lamp.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + TOML.replace("\n", "\r\n").encode())
+    assert load(str(path)) == load(write(tmp_path, TOML))
+
+
 def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "folder.toml").mkdir()
