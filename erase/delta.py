@@ -8,6 +8,7 @@ the base back, without a copy of it. (`base + (new - base)` would not be `new` i
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ State = Mapping[str, Tensor]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 _FORMAT = "erase delta 1"
+_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 _PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a weight: integers as wide
 
 
@@ -109,6 +111,7 @@ def merge(first: Delta, second: Delta) -> Delta:
             f"the first delta leads to the model {first.result_hash[:12]} but the second starts from "
             f"{second.base_hash[:12]}; merge deltas in the order in which they were made"
         )
+    require_layout(second.layout, first.layout, "the first delta")
     tensors: dict[str, Tensor] = {}
     for name in sorted(first.changed | second.changed):
         _put(tensors, name, _dense(first, name) ^ _dense(second, name))
@@ -180,6 +183,8 @@ def load(path: str | Path) -> Delta:
     header = read_metadata(path)
     if header.get("format") != _FORMAT:
         raise EraseError(f"{path} is not a delta: its header does not say {_FORMAT!r}")
+    for problem in _header_problems(header):
+        raise EraseError(f"{path} is damaged: its header {problem}; copy it again or make it anew")
     layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in header["layout"].items()}
     hashes = header["base_hash"], header["result_hash"]
     delta = Delta(header["kind"], read_tensors(path), layout, *hashes, header["provenance"])
@@ -283,6 +288,32 @@ def _origin(delta: Delta) -> str:
     return f"the delta, which was made for {delta.provenance.get('made_for', delta.base_hash[:12])}"
 
 
+def _header_problems(header: Mapping[str, Any]) -> Iterator[str]:
+    """What is missing or of another type in the header of a delta's file."""
+    if header.get("kind") not in ("exact", "additive"):
+        yield f"says that the delta is {header.get('kind')!r:.40}, not exact or additive"
+    for name in ("base_hash", "result_hash"):
+        value = header.get(name)
+        if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+            yield f"has {name} {value!r:.40} instead of 64 hexadecimal digits"
+    provenance = header.get("provenance")
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("concept", {}), dict):
+        yield "does not say how the delta was made (provenance)"
+    layout = header.get("layout")
+    if not isinstance(layout, dict) or not layout:
+        yield "has no layout of the base model"
+        return
+    for name, entry in layout.items():
+        if not isinstance(entry, list) or len(entry) != 2:
+            yield f"gives {name!r:.80} no dtype and shape"
+            continue
+        dtype, shape = entry
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            yield f"gives {name!r:.80} the dtype {dtype!r:.40}"
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+            yield f"gives {name!r:.80} the shape {shape!r:.40}"
+
+
 def _problems(delta: Delta) -> Iterator[str]:
     """What contradicts itself in a delta that was read from a file."""
     names = {key.rpartition(".")[0] for key in delta.tensors}
@@ -290,14 +321,21 @@ def _problems(delta: Delta) -> Iterator[str]:
         if name not in delta.layout:
             yield f"its header does not describe {name!r}"
             continue
+        if {key for key in delta.tensors if key.rpartition(".")[0] == name} - {f"{name}.bitmap", f"{name}.values"}:
+            yield f"{name!r} has more than a bitmap and values"
+            continue
         if f"{name}.bitmap" not in delta.tensors or f"{name}.values" not in delta.tensors:
             yield f"{name!r} has a bitmap or values, but not both"
             continue
         bitmap, values = delta.tensors[f"{name}.bitmap"], delta.tensors[f"{name}.values"]
         dtype, shape = delta.layout[name]
-        if bitmap.numel() != -(-math.prod(shape) // 8):
+        if bitmap.dtype != torch.uint8 or bitmap.dim() != 1 or values.dim() != 1:
+            yield f"{name!r} has a bitmap or values of another type or shape"
+        elif bitmap.numel() != -(-math.prod(shape) // 8):
             yield f"{name!r} has a bitmap of {bitmap.numel()} bytes for {math.prod(shape)} weights"
         elif (marked := int(_unpack(delta, name).sum())) != values.numel():
             yield f"{name!r} marks {marked} changed weights but has {values.numel()} values"
         elif delta.kind == "exact" and values.dtype != _PATTERNS[_dtype(dtype).itemsize]:
             yield f"{name!r} is {dtype} but its values are {str(values.dtype).removeprefix('torch.')}"
+        elif delta.kind == "additive" and not (values.is_floating_point() and values.isfinite().all()):
+            yield f"{name!r} has differences that are no finite numbers"

@@ -103,9 +103,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     with open_tensors(path) as file:
         text = (file.metadata() or {}).get(METADATA_KEY, "{}")
     try:
-        return json.loads(text)
-    except ValueError as error:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise EraseError(f"the header of {path} is damaged ({error}); copy or download it again") from error
+    if not isinstance(header, dict):
+        raise EraseError(f"the header of {path} is damaged (it is no JSON object); copy or download it again")
+    return header
 
 
 @contextmanager

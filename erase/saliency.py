@@ -5,7 +5,6 @@ While it lies about it is `Packed`.
 """
 
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -335,19 +334,41 @@ def load(path: str | Path) -> tuple[Packed, dict[str, Any]]:
     header = files.read_metadata(path)
     if header.get("kind") != "mask":
         raise EraseError(f"{path} is not a mask: its header does not say how it was made")
+    for problem in _header_problems(header):
+        raise EraseError(f"{path} is damaged: its header {problem}; copy it again or make it anew")
     packed = files.read_tensors(path)
     shapes = {name: tuple(shape) for name, shape in header["shapes"]}
     if packed.keys() != shapes.keys():
         raise EraseError(f"{path} is damaged: header and content disagree about the names of its tensors")
     for name, shape in shapes.items():
-        data, n = packed[name].numpy(), math.prod(shape)
+        data, n = packed[name], math.prod(shape)
         need = math.ceil(n / 8)
-        if data.nbytes != need:
-            raise EraseError(f"{path} is damaged: '{name}' has {data.nbytes} bytes where {n} weights take {need}")
+        if data.dtype != torch.uint8 or data.dim() != 1:
+            raise EraseError(f"{path} is damaged: '{name}' is not stored as a row of bytes")
+        if data.numel() != need:
+            raise EraseError(f"{path} is damaged: '{name}' has {data.numel()} bytes where {n} weights take {need}")
     mask = Packed({name: packed[name] for name in shapes}, shapes)
     if count(mask) != header["ones"]:
         raise EraseError(f"{path} is damaged: it has {count(mask)} ones, but its header says {header['ones']}")
     return mask, header
+
+
+def _header_problems(header: Mapping[str, Any]) -> Iterator[str]:
+    """What is missing or of another type in the header of a mask's file."""
+    shapes = header.get("shapes")
+    pairs = shapes if isinstance(shapes, list) and shapes else [None]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
+            yield "has no names and shapes of the masked weights"
+        elif not isinstance(pair[1], list) or not all(type(size) is int and 0 <= size < 2**40 for size in pair[1]):
+            yield f"gives {pair[0]!r:.80} the shape {pair[1]!r:.40}"
+    if len({str(pair[0]) for pair in pairs if isinstance(pair, list) and pair}) != len(pairs):
+        yield "names a weight twice"
+    if type(header.get("ones")) is not int:
+        yield f"says that the mask has {header.get('ones')!r:.40} ones"
+    for name in ("base", "base_hash"):
+        if not isinstance(header.get(name), str | None):
+            yield f"has {name} {header[name]!r:.40}, which is no text"
 
 
 def check(
@@ -396,11 +417,19 @@ def load_reference(path: str | Path, rename: Callable[[str], str]) -> Mask:
         raise EraseError(f"{path}: no such file")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise EraseError(f"{path} cannot be read as a file of torch.save ({str(error).splitlines()[0]})") from error
-    if not isinstance(stored, dict) or not all(torch.is_tensor(bits) for bits in stored.values()):
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise EraseError(f"{path} cannot be read as a file of torch.save ({reason})") from error
+    if not isinstance(stored, dict) or not stored or not all(map(_is_plain, stored.items())):
         raise EraseError(f"{path} is not a mask: a mask is a dict of tensors")
     for name, bits in stored.items():
         if not ((bits == 0) | (bits == 1)).all():
             raise EraseError(f"{path} is not a mask: '{name}' has values other than 0 and 1")
     return {rename(name): bits.bool() for name, bits in stored.items()}
+
+
+def _is_plain(item: tuple[Any, Any]) -> bool:
+    name, bits = item
+    if not isinstance(name, str) or not torch.is_tensor(bits):
+        return False
+    return bits.layout == torch.strided and not (bits.is_complex() or bits.is_quantized or bits.is_meta)
