@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 _HOMES = {"Concept": "concepts", "EraseError": "errors", "Run": "run", "erase_concept": "run"}
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """The public names are imported when they are first used, so that `erase-concept --help` needs no torch."""
     from importlib import import_module

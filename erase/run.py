@@ -22,6 +22,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_tensorboard_available, is_wandb_available
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 import erase
@@ -40,6 +41,7 @@ from erase import (
     models,
     saliency,
     scope,
+    single_file,
     train,
 )
 from erase.concepts import Concept
@@ -69,15 +71,20 @@ class Run:
 
 def erase_concept(
     concept: str | Concept | Sequence[str | Concept],
-    model: str = "CompVis/stable-diffusion-v1-4",
+    model: str | os.PathLike[str] | StableDiffusionPipeline = "CompVis/stable-diffusion-v1-4",
     *,
+    method: str | type | Any = "salun",
+    set: Mapping[str, Any] | Sequence[str] | str = (),
     quiet: bool = False,
     **options: Any,
 ) -> Run:
     """Take `concept` out of `model` and write the result; the Python twin of the command line.
 
     concept: a preset's name, a .toml path, free text together with kind="object" or "style", or a Concept; or several.
-    model: "mini", a diffusers folder, a hub id or a checkpoint file.
+    model: "mini", a diffusers folder, a hub id, a checkpoint file, or a StableDiffusionPipeline, which is not changed:
+        it is written to the cache once.
+    method: a method's name, "package.module:Class", or such a class or an instance of it; see `erase.methods`.
+    set: hyperparameters of the method, such as {"alpha": 0.5} or ("alpha=0.5",).
     options: any field of `erase.settings.Settings`, such as output="runs/church" or density=0.1.
 
     The same call continues an interrupted run, and returns the record of a finished one.
@@ -91,7 +98,15 @@ def erase_concept(
             raise EraseError(f"unknown option {name!r}; erase.settings.Settings lists them")
     several = [concept] if isinstance(concept, (str, Concept)) else list(concept)
     names = tuple(one.name if isinstance(one, Concept) else one for one in several)
-    settings = Settings(concept=names, model=str(model), **options)
+    if not isinstance(model, (str, os.PathLike)):
+        cache_dir = options.get("cache_dir")
+        model = single_file.keep(model, Path(cache_dir).expanduser() if cache_dir else None)
+    given: Any = [set] if isinstance(set, str) else set
+    if not isinstance(method, str):
+        method, own = methods.give(method)
+        more = given.items() if isinstance(given, Mapping) else (text.partition("=")[::2] for text in given)
+        given = own | dict(more)
+    settings = Settings(concept=names, model=os.fspath(model), method=method, set=given, **options)
     return run(settings, [one if isinstance(one, Concept) else None for one in several], quiet=quiet)
 
 

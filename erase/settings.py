@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, InitVar, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -38,7 +38,8 @@ def option(default: Any, help: str, *, group: str, **metadata: Any) -> Any:
 
     group: heading of `--help` under which it stands. metadata, as far as it applies: `least` and `most`, the smallest
     and the largest number allowed; `aliases`, other flags for it; `shown`, what stands for a default of None in
-    `--help`; `metavar`, its value's name there; `choices`, the texts allowed where a Literal cannot list them.
+    `--help`; `metavar`, its value's name there; `choices`, the texts allowed where a Literal cannot list them;
+    `also`, the form of a text with a colon that is allowed beside them.
     """
     return field(default=default, metadata={"help": help, "group": group, **metadata})
 
@@ -93,6 +94,7 @@ class Settings:
         f"erasure method: {', '.join(METHODS)}; 'salun' is relabel x full x saliency",
         group="how",
         choices=tuple(METHODS),
+        also="module:Class",
         metavar="METHOD",
     )
     recipe: Literal["default", "paper", "reference"] = option(
@@ -519,6 +521,10 @@ _NOUNS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 def _checked(value: Any, item: Field[Any], form: Form) -> Any:
     if form.is_repeated:
+        if isinstance(value, Mapping):
+            value = [f"{name}={one}" for name, one in value.items()]
+        if not isinstance(value, Iterable):
+            raise EraseError(f"{flag(item.name)} is {value!r}; it must be a text or several")
         several = [value] if isinstance(value, (str, os.PathLike)) else value
         return tuple(_checked_one(one, item, form) for one in several)
     return _checked_one(value, item, form)
@@ -529,7 +535,7 @@ def _checked_one(value: Any, item: Field[Any], form: Form) -> Any:
         plain = _PLAIN[form.type](value)
     except (TypeError, ValueError) as error:
         raise EraseError(f"{flag(item.name)} is {value!r}; it must be {_NOUNS[form.type]}") from error
-    if form.choices and plain not in form.choices:
+    if form.choices and plain not in form.choices and not ("also" in item.metadata and ":" in plain):
         guess = difflib.get_close_matches(plain, form.choices, n=1)
         hint = f"did you mean {guess[0]}? ({', '.join(form.choices)})" if guess else f"choose {', '.join(form.choices)}"
         raise EraseError(f"{flag(item.name)} is {plain!r}; {hint}")

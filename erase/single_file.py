@@ -1,6 +1,7 @@
 """Single-file checkpoints and pipelines in memory, kept in the cache as the diffusers folders that all else reads."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from erase.files import (
 from erase.progress import loading
 
 SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
+_PASSING = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # what saving writes into a config
 _RECORD = "erase_converted.json"  # hashes of the folder's files, and what the user is told about the conversion
 
 
@@ -98,10 +100,14 @@ def keep(pipeline: Any, cache_dir: Path | None = None) -> Path:
     if any(hasattr(part, "peft_config") for part in parts.values()):
         raise EraseError("the pipeline has a LoRA attached; call fuse_lora() and unload_lora_weights() first")
     backend: Any = pipeline.tokenizer.backend_tokenizer
-    content = {name: delta.content_hash(part.state_dict()) for name, part in parts.items()}
-    content |= {"tokenizer": backend.to_str(), "index": str(pipeline.config)}
-    content |= {name: str(part.config) for name, part in {**parts, "scheduler": pipeline.scheduler}.items()}
-    content |= {"length": str(pipeline.tokenizer.model_max_length)}
+    words = json.loads(backend.to_str())
+    content: dict[str, Any] = {name: delta.content_hash(part.state_dict()) for name, part in parts.items()}
+    content |= {"words": {name: value for name, value in words.items() if name not in {"truncation", "padding"}}}
+    content |= {"length": pipeline.tokenizer.model_max_length, "pad": str(pipeline.tokenizer.pad_token)}
+    for name, part in {**parts, "scheduler": pipeline.scheduler}.items():
+        config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+        kept = {key: value for key, value in config.items() if key not in _PASSING}
+        content[f"{name} config"] = [type(part).__name__, str(sorted(kept.items()))]
 
     def make(folder: Path) -> list[str]:
         export.write_pipeline(pipeline, folder)

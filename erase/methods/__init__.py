@@ -16,7 +16,7 @@ What a method class may have beside its fields, all optional but one of `loss` a
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
@@ -100,13 +100,17 @@ METHODS: dict[str, Preset] = {
     "speed": Preset("speed:SPEED", scope="xattn-kv"),
 }
 
+_GIVEN: dict[str, type] = {}  # classes that a caller handed over, by "module:Class"
+
 
 def find(name: str) -> Preset:
-    """The preset of a method.
+    """The preset of a method; of "module:Class", a class of anybody's, the general defaults.
 
     Raises:
         EraseError: no such method.
     """
+    if name not in METHODS and ":" in name:
+        return Preset(name)
     if name not in METHODS:
         guess = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {guess[0]}?" if guess else ""
@@ -115,11 +119,44 @@ def find(name: str) -> Preset:
 
 
 def load(name: str) -> type:
-    """The class of a method."""
+    """The class of a method.
+
+    Raises:
+        EraseError: "module:Class" cannot be imported, or is no dataclass with a `loss` or a `solve`.
+    """
     from importlib import import_module
 
-    module, class_name = find(name).path.split(":")
-    return getattr(import_module(f"erase.methods.{module}"), class_name)
+    if name in METHODS:
+        module, class_name = METHODS[name].path.split(":")
+        return getattr(import_module(f"erase.methods.{module}"), class_name)
+    if name in _GIVEN:
+        return _GIVEN[name]
+    module, _, class_name = find(name).path.partition(":")
+    try:
+        cls = getattr(import_module(module), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EraseError(f"the method {name!r} cannot be imported ({error}); write package.module:Class") from error
+    return _method(cls, name)
+
+
+def give(method: Any) -> tuple[str, dict[str, Any]]:
+    """("module:Class", hyperparameters) of a method class or of an instance, which `load` and `make` find from now on.
+
+    Raises:
+        EraseError: it is no dataclass with a `loss` or a `solve`.
+    """
+    cls = method if isinstance(method, type) else type(method)
+    name = f"{cls.__module__}:{cls.__qualname__}"
+    _GIVEN[name] = _method(cls, name)
+    if isinstance(method, type):
+        return name, {}
+    return name, {item.name: getattr(method, item.name) for item in fields(method)}
+
+
+def _method(cls: Any, name: str) -> type:
+    if not (isinstance(cls, type) and is_dataclass(cls) and (hasattr(cls, "loss") or hasattr(cls, "solve"))):
+        raise EraseError(f"the method {name!r} is no dataclass with a loss or a solve; see erase.methods")
+    return cls
 
 
 def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
@@ -142,7 +179,10 @@ def make(name: str, general: Mapping[str, Any], given: Iterable[str]) -> Any:
             known = ", ".join(f"{item.name}={item.default}" for item in fields(cls))
             raise EraseError(f"--set is {text!r}; {name} has {known}")
         values[key] = _parsed(value.strip(), types[key], text)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a hyperparameter without a default
+        raise EraseError(f"the method {name!r} cannot be made ({error}); complete it with --set") from error
 
 
 def _parsed(value: str, kind: Any, text: str) -> Any:
@@ -153,6 +193,10 @@ def _parsed(value: str, kind: Any, text: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if kind is str:
+            return value
+        if kind not in (int, float):
+            raise EraseError(f"--set is {text!r}; a hyperparameter of this type cannot be given as text")
         number = kind(value)
         if not math.isfinite(number):
             raise ValueError
