@@ -304,7 +304,9 @@ def silence_libraries(quiet: bool = False) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it has no folder for its settings
+    # matplotlib warns where it has no folder for its settings, bitsandbytes of kernels that are not used here
+    for name in ("matplotlib", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if quiet:
         progress.hide_downloads()
 
