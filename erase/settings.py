@@ -379,6 +379,10 @@ def require_consistent(settings: Settings) -> None:
         raise EraseError("--resume continues what --overwrite deletes; leave one out")
     if settings.lora_rank is not None and "lora" not in settings.save:
         raise EraseError(f"--lora-rank {settings.lora_rank} is for --save lora, which is not asked for; add it")
+    for kind in ("forget", "retain"):
+        num, folder = getattr(settings, f"num_{kind}"), getattr(settings, f"{kind}_images")
+        if num is not None and folder is not None:
+            raise EraseError(f"--num-{kind} {num} has no effect with --{kind}-images, all of which are used; leave it out")
     if settings.alpha is not None and "alpha" in map(_hyperparameter, settings.set):
         raise EraseError(f"--alpha {settings.alpha:g} and --set alpha are both given; leave one out")
 

@@ -173,6 +173,8 @@ def test_hyperparameters_are_finite(value):
         ({"resume": True, "overwrite": True}, "--resume continues what --overwrite deletes"),
         ({"lora_rank": 8}, "--lora-rank 8 is for --save lora"),
         ({"alpha": 0.3, "set": ("alpha=0.5",)}, "--alpha 0.3 and --set alpha are both given"),
+        ({"num_forget": 3, "forget_images": "d"}, "--num-forget 3 has no effect with --forget-images"),
+        ({"num_retain": 3, "retain_images": "d"}, "--num-retain 3 has no effect with --retain-images"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_before_the_model_is_loaded(given, message):
