@@ -382,7 +382,7 @@ def require_consistent(settings: Settings) -> None:
     for kind in ("forget", "retain"):
         num, folder = getattr(settings, f"num_{kind}"), getattr(settings, f"{kind}_images")
         if num is not None and folder is not None:
-            raise EraseError(f"--num-{kind} {num} has no effect with --{kind}-images, all of which are used; leave it out")
+            raise EraseError(f"--num-{kind} {num} has no effect with --{kind}-images; leave one out")
     if settings.alpha is not None and "alpha" in map(_hyperparameter, settings.set):
         raise EraseError(f"--alpha {settings.alpha:g} and --set alpha are both given; leave one out")
 

@@ -331,7 +331,7 @@ def test_errors_after_the_start_leave_no_empty_run_folder(toy_pipeline_dir, tmp_
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"not a png")
     with pytest.raises(EraseError, match="broken.png"):
-        erase(toy_pipeline_dir, tmp_path / "run", forget_images=str(tmp_path / "images"))
+        erase(toy_pipeline_dir, tmp_path / "run", num_forget=None, forget_images=str(tmp_path / "images"))
     assert not (tmp_path / "run").exists()
 
 
