@@ -227,7 +227,7 @@ def test_hidden_files_and_those_of_operating_systems_are_no_images(tmp_path: Pat
 
 
 def test_no_changed_bytes_end_in_anything_but_an_image_or_a_reason(mutants) -> None:
-    """Some 100 mutants of each format, with a fixed seed: bytes replaced, removed and repeated (4.10)."""
+    """100 mutants of each format, with a fixed seed: bytes replaced, removed and repeated (4.10)."""
     refused = 0
     for image_format in ("PNG", "JPEG", "WEBP", "BMP", "TIFF"):
         for mutant in mutants(encoded(picture(size=8), image_format), 100):

@@ -162,18 +162,18 @@ def test_blank_prompts_are_kept_only_on_request(written):
 
 @pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.txt"])
 def test_no_changed_bytes_end_in_anything_but_rows_or_one_line(name, written, mutants):
-    """Some 500 mutants of each kind, with a fixed seed (4.10)."""
+    """150 mutants of each kind, with a fixed seed (4.10)."""
     table = 'prompt,seed,guidance,width,note\n"a red circle, on white",42,7.5,512,"x\ny"\na blue square,43,0,64,\n'
     objects = (
         '{"file_name": "a.png", "text": "a circle", "seed": 42}\n{"file_name": "b.png", "text": "é", "seed": 43.0}\n'
     )
     content = {"p.csv": table, "p.jsonl": objects}.get(name, "a red circle\na blue square\n").encode()
     refused = 0
-    for mutant in mutants(content, 500):
+    for mutant in mutants(content, 150):
         try:
             rows = written(mutant, name).rows
         except EraseError:
             refused += 1
         else:
             assert rows and all(row.prompt.strip() for row in rows)
-    assert refused > (20 if name == "p.txt" else 150)  # control: mutants do damage
+    assert refused > (5 if name == "p.txt" else 50)  # control: mutants do damage
