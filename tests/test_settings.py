@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,3 +198,11 @@ def test_options_that_contradict_each_other_are_refused_before_the_model_is_load
 def test_options_about_a_mask_that_is_not_made_are_refused(given, message):
     with pytest.raises(EraseError, match=f"^{re.escape(message)}"):
         resolve(Settings("church", **given), "object", {})
+
+
+def test_the_documented_defaults_are_those_that_are_read(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = page.partition("## erase_defaults.json")[2]
+    folder_defaults(tmp_path, json.loads(section.partition("```json")[2].partition("```")[0]))
+    named = set(re.findall(r"`(\w+)`", section.partition("At the top")[2]))
+    assert named == {*settings._OF_METHOD}
