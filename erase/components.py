@@ -1,6 +1,6 @@
 """One component of a pipeline folder, loaded strictly: the libraries only warn of weights that are missing or wrong."""
 
-import math
+import re
 from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
@@ -95,6 +95,9 @@ def require_types(path: Path, cls: Any) -> dict[str, Any]:
     for name, value in config.items():
         if name in hints and value != parameters[name].default and not _fits(value, hints[name]):
             raise EraseError(f"{path}: {name} is {value!r:.60}; it must be {_noun(hints[name])}; download it again")
+    version = config.get("_diffusers_version", "0")
+    if not isinstance(version, str) or not re.fullmatch(r"\d+(\.\w+)*", version):
+        raise EraseError(f"{path}: _diffusers_version is {version!r:.60}; it must be a version; download it again")
     return config
 
 
@@ -170,9 +173,9 @@ def _fits(value: Any, hint: Any) -> bool:
         inner = [part for part in parts if part is not Ellipsis][:1]
         return isinstance(value, list) and all(_fits(item, one) for item in value for one in inner)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
     if hint is bool:
         return value is None or isinstance(value, bool)
     if hint is NoneType:

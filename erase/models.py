@@ -537,6 +537,9 @@ def _require_fit(source: str | Path, folder: Path, unet: Any, vae: Any, text: An
             f"{source} is not a text-to-image Stable Diffusion 1 or 2: its latents have {vae['latent_channels']} "
             f"channels and its UNet gives {unet['out_channels']} instead of 4"
         )
+    for name in ("norm_eps", "mid_block_scale_factor", "resnet_out_scale_factor"):
+        if not unet[name] > 0:
+            raise EraseError(f"{folder}/unet/config.json: {name} is {unet[name]}; it must be above 0")
     if not vae["scaling_factor"] > 0:
         raise EraseError(f"{folder}/vae/config.json: scaling_factor is {vae['scaling_factor']}; it must be above 0")
     size = unet["sample_size"]

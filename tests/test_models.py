@@ -460,3 +460,45 @@ def test_a_reloaded_unet_is_the_bases_in_the_same_parameters(toy_pipeline_dir):
     model.reload_unet()
     assert all(parameter is parameters[name] for name, parameter in model.unet.named_parameters())
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.unet.state_dict().items())
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_conversion_is_made_again(single_file, tiny_pipeline_dir, cache_dir):
+    """Files in the cache are compared with their hashes before they are used."""
+    folder = models.load(single_file, config=str(tiny_pipeline_dir)).folder
+    whole = (folder / UNET).read_bytes()
+    for damage in (whole[:-4] + b"\0\0\0\0", b"", None):
+        (folder / UNET).unlink() if damage is None else (folder / UNET).write_bytes(damage)
+        assert models.locate(single_file, config=str(tiny_pipeline_dir)) == folder
+        assert (folder / UNET).read_bytes() == whole
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_cache_that_cannot_be_used_is_one_line(single_file, tiny_pipeline_dir, tmp_path, refused):
+    """A file in the place of the cache folder; another user's cache fails the same way (4.7)."""
+    (tmp_path / "file").write_text("")
+    message = refused(single_file, config=str(tiny_pipeline_dir), cache_dir=tmp_path / "file")
+    assert "cannot use the cache" in message and message.endswith("choose another --cache-dir")
+
+
+def test_what_a_single_file_became_can_be_removed_and_applied_offline(
+    single_file, tiny_pipeline_dir, tmp_path, capsys, monkeypatch
+):
+    """`apply` and `remove` take --config, --cache-dir and --unet as the main command does (4.3)."""
+    from erase import cli, delta, files
+    from erase.run import unet_state
+
+    base = unet_state(models.load(single_file, config=str(tiny_pipeline_dir)).unet)
+    new = {name: tensor + 0.5 if name.endswith("conv_in.bias") else tensor for name, tensor in base.items()}
+    delta.save(tmp_path / "delta.safetensors", delta.difference(base, new))
+    given = ["--model", str(single_file), "--config", str(tiny_pipeline_dir), "--cache-dir", str(tmp_path / "cache")]
+    given += ["--delta", str(tmp_path / "delta.safetensors")]
+    cli.main(["apply", *given, "--output", str(tmp_path / "erased")])
+    assert delta.content_hash(unet_state(models.load_unet(tmp_path / "erased"))) == delta.content_hash(new)
+    path = tmp_path / "unet.safetensors"
+    files.write_tensors(path, {name.removeprefix("unet."): tensor for name, tensor in new.items()})
+    cli.main(["remove", *given, "--unet", str(path), "--output", str(tmp_path / "restored")])
+    assert delta.content_hash(unet_state(models.load_unet(tmp_path / "restored"))) == delta.content_hash(base)
+    assert f"{path} replaces 686 of the UNet's 686 tensors" in capsys.readouterr().out
