@@ -117,7 +117,7 @@ def gather(
     """Draw or read the concept's forget and retain sets; what is in the cache already is taken from there.
 
     model_hash: content hash of the UNet; pictures of another model are never taken for its own.
-    tell: hears where captions come from.
+    tell: hears where captions come from, and of damaged files in the cache, which are made again.
 
     Raises:
         EraseError: no retain prompts, an empty image folder, an image that cannot be read.
@@ -155,7 +155,7 @@ def gather(
         key = files.text_hash([hashes, plan.batch_size, source.identity])
         folder = cache_dir / "latents" / key[:32]
         return Pictures(
-            **_cached(folder, source, plan.batch_size, workers, label, quiet), prompt=row(source.prompts)
+            **_cached(folder, source, plan.batch_size, workers, label, quiet, tell), prompt=row(source.prompts)
         ), key
 
     rows: dict[str, int] = {"": 0}
@@ -375,19 +375,39 @@ def _posterior(parts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 
 
 def _cached(
-    folder: Path, source: _Source, batch_size: int, workers: Workers, label: str, quiet: bool
+    folder: Path,
+    source: _Source,
+    batch_size: int,
+    workers: Workers,
+    label: str,
+    quiet: bool,
+    tell: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """All rows of the source, each chunk kept in a file of its own, so that interrupted work goes on where it was."""
+    """All rows of the source, each chunk kept in a file of its own, so that interrupted work goes on where it was.
+
+    tell: hears of a damaged file, which is made again.
+    """
     num = len(source.prompts)
     chunks = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
     paths = [folder / f"{rows.start:06d}.safetensors" for rows in chunks]
-    mine = [i for i in range(workers.rank, len(chunks), workers.count) if not paths[i].exists()]
-    with progress(sum(len(chunks[i]) for i in mine), label, "images", quiet=quiet) as bar:
-        for i in mine:
-            files.write_tensors(paths[i], source.make(chunks[i]))
+
+    def header(rows: range) -> dict[str, Any]:
+        return {"kind": "latents", "key": folder.name, "rows": [rows.start, rows.stop]}
+
+    found: dict[int, dict[str, Tensor]] = {}
+    mine = range(workers.rank, len(chunks), workers.count)
+    for i in (i for i in mine if paths[i].exists()):
+        try:
+            found[i], _ = files.read_own(paths[i], **header(chunks[i]))
+        except EraseError as error:
+            tell(f"{str(error).partition('; copy')[0]}; these {label} are generated again")
+    missing = [i for i in mine if i not in found]
+    with progress(sum(len(chunks[i]) for i in missing), label, "images", quiet=quiet) as bar:
+        for i in missing:
+            files.write_tensors(paths[i], source.make(chunks[i]), header(chunks[i]))
             bar.update(len(chunks[i]))
     workers.wait()
-    tensors = [files.read_tensors(path) for path in paths]
+    tensors = [found[i] if i in found else files.read_own(path, **header(chunks[i]))[0] for i, path in enumerate(paths)]
     return {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
 
 

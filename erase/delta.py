@@ -5,8 +5,6 @@ new bit patterns of those that did. XOR undoes itself: the delta that makes the 
 the base back, without a copy of it. (`base + (new - base)` would not be `new` in floating point.)
 """
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from erase.errors import EraseError
-from erase.files import read_metadata, read_tensors, write_tensors
+from erase.files import content_hash, read_metadata, read_tensors, write_tensors
 
 State = Mapping[str, Tensor]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -53,15 +51,6 @@ class Delta:
         """How many weights of each changed tensor changed; tensors that did not change are absent."""
         values = {name: self.tensors.get(f"{name}.values") for name in self.layout}
         return {name: tensor.numel() for name, tensor in values.items() if tensor is not None}
-
-
-def content_hash(state: State) -> str:
-    """SHA-256 (64 hexadecimal digits) of names, dtypes, shapes and bit patterns; the order and device do not matter."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(json.dumps([name, *_describe(state[name])]).encode())
-        digest.update(_patterns(state[name]).numpy().data)
-    return digest.hexdigest()
 
 
 def difference(base: State, new: State, provenance: Mapping[str, Any] | None = None) -> Delta:

@@ -6,8 +6,6 @@ libraries load and save again can come back in older ones as random weights, wit
 
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor
 from erase import architecture, compvis
 from erase.delta import Layout, State, layout_of, require_layout
 from erase.errors import EraseError
-from erase.files import read_json, read_tensors, replacing, write_tensors
+from erase.files import copy, read_json, read_tensors, refuse_links, scratch_folder, write_tensors
 
 Config = Mapping[str, Any]
 
@@ -56,15 +54,16 @@ def save_pipeline(
     unet = _unet_layout(read_json(base / "unet" / "config.json"))
     require_layout(layout_of(unet_state), unet, f"the UNet of {base}", dtypes=False)
 
+    refuse_links(output)
     (output / "model_index.json").unlink(missing_ok=True)
     for component in _components(base):
         for path in (output / component).glob("*"):
             if _WEIGHTS.fullmatch(path.name) and f"{component}/{path.name}" not in files:
                 path.unlink()
     for name, source in files.items():
-        _copy(source, output / name)
+        copy(source, output / name)
     write_tensors(output / UNET_FILE, {name: _cast(tensor, dtype) for name, tensor in unet_state.items()})
-    _copy(base / "model_index.json", output / "model_index.json")
+    copy(base / "model_index.json", output / "model_index.json")
 
 
 def write_pipeline(pipeline: Any, folder: str | Path) -> None:
@@ -80,9 +79,7 @@ def write_pipeline(pipeline: Any, folder: str | Path) -> None:
     """
     folder = Path(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            written = Path(temporary)
+        with scratch_folder(folder) as written:
             pipeline.save_pretrained(written)
             for component, level in _OLD_LEVELS.items():
                 _restore_level(written / component / "model.safetensors", *level)
@@ -290,6 +287,7 @@ def _restored(name: str, old: str, new: str) -> str:
 
 def _move(source: Path, target: Path) -> None:
     """Move all files of a pipeline folder, model_index.json last, in the place of an older one's."""
+    refuse_links(target)
     (target / "model_index.json").unlink(missing_ok=True)
     names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     for component in {name.parent for name in names if name.parent.name}:
@@ -297,14 +295,11 @@ def _move(source: Path, target: Path) -> None:
             if _WEIGHTS.fullmatch(path.name):
                 path.unlink()
     for name in sorted(names, key=lambda name: name.name == "model_index.json"):
-        with replacing(target / name) as temporary:
-            os.replace(source / name, temporary)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(source / name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(source / name, target / name)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-
-
-def _copy(source: Path, target: Path) -> None:
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)

@@ -289,7 +289,7 @@ def _carry_out(
             settings.rank,
             make_recipe(settings, plan),
             accelerator,
-            state_path=work / "training.pt",
+            state_path=work / "training.safetensors",
             checkpointing=settings.gradient_checkpointing,
             quiet=quiet,
         )
@@ -677,7 +677,7 @@ def make_mask(
                 guidance=_float(settings.mask_guidance),
                 batch_size=_int(settings.batch_size),
                 seed=settings.seed,
-                state_path=work / f"saliency-{number}.pt",
+                state_path=work / f"saliency-{number}.safetensors",
                 part=_part(settings),
                 checkpointing=settings.gradient_checkpointing,
                 quiet=quiet,

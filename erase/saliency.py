@@ -401,8 +401,7 @@ def check(
 
 def save_reference(path: str | Path, mask: Mapping[str, torch.Tensor], rename: Callable[[str], str]) -> None:
     """Write the layout of SalUn's code: torch.save of {name: int64 zeros and ones}, eight bytes a weight."""
-    with files.replacing(path) as temporary:
-        torch.save({rename(name): bits.cpu().long() for name, bits in mask.items()}, temporary)
+    files.write_pickle(path, {rename(name): bits.cpu().long() for name, bits in mask.items()})
 
 
 def load_reference(path: str | Path, rename: Callable[[str], str]) -> Mask:

@@ -95,12 +95,10 @@ def accumulate(
     starts = list(range(0, len(data.forget), batch_size))
     mine = starts[accelerator.process_index :: accelerator.num_processes]
     if accelerator.num_processes > 1:
-        state_path = state_path.with_suffix(f".{accelerator.process_index}.pt")
+        state_path = state_path.with_suffix(f".{accelerator.process_index}.safetensors")
     done = 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        sums.load_state_dict(state)
-        done = state["done"]
+        done = _restore_sums(state_path, sums, len(mine))
     saved = time.monotonic()
     device = model.device
     scale = LOSS_SCALE["fp16" if accelerator.mixed_precision == "fp16" else "fp32"]  # the order of scores is the same
@@ -128,8 +126,9 @@ def accumulate(
                 (loss * scale).backward()
             bar.update()
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                with files.replacing(state_path) as temporary:
-                    torch.save({**sums.state_dict(), "done": number + 1}, temporary)
+                state = sums.state_dict()
+                header = {"kind": "saliency sums", "score": state["score"], "done": number + 1}
+                files.write_tensors(state_path, state["sums"], header)
                 saved = time.monotonic()
     if accelerator.num_processes > 1:
         for total in sums.state_dict()["sums"].values():
@@ -137,6 +136,29 @@ def accumulate(
     scores = sums.scores()
     state_path.unlink(missing_ok=True)
     return scores
+
+
+def _restore_sums(path: Path, sums: saliency.Saliency, num_batches: int) -> int:
+    """Put stored sums in place; returns the number of batches that are in them."""
+    with _damage_named(path, "computes the mask again"):
+        stored, header = files.read_own(path, kind="saliency sums")
+        done = header.get("done")
+        if not isinstance(done, int) or not 0 <= done <= num_batches:
+            raise EraseError(f"{path} is damaged: it says that {done} of {num_batches} batches are done")
+        sums.load_state_dict({"score": header.get("score"), "sums": stored})
+    return done
+
+
+@contextmanager
+def _damage_named(path: Path, what: str) -> Iterator[None]:
+    """Add to an error about a file of intermediate state what to do about it."""
+    try:
+        yield
+    except EraseError as error:
+        told = str(error).replace("; copy or download it again", "")
+        raise EraseError(
+            f"{told if str(path) in told else f'{path}: {told}'}; delete it, and the same command {what}"
+        ) from error
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
@@ -200,7 +222,7 @@ def train(
     gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
     losses: list[dict[str, float]] = []
     if state_path.exists():
-        losses = _restore(state_path, parameters, optimizer, accelerator, teacher)
+        losses = _restore(state_path, optimizer, accelerator, teacher, recipe.num_steps)
     silent = quiet or not accelerator.is_main_process
     reporting = progress(recipe.num_steps, "train", "steps", done=len(losses), quiet=silent)
     with _training(model, parameters, checkpointing), gathering, reporting as bar:
@@ -227,7 +249,7 @@ def train(
                 values = dict(zip(names, mean.tolist(), strict=True))
             if not all(math.isfinite(value) for value in values.values()):
                 if accelerator.is_main_process and step > 0:
-                    _keep(state_path, parameters, optimizer, accelerator, losses, teacher)
+                    _keep(state_path, optimizer, accelerator, losses, teacher)
                 raise EraseError(
                     f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
                     f"kept in {state_path}; lower --learning-rate or use --precision fp32 or bf16"
@@ -250,7 +272,7 @@ def train(
             bar.update()
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
                 if accelerator.is_main_process:
-                    _keep(state_path, parameters, optimizer, accelerator, losses, teacher)
+                    _keep(state_path, optimizer, accelerator, losses, teacher)
                 accelerator.wait_for_everyone()
     if teacher is not None:
         optimizer.exchange(teacher.values)
@@ -477,39 +499,71 @@ def _sample(pictures: Pictures, rows: Tensor, draw: torch.Generator) -> Tensor:
 
 def _keep(
     path: Path,
-    parameters: Mapping[str, Parameter],
     optimizer: MaskedAdam,
     accelerator: Accelerator,
     losses: list[dict[str, float]],
     teacher: _Exchanged | None,
 ) -> None:
-    state: dict[str, Any] = {
-        "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
-        "optimizer": optimizer.state_dict(),
-        "losses": losses,
-    }
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler.state_dict()
+    """Write all that the next step depends on: of the weights those inside the mask, since no other one moves."""
+    tensors = {f"weights/{name}": weights for name, weights in optimizer.masked_weights().items()}
+    moments: dict[str, dict[str, Any]] = {}
+    for number, state in optimizer.state_dict()["state"].items():
+        moments[str(number)] = {key: value for key, value in state.items() if not torch.is_tensor(value)}
+        tensors |= {f"optimizer/{number}/{key}": value for key, value in state.items() if torch.is_tensor(value)}
     if teacher is not None:
-        state["teacher"] = teacher.values
-    with files.replacing(path) as temporary:
-        torch.save(state, temporary)
+        tensors |= {f"teacher/{name}": weights for name, weights in teacher.values.items()}
+    header: dict[str, Any] = {"kind": "training state", "losses": losses, "optimizer": moments}
+    if accelerator.scaler is not None:
+        header["scaler"] = accelerator.scaler.state_dict()
+    files.write_tensors(path, tensors, header | {"state": files.text_hash(header)})
 
 
 def _restore(
     path: Path,
-    parameters: Mapping[str, Parameter],
     optimizer: MaskedAdam,
     accelerator: Accelerator,
     teacher: _Exchanged | None,
+    num_steps: int,
 ) -> list[dict[str, float]]:
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    """Put a stored state in place; returns the losses of the steps that led to it.
+
+    Raises:
+        EraseError: the file is damaged, or belongs to another training.
+    """
+    with _damage_named(path, "trains from the first step"):
+        tensors, header = files.read_own(path, kind="training state")
+        told = header.pop("state", None)
+        header.pop(files.CONTENT)
+        if told != files.text_hash(header):
+            raise EraseError(f"{path} is damaged: its header does not have the hash that it states")
+        if len(header["losses"]) > num_steps:
+            raise EraseError(f"{path} holds {len(header['losses'])} steps of {num_steps}")
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "teacher": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        weights = optimizer.masked_weights()
+        _require_like(path, parts["weights"], weights)
+        if teacher is not None:
+            _require_like(path, parts["teacher"], weights)
+        state: dict[int, dict[str, Any]] = {int(number): dict(of) for number, of in header["optimizer"].items()}
+        for name, tensor in parts["optimizer"].items():
+            number, _, key = name.partition("/")
+            state[int(number)][key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.exchange({name: parts["weights"][name].to(now.device) for name, now in weights.items()})
     if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
+        accelerator.scaler.load_state_dict(header["scaler"])
     if teacher is not None:
-        teacher.values = {name: value.to(teacher.values[name].device) for name, value in state["teacher"].items()}
-    return state["losses"]
+        teacher.values = {name: parts["teacher"][name].to(now.device) for name, now in weights.items()}
+    return header["losses"]
+
+
+def _require_like(path: Path, stored: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+    """Raise an EraseError unless two sets of weights have the same names, shapes and dtypes."""
+
+    def layout(state: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+
+    if layout(stored) != layout(here):
+        raise EraseError(f"{path} holds the weights of another training")

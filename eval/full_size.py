@@ -86,7 +86,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
             mask,
             recipe,
             accelerator,
-            state_path=Path(folder) / "training.pt",
+            state_path=Path(folder) / "training.safetensors",
             checkpointing=checkpointing,
             quiet=True,
         )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import damage
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,33 @@ def test_what_is_in_the_cache_is_not_drawn_again(collect, drawn):
     drawn.clear()
     assert same(collect(), first)
     assert drawn == []
+
+
+@pytest.mark.parametrize("kind", damage.DAMAGES)
+def test_a_damaged_chunk_is_named_and_generated_again(kind, collect, drawn, tmp_path):
+    """(2.2)"""
+    first, said = collect(), []
+    path = sorted((tmp_path / "cache" / "latents").rglob("000002.safetensors"))[0]
+    whole = path.read_bytes()
+    drawn.clear()
+    assert same(collect(tell=said.append), first) and not said and not drawn  # control
+    damage.DAMAGES[kind](path)
+    if path.is_dir():
+        with pytest.raises(EraseError, match="000002.safetensors: Is a directory"):
+            collect()
+        return
+    assert same(collect(tell=said.append), first)
+    assert len(said) == 1 and str(path) in said[0] and said[0].endswith("pictures are generated again")
+    assert "\n" not in said[0] and len(drawn) == 2 and path.read_bytes() == whole
+
+
+def test_a_chunk_of_another_place_is_not_taken(collect, drawn, tmp_path):
+    """Whole, with a right hash, but of other rows (2.2)."""
+    first, said = collect(), []
+    chunks = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))
+    shutil.copy(chunks[0], chunks[1])
+    drawn.clear()
+    assert same(collect(tell=said.append), first) and len(said) == 1 and len(drawn) == 2
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_no_step_changes_nothing_and_a_continued_run_ends_the_same(toy_pipeline_
     keep = files.replacing
 
     def interrupted(path):
-        if path.name == "training.pt" and path.exists():
+        if path.name == "training.safetensors" and path.exists():
             raise KeyboardInterrupt
         return keep(path)
 

@@ -386,7 +386,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_delta(finished
     command = [sys.executable, "-m", "erase.cli", "--concept", str(concept), "--model", str(toy_pipeline_dir)]
     command += ["--output", str(output), *FLAGS]
     environment = {**os.environ, "ERASE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    marks = [output / "run.json", output / "work" / "mask.safetensors", output / "work" / "training.pt"]
+    marks = [output / "run.json", output / "work" / "mask.safetensors", output / "work" / "training.safetensors"]
     interruptions = 0
     for mark in [*marks, None]:  # the last one is left alone
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:

@@ -1,10 +1,13 @@
 """The training loop and SalUn's loss, on a toy pipeline and hand-made latents."""
 
+import re
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import damage
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.nn.functional import mse_loss
 
-from erase import models, saliency, scope, train
+from erase import files, models, saliency, scope, train
 from erase.data import Data, Pictures
 from erase.errors import EraseError
 from erase.methods.inputs import Batch
@@ -244,7 +247,7 @@ def test_rounded_training_resumes_bit_for_bit(toy_pipeline_dir, data, accelerato
     monkeypatch.setattr(Breaking, "calls", 0)
     with pytest.raises(Interrupted):
         rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "cut.pt", method=Breaking())
-    assert len(torch.load(tmp_path / "cut.pt", weights_only=True)["losses"]) == 4
+    assert len(files.read_metadata(tmp_path / "cut.pt")["losses"]) == 4
     resumed, _, _ = rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "cut.pt")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
@@ -282,7 +285,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     expected = run(Relabel(), tmp_path / "whole.pt")
     with pytest.raises(Interrupted):
         run(Breaking(), tmp_path / "cut.pt")
-    assert len(torch.load(tmp_path / "cut.pt", weights_only=True)["losses"]) == 4
+    assert len(files.read_metadata(tmp_path / "cut.pt")["losses"]) == 4
     resumed = run(Relabel(), tmp_path / "cut.pt")
     for name, tensor in expected.unet.state_dict().items():
         assert torch.equal(tensor, resumed.unet.state_dict()[name]), name
@@ -308,10 +311,10 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_weigh
     path, parameters = tmp_path / "t.pt", parameters_of(model)
     with pytest.raises(EraseError, match="not finite at step 4 of 6"):
         train.train(model, Diverging(), data, parameters, None, RECIPE, accelerator, state_path=path, quiet=True)
-    kept = torch.load(path, weights_only=True)
-    assert len(kept["losses"]) == 3
-    assert all(torch.isfinite(tensor).all() for tensor in kept["parameters"].values())
-    assert all(torch.equal(parameters[name], tensor) for name, tensor in kept["parameters"].items())
+    kept, header = files.read_own(path, kind="training state")
+    assert len(header["losses"]) == 3
+    assert all(torch.isfinite(kept[f"weights/{name}"]).all() for name in parameters)
+    assert all(torch.equal(parameter.reshape(-1), kept[f"weights/{name}"]) for name, parameter in parameters.items())
 
 
 def test_a_batch_that_does_not_divide_is_refused(model, data, accelerator, tmp_path):
@@ -481,7 +484,7 @@ def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp
     with pytest.raises(Interrupted):
         scores_of(model, data, accelerator, tmp_path)
     monkeypatch.setattr(models.Model, "__call__", original)
-    assert torch.load(tmp_path / "sums.pt", weights_only=True)["done"] == 2
+    assert files.read_metadata(tmp_path / "sums.pt")["done"] == 2
     resumed = scores_of(model, data, accelerator, tmp_path)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
@@ -537,3 +540,86 @@ def test_gradient_checkpointing_changes_no_score(model, data, accelerator, tmp_p
     for name in plain:
         torch.testing.assert_close(saving[name], plain[name], rtol=1e-5, atol=1e-7)
     assert not model.unet.is_gradient_checkpointing
+
+
+# --- damaged state --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interrupted_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("interrupted")
+
+
+@pytest.fixture
+def interrupted(interrupted_dir, toy_pipeline_dir, data, accelerator) -> Path:
+    """The state of a training that was interrupted after its fourth step; read it only."""
+    path = interrupted_dir / "training.safetensors"
+    if path.exists():
+        return path
+    Breaking.calls = 0
+    with pytest.raises(Interrupted):
+        resumed(toy_pipeline_dir, data, accelerator, path, Breaking())
+    return path
+
+
+def resumed(folder: Path, data: Data, accelerator, path: Path, method: Relabel) -> models.Model:
+    model = models.load(folder)
+    parameters = parameters_of(model)
+    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
+    train.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
+    return model
+
+
+def other_losses(header: dict) -> None:
+    header["losses"] = header["losses"][:-1]
+
+
+HEADERS = {"other losses": other_losses, "no optimizer": lambda header: header.pop("optimizer")}
+
+
+@pytest.mark.parametrize("kind", [*damage.DAMAGES, *HEADERS])
+def test_a_damaged_training_state_is_one_line_that_says_what_to_do(
+    kind, interrupted, toy_pipeline_dir, data, accelerator, tmp_path
+):
+    """It is never used: whoever deletes it trains again from the first step (2.1, 4.10)."""
+    path = Path(shutil.copy(interrupted, tmp_path / "training.safetensors"))
+    damage.DAMAGES.get(kind, damage._header(HEADERS.get(kind, len)))(path)
+    with pytest.raises(EraseError, match=f"{re.escape(str(path))}.*; delete it, and the same command trains") as caught:
+        resumed(toy_pipeline_dir, data, accelerator, path, Relabel())
+    assert "\n" not in str(caught.value)
+
+
+def test_the_training_state_holds_no_weight_outside_the_mask(interrupted, toy_pipeline_dir):
+    """So that whatever it holds, no such weight can move (2.1)."""
+    tensors, _ = files.read_own(interrupted)
+    parameters = parameters_of(models.load(toy_pipeline_dir))
+    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
+    assert {n: len(t) for n, t in tensors.items() if n.startswith("weights/")} == {
+        f"weights/{name}": int(bits.sum()) for name, bits in mask.items()
+    }
+
+
+def test_a_state_of_another_training_is_refused(interrupted, toy_pipeline_dir, data, accelerator, tmp_path):
+    """Whole files that do not belong here: of fewer weights, and of more steps."""
+    path = tmp_path / "training.safetensors"
+    tensors, header = files.read_own(interrupted)
+    name = next(name for name in tensors if name.startswith("weights/"))
+    files.write_tensors(path, tensors | {name: tensors[name][1:]}, header)
+    with pytest.raises(EraseError, match="holds the weights of another training; delete it"):
+        resumed(toy_pipeline_dir, data, accelerator, path, Relabel())
+    header["losses"] = header["losses"] * 2
+    header["state"] = files.text_hash({k: v for k, v in header.items() if k not in {"state", files.CONTENT}})
+    files.write_tensors(path, tensors, header)
+    with pytest.raises(EraseError, match="holds 8 steps of 6; delete it"):
+        resumed(toy_pipeline_dir, data, accelerator, path, Relabel())
+
+
+@pytest.mark.parametrize("kind", damage.DAMAGES)
+def test_damaged_saliency_sums_are_one_line_that_says_what_to_do(kind, model, data, accelerator, tmp_path):
+    """(2.2, 4.10)"""
+    path, sums = tmp_path / "sums.pt", saliency.Saliency(parameters_of(model))
+    header = {"kind": "saliency sums", "score": "abs_sum", "done": 1}
+    files.write_tensors(path, {n: t + 1 for n, t in sums.state_dict()["sums"].items()}, header)
+    damage.DAMAGES[kind](path)
+    with pytest.raises(EraseError, match="sums.pt.*; delete it, and the same command computes the mask again"):
+        scores_of(model, data, accelerator, tmp_path)

@@ -7,7 +7,6 @@ at the same time in two processes.
 
 import json
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -107,7 +106,7 @@ def _take_parts(folder: Path, work: Path) -> None:
     metadata = {"scaling_factor": vae.config["scaling_factor"], "taken_from": str(folder)}
     for part in ("vae", "decoder"):
         files.write_tensors(work / f"{part}.safetensors", vae.state_dict(), metadata)
-    shutil.copyfile(folder / "judge.safetensors", work / "judge.safetensors")
+    files.copy(folder / "judge.safetensors", work / "judge.safetensors")
 
 
 # --- the loop that all stages share ---------------------------------------------------------------------------------
@@ -164,8 +163,7 @@ def _fit(
                     "step": step + 1,
                     "seconds": seconds + time.perf_counter() - clock,
                 }
-                with files.replacing(path) as temporary:
-                    torch.save(state, temporary)
+                files.write_pickle(path, state)
             bar.update()
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):
@@ -489,7 +487,7 @@ def assemble(output: str | Path) -> Path:
     pipeline.to(torch.float16)
     pipeline.text_encoder.float()  # stock diffusers loads its own parts in float32, transformers as they are stored
     export.write_pipeline(pipeline, output)
-    shutil.copyfile(work / "judge.safetensors", output / "judge.safetensors")
+    files.copy(work / "judge.safetensors", output / "judge.safetensors")
     files.write_json(output / "erase_defaults.json", DEFAULTS)
     recipe: dict[str, Any] = {
         "identity": json.loads((work / "identity.json").read_text()),
