@@ -93,11 +93,14 @@ def grid(
     return sheet
 
 
-def model_card(settings: Settings, concept: Concept, change: Delta, *, after: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    settings: Settings, concept: Concept, change: Delta, *, loading: str, after: Mapping[str, Any] | None = None
+) -> str:
     """Markdown with the hub's YAML header: what was erased from what, how to load it, what it does not promise.
 
     Names and prompts are escaped, and of local paths only the last part is named: cards get published.
-    after: the run that it continued from, as run.json says.
+
+    loading: Python that loads the folder. after: the run that it continued from, as run.json says.
     """
     from huggingface_hub import ModelCardData
 
@@ -108,6 +111,7 @@ def model_card(settings: Settings, concept: Concept, change: Delta, *, after: Ma
         license="creativeml-openrail-m" if settings.model.startswith("CompVis/stable-diffusion") else None,
         tags=["stable-diffusion", "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
     ).to_yaml()
+    exactly = "bit for bit" if change.provenance.get("base_dtype") else "value for value"
     changed, total = sum(change.changed.values()), _weights(change)
     options = {key: value for key, value in asdict(settings).items() if _is_set(key, value)}
     listed = "\n".join(f"| {key} | {_listed(key, value)} |" for key, value in options.items())
@@ -127,13 +131,13 @@ Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mas
 {changed:,} of {total:,} UNet weights changed ({changed / total:.1%}); all else is the base model, byte for byte.
 {before}
 ```python
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("this folder")
+{"import torch" + chr(10) if "torch" in loading else ""}from diffusers import StableDiffusionPipeline
+pipeline = {loading}
 ```
 
 {examples}
 
-`delta.safetensors` holds the change alone: `erase-concept remove` restores the base with it, bit for bit.
+`delta.safetensors` holds the change alone: `erase-concept remove` restores the base with it, {exactly}.
 Base {change.base_hash[:12]}, result {change.result_hash[:12]} (content hashes of the UNet).
 
 ## Limits

@@ -39,6 +39,7 @@ examples:
 other commands (each has its own --help):
   apply    erase again, from a delta
   remove   take an erasure back
+  export   write other forms of a finished run
   inspect  show what a delta or a mask holds
 """
 
@@ -141,19 +142,31 @@ def _erase(arguments: list[str]) -> None:
         raise SystemExit(130) from None
     if not result.record:  # a helper process of a distributed run
         return
+    from erase import records
+
     record, weights = result.record, result.record["weights"]
-    total = sum(record["seconds"].values())
-    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items())
-    erased = printable(f"{result.folder}: {', '.join(settings.concept)} erased from {settings.model}")
-    print(f"{erased} in {total:.0f} s ({phases})")
+    if result.is_new:
+        total = sum(record["seconds"].values())
+        phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items())
+        told = f"{', '.join(settings.concept)} erased from {settings.model} in {total:.0f} s ({phases})"
+    else:
+        told = f"finished already{records.when(record)}, files verified; --overwrite makes it again"
+    print(printable(f"{result.folder}: {told}"))
+    if result.added:
+        print(f"written beside it: {', '.join(result.added)}")
     print(f"{weights['changed']:,} of {weights['total']:,} weights changed; delta.safetensors takes it back exactly")
-    if "pipeline" in settings.save:
+    if "model_index.json" in record["files"]:
         print(f"load it: {load_line(result.folder)}")
 
 
 def load_line(folder: Path) -> str:
-    """Python that loads a pipeline, whatever characters its path has."""
-    return f"from diffusers import StableDiffusionPipeline as SD; pipeline = SD.from_pretrained({str(folder)!r})"
+    """Python that loads a pipeline so that it generates images, whatever characters its path has."""
+    from erase import export
+
+    dtype = ", dtype=torch.float32" if export.needs_dtype(folder) else ""
+    torch = "import torch; " if dtype else ""
+    loading = f"pipeline = SD.from_pretrained({str(folder)!r}{dtype})"
+    return f"{torch}from diffusers import StableDiffusionPipeline as SD; {loading}"
 
 
 def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[str, str]) -> None:
@@ -216,7 +229,7 @@ def _apply(arguments: list[str]) -> None:
 
 
 def _remove(arguments: list[str]) -> None:
-    parser = _delta_parser("remove", "Take an erasure back: restore the base model from the erased one, bit for bit.")
+    parser = _delta_parser("remove", "Take an erasure back: restore the base model from the erased one.")
     _switch(parser.parse_args(arguments), "remove")
 
 
@@ -224,15 +237,15 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     if not Path(given.delta).is_file():
         raise EraseError(f"{given.delta}: no such file")
     output = Path(given.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    is_taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if is_taken and not (output / "model_index.json").is_file():
         raise EraseError(f"{output} exists already; choose another --output")
     silence_libraries()
     from erase import delta
 
     change = delta.load(given.delta)  # a file that is no delta must not wait for diffusers
 
-    from erase import export, models
-    from erase.run import unet_state
+    from erase import export, files, forms, models
 
     folder = models.locate(
         given.model,
@@ -242,10 +255,53 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
         cache_dir=Path(given.cache_dir).expanduser() if given.cache_dir else None,
         tell=_tell,
     )
-    state = unet_state(models.load_unet(folder, given.allow_pickle, given.unet, _tell))
+    state = forms.unet_state(models.load_unet(folder, given.allow_pickle, given.unet, _tell))
     new = delta.apply(state, change) if direction == "apply" else delta.remove(state, change)
-    export.save_pipeline(folder, output, {name.removeprefix("unet."): tensor for name, tensor in new.items()})
-    print(f"{printable(output)}: written; UNet {delta.content_hash(new)[:12]}")
+    exact = ""
+    if direction == "remove":
+        dtype = forms.base_dtype(change, new)
+        exact = ", the base's bit for bit" if dtype else ", the base's value for value (its dtype is not recorded)"
+    else:
+        dtype = None
+    if is_taken and not export.is_result(folder, output, forms.plain(new), dtype=dtype):
+        raise EraseError(f"{output} exists already; choose another --output")
+    if not is_taken:
+        with files.replacing_folder(output) as whole:
+            export.save_pipeline(folder, whole, forms.plain(new), dtype=dtype)
+    word = "written already" if is_taken else "written"
+    print(f"{printable(output)}: {word}; UNet {delta.content_hash(new)[:12]}{exact}")
+    print(f"load it: {load_line(output)}")
+
+
+def _export(arguments: list[str]) -> None:
+    parser = Parser(prog="erase-concept export", description="Write other forms of a finished run.")
+    parser.add_argument("folder", help="run folder")
+    choices = ("pipeline", "unet", "single-file", "lora")
+    parser.add_argument("--to", action="append", required=True, choices=choices, help="form; may be repeated")
+    parser.add_argument("--output", metavar="DIR", help="folder to write to [default: the run folder]")
+    parser.add_argument("--lora-rank", type=int, metavar="N", help="rank of a LoRA [default: the run's]")
+    parser.add_argument(
+        "--model", help="the base, for a run that was saved without its pipeline [default: where the run found it]"
+    )
+    parser.add_argument("--config", metavar="DIR", help="diffusers folder for a base that is a single file")
+    parser.add_argument("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    given = parser.parse_args(arguments)
+    if given.lora_rank is not None and given.lora_rank < 1:
+        raise EraseError(f"--lora-rank is {given.lora_rank}; it must be at least 1")
+    silence_libraries()
+    from erase import forms
+
+    written = forms.add(
+        Path(given.folder),
+        list(dict.fromkeys(given.to)),
+        output=None if given.output is None else Path(given.output),
+        rank=given.lora_rank,
+        model=given.model,
+        config=given.config,
+        allow_pickle=given.allow_pickle,
+    )
+    for form, path in written.items():
+        print(f"{printable(path)}: written ({form})")
 
 
 def _tell(line: str) -> None:
@@ -286,7 +342,12 @@ def _inspect(arguments: list[str]) -> None:
         print(f"{printable(block):34} {some:12,} {of:12,} {some / max(of, 1):7.1%}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"apply": _apply, "remove": _remove, "inspect": _inspect}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "apply": _apply,
+    "remove": _remove,
+    "export": _export,
+    "inspect": _inspect,
+}
 
 
 def one_line(message: str) -> str:

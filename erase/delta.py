@@ -192,6 +192,11 @@ def summary(delta: Delta, block: Callable[[str], str]) -> dict[str, tuple[int, i
     return table
 
 
+def changed_bits(delta: Delta, name: str) -> Tensor:
+    """Which weights of a changed tensor changed: bool, [n]."""
+    return _unpack(delta, name)
+
+
 def layout_of(state: State) -> Layout:
     """dtype and shape of every tensor, by name."""
     return {name: _describe(state[name]) for name in sorted(state)}

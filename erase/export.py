@@ -4,7 +4,6 @@ Only what erasure changed is written anew. Everything else is copied byte for by
 libraries load and save again can come back in older ones as random weights, without an error.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,17 @@ from torch import Tensor
 from erase import architecture, compvis
 from erase.delta import Layout, State, layout_of, require_layout
 from erase.errors import EraseError
-from erase.files import copy, read_json, read_tensors, refuse_links, scratch_folder, write_tensors
+from erase.files import (
+    content_hash,
+    copy,
+    file_hash,
+    open_tensors,
+    read_json,
+    read_tensors,
+    refuse_links,
+    scratch_folder,
+    write_tensors,
+)
 
 Config = Mapping[str, Any]
 
@@ -66,6 +75,53 @@ def save_pipeline(
     copy(base / "model_index.json", output / "model_index.json")
 
 
+def published_names(base_dir: str | Path) -> list[str]:
+    """The files that `save_pipeline` writes, relative to its output."""
+    base = Path(base_dir)
+    return [*(name for name, _ in _published(base)), UNET_FILE, "model_index.json"]
+
+
+def is_result(
+    base_dir: str | Path, output_dir: str | Path, unet_state: State, *, dtype: torch.dtype | None = None
+) -> bool:
+    """Whether `output_dir` holds what `save_pipeline` with these arguments writes."""
+    base, output = Path(base_dir), Path(output_dir)
+    copied = [*_published(base), ("model_index.json", base / "model_index.json")]
+    if not all((output / name).is_file() and file_hash(output / name) == file_hash(path) for name, path in copied):
+        return False
+    if not (output / UNET_FILE).is_file():
+        return False
+    expected = {name: _cast(tensor, dtype) for name, tensor in unet_state.items()}
+    return content_hash(read_tensors(output / UNET_FILE)) == content_hash(expected)
+
+
+def stored_dtype(folder: str | Path) -> str | None:
+    """The dtype of a component's floating-point weights as they lie in its safetensors files, such as "float16".
+
+    None where it has several, or other files.
+    """
+    names = [path.name for path in Path(folder).glob("*.safetensors") if _WEIGHTS.fullmatch(path.name)]
+    variant = only_variant(names)
+    found: set[str] = set()
+    for name in names:
+        match = _WEIGHTS.fullmatch(name)
+        if match and match[2] == variant:
+            with open_tensors(Path(folder) / name) as file:
+                found |= {str(file.get_slice(key).get_dtype()) for key in file.keys()}
+    floats = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    dtypes = {floats[name] for name in found if name in floats}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def needs_dtype(folder: str | Path) -> bool:
+    """Whether `from_pretrained` generates images only when it is told to load this pipeline in one dtype.
+
+    transformers keeps a text encoder in the dtype of its file, while diffusers loads the UNet in float32: beside a text
+    encoder in half precision it takes dtype=torch.float32.
+    """
+    return stored_dtype(Path(folder) / "text_encoder") != "float32"
+
+
 def write_pipeline(pipeline: Any, folder: str | Path) -> None:
     """Write a pipeline that exists only in memory as a folder that transformers 4 and 5 both read.
 
@@ -87,7 +143,7 @@ def write_pipeline(pipeline: Any, folder: str | Path) -> None:
             for path in (written / "model_index.json", written / "feature_extractor" / "preprocessor_config.json"):
                 if path.exists():
                     path.write_text(re.sub("(CLIP\\w*Processor)Pil", r"\1", path.read_text()))
-            _move(written, folder)
+            _replace(written, folder)
     except (OSError, SafetensorError) as error:
         raise EraseError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
 
@@ -96,12 +152,13 @@ def save_single_file(
     path: str | Path,
     pipeline_dir: str | Path,
     *,
+    unet: State | None = None,
     dtype: Literal["fp16", "fp32"] = "fp16",
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write UNet, VAE and text encoder of a Stable Diffusion 1 folder as one checkpoint in the CompVis (LDM) layout.
 
-    provenance: JSON-serialisable; goes into the header.
+    unet: the UNet's weights; those in the folder if None. provenance: JSON-serialisable; goes into the header.
 
     Raises:
         EraseError: the folder is not Stable Diffusion 1, or a component has no weights.
@@ -113,7 +170,7 @@ def save_single_file(
     unet_config = read_json(folder / "unet" / "config.json")
     levels = len(read_json(folder / "vae" / "config.json")["up_block_types"])
     checkpoint: dict[str, Tensor] = {}
-    for name, tensor in _read_weights(folder / "unet").items():
+    for name, tensor in (unet if unet is not None else _read_weights(folder / "unet")).items():
         checkpoint[f"model.diffusion_model.{compvis.unet_name(name, unet_config)}"] = tensor
     for name, tensor in _read_weights(folder / "vae").items():
         name = compvis.vae_name(name, levels)
@@ -285,8 +342,8 @@ def _restored(name: str, old: str, new: str) -> str:
     return old + name.removeprefix(new) if name.startswith(new) else name
 
 
-def _move(source: Path, target: Path) -> None:
-    """Move all files of a pipeline folder, model_index.json last, in the place of an older one's."""
+def _replace(source: Path, target: Path) -> None:
+    """Copy all files of a pipeline folder, model_index.json last, in the place of an older one's."""
     refuse_links(target)
     (target / "model_index.json").unlink(missing_ok=True)
     names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
@@ -295,10 +352,7 @@ def _move(source: Path, target: Path) -> None:
             if _WEIGHTS.fullmatch(path.name):
                 path.unlink()
     for name in sorted(names, key=lambda name: name.name == "model_index.json"):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with open(source / name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(source / name, target / name)
+        copy(source / name, target / name)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,7 +1,6 @@
 """The whole job: model and concept in, mask, masked fine-tuning, and a run folder that stock diffusers opens."""
 
 import gc
-import json
 import os
 import platform
 import re
@@ -35,10 +34,12 @@ from erase import (
     device,
     export,
     files,
+    forms,
     lowrank,
     memory,
     methods,
     models,
+    records,
     saliency,
     scope,
     single_file,
@@ -46,16 +47,13 @@ from erase import (
 )
 from erase.concepts import Concept
 from erase.errors import EraseError, missing
+from erase.forms import unet_state
 from erase.mini import world
-from erase.settings import MIXED_PRECISION, RECIPES, Settings, require_consistent, resolve
+from erase.settings import RECIPES, Settings, require_consistent, resolve
 
 # Processes generate fixed shares of the images and wait for one another afterwards. A slower GPU may need hours longer
 # than a faster one, and a process group gives up after 10 minutes by default.
 WAIT = timedelta(hours=24)
-
-# Settings that change neither the weights nor what is written: the same run may be continued with others.
-_FREE = {"output", "device", "cache_dir", "resume", "overwrite", "report_to", "checkpointing_steps", "allow_pickle"}
-_FREE |= {"model", "base", "unet", "config", "revision"}
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,14 @@ class Run:
     """What one run left behind.
 
     folder: the run folder, a diffusers pipeline. record: what `run.json` holds.
+    is_new: False where the folder held the finished run already.
+    added: forms that were written beside such a run.
     """
 
     folder: Path
     record: dict[str, Any]
+    is_new: bool = True
+    added: tuple[str, ...] = ()
 
 
 def erase_concept(
@@ -156,32 +158,40 @@ def run(
     model.use_attention(settings.attention)
     parts = find_concepts(settings, given, model)
     united = concepts.unite([*parts, *(earlier.concepts if earlier else [])])
-    settings = resolve(
-        settings,
-        united.kind,
-        model.defaults,
-        num_processes=accelerator.num_processes,
-        on_gpu=compute.device.type == "cuda",
-    )
+
+    def resolved(settings: Settings) -> Settings:
+        return resolve(
+            settings,
+            united.kind,
+            model.defaults,
+            num_processes=accelerator.num_processes,
+            on_gpu=compute.device.type == "cuda",
+        )
+
+    def default(name: str) -> Any:
+        return getattr(resolved(replace(asked, **{name: Settings.__dataclass_fields__[name].default})), name)
+
+    asked, settings = settings, resolved(settings)
     require_rank(settings, method)
     truncated = data.truncated(model, united)
     parameters = scope.inside(dict(model.unet.named_parameters()), str(settings.scope))
     base_hash = delta.content_hash(unet_state(model.unet))
     given_mask = load_mask(settings, model, parameters, base_hash)
-    identity = {
-        "base_hash": base_hash,
-        "concept": united.fingerprint(),
-        "settings": {k: v for k, v in asdict(settings).items() if k not in _FREE},
-        "mask": None if given_mask is None else saliency_hash(given_mask),
-    }
-    if earlier is not None:
-        identity["base"] = earlier.record
+    identity = records.identity(
+        settings,
+        [united, *parts, *(earlier.concepts if earlier else [])],
+        base_hash=base_hash,
+        mask_hash=None if given_mask is None else saliency_hash(given_mask),
+        base=earlier and earlier.record,
+    )
+    outputs = planned(settings, folder, model)
     if accelerator.is_main_process:
-        open_folder(folder, identity, settings)
+        how = {"overwrite": settings.overwrite, "resume": settings.resume}
+        records.begin(folder, identity, outputs=outputs, default=default, **how)
     accelerator.wait_for_everyone()
-    record = files.read_json(folder / "run.json")
+    record = records.read(folder)
     if record["status"] == "done":
-        return Run(folder, record if accelerator.is_main_process else {})
+        return finished(folder, record, settings, accelerator.is_main_process)
     for part in parts:
         tell(announcement(part, settings, method))
     if truncated:
@@ -202,6 +212,7 @@ def run(
             given_mask,
             folder,
             identity,
+            outputs,
             compute,
             accelerator,
             cache_dir,
@@ -210,8 +221,9 @@ def run(
             tell,
         )
     except EraseError:
-        if accelerator.is_main_process and [path.name for path in folder.iterdir()] == ["run.json"]:
-            shutil.rmtree(folder)  # nothing to continue from: bad input leaves nothing behind
+        if accelerator.is_main_process and [path.name for path in folder.iterdir()] == [records.RECORD]:
+            (folder / records.RECORD).unlink()  # nothing to continue from: bad input leaves nothing behind
+            folder.rmdir()
         raise
 
 
@@ -225,6 +237,7 @@ def _carry_out(
     given_mask: saliency.Packed | None,
     folder: Path,
     identity: Mapping[str, Any],
+    outputs: Sequence[str],
     compute: device.Compute,
     accelerator: Accelerator,
     cache_dir: Path,
@@ -308,6 +321,7 @@ def _carry_out(
         "settings": identity["settings"],
         "data": fingerprint,
         "made_for": settings.model,
+        "base_dtype": None if settings.unet else export.stored_dtype(model.folder / "unet"),
     }
     if earlier is not None:
         provenance["after"] = earlier.record
@@ -316,11 +330,15 @@ def _carry_out(
     change = delta.difference(unet_state(base_unet), new_state, provenance)
     if change.base_hash != base_hash:
         raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")
+    if outside := outside_of(change, parameters, mask):
+        raise EraseError(
+            f"{outside[0]!r} changed outside the mask or the scope; nothing was published. Delete {work}, and the same "
+            "command starts again"
+        )
     write_outputs(folder, settings, model, base_unet, new_state, change, mask, concept, earlier)
     lap("output")
     moved = sum(change.changed.values())
     record = {
-        "status": "done",
         "identity": identity,
         "identity_hash": files.text_hash(identity),
         "concept": asdict(concept),
@@ -334,6 +352,7 @@ def _carry_out(
             "origin_hash": earlier.record["model_hash"] if earlier else base_hash,
             "base_hash": base_hash,
             "result_hash": change.result_hash,
+            "base_dtype": provenance["base_dtype"],
         },
         "mask": None if mask is None else {"weights": _total(mask), "ones": saliency.count(mask)},
         "weights": {"total": sum(t.numel() for t in new_state.values()), "changed": moved},
@@ -348,15 +367,44 @@ def _carry_out(
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "files": {
-            str(path.relative_to(folder)): files.file_hash(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and "work" not in path.relative_to(folder).parts and path.name != "run.json"
-        },
     }
-    files.write_json(folder / "run.json", record)
-    shutil.rmtree(work, ignore_errors=True)
-    return Run(folder, files.read_json(folder / "run.json"))
+    record = records.finish(folder, record, outputs)
+    clean(folder)
+    return Run(folder, record)
+
+
+def finished(folder: Path, record: dict[str, Any], settings: Settings, is_main_process: bool) -> Run:
+    """A run that was finished before, verified, with the forms added that it lacks."""
+    if not is_main_process:
+        return Run(folder, {}, is_new=False)
+    records.verify(folder, record)
+    clean(folder)
+    there = {"delta", *forms.held(folder, record)}
+    added = tuple(form for form in settings.save if form not in there)
+    if added:
+        forms.add(folder, added, rank=settings.lora_rank)
+    return Run(folder, records.read(folder), is_new=False, added=added)
+
+
+def clean(folder: Path) -> None:
+    """Delete intermediate state, which a finished run does not need any more."""
+    if (folder / "work").is_dir():
+        files.refuse_links(folder)
+        shutil.rmtree(folder / "work")
+
+
+def outside_of(change: delta.Delta, parameters: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None) -> list[str]:
+    """Names of the weights of which some changed that are outside the scope or the mask.
+
+    parameters: those in the scope, by name.
+    """
+    found = []
+    for name in change.changed:
+        plain = name.removeprefix("unet.")
+        may = None if mask is None or plain not in parameters else mask[plain].reshape(-1)
+        if plain not in parameters or may is not None and (delta.changed_bits(change, name) & ~may).any():
+            found.append(plain)
+    return found
 
 
 def _train(
@@ -501,7 +549,7 @@ def read_base(settings: Settings, output: Path) -> Base | None:
     if settings.unet is not None:
         raise EraseError(f"--unet {settings.unet} does not go with --base, whose UNet is what it erased; leave one out")
     folder = Path(settings.base).expanduser()
-    record = files.read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    record = records.read(folder) if (folder / records.RECORD).is_file() else {}
     if record.get("status") != "done" or not (folder / "model_index.json").is_file():
         raise EraseError(f"--base is {settings.base!r}, which is no finished run with a pipeline; give a run folder")
     if folder.resolve() == output.resolve():
@@ -573,33 +621,6 @@ def require_known(concept: Concept, settings: Settings) -> None:
                 )
 
 
-def open_folder(folder: Path, identity: Mapping[str, Any], settings: Settings) -> None:
-    """Make the run folder with a run.json that says "running", or find this very run in it.
-
-    Raises:
-        EraseError: the folder holds another run or other files, or --resume finds nothing to continue.
-    """
-    record_path = folder / "run.json"
-    if settings.overwrite and folder.exists():
-        if any(folder.iterdir()) and not record_path.exists():
-            raise EraseError(f"{folder} is not a run folder (it has no run.json); delete it yourself if you mean it")
-        shutil.rmtree(folder)
-    if record_path.exists():
-        record = files.read_json(record_path)
-        different = _differences(record.get("identity", {}), identity)
-        if different:
-            raise EraseError(
-                f"{folder} holds another run (it differs in {', '.join(different)}); "
-                "choose another --output, or --overwrite to delete it"
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise EraseError(f"{folder} exists and is not a run folder; choose another --output")
-    if settings.resume:
-        raise EraseError(f"--resume, but {folder} holds no unfinished run; leave it out to start one")
-    files.write_json(record_path, {"status": "running", "identity": identity})
-
-
 def needed_memory(settings: Settings, model: models.Model, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
     accumulates, method = settings.mask in {"saliency", "inverse"}, make_method(settings)
@@ -660,7 +681,7 @@ def make_mask(
     """
     path = work / "mask.safetensors"
     if path.exists():
-        return saliency.load(path)[0]
+        return kept_mask(path, settings, parameters, base_hash)
     if settings.mask == "random":
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         mask = saliency.random_mask(shapes, settings.density, settings.seed, per_tensor=settings.per_tensor)
@@ -704,6 +725,18 @@ def make_mask(
     return saliency.pack(mask)
 
 
+def kept_mask(path: Path, settings: Settings, parameters: Mapping[str, Tensor], base_hash: str) -> saliency.Packed:
+    """The mask that this run made before it was interrupted."""
+    try:
+        files.read_own(path, kind="mask", base_hash=base_hash, source=settings.mask, density=settings.density)
+        mask, header = saliency.load(path)
+        saliency.check(mask, header, parameters, base_hash=base_hash)
+    except EraseError as error:
+        told = str(error).replace("; copy or download it again", "")
+        raise EraseError(f"{told}; delete {path}, and the same command makes the mask again") from error
+    return mask
+
+
 def by_concept(pictures: data.Data, parts: Sequence[Concept], settings: Settings) -> list[data.Data]:
     """The forget pictures of each concept to be masked for; of a single one, and of unnamed images, all.
 
@@ -712,6 +745,19 @@ def by_concept(pictures: data.Data, parts: Sequence[Concept], settings: Settings
     if len(parts) == 1 and settings.base is None or settings.forget_images:
         return [pictures]
     return [data.of_prompts(pictures, part.forget) for part in parts]
+
+
+def planned(settings: Settings, folder: Path, model: models.Model) -> list[str]:
+    """The files that the run will write, run.json apart, relative to its folder."""
+    names = [records.DELTA, records.CARD]
+    names += [records.MASK] if settings.mask != "none" or settings.base else []
+    names += [records.SAMPLES] if settings.num_samples else []
+    return names + [name for form in published(settings) for name in forms.names(form, folder, model.folder)]
+
+
+def published(settings: Settings) -> list[str]:
+    """The forms to write; a single file comes with the folder that it is made from."""
+    return ["pipeline", *settings.save] if "single-file" in settings.save else list(settings.save)
 
 
 def write_outputs(
@@ -726,33 +772,32 @@ def write_outputs(
     earlier: "Base | None" = None,
 ) -> None:
     """Everything in the run folder but run.json."""
-    delta.save(folder / "delta.safetensors", change)
-    made = folder / "work" / "mask.safetensors"
+    delta.save(folder / records.DELTA, change)
+    made = folder / "work" / records.MASK
     if made.exists() and earlier is None:
-        shutil.copyfile(made, folder / "mask.safetensors")
+        files.copy(made, folder / records.MASK)
     elif mask is not None:
         header = saliency.load(made)[1] if made.exists() else {}
         header |= {"base": settings.model, "base_hash": change.base_hash}
         header |= {"united_with": earlier.record["run"]} if earlier and earlier.mask else {}
-        saliency.save(folder / "mask.safetensors", mask, header)
-    plain = {name.removeprefix("unet."): tensor for name, tensor in new_state.items()}
-    if "unet" in settings.save:
-        files.write_tensors(folder / "unet.safetensors", plain)
-    if "lora" in settings.save:
-        base = {name: tensor.detach() for name, tensor in base_unet.state_dict().items()}
-        export.save_lora(folder / "pytorch_lora_weights.safetensors", base, plain, rank=_int(settings.lora_rank))
-    if "pipeline" in settings.save or "single-file" in settings.save:
-        export.save_pipeline(model.folder, folder, plain)
-    if "single-file" in settings.save:
-        export.save_single_file(folder / f"{folder.name}.safetensors", folder, provenance=change.provenance)
+        saliency.save(folder / records.MASK, mask, header)
+    for form in dict.fromkeys(published(settings)):
+        forms.write(
+            form,
+            folder,
+            run_folder=folder,
+            source=model.folder,
+            base={name: tensor.detach() for name, tensor in base_unet.state_dict().items()},
+            new=forms.plain(new_state),
+            rank=_int(settings.lora_rank),
+            provenance=change.provenance,
+        )
     if settings.num_samples:
-        card.write_samples(folder / "samples.png", model, base_unet, concept, settings)
-    files.write_text(folder / "README.md", card.model_card(settings, concept, change, after=earlier and earlier.record))
-
-
-def unet_state(unet: torch.nn.Module) -> dict[str, Tensor]:
-    """The UNet's weights on the CPU under names that say which part they belong to, as deltas want them."""
-    return {f"unet.{name}": tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
+        card.write_samples(folder / records.SAMPLES, model, base_unet, concept, settings)
+    dtype = ", dtype=torch.float32" if export.needs_dtype(model.folder) else ""
+    loading = f'StableDiffusionPipeline.from_pretrained("this folder"{dtype})'
+    text = card.model_card(settings, concept, change, loading=loading, after=earlier and earlier.record)
+    files.write_text(folder / records.CARD, text)
 
 
 def saliency_hash(mask: Mapping[str, Tensor]) -> str:
@@ -782,17 +827,6 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated()
     return peak
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Names of what two identities disagree about, as a user knows them."""
-    here = json.loads(json.dumps(here))
-    different = [name for name in ("base_hash", "concept", "mask") if there.get(name) != here.get(name)]
-    old, new = there.get("settings", {}), here["settings"]
-    if "mixed_precision" in old:  # of version 0.1.0
-        old = {**old, "precision": MIXED_PRECISION[old["mixed_precision"]]}
-    different += [f"--{name.replace('_', '-')}" for name in new if old.get(name) != new[name]]
-    return ["the model" if name == "base_hash" else name for name in different]
 
 
 def _world_size() -> int:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from erase.files import (
     open_tensors,
     read_json,
     read_metadata,
+    scratch_folder,
     text_hash,
     write_json,
     write_tensors,
@@ -122,9 +122,8 @@ def _kept(kind: str, key: str, cache_dir: Path | None, make: Callable[[Path], li
     try:
         notes = _verified(folder)
         if notes is None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{key}.", dir=folder.parent) as temporary:
-                made = Path(temporary) / "pipeline"
+            with scratch_folder(folder) as temporary:
+                made = temporary / "pipeline"
                 notes = make(made)
                 write_json(made / _RECORD, {"notes": notes, "files": _hashes(made)})
                 if _verified(folder) is None:  # else another process was first
