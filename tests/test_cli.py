@@ -381,7 +381,8 @@ def broken_files(tmp_path) -> dict[str, Path]:
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_file_that_is_no_delta_is_one_line(name, kind, command, broken_files, empty_folder):
     path = str(broken_files[kind])
-    arguments = [path] if name == "inspect" else ["--delta", path, "--model", "nowhere", "--output", "restored"]
+    others = {"inspect": [path], "export": [path, "--to", "unet"]}
+    arguments = others.get(name, ["--delta", path, "--model", "nowhere", "--output", "restored"])
     assert_refused(command(name, *arguments), empty_folder, re.escape(path))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import damage
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from erase import cli, concepts, delta, erase_concept, files, models, saliency
+from erase import cli, concepts, delta, erase_concept, files, models, records, saliency
 from erase import run as running
 from erase.concepts import Concept
 from erase.errors import EraseError
@@ -90,7 +93,6 @@ def test_a_fresh_process_without_erase_loads_the_folder_and_predicts_the_same(fi
         files.write_tensors(tmp_path / "io.safetensors", {"x": x, "t": t, "c": c, "y": unet(x, t, c).sample})
     script = """
 import sys, torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 torch.set_num_threads(1)
 io = load_file(sys.argv[2])
@@ -111,6 +113,172 @@ def test_the_same_call_returns_the_finished_record_and_other_settings_are_refuse
     with pytest.raises(EraseError, match=r"holds another run \(it differs in --density, --seed\)"):
         erase(toy_pipeline_dir, finished.folder, density=0.1, seed=3)
     assert (finished.folder / "run.json").stat().st_mtime_ns == before
+
+
+def copied(finished, tmp_path) -> Path:
+    """The finished run in a folder of the same name, to be altered."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "copy" / "cat"))
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "delta.safetensors", "model_index.json"])
+@pytest.mark.parametrize("how", ["missing", "altered"])
+def test_a_finished_run_is_verified_before_it_is_believed(finished, toy_pipeline_dir, tmp_path, name, how):
+    """(2.3)"""
+    folder = copied(finished, tmp_path)
+    assert not erase(toy_pipeline_dir, folder).is_new  # control
+    if how == "missing":
+        (folder / name).unlink()
+    else:
+        content = bytearray((folder / name).read_bytes())
+        content[-9] ^= 1
+        (folder / name).write_bytes(content)
+    told = f"cat holds a run that was finished on 20.* UTC, but {name} (is missing|was altered); bring .*--overwrite"
+    with pytest.raises(EraseError, match=told):
+        erase(toy_pipeline_dir, folder)
+
+
+def test_texts_and_samples_of_a_finished_run_may_be_edited(finished, toy_pipeline_dir, tmp_path):
+    folder = copied(finished, tmp_path)
+    (folder / "README.md").write_text("my own card")
+    (folder / "samples.png").unlink()
+    assert not erase(toy_pipeline_dir, folder).is_new
+
+
+def test_a_finished_run_says_when_it_was_made(finished, toy_pipeline_dir, tmp_path, capsys):
+    """And not that it was erased in so many seconds (2.3)."""
+    folder = copied(finished, tmp_path)
+    made = files.read_json(folder / "run.json")["finished"]
+    cli.main(["--concept", concept_file(tmp_path), "--model", str(toy_pipeline_dir), "--output", str(folder), *FLAGS])
+    out = capsys.readouterr().out
+    assert f"finished already on {made[:10]} {made[11:16]} UTC" in out and "erased from" not in out
+
+
+def concept_file(tmp_path: Path) -> str:
+    path = tmp_path / "cat.toml"
+    keys = ("forget", "anchor", "retain", "others")
+    path.write_text('kind = "object"\n' + "\n".join(f"{key} = {json.dumps(getattr(CONCEPT, key))}" for key in keys))
+    return str(path)
+
+
+def test_what_does_not_decide_the_weights_makes_no_other_run(finished, toy_pipeline_dir, tmp_path):
+    """Synonyms, a judge, another number of samples or a name of the concept (2.8)."""
+    folder = copied(finished, tmp_path)
+    judge = {"type": "clip", "target": "a cat", "alternatives": ["a dog"]}
+    same = replace(CONCEPT, name="kitten", synonyms=("puss",), judge=judge)
+    options = {**OPTIONS, "num_samples": 0, "checkpointing_steps": 7}
+    again = erase_concept(same, str(toy_pipeline_dir), output=str(folder), **options)
+    assert not again.is_new and again.record["finished"] == finished.record["finished"]
+    with pytest.raises(EraseError, match="differs in concept"):
+        erase_concept(replace(CONCEPT, retain=("a tree",)), str(toy_pipeline_dir), output=str(folder), **OPTIONS)
+
+
+def test_a_form_asked_for_later_is_added(finished, toy_pipeline_dir, tmp_path, capsys):
+    """`--save` of a finished run, and `export`, which gives the same bytes however often (2.8)."""
+    folder = copied(finished, tmp_path)
+    again = erase(toy_pipeline_dir, folder, save=("lora",), lora_rank=2)
+    assert again.added == ("lora",) and not again.is_new
+    lora = files.file_hash(folder / "pytorch_lora_weights.safetensors")
+    assert again.record["files"]["pytorch_lora_weights.safetensors"] == lora
+    assert again.record["finished"] == finished.record["finished"]
+    cli.main(["export", str(folder), "--to", "unet", "--to", "lora", "--lora-rank", "2", "--to", "single-file"])
+    out = capsys.readouterr().out
+    assert f"{folder / 'unet.safetensors'}: written (unet)" in out and f"{folder / 'cat.safetensors'}: written" in out
+    record = files.read_json(folder / "run.json")
+    assert {"unet.safetensors", "cat.safetensors", "model_index.json"} <= record["files"].keys()
+    assert all(files.file_hash(folder / name) == digest for name, digest in record["files"].items())
+    assert record["files"]["pytorch_lora_weights.safetensors"] == lora
+    unet = models.load_unet(folder).state_dict()
+    assert files.content_hash(files.read_tensors(folder / "unet.safetensors")) == files.content_hash(unet)
+    erase(toy_pipeline_dir, folder)  # verified
+
+
+def test_a_run_saved_without_its_pipeline_is_exported_as_one(finished, toy_pipeline_dir, tmp_path):
+    folder = erase(toy_pipeline_dir, tmp_path / "cat", save=("delta",), num_samples=0).folder
+    assert not (folder / "model_index.json").exists()
+    cli.main(["export", str(folder), "--to", "pipeline", "--output", str(tmp_path / "elsewhere")])
+    assert "model_index.json" not in files.read_json(folder / "run.json")["files"]
+    cli.main(["export", str(folder), "--to", "pipeline"])
+    for made in (folder, tmp_path / "elsewhere"):
+        name = "unet/diffusion_pytorch_model.safetensors"
+        assert files.file_hash(made / name) == files.file_hash(finished.folder / name)
+    assert "model_index.json" in files.read_json(folder / "run.json")["files"]
+
+
+def test_export_wants_a_finished_whole_run(finished, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    altered = copied(finished, tmp_path)
+    (altered / "delta.safetensors").unlink()
+    unfinished = tmp_path / "unfinished"
+    files.write_json(unfinished / "run.json", {"status": "running", "identity": finished.record["identity"]})
+    for folder, told in ((tmp_path / "empty", "not a run folder"), (altered, "delta.safetensors is missing")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["export", str(folder), "--to", "unet"])
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["export", str(unfinished), "--to", "unet"])
+    assert "unfinished run; repeat its command" in capsys.readouterr().err
+
+
+def old_record(finished) -> dict[str, Any]:
+    """What version 0.1.0 wrote for the very run, with today's hashes of the files."""
+    old = json.loads((Path(__file__).parent / "old" / "run-0.1.0.json").read_text())
+    new = finished.record
+    old["files"], old["model"] = new["files"], new["model"]
+    old["identity"]["base_hash"] = new["identity"]["base_hash"]
+    return old
+
+
+def test_a_finished_run_of_version_0_1_0_is_the_same_run(finished, toy_pipeline_dir, tmp_path):
+    """Its record lacks a format, a time, and whatever options came later (2.8)."""
+    folder = copied(finished, tmp_path)
+    (folder / "run.json").write_text(json.dumps(old_record(finished)))
+    again = erase(toy_pipeline_dir, folder)
+    assert not again.is_new and records.when(again.record) == ""
+    with pytest.raises(EraseError, match=r"holds another run \(it differs in --density, --precision, --seed\)"):
+        erase(toy_pipeline_dir, folder, density=0.1, seed=3, precision="bf16")
+    with pytest.raises(EraseError, match="differs in concept"):
+        erase_concept(replace(CONCEPT, forget=("cats",) * 2), str(toy_pipeline_dir), output=str(folder), **OPTIONS)
+
+
+def test_a_record_that_lacks_a_setting_was_made_with_its_default(finished, toy_pipeline_dir, tmp_path):
+    """What a later version's new option needs (2.8)."""
+    folder = copied(finished, tmp_path)
+    record = files.read_json(folder / "run.json")
+    for name in ("moments", "score", "attention", "weights"):
+        del record["identity"]["settings"][name]
+    files.write_json(folder / "run.json", record)
+    assert not erase(toy_pipeline_dir, folder).is_new
+    with pytest.raises(EraseError, match=r"differs in --score\)"):
+        erase(toy_pipeline_dir, folder, score="sum_sq")
+
+
+RECORDS = {
+    "text": lambda record: "hello",
+    "list": lambda record: "[]",
+    "null": lambda record: "null",
+    "half": lambda record: json.dumps(record)[:1000],
+    "no status": lambda record: json.dumps({**record, "status": "?"}),
+    "no identity": lambda record: json.dumps({**record, "identity": 3}),
+    "later format": lambda record: json.dumps({**record, "identity": {**record["identity"], "format": 9}}),
+    "no format": lambda record: json.dumps({**record, "identity": {"settings": 1}}),
+    "no settings": lambda record: json.dumps({**record, "identity": {**record["identity"], "settings": []}}),
+    "no files": lambda record: json.dumps({**record, "files": None}),
+    "numbers for hashes": lambda record: json.dumps({**record, "files": {"a": 1}}),
+    "no model": lambda record: json.dumps({key: value for key, value in record.items() if key != "model"}),
+    "no weights": lambda record: json.dumps({**record, "weights": {}}),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_damaged_record_is_one_line(kind, finished, toy_pipeline_dir, tmp_path):
+    """(4.10)"""
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    (folder / "run.json").write_text(RECORDS[kind](finished.record))
+    with pytest.raises(EraseError, match="run.json") as caught:
+        erase(toy_pipeline_dir, folder)
+    assert "\n" not in str(caught.value) and [path.name for path in folder.iterdir()] == ["run.json"]
 
 
 def test_same_seed_same_delta_and_another_seed_another(finished, toy_pipeline_dir, tmp_path):
@@ -182,6 +350,97 @@ def test_apply_and_remove_restore_each_other_from_the_shell(finished, toy_pipeli
     error = capsys.readouterr().err
     assert finished.record["model"]["base_hash"][:12] in error and "already" in error and error.count("\n") == 1
     assert not (tmp_path / "no").exists()
+
+
+def test_apply_and_remove_can_be_repeated(finished, toy_pipeline_dir, tmp_path, capsys):
+    """The same command after it is done says so; a folder with anything else in it is refused (2.4)."""
+    change = str(finished.folder / "delta.safetensors")
+    command = ["apply", "--delta", change, "--model", str(toy_pipeline_dir), "--output", str(tmp_path / "out")]
+    cli.main(command)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    cli.main(command)
+    assert "written already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    (tmp_path / "out" / "text_encoder" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(command)
+    assert "out exists already" in capsys.readouterr().err
+
+
+def half_precision(folder: Path, target: Path) -> Path:
+    """The pipeline with float16 weights, as many are published."""
+    shutil.copytree(folder, target)
+    for path in target.rglob("*.safetensors"):
+        tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    return target
+
+
+def test_a_half_precision_base_comes_back_as_it_was_and_the_printed_line_generates(toy_pipeline_dir, tmp_path, capsys):
+    """The UNet's tensors and dtype after `remove`, and the lines that the commands print, pasted (2.6, 2.7)."""
+    base = half_precision(toy_pipeline_dir, tmp_path / "base")
+    arguments = ["--concept", concept_file(tmp_path), "--model", str(base), "--output", str(tmp_path / "cat")]
+    cli.main([*arguments, *FLAGS, "--num-samples=0", "--num-train-steps=1"])
+    out = capsys.readouterr().out
+    assert generates(out).unet.dtype == torch.float32
+    assert "dtype=torch.float32" in (tmp_path / "cat" / "README.md").read_text()
+    change = str(tmp_path / "cat" / "delta.safetensors")
+    cli.main(["remove", "--delta", change, "--model", str(tmp_path / "cat"), "--output", str(tmp_path / "restored")])
+    out = capsys.readouterr().out
+    assert "the base's bit for bit" in out and generates(out)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    restored, expected = load_file(tmp_path / "restored" / name), load_file(base / name)
+    assert files.content_hash(restored) == files.content_hash(expected)
+    assert {tensor.dtype for tensor in restored.values()} == {torch.float16}
+
+
+def test_a_base_whose_dtype_is_not_known_comes_back_value_for_value(finished, toy_pipeline_dir, tmp_path, capsys):
+    """As from a delta of version 0.1.0 (2.6)."""
+    change = delta.load(finished.folder / "delta.safetensors")
+    known = {name: value for name, value in change.provenance.items() if name != "base_dtype"}
+    delta.save(tmp_path / "delta.safetensors", replace(change, provenance=known))
+    arguments = ["--delta", str(tmp_path / "delta.safetensors"), "--model", str(finished.folder)]
+    cli.main(["remove", *arguments, "--output", str(tmp_path / "restored")])
+    assert "value for value" in capsys.readouterr().out
+
+
+def generates(out: str) -> Any:
+    """The pipeline of the line that was printed, after it generated an image."""
+    line = re.search(r"^load it: (.*)$", out, re.MULTILINE)
+    assert line
+    names: dict[str, Any] = {}
+    exec(line[1], names)
+    pipeline = names["pipeline"]
+    assert pipeline("a cat", num_inference_steps=1, output_type="np").images.shape[0] == 1
+    return pipeline
+
+
+def test_what_the_erased_model_predicts_is_what_its_file_predicts(finished, toy_pipeline_dir, tmp_path):
+    """Law 6: the folder's UNet and the delta applied to the base predict the same bits, whatever file they lie in."""
+    change = str(finished.folder / "delta.safetensors")
+    cli.main(["apply", "--delta", change, "--model", str(toy_pipeline_dir), "--output", str(tmp_path / "again")])
+    x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([5, 800]), torch.randn(2, 77, 8)
+    with torch.no_grad():
+        ours, theirs = (models.load_unet(folder)(x, t, c).sample for folder in (finished.folder, tmp_path / "again"))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_weight_that_moved_outside_the_mask_is_never_published(finished, toy_pipeline_dir, tmp_path, monkeypatch):
+    """Whatever moved it: here a training that was tampered with, its hashes in order (2.1)."""
+    trained = running.train.train
+
+    def tampered(model, method, pictures, parameters, mask, *rest, **how):
+        losses = trained(model, method, pictures, parameters, mask, *rest, **how)
+        name = next(name for name, bits in mask.items() if not bits.all())
+        with torch.no_grad():
+            parameters[name].view(-1)[(~mask[name]).reshape(-1).nonzero()[0]] += 1.0
+        return losses
+
+    monkeypatch.setattr(running.train, "train", tampered)
+    with pytest.raises(EraseError, match="changed outside the mask or the scope; nothing was published"):
+        erase(toy_pipeline_dir, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"run.json", "work"} and files.read_json(tmp_path / "run" / "run.json")["status"] == "running"
 
 
 def test_inspect_shows_the_share_of_every_block(finished, capsys):
@@ -316,6 +575,83 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(toy_pipeline_dir, t
         with pytest.raises(EraseError, match="not a run folder"):
             erase(toy_pipeline_dir, tmp_path, overwrite=overwrite)
     assert (tmp_path / "photo.txt").read_text() == "mine"
+
+
+def test_overwriting_deletes_what_a_run_made_and_nothing_else(finished, toy_pipeline_dir, tmp_path):
+    """(2.12)"""
+    folder = copied(finished, tmp_path)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "unet" / "notes.txt").write_text("mine")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.png").write_text("mine")
+    again = erase(toy_pipeline_dir, folder, overwrite=True, save=("delta",), num_samples=0)
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    made = {"run.json", "README.md", "delta.safetensors", "mask.safetensors"}
+    assert left == made | {"notes.txt", "unet/notes.txt", "photos/a.png"}
+    assert again.record["files"].keys() == made - {"run.json"}
+
+
+@pytest.mark.parametrize("record", [{"results": 1}, {"status": "done", "name": "of another program"}, {}])
+def test_a_folder_with_some_other_run_json_is_not_emptied(record, toy_pipeline_dir, tmp_path):
+    """(2.12)"""
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "photo.txt").write_text("mine")
+    with pytest.raises(EraseError, match="is not the record of an erasure"):
+        erase(toy_pipeline_dir, tmp_path, overwrite=True)
+    assert (tmp_path / "photo.txt").read_text() == "mine" and json.loads((tmp_path / "run.json").read_text()) == record
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_inside_an_unfinished_run_are_not_followed(overwrite, finished, toy_pipeline_dir, tmp_path):
+    """A linked file is replaced, a linked folder is refused, and what they point to stays (2.12)."""
+    folder, victim = tmp_path / "cat", tmp_path / "victim"
+    (victim / "unet").mkdir(parents=True)
+    (victim / "unet" / "diffusion_pytorch_model.bin").write_text("mine")
+    (victim / "mask.safetensors").write_text("mine")
+    outputs = ["unet/diffusion_pytorch_model.bin", "mask.safetensors"]
+    running_record = {"status": "running", "identity": finished.record["identity"], "outputs": outputs}
+    files.write_json(folder / "run.json", running_record)
+    (folder / "mask.safetensors").symlink_to(victim / "mask.safetensors")
+    (folder / "unet").symlink_to(victim / "unet")
+    with pytest.raises(EraseError, match="unet is a link to .*victim/unet; remove the link"):
+        erase(toy_pipeline_dir, folder, overwrite=overwrite)
+    (folder / "unet").unlink()
+    erase(toy_pipeline_dir, folder, overwrite=overwrite, num_samples=0)
+    assert (victim / "unet" / "diffusion_pytorch_model.bin").read_text() == "mine"
+    assert (victim / "mask.safetensors").read_text() == "mine" and not (folder / "mask.safetensors").is_symlink()
+
+
+def test_a_record_that_names_files_elsewhere_deletes_none(finished, toy_pipeline_dir, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    folder = tmp_path / "cat"
+    identity = finished.record["identity"]
+    files.write_json(folder / "run.json", {"status": "running", "identity": identity, "outputs": ["../mine"]})
+    with pytest.raises(EraseError, match="it names the file '../mine'"):
+        erase(toy_pipeline_dir, folder, overwrite=True)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_temporaries_of_a_killed_run_are_not_kept_or_listed(finished, toy_pipeline_dir, tmp_path):
+    """(2.4)"""
+    folder = tmp_path / "cat"
+    files.write_json(folder / "run.json", {"status": "running", "identity": finished.record["identity"]})
+    for name in ("delta.safetensors", "samples.png", "unet/diffusion_pytorch_model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        files.partial(folder / name).write_text("half")
+    record = erase(toy_pipeline_dir, folder, num_samples=0).record
+    assert not [path for path in folder.rglob(".*")] and not any("partial" in name for name in record["files"])
+
+
+@pytest.mark.parametrize("kind", ["half", "a tensor of zeros", "no hash", "another hash"])
+def test_a_damaged_mask_of_an_unfinished_run_is_one_line(kind, finished, toy_pipeline_dir, tmp_path):
+    """(2.2)"""
+    folder = tmp_path / "cat"
+    files.write_json(folder / "run.json", {"status": "running", "identity": finished.record["identity"]})
+    (folder / "work").mkdir()
+    shutil.copy(finished.folder / "mask.safetensors", folder / "work" / "mask.safetensors")
+    damage.DAMAGES[kind](folder / "work" / "mask.safetensors")
+    with pytest.raises(EraseError, match="; delete .*work/mask.safetensors, and the same command makes the mask again"):
+        erase(toy_pipeline_dir, folder)
 
 
 def test_a_mask_of_another_model_names_both_hashes(finished, toy_pipeline_dir, tmp_path):
