@@ -92,6 +92,7 @@ def test_every_option_in_the_text_exists():
     known |= {
         "--list",
         "--delta",
+        "--to",
         "--output",
         "--num_processes",
         "--check",

@@ -93,6 +93,7 @@ def test_a_fresh_process_without_erase_loads_the_folder_and_predicts_the_same(fi
         files.write_tensors(tmp_path / "io.safetensors", {"x": x, "t": t, "c": c, "y": unet(x, t, c).sample})
     script = """
 import sys, torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 torch.set_num_threads(1)
 io = load_file(sys.argv[2])
