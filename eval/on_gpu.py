@@ -423,7 +423,13 @@ def one_method(job: Job, name: str) -> dict[str, Any]:
 
     folder = fresh(job.work / "methods" / name)
     start = time.monotonic()
-    few = {"num_forget": 4, "num_retain": 4, "num_inference_steps": 3, "num_train_steps": 2, "batch_size": 2}
+    few: dict[str, Any] = {
+        "num_forget": 4,
+        "num_retain": 4,
+        "num_inference_steps": 3,
+        "num_train_steps": 2,
+        "batch_size": 2,
+    }
     run = erase_concept(
         "circle",
         "mini",
