@@ -72,7 +72,9 @@ def test_no_local_path_is_told(model, tmp_path, monkeypatch):
     """Of a local folder the card names the last part, a hub id stays whole. (4.11)"""
     monkeypatch.setenv("HOME", "/home/somebody")
     private = "/home/somebody/secret"
-    options = {name: f"{private}/{name}" for name in ("output", "cache_dir", "config", "forget_images", "mask")}
+    options: dict[str, Any] = {
+        name: f"{private}/{name}" for name in ("output", "cache_dir", "config", "forget_images", "mask")
+    }
     text = written(model=model, after={"run": private, "model": model, "concepts": ["a"]}, **options)
     assert "somebody" not in text and f"{private}/" not in text and "models" not in text
     assert "my-base" in text and "base_model" not in text
