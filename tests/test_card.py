@@ -18,7 +18,8 @@ CONCEPT = Concept("cat", "object", ("a cat",), ("a dog",), ("a house",))
 def written(concept: Concept = CONCEPT, after: Any = None, **options: Any) -> str:
     state = {"unet.a": torch.zeros(3)}
     change = delta.difference(state, {"unet.a": torch.ones(3)}, {})
-    return card.model_card(resolve(Settings("cat", **options), "object", {}), concept, change, after=after)
+    settings = resolve(Settings("cat", **options), "object", {})
+    return card.model_card(settings, concept, change, loading="load()", after=after)
 
 
 def test_zero_is_a_setting():

@@ -81,6 +81,6 @@ def test_the_line_that_loads_a_model_works_when_pasted(name, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
     seen: list[str] = []
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", seen.append)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda path, **_: seen.append(path))
     exec(load_line(Path(name)), {})
     assert seen == [name] and "\n" not in load_line(Path(name))
