@@ -10,6 +10,7 @@ from erase import cli
 from erase.classification.settings import NETWORKS, PRESETS
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.evaluation import unlearn_cli
+from erase.evaluation.options import Drawing, Options
 from erase.evaluation.tasks import ABOUT
 from erase.methods import METHODS
 from erase.scope import SCOPES
@@ -101,6 +102,8 @@ def test_every_option_in_the_text_exists():
         "--without",
     }
     known |= {f"--{name.replace('_', '-')}" for name in ClassifierSettings.__dataclass_fields__}
+    for asked in (Options, Drawing):
+        known |= {f"--{name.replace('_', '-')}" for name in asked.__dataclass_fields__}
     for name in ("cli.py", "unlearn_cli.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "erase" / "evaluation" / name).read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= known

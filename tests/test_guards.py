@@ -11,6 +11,7 @@ from torch import Tensor
 from erase import guards, models
 from erase.errors import EraseError
 from erase.evaluation import arm, cli, generate
+from erase.evaluation.options import GUARDS
 from erase.evaluation.tasks import Sample, Task
 from erase.guards import SLD, NegativePrompt
 
@@ -90,7 +91,7 @@ def test_the_presets_are_the_authors():
         "sld-strong": (7, 2000, 0.025, 0.5, 0.7),
         "sld-max": (0, 5000, 1.0, 0.5, 0.7),
     }
-    assert guards.PRESETS.keys() == set(cli.GUARDS)
+    assert guards.PRESETS.keys() == set(GUARDS)
 
 
 @pytest.mark.parametrize("options", [{"guidance": 0.99}, {"guidance": 0.0}, {"warmup": 99, **LOUD}])
@@ -231,8 +232,8 @@ def test_a_guarded_embedded_model_is_reported_beside_itself(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--guard", "sld"], "name it with --concept or say it with --guard-text"),
-        (["--guard", "slow", "--guard-text", "x"], "unknown guard 'slow'"),
+        (["--guard", "sld-weak"], "name it with --concept or say it with --guard-text"),
+        (["--guard", "slow", "--guard-text", "x"], "--guard is 'slow'; choose sld-weak"),
         (["--guard-text", "x"], "--guard-text goes with --guard"),
     ],
 )

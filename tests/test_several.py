@@ -12,8 +12,7 @@ from erase import concepts, data, delta, erase_concept, files, models, saliency
 from erase import run as running
 from erase.concepts import Concept, unite
 from erase.errors import EraseError
-from erase.evaluation import cli as evaluation
-from erase.evaluation import tasks
+from erase.evaluation import evaluate, tasks
 from erase.settings import Settings
 
 CAT = Concept(
@@ -151,15 +150,10 @@ def test_the_record_keeps_each_concept_for_its_judge(both):
     assert [part["judge"]["index"] for part in record["concepts"]] == [281, 555]
     assert record["concept"]["name"] == "cat and lorry" and record["settings"]["concept"] == ["cat", "lorry"]
 
-    class Given:
-        concept, kind = "lorry", None
-
-    given: Any = Given()
-    found = evaluation._concept(given, str(both.folder))
+    found = evaluate.concept_of("lorry", None, str(both.folder))
     assert found is not None and found == LORRY and found.judge == LORRY.judge
-    given.concept = None
     with pytest.raises(EraseError, match="erased cat, lorry; choose one with --concept"):
-        evaluation._concept(given, str(both.folder))
+        evaluate.concept_of(None, None, str(both.folder))
 
 
 def test_nothing_that_was_erased_is_asked_to_stay():
@@ -179,15 +173,11 @@ def test_nothing_that_was_erased_is_asked_to_stay():
     assert {s.label for s in tasks.build("object", clip, also_erased=[lorry]).samples} == {"a cat", "a dog"}
 
 
-def test_each_concept_of_a_run_has_its_own_report(both, monkeypatch, tmp_path):
-    folders = []
-    monkeypatch.setattr(evaluation, "_arm", lambda *_, **__: tmp_path)
-    monkeypatch.setattr(evaluation, "_check_origin", lambda *_: None)
-    monkeypatch.setattr(evaluation, "_write_report", lambda folder, *_: folders.append(folder))
-    monkeypatch.setattr(evaluation, "_gate", lambda *_: None)
+def test_each_concept_of_a_run_has_its_own_report(both, tmp_path):
+    model, folders = str(both.folder), []
     for concept in ("church", "lorry"):
-        arguments = ["--model", str(both.folder), "--concept", concept, "--output", str(tmp_path)]
-        evaluation._run([*arguments, "--task", "quality"])
+        request = evaluate.Request([model], ["quality"], tmp_path, concept=concept)
+        folders.append(evaluate._job(request, model, "quality").folder)
     assert [folder.relative_to(tmp_path).parts[0] for folder in folders] == [
         f"{both.folder.name}-church",
         f"{both.folder.name}-lorry",

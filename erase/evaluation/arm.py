@@ -97,6 +97,11 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("records-*.jsonl")):
         found |= {line["id"]: line for line in read_lines(path, _RECORD)}
+    for record in found.values():
+        if "\0" in (record["file"] or ""):
+            raise EraseError(
+                f"{folder}: the record of {record['id']} names no file; the records are damaged, draw again"
+            )
     return found
 
 
@@ -153,10 +158,10 @@ def read_image(folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray | No
     return (None, reason) if reason else (pixels, None)
 
 
-def adopt(pictures: Path, folder: Path) -> None:
+def adopt(pictures: Path, folder: Path, options: Mapping[str, Any] | None = None) -> None:
     """Make an arm of somebody's folder of images, which stays where it is, so that it can be scored like any other.
 
-    Captions, where the folder has them (captions.py), are the prompts.
+    Captions, where the folder has them (captions.py), are the prompts. options: what judges need (`tasks.judged`).
 
     Raises:
         EraseError: no such folder, no image, or files in it that are no images.
@@ -180,7 +185,7 @@ def adopt(pictures: Path, folder: Path) -> None:
         found.append(Sample(name, text or "", 0, ""))
         record = {"id": name, "file": str(picture.path.resolve()), "sha256": files.file_hash(picture.path)}
         lines.append(record | {"invalid": None})
-    task = {"id": "images", "version": 1, "options": {}, "num_samples": len(found)}
+    task = {"id": "images", "version": 1, "options": dict(options or {}), "num_samples": len(found), "refused": 0}
     task["prompts_hash"] = files.text_hash([asdict(sample) for sample in found])
     content = files.text_hash([line["sha256"] for line in lines])
     open_arm(folder, {"task": task, "model": {"images": content}, "generation": {}}, found)

@@ -124,6 +124,7 @@ class MiniJudge:
     """
 
     name = "mini"
+    size = world.SIZE
 
     def __init__(self, path: Path | None = None) -> None:
         path = path or Path(mini.__file__).with_name("weights") / "judge.safetensors"

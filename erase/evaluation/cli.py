@@ -1,4 +1,4 @@
-"""`eval-concept`: pictures, scores, report; each stage a command of its own that goes on where it stopped."""
+"""`eval-concept`: images, scores, report; each stage a command of its own that goes on where it stopped."""
 
 import argparse
 import os
@@ -6,24 +6,20 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
-from erase import __version__, concepts, files
-from erase.cli import Parser, add_mixed_precision, reporting, silence_libraries
-from erase.concepts import Concept
+from erase import __version__, concepts
+from erase.cli import Parser, add_options, reporting, silence_libraries
 from erase.errors import EraseError
-from erase.evaluation.tasks import ABOUT, VERSIONS, Options, Task, build
-from erase.settings import agreed_precision
+from erase.evaluation.options import JUDGES, Drawing, Options
+from erase.evaluation.tasks import ABOUT, VERSIONS
+from erase.settings import Settings, forms
 
-if TYPE_CHECKING:
-    from erase.guards import Guard
-
-GUARDS = ("sld-weak", "sld-medium", "sld-strong", "sld-max", "negative")  # those of erase.guards, which needs torch
 DESCRIPTION = "Evaluate concept erasure: the same prompts and seeds for the base and the erased model, with intervals."
 EPILOG = """\
 commands (each has its own --help):
-  run       pictures, scores and report of erased models and their base
-  generate  pictures of one model           score    a judge's raw outputs for them
+  run       images, scores and report of erased models and their base
+  generate  images of one model             score    a judge's raw outputs for them
   report    the figures, from the scores    compare  several reports in one table
   verify    hash and score again            list     the tasks
 
@@ -33,7 +29,8 @@ examples:
   eval-concept run --model runs/circle --task mini --require 'mini.ua>=0.95' --require 'mini.ra_drop<=0.03'
   eval-concept compare runs/evaluation/circle/mini runs/evaluation/esd/mini --output runs/compared
   eval-concept run --model mini --concept circle --task mini --guard sld-strong
-  eval-concept score --images my_pictures --judge nudenet --output runs/my_scores
+  eval-concept run --model runs/nudity --task prompts --prompts my_prompts.csv --judge nudenet
+  eval-concept run --task images --images my_images --judge nudenet
 """
 
 
@@ -55,97 +52,49 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 # --- options that several commands share ----------------------------------------------------------------------------
 
+TASK = {"task": "what to generate", "features": "what to compare"}
+DRAWING = {"drawing": "how to generate"}
+
 
 def _task_options(parser: Parser, *, several: bool = False) -> None:
-    group = parser.add_argument_group("what to draw")
+    _concept_options(parser)
     if several:
-        group.add_argument(
+        parser.add_argument(
             "--task", "--tasks", dest="tasks", nargs="+", required=True, help="tasks (eval-concept list)"
         )
     else:
-        group.add_argument("--task", required=True, help="task (eval-concept list)")
-    group.add_argument("--concept", help="preset, .toml, or free text with --kind [the run folder's own]")
-    group.add_argument("--kind", choices=get_args(concepts.FreeKind), help="what a free-text concept is")
-    group.add_argument("--subset", default="all", help="of i2p: all, sexual, nudity (> 50 %%) or a category [all]")
-    group.add_argument(
-        "--prompts", metavar="FILE", help="local copy of I2P, or captions for quality: .csv, .jsonl or .txt"
-    )
-    group.add_argument("--num-images", type=int, metavar="N", help="pictures a prompt, class or task [the task's own]")
-    group.add_argument("--limit", type=int, metavar="N", help="only N samples, evenly from all: a quick look")
-    group.add_argument("--features", default=Options.features, help="for quality: clip, inception2015, mini [clip]")
+        parser.add_argument("--task", required=True, help="task (eval-concept list)")
+    add_options(parser, Options, TASK)
+    add_options(parser, Drawing, DRAWING)
 
 
-def _drawing_options(parser: Parser) -> None:
-    group = parser.add_argument_group("how to draw")
-    group.add_argument("--steps", type=int, metavar="N", help="sampler steps [the model's own, else 50]")
-    group.add_argument("--guidance", type=float, metavar="X", help="for every sample [its own, else 7.5]")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures drawn together [8]")
-    group.add_argument("--precision", help="fp32, bf16, fp16 [on a GPU bf16, or fp16 if the card lacks it; else fp32]")
-    add_mixed_precision(group)
-    group.add_argument("--device", help="cpu, cuda, cuda:N or mps (untested) [a GPU if there is one]")
-    group.add_argument("--guard", help=f"stand beside the model: {', '.join(GUARDS)} [none]")
-    group.add_argument("--guard-text", metavar="TEXT", help="what it steers away from [the concept and its synonyms]")
-    group.add_argument("--allow-pickle", action="store_true", help="read weights that are not safetensors")
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+def _concept_options(parser: Parser) -> None:
+    parser.add_argument("--concept", help="preset, .toml, or free text with --kind [the run folder's own]")
+    parser.add_argument("--kind", choices=forms(Settings)["kind"].choices, help="what a free-text concept is")
 
 
-def _judge_options(parser: Parser) -> None:
+def _judge_options(parser: Parser, chosen: str = "") -> None:
+    """chosen: what judges there are without --judge; empty where it cannot be given."""
+    if chosen:
+        parser.add_argument("--judge", action="append", default=[], choices=JUDGES, metavar="JUDGE",
+                            help=f"{', '.join(JUDGES)}; may be repeated [{chosen}]")  # fmt: skip
     parser.add_argument("--judge-model", action="append", default=[], metavar="[JUDGE=]PATH",
                         help="hub id, folder or weights of a judge; may be repeated [its own default]")  # fmt: skip
 
 
-def _task(given: argparse.Namespace, name: str, model: str | None) -> Task:
-    chosen = {key: getattr(given, key) for key in ("subset", "prompts", "num_images", "limit", "features")}
-    concept = _concept(given, model)
-    others = [one for one in _erased(model) if concept and one.name != concept.name]
-    task = build(name, concept, Options(**chosen), others)
-    if task.note and not given.quiet:
-        print(task.note, file=sys.stderr)
-    return task
+def _quiet_option(parser: Parser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
-def _erased(model: str | None) -> list[Concept]:
-    """The concepts that a run folder says were erased."""
-    record = _run_record(model)
-    return [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
+def _notes(given: argparse.Namespace) -> Callable[[str], None]:
+    """Writes what was read from prompt files and models to stderr, unless --quiet is given."""
+    return lambda note: print(note, file=sys.stderr) if note and not given.quiet else None
 
 
-def _concept(given: argparse.Namespace, model: str | None) -> Concept | None:
-    """The one that is named, else the one that the run folder says was erased."""
-    record, erased = _run_record(model), _erased(model)
-    if given.concept:
-        named = [part for part in erased if part.name.lower() == given.concept.lower().replace("_", " ")]
-        made_from = record.get("model", {})
-        family = "mini" if "mini" in {model, made_from.get("name"), made_from.get("origin")} else None
-        return named[0] if named else concepts.find(given.concept, given.kind, model_family=family)
-    if len(erased) > 1:
-        raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")
-    return erased[0] if erased else None
-
-
-def _guard(given: argparse.Namespace, model: str) -> "Guard | None":
-    """The guard that is named, against the text that is given or else the concept's name and synonyms."""
-    if given.guard is None:
-        if given.guard_text:
-            raise EraseError("--guard-text goes with --guard")
-        return None
-    text, concept = given.guard_text, _concept(given, model)
-    if not text and concept:
-        text = ", ".join([concept.name, *concept.synonyms])
-    if not text:
-        raise EraseError("a guard steers away from a concept; name it with --concept or say it with --guard-text")
-    from erase import guards
-
-    return guards.make(given.guard, text)
-
-
-def _run_record(model: str | None) -> dict[str, Any]:
-    path = Path(model or "") / "run.json"
-    return files.read_json(path) if model and path.is_file() else {}
-
-
-def _quiet(given: argparse.Namespace) -> bool:
-    return given.quiet
+def _of(options: type[Any], given: argparse.Namespace) -> Any:
+    """A dataclass of options from what was given of them."""
+    names = options.__dataclass_fields__  # with those that only __post_init__ sees
+    return options(**{name: getattr(given, name) for name in names if getattr(given, name, None) is not None})
 
 
 def _place(given: argparse.Namespace) -> tuple[int, int]:
@@ -158,107 +107,110 @@ def _place(given: argparse.Namespace) -> tuple[int, int]:
 
 def _generate(arguments: list[str]) -> None:
     parser = Parser(
-        "eval-concept generate", "Draw a task's pictures; start it with accelerate launch for several GPUs."
+        "eval-concept generate", "Generate a task's images; start it with accelerate launch for several GPUs."
     )
     parser.add_argument("--model", required=True, help="'mini', a diffusers or run folder, a hub id or a checkpoint")
-    parser.add_argument("--delta", metavar="FILE", help="delta.safetensors to apply to the model first")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the images")
     _task_options(parser)
-    _drawing_options(parser)
+    _quiet_option(parser)
     given = parser.parse_args(arguments)
-    task = _task(given, given.task, given.model)
-    from erase.evaluation import generate
+    options, drawing = _of(Options, given), _of(Drawing, given)
+    from erase.evaluation import evaluate, generate
 
-    model = generate.load_model(
-        given.model,
-        delta_path=given.delta,
-        device=given.device,
-        precision=agreed_precision(given.precision, given.mixed_precision),
-        allow_pickle=given.allow_pickle,
-        guard=_guard(given, given.model),
-    )
+    concept = evaluate.concept_of(given.concept, given.kind, given.model)
+    task = evaluate.make_task(given.task, options, concept, given.model)
+    _notes(given)(task.note)
+    model = evaluate.source_of(given.model, drawing, evaluate.make_guard(drawing, concept)).load(drawing)
+    for line in model.notes:
+        _notes(given)(line)
     rank, world = _place(given)
     generate.generate(
         model,
         task,
         Path(given.output),
-        steps=given.steps,
-        guidance=given.guidance,
-        batch_size=given.batch_size,
+        steps=drawing.num_inference_steps,
+        guidance=drawing.guidance_scale,
+        batch_size=drawing.generation_batch_size,
         rank=rank,
         world=world,
-        quiet=_quiet(given) or rank > 0,
+        quiet=given.quiet or rank > 0,
     )
-    print(f"{given.output}: {task.id}, {len(task.samples)} samples, part {rank + 1} of {world} drawn")
+    print(f"{given.output}: {task.id}, {len(task.samples)} samples, part {rank + 1} of {world} generated")
 
 
 def _score(arguments: list[str]) -> None:
-    parser = Parser("eval-concept score", "Have judges look at pictures that were drawn, or at any folder of images.")
+    parser = Parser("eval-concept score", "Have judges look at generated images, or at any folder of images.")
     parser.add_argument("folder", nargs="?", help="folder that generate wrote")
     parser.add_argument("--images", metavar="DIR", help="any folder of images instead; needs --judge and --output")
-    parser.add_argument("--judge", action="append", help="judge; may be repeated [those of the task]")
-    _judge_options(parser)
+    _judge_options(parser, "those of the task")
+    _concept_options(parser)
+    add_options(parser, Options, {"features": "for --images"})
     parser.add_argument("--output", metavar="DIR", help="for --images: where the scores go")
     parser.add_argument("--device", default="cpu", help="for classifier, clip and features [cpu]")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    _quiet_option(parser)
     given = parser.parse_args(arguments)
     if bool(given.folder) == bool(given.images) or given.images and not (given.judge and given.output):
         raise EraseError("give a folder that generate wrote, or --images DIR with --judge and --output")
-    from erase.evaluation import arm, score
+    from erase.evaluation import arm, score, tasks
 
     folder = Path(given.output or given.folder)
     if given.images:
-        arm.adopt(Path(given.images), folder)
-    task = arm.manifest(folder)["task"]
-    for name in given.judge or task["judges"]:
-        judge = score.make_judge(name, task, source=score.sources(given.judge_model).get(name), device=given.device)
-        score.score(folder, judge, quiet=_quiet(given))
-        print(f"{folder / 'scores' / name}.jsonl: {len(score.load(folder, name))} pictures scored")
+        wanted = concepts.find(given.concept, given.kind) if given.concept else None
+        options = tasks.judged(wanted, _of(Options, given).features)
+        task = {"id": "images", "options": options}
+    else:
+        options, task = {}, arm.manifest(folder)["task"]
+    names = list(dict.fromkeys(given.judge or task.get("judges", [])))
+    if not names:
+        raise EraseError(f"the task {task['id']} has no judges of its own; choose some with --judge")
+    sources = score.sources(given.judge_model)
+    judges = [score.make_judge(name, task, source=sources.get(name), device=given.device) for name in names]
+    if given.images:
+        arm.adopt(Path(given.images), folder, options)
+    for judge in judges:
+        score.score(folder, judge, quiet=given.quiet)
+        print(f"{folder / 'scores' / judge.name}.jsonl: {len(score.load(folder, judge.name))} images scored")
 
 
 def _report(arguments: list[str]) -> None:
-    parser = Parser("eval-concept report", "Figures, tables and pictures from the scores; nothing is drawn or judged.")
+    parser = Parser("eval-concept report", "Figures and tables from the scores; nothing is generated or judged.")
     parser.add_argument("folder", help="scored folder of the erased model")
     parser.add_argument("--base", metavar="DIR", help="scored folder of the base model, same task")
     parser.add_argument(
         "--gold", metavar="PATH", help="scored folder, or features file, of the model trained without the concept"
     )
-    parser.add_argument("--real", metavar="PATH", help="scored folder, or features file, of real pictures")
+    parser.add_argument("--real", metavar="PATH", help="scored folder, or features file, of real images")
     parser.add_argument("--output", metavar="DIR", help="folder of the report [the erased model's folder]")
     parser.add_argument("--name", help="what the report calls the model [the folder's name]")
     _report_options(parser)
     given = parser.parse_args(arguments)
+    from erase.evaluation import arm, evaluate, measure, score
+
     folder = Path(given.folder)
     others = {role: Path(path) for role, path in vars(given).items() if role in {"base", "gold", "real"} and path}
+    if given.require:
+        roles = {role: role in others for role in ("base", "gold", "real")}
+        names = measure.names(arm.manifest(folder)["task"], arm.samples(folder), score.judges(folder), **roles)
+        evaluate.check_rules(given.require, [names], has_base=roles["base"])
     output, name = Path(given.output or folder), given.name or folder.resolve().name
-    results = _write_report(folder, others, output, name, given)
+    results = evaluate.write_report(folder, others, output, name, _command(), show=given.show)
     _gate([results], given.require)
 
 
 def _report_options(parser: Parser) -> None:
     parser.add_argument("--require", action="append", default=[], metavar="RULE",
                         help="such as 'mini.ua>=0.95'; exit code 3 when it is not met; may be repeated")  # fmt: skip
-    parser.add_argument("--show", action="store_true", help="do not blur flagged pictures")
+    parser.add_argument("--show", action="store_true", help="do not blur flagged images")
 
 
-def _write_report(
-    erased: Path, others: dict[str, Path], output: Path, name: str, given: argparse.Namespace
-) -> dict[str, Any]:
-    from erase.evaluation import measure, report
-
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    results, outcomes = measure.measure(erased, **others, name=name, command=command)
-    files.write_json(output / "outcomes.json", outcomes)
-    report.write(results, output, images=measure.common_root(erased, others.get("base")), show=given.show)
-    print(report.summary(results))
-    print(f"{output / 'report.html'}: written")
-    return results
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _gate(results: Sequence[dict[str, Any]], requirements: Sequence[str]) -> None:
-    from erase.evaluation import measure
+    from erase.evaluation import evaluate
 
-    failures = [line for one in results for line in measure.unmet(one, requirements)]
+    failures = evaluate.unmet(results, requirements)
     for line in failures:
         print(f"eval-concept: {line}", file=sys.stderr)
     if failures:
@@ -267,127 +219,54 @@ def _gate(results: Sequence[dict[str, Any]], requirements: Sequence[str]) -> Non
 
 def _run(arguments: list[str]) -> None:
     parser = Parser(
-        "eval-concept run", "Draw, score and report erased models and their base; finished work is skipped."
+        "eval-concept run", "Generate, score and report erased models and their base; finished work is skipped."
     )
-    parser.add_argument(
-        "--model", "--models", dest="models", nargs="+", required=True, help="run folders or any models"
-    )
+    parser.add_argument("--model", "--models", dest="models", nargs="+", default=[], help="run folders or any models")
     parser.add_argument("--base", help="model to compare with [the one that run.json names]")
     parser.add_argument("--gold", help="model trained without the concept, for the distance to it")
-    parser.add_argument("--real", metavar="PATH", help="for quality: folder of real pictures, or a features file")
-    parser.add_argument("--delta", metavar="FILE", help="delta.safetensors to apply to the (one) model first")
+    parser.add_argument("--real", metavar="PATH", help="for KID and FID: folder of real images, or a features file")
+    parser.add_argument("--base-images", metavar="DIR", help="for the task images: the base model's, same file names")
     parser.add_argument(
         "--output", default="runs/evaluation", metavar="DIR", help="folder of all arms and reports [%(default)s]"
     )
-    _judge_options(parser)
+    _judge_options(parser, "those of the task; the tasks prompts and images have none")
     _task_options(parser, several=True)
-    _drawing_options(parser)
     _report_options(parser)
+    _quiet_option(parser)
     given = parser.parse_args(arguments)
+    options, drawing = _of(Options, given), _of(Drawing, given)
     if _place(given)[1] > 1:
-        raise EraseError("run is for one process; draw with several by eval-concept generate, then score and report")
-    if given.delta and len(given.models) > 1:
-        raise EraseError("--delta goes with one --model")
-    root, results = Path(given.output), []
-    for model in given.models:
-        for name in given.tasks:
-            task = _task(given, name, model)
-            made_from = _run_record(model).get("model", {})
-            guard = _guard(given, model)
-            base = str(
-                given.base
-                or made_from.get("origin")
-                or made_from.get("name")
-                or (model if given.delta or guard else "")
-            )
-            if not base:
-                raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
-            label = _label(Path(given.delta).resolve().parent.name if given.delta else model)
-            label += f"-{given.guard}" if guard else ""
-            label += f"-{concepts.slug(given.concept)}" if len(_erased(model)) > 1 else ""
-            folder = root / label / task.id
-            others = {"base": _arm(given, root, base, task)}
-            if given.gold:
-                others["gold"] = _arm(given, root, given.gold, task)
-            if given.real:
-                others["real"] = _real(given, root, task)
-            _arm(given, root, model, task, folder, delta=given.delta, guard=guard)
-            if not given.delta and not given.base:
-                _check_origin(model, made_from, others["base"], folder)
-            results.append(_write_report(folder, others, folder, label, given))
-    _gate(results, given.require)
+        raise EraseError("run is for one process; use several with eval-concept generate, then score and report")
+    has_images = given.tasks == ["images"]
+    if has_images == bool(given.models):
+        raise EraseError("give --model MODEL, or --task images alone with --images DIR")
+    if has_images != bool(options.images):
+        raise EraseError("--images DIR goes with --task images, alone")
+    if (drawing.delta or drawing.unet) and len(given.models) > 1:
+        raise EraseError(f"--{'delta' if drawing.delta else 'unet'} goes with one --model")
+    from erase.evaluation import evaluate
 
-
-def _check_origin(model: str, made_from: dict[str, Any], base: Path, erased: Path) -> None:
-    """The weights that drew are those that run.json says: with a mixed-up base any figure would look real."""
-    from erase.evaluation import arm
-
-    for role, folder in (("base", base), ("result", erased)):
-        hashes = {
-            "base": made_from.get("origin_hash", made_from.get("base_hash")),
-            "result": made_from.get("result_hash"),
-        }
-        said, drawn = hashes[role], arm.manifest(folder)["model"]["unet"]
-        if said and said != drawn:
-            raise EraseError(
-                f"{model}/run.json says that the {role}'s UNet is {said[:12]}, but {folder} was drawn with "
-                f"{drawn[:12]}; give the right model with --base, or erase again"
-            )
-
-
-def _label(model: str) -> str:
-    return concepts.slug(Path(model).resolve().name if os.path.exists(model) else model)
-
-
-def _arm(
-    given: argparse.Namespace,
-    root: Path,
-    source: str,
-    task: Task,
-    folder: Path | None = None,
-    *,
-    delta: str | None = None,
-    guard: "Guard | None" = None,
-) -> Path:
-    """A drawn and scored arm; without a folder, one named by all that its pictures depend on, for all to share."""
-    from erase.evaluation import arm, generate, score
-
-    quiet = _quiet(given)
-    model = generate.load_model(
-        source,
-        delta_path=delta,
-        device=given.device,
-        precision=agreed_precision(given.precision, given.mixed_precision),
-        allow_pickle=given.allow_pickle,
-        guard=guard,
+    request = evaluate.Request(
+        models=given.models,
+        tasks=given.tasks,
+        output=Path(given.output),
+        options=options,
+        drawing=drawing,
+        concept=given.concept,
+        kind=given.kind,
+        base=given.base,
+        gold=given.gold,
+        real=given.real,
+        base_images=given.base_images,
+        judges=list(dict.fromkeys(given.judge)),
+        judge_models=given.judge_model,
+        require=given.require,
+        show=given.show,
+        quiet=given.quiet,
+        command=_command(),
     )
-    if folder is None:
-        settings = generate.effective_settings(model, task, given.steps, given.guidance)
-        key = files.text_hash(generate.identity(model, task, settings, given.batch_size))
-        folder = root / "shared" / f"{_label(source)}-{task.id}-{key[:12]}"
-    drawing = {"steps": given.steps, "guidance": given.guidance, "batch_size": given.batch_size}
-    device = model.device.type
-    with arm.alone(folder):  # many runs may share one base
-        generate.generate(model, task, folder, **drawing, quiet=quiet)
-        del model
-        for name in task.judges:
-            weights = score.sources(given.judge_model).get(name)
-            score.score(folder, score.make_judge(name, task.identity(), source=weights, device=device), quiet=quiet)
-    return folder
-
-
-def _real(given: argparse.Namespace, root: Path, task: Task) -> Path:
-    """Real pictures with the features of the task's network, looked at once."""
-    from erase.evaluation import arm, score
-
-    pictures = Path(given.real)
-    if not pictures.is_dir():
-        return pictures
-    folder = root / "shared" / f"real-{_label(given.real)}"
-    arm.adopt(pictures, folder)
-    judge = score.make_judge("features", task.identity(), source=score.sources(given.judge_model).get("features"))
-    score.score(folder, judge, quiet=_quiet(given))
-    return folder
+    results = [evaluate.run_images(request, print)] if has_images else evaluate.run(request, print, _notes(given))
+    _gate(results, given.require)
 
 
 def _compare(arguments: list[str]) -> None:
@@ -416,10 +295,12 @@ def _labelled(text: str) -> tuple[Path, str | None]:
 def _verify(arguments: list[str]) -> None:
     parser = Parser("eval-concept verify", "Read and hash every picture again, and score a part of them again.")
     parser.add_argument("folder", help="folder that generate wrote")
-    parser.add_argument("--num", type=int, default=32, help="pictures to score again [32]")
+    parser.add_argument("--num", type=int, default=32, help="images to score again [32]")
     _judge_options(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    _quiet_option(parser)
     given = parser.parse_args(arguments)
+    if given.num < 1:
+        raise EraseError(f"--num is {given.num}; it must be at least 1")
     from erase.evaluation import arm, score
 
     folder = Path(given.folder)
@@ -427,7 +308,7 @@ def _verify(arguments: list[str]) -> None:
     names = sorted(path.stem for path in (folder / "scores").glob("*.json"))
     sources = score.sources(given.judge_model)
     judges = [score.make_judge(name, task, source=sources.get(name)) for name in names]
-    problems = score.verify(folder, judges, given.num, quiet=_quiet(given))
+    problems = score.verify(folder, judges, given.num, quiet=given.quiet)
     for problem in problems[:20]:
         print(problem)
     num = len(arm.complete_records(folder))

@@ -29,16 +29,18 @@ def load_model(
     delta_path: str | None = None,
     device: str | None = None,
     precision: str | None = None,
-    allow_pickle: bool = False,
     guard: Guard | None = None,
+    **loading: Any,
 ) -> Model:
-    """A model to draw with: anything that `erase.models.load` takes, with a delta and a guard if they are given.
+    """A model to generate with, and a delta and a guard if they are given.
+
+    loading: arguments of `erase.models.load`.
 
     Raises:
         EraseError: the model cannot be loaded, the delta was made for another one, or there is no such device.
     """
     compute = choose(device, precision)
-    model = models.load(source, allow_pickle=allow_pickle)
+    model = models.load(source, **loading)
     if delta_path:
         state = delta.apply(unet_state(model.unet), delta.load(delta_path))
         model.unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
@@ -64,15 +66,25 @@ def model_hashes(model: Model) -> dict[str, str]:
 
 
 def effective_settings(model: Model, task: Task, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """How pictures are drawn, read back from the objects that draw them; guidance and size per sample override."""
+    """How pictures are drawn, read back from the objects that draw them; guidance and size per sample override.
+
+    steps, guidance: None for the task's, else the model's own.
+
+    Raises:
+        EraseError: more steps than the model was trained with.
+    """
     scheduler: Any = model.scheduler
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    num = _first(steps, task.steps, model.defaults.get("num_inference_steps"), 50)
+    trained = config["num_train_timesteps"]
+    if num > trained:
+        raise EraseError(f"--num-inference-steps is {num}, but {model.name} has {trained} timesteps; choose fewer")
     return {
         "scheduler": type(scheduler).__name__,
         "scheduler_config": {name: repr(value) for name, value in sorted(config.items())},
-        "steps": steps or task.steps or int(model.defaults.get("num_inference_steps", 50)),
-        "guidance": guidance or task.guidance or float(model.defaults.get("guidance_scale", 7.5)),
-        "guidance_of_samples": "ignored" if guidance else "used",
+        "steps": int(num),
+        "guidance": float(_first(guidance, task.guidance, model.defaults.get("guidance_scale"), 7.5)),
+        "guidance_of_samples": "used" if guidance is None else "ignored",
         "size": model.resolution,
         "precision": str(DTYPES[model.precision]).removeprefix("torch."),
         "device": model.device.type,
@@ -84,10 +96,18 @@ def effective_settings(model: Model, task: Task, steps: int | None, guidance: fl
     }
 
 
-def identity(model: Model, task: Task, settings: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """What makes an arm this arm; the batch size too, since the last bit of a picture depends on it."""
+def _first(*values: Any) -> Any:
+    """The first value that is given; 0 is one."""
+    return next(value for value in values if value is not None)
+
+
+def identity(hashes: Mapping[str, str], task: Task, settings: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """What makes an arm this arm; the batch size too, since the last bit of a picture depends on it.
+
+    hashes: of the model, by `model_hashes`.
+    """
     generation = {**settings, "batch_size": batch_size}
-    return {"task": task.identity(), "model": model_hashes(model), "generation": generation}
+    return {"task": task.identity(), "model": dict(hashes), "generation": generation}
 
 
 def generate(
@@ -111,7 +131,7 @@ def generate(
         EraseError: the folder holds other pictures, or cannot be written.
     """
     settings = effective_settings(model, task, steps, guidance)
-    arm.open_arm(folder, identity(model, task, settings, batch_size), task.samples)
+    arm.open_arm(folder, identity(model_hashes(model), task, settings, batch_size), task.samples)
     absent = {sample.id for sample in arm.missing(folder)}
     numbers = {sample.id: number for number, sample in enumerate(task.samples)}
     mine = [batch for batch in _batches(task.samples, batch_size)[rank::world] if any(s.id in absent for s in batch)]
@@ -146,14 +166,14 @@ def _drawn(
 
     A GPU that runs out of memory halves the batch: each picture has its own noise, so they stay what they are.
     """
-    size = batch[0].height or settings["size"], batch[0].width or settings["size"]
+    size = _first(batch[0].height, settings["size"]), _first(batch[0].width, settings["size"])
     own = batch[0].guidance if settings["guidance_of_samples"] == "used" else None
     try:
         latents = model.draw(
             [sample.prompt for sample in batch],
             [sample.seed for sample in batch],
             steps=settings["steps"],
-            guidance=own or settings["guidance"],
+            guidance=_first(own, settings["guidance"]),
             size=size,
         )
         pictures = model.decode(latents, len(batch))

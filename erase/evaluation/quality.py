@@ -26,6 +26,7 @@ from erase.evaluation.inception import SIZE, Inception
 from erase.evaluation.pretrained import Clip, batches
 from erase.files import read_metadata, read_tensors, write_tensors
 
+MIN_KID = 4
 MIN_FID = 2048  # below it the covariance of 2,048 features has no full rank
 
 
@@ -87,6 +88,7 @@ class Features:
             details = {"kind": f"clip-{self.eye.weights[:8]}", "resize": self.eye.resize, **self.eye.identity}
         elif kind == "mini":
             self.eye = MiniJudge(Path(source) if source else None)
+            self.size = self.eye.size
             details = self.eye.identity()
             details = {"kind": f"mini-{details['weights'][:8]}", "resize": details["preprocessing"], **details}
         else:
@@ -172,7 +174,9 @@ def kid(
         )
     size = min(1000, n // 2) if subset_size is None else subset_size
     if not 2 <= size <= n:
-        raise EraseError(f"KID of {n} pictures in subsets of {size}; a subset holds two or more, and 4 are the least")
+        raise EraseError(
+            f"KID of {n} images in subsets of {size}; a subset holds two or more, and {MIN_KID} are the least"
+        )
     _require_torchmetrics()
     from torchmetrics.image.kid import poly_kernel, poly_mmd
 

@@ -1,5 +1,6 @@
 """Raw outputs of a judge, per image, into the arm's folder; every figure of a report is computed from them later."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,8 @@ import numpy as np
 from erase import files
 from erase.errors import EraseError
 from erase.evaluation import arm, nudity, shapes
-from erase.evaluation.tasks import IMAGENETTE
+from erase.evaluation.options import JUDGES
+from erase.evaluation.tasks import IMAGENETTE, Sample
 from erase.mini.judge import HEADS
 from erase.progress import each, progress
 
@@ -42,7 +44,6 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "mini": {**{head: frozenset(names) for head, names in HEADS.items()}, "probabilities?": {"*": float}},
     "thumbnails": {"thumbnail": str},
 }
-JUDGES = tuple(OUTPUTS)
 _IDENTITIES = {"features": {"kind": str, "resize": str, "*": Any}}
 
 
@@ -65,10 +66,17 @@ def make_judge(name: str, task: Mapping[str, Any], *, source: str | None = None,
         classifier = classes.Classifier(**given, device=device)
         if task["id"] == "class-forget":
             classifier.require(IMAGENETTE.values())
+        elif "index" in options:
+            classifier.require([options["index"]])
+        else:
+            raise EraseError("the judge classifier needs a concept with an ImageNet class, such as --concept church")
         return classifier
     if name == "clip":
-        if "target" not in options:
-            raise EraseError("the judge clip needs a task that names target and alternatives: object or style")
+        if "alternatives" not in options:
+            raise EraseError(
+                "the judge clip needs a concept with alternatives: --concept NAME with --kind object or style, "
+                "or a preset such as van_gogh"
+            )
         return classes.ClipZeroShot([options["target"], *options["alternatives"]], **given, device=device)
     if name == "clip-score":
         return quality.ClipScore(**given, device=device)
@@ -79,6 +87,24 @@ def make_judge(name: str, task: Mapping[str, Any], *, source: str | None = None,
     if name == "thumbnails":
         return drift.Thumbnails()
     raise EraseError(f"unknown judge {name!r}; choose {', '.join(JUDGES)}")
+
+
+def check_size(judge: Judge, samples: Sequence[Sample], size: int) -> None:
+    """Refuse images that the judge cannot look at, before there are any.
+
+    size: of samples that name none, in pixels.
+
+    Raises:
+        EraseError: the judge sees one size only, and a sample has another.
+    """
+    seen = getattr(judge, "size", None)
+    for sample in samples if seen else ():
+        height, width = sample.height or size, sample.width or size
+        if (height, width) != (seen, seen):
+            raise EraseError(
+                f"the judge {judge.name} sees {seen} x {seen} pixels, but the images will have {width} x {height}; "
+                "it is for images of the embedded model"
+            )
 
 
 def sources(given: Sequence[str]) -> dict[str, str]:
@@ -100,13 +126,13 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False) -> None:
     prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}
     identity_path = folder / "scores" / f"{judge.name}.json"
     if identity_path.exists():
-        different = arm.differences(identity(folder, judge.name), judge.identity())
+        different = arm.differences(identity(folder, judge.name), identity_of(judge))
         if different:
             raise EraseError(
                 f"{identity_path} is of another judge ({'; '.join(different)}); delete it and the .jsonl to score anew"
             )
     else:
-        files.write_json(identity_path, judge.identity())
+        files.write_json(identity_path, identity_of(judge))
     path = folder / "scores" / f"{judge.name}.jsonl"
     done = {line["id"] for line in _stored(path, judge.name)}
     todo = [record for record in records if record["id"] not in done]
@@ -181,6 +207,11 @@ def identity(folder: Path, judge: str) -> dict[str, Any]:
     return found
 
 
+def identity_of(judge: Judge) -> dict[str, Any]:
+    """The judge's identity as its file has it: JSON has lists for tuples."""
+    return json.loads(json.dumps(judge.identity()))
+
+
 def judges(folder: Path) -> list[str]:
     """The judges that scored a folder, by name.
 
@@ -212,7 +243,7 @@ def verify(folder: Path, judges: Sequence[Judge], num: int, *, quiet: bool = Fal
     chosen = [records[i * len(records) // num] for i in range(num)]
     prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}
     for judge in judges:
-        different = arm.differences(identity(folder, judge.name), judge.identity())
+        different = arm.differences(identity(folder, judge.name), identity_of(judge))
         if different:
             problems.append(f"the judge {judge.name} is another one now ({'; '.join(different)})")
             continue

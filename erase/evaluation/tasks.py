@@ -14,14 +14,15 @@ from typing import Any
 from erase import files, prompt_files, refusal
 from erase.concepts import Concept
 from erase.errors import EraseError
+from erase.evaluation.options import Options
 
 
 @dataclass(frozen=True)
 class Sample:
     """One picture to draw.
 
-    id: stable name, unique in its task. role: "forget", "synonym" or "retain". label: what it asks for, as the judge
-    calls it. cluster: samples that resemble each other, for intervals; one prompt is one cluster.
+    id: stable name, unique in its task. role: "forget", "synonym", "retain", or "" for own prompts. label: what it asks
+    for, as the judge calls it. cluster: samples that resemble each other, for intervals; one prompt is one cluster.
     guidance, height, width: None for the task's own. facts: what groups and measures need besides.
     """
 
@@ -44,7 +45,8 @@ class Sample:
 class Task:
     """A pinned list of samples and the judges that its measures need.
 
-    options: the choices that made it, as they go into the protocol. steps, guidance: None for what suits the model.
+    judges: empty for tasks that leave the choice to the user. options: the choices that made it, as they go into the
+    protocol. steps, guidance: None for what suits the model.
     note: what was read from a prompt file, for the user; not a part of the identity.
     """
 
@@ -85,24 +87,10 @@ ABOUT = {
     "object": "any object, told from its alternatives by CLIP",
     "style": "any style, told from its alternatives by CLIP",
     "quality": "retain prompts or captions: CLIP score, FID and KID against base and real pictures",
+    "prompts": "your own prompt file, judged by --judge",
+    "images": "any folder of images, judged by --judge; nothing is generated",
 }
 VERSIONS = dict.fromkeys(ABOUT, 1) | {"i2p": 2}  # 2: which rows are refused, with minors beside sexual content
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a caller may choose; each task takes its own part of it.
-
-    num_images: pictures a prompt group (see each task); None for the task's standard. limit: only the first samples.
-    subset: of I2P: all, nudity (nudity_percentage > 50) or a category. prompts: file of I2P or of captions.
-    features: network of FID and KID: clip, inception2015 or mini.
-    """
-
-    subset: str = "all"
-    prompts: str | None = None
-    num_images: int | None = None
-    limit: int | None = None
-    features: str = "clip"
 
 
 def build(
@@ -123,6 +111,8 @@ def build(
         "object": _clip,
         "style": _clip,
         "quality": _quality,
+        "prompts": _prompts,
+        "images": _images,
     }
     if task_id not in builders:
         raise EraseError(f"unknown task {task_id!r}; choose {', '.join(builders)}")
@@ -269,7 +259,9 @@ def read_i2p(path: Path) -> tuple[list[Sample], str, str]:
     missing = [" or ".join(names) for key, names in prompt_files.COLUMNS.items() if key not in found.columns]
     missing += [c for c in ("categories", "nudity_percentage") if c not in found.rows[0].facts]
     if missing:
-        raise EraseError(f"{path} is not I2P: it has no column {', '.join(missing)}; see {I2P_REPOSITORY} on the hub")
+        raise EraseError(
+            f"{path} is not I2P: it has no column {', '.join(missing)}; for prompts of your own use --task prompts"
+        )
     if name != "unknown" and len(found.rows) != I2P_ROWS:
         raise EraseError(f"{path} has {len(found.rows)} rows, but I2P has {I2P_ROWS}")
     rows = []
@@ -418,3 +410,34 @@ def _quality(task: str, concept: Concept | None, options: Options) -> Task:
     chosen = {"prompts": source, "num_images": len(samples), "features": options.features}
     judges = ("features",) if options.features == "mini" else ("clip-score", "features")
     return Task(task, VERSIONS[task], chosen, tuple(samples), judges, note=note)
+
+
+# --- whatever the user has ------------------------------------------------------------------------------------------
+
+
+def judged(concept: Concept | None, features: str) -> dict[str, Any]:
+    """What judges of own prompts or images need to know: the concept by the names that its judge has for it."""
+    judge = dict(concept.judge) if concept else {}
+    kept = {key: judge[key] for key in ("index", "target", "alternatives", "head", "label") if key in judge}
+    return {"concept": concept.name if concept else None, **kept, "features": features}
+
+
+def _prompts(task: str, concept: Concept | None, options: Options) -> Task:
+    """Every prompt of a file, with the seed, guidance and size that it gives; num_images (1) images each."""
+    if not options.prompts:
+        raise EraseError("the task prompts needs a prompt file: --prompts FILE (CSV, .jsonl or .txt)")
+    path = Path(options.prompts).expanduser()
+    found, num, samples = prompt_files.read(path), options.num_images or 1, []
+    refuse_rows(path, found.rows)
+    for number, row in enumerate(found.rows):
+        for i in range(num):
+            sample_id = f"prompt-{number:05d}-{i}"
+            seed = seed_of(task, sample_id) if row.seed is None or i else row.seed
+            size = {"guidance": row.guidance, "height": row.height, "width": row.width}
+            samples.append(Sample(sample_id, row.prompt, seed, "", **size))
+    chosen = {"prompts": files.file_hash(path), "images_a_prompt": num, **judged(concept, options.features)}
+    return Task(task, VERSIONS[task], chosen, tuple(samples), (), note=found.summary())
+
+
+def _images(task: str, concept: Concept | None, options: Options) -> Task:
+    raise EraseError("the task images generates nothing; use eval-concept run --task images --images DIR --judge JUDGE")

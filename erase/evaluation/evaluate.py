@@ -1,0 +1,386 @@
+"""Erased models beside their base, from images to reports; all is checked before the first image is generated."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from erase import concepts, files, guards
+from erase.concepts import Concept
+from erase.device import choose
+from erase.errors import EraseError
+from erase.evaluation import arm, generate, measure, quality, report, score
+from erase.evaluation.options import Drawing, Options
+from erase.evaluation.tasks import VERSIONS, Task, build, judged
+from erase.models import Model
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `eval-concept run` is asked.
+
+    judge_models: sources of judges, see `score.sources`. show: do not blur flagged images.
+    """
+
+    models: Sequence[str]
+    tasks: Sequence[str]
+    output: Path
+    options: Options = field(default_factory=Options)
+    drawing: Drawing = field(default_factory=Drawing)
+    concept: str | None = None
+    kind: Any = None
+    base: str | None = None
+    gold: str | None = None
+    real: str | None = None
+    base_images: str | None = None
+    judges: Sequence[str] = ()
+    judge_models: Sequence[str] = ()
+    require: Sequence[str] = ()
+    show: bool = False
+    quiet: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and what is applied to it: all that decides which weights generate."""
+
+    model: str
+    unet: str | None = None
+    delta: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    guard: Any = None
+
+    def load(self, drawing: Drawing) -> Model:
+        return generate.load_model(
+            self.model,
+            delta_path=self.delta,
+            device=drawing.device,
+            precision=drawing.precision,
+            guard=self.guard,
+            allow_pickle=drawing.allow_pickle,
+            config=self.config,
+            revision=self.revision,
+            cache_dir=Path(drawing.cache_dir) if drawing.cache_dir else None,
+            unet=self.unet,
+        )
+
+
+@dataclass
+class Job:
+    """One model on one task.
+
+    is_checked: the weights must be those that run.json states. folders, hashes: of the arms and their UNets, by role,
+        known when the models were loaded once.
+    """
+
+    label: str
+    task: Task
+    judges: Sequence[str]
+    folder: Path
+    sources: dict[str, Source]
+    made_from: Mapping[str, Any]
+    is_checked: bool
+    folders: dict[str, Path] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+def run(request: Request, tell: Callable[[str], None], note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The results of every model on every task. Work that is done is skipped.
+
+    tell: is given each report's summary as soon as there is one. note: what was read from prompt files and models.
+
+    Raises:
+        EraseError: something of the request is wrong; before the first image is generated, whatever it is.
+    """
+    jobs = [_job(request, model, name) for model in request.models for name in request.tasks]
+    for text in dict.fromkeys(job.task.note for job in jobs):
+        note(text)
+    if request.real and not any(_real(request, job) for job in jobs):
+        raise EraseError("--real goes with the judge features: --task quality, or --judge features")
+    judges = [_judges(request, job) for job in jobs]
+    others = {"base": True, "gold": bool(request.gold)}
+    names = [
+        measure.names(job.task.identity(), job.task.samples, job.judges, **others, real=bool(_real(request, job)))
+        for job in jobs
+    ]
+    check_rules(request.require, names)
+    for job, made in zip(jobs, judges, strict=True):
+        _check_real(request, job, made)
+    for source in dict.fromkeys(source for job in jobs for source in job.sources.values()):
+        for line in _check_source(request, source, jobs, judges):
+            note(line)
+    for job in jobs:
+        _check_origin(job)
+    results = []
+    for job, made in zip(jobs, judges, strict=True):
+        for role, source in job.sources.items():
+            _draw_and_score(request, source, job, job.folders[role], made)
+        others = {role: folder for role, folder in job.folders.items() if role != "erased"}
+        if _real(request, job):
+            others["real"] = _score_real(request, job, made)
+        found = write_report(job.folder, others, job.folder, job.label, request.command, show=request.show, tell=tell)
+        results.append(found)
+    return results
+
+
+def run_images(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The results of a folder of images that this project need not have made.
+
+    Raises:
+        EraseError: something of the request is wrong, or an image is no image.
+    """
+    if not request.options.images or not request.judges:
+        raise EraseError("the task images needs a folder and a judge: --images DIR --judge JUDGE")
+    wanted = concepts.find(request.concept, request.kind) if request.concept else None
+    options = judged(wanted, request.options.features)
+    task = {"id": "images", "version": VERSIONS["images"], "options": options}
+    sources = score.sources(request.judge_models)
+    made = {name: score.make_judge(name, task, source=sources.get(name)) for name in request.judges}
+    label = label_of(request.options.images)
+    folder = request.output / label / "images"
+    others = {}
+    arm.adopt(Path(request.options.images), folder, options)
+    if request.base_images:
+        others["base"] = request.output / "shared" / f"images-{label_of(request.base_images)}"
+        arm.adopt(Path(request.base_images), others["base"], options)
+    if request.real:
+        others["real"] = request.output / "shared" / f"real-{label_of(request.real)}-{request.options.features}"
+        if "features" not in made:
+            raise EraseError("--real goes with --judge features")
+        arm.adopt(Path(request.real), others["real"], options)
+    has = {role: role in others for role in ("base", "gold", "real")}
+    names = measure.names(task, arm.samples(folder), request.judges, **has)
+    check_rules(request.require, [names], has_base="base" in others)
+    for role, place in {"images": folder, **others}.items():
+        for name in ["features"] if role == "real" else request.judges:
+            score.score(place, made[name], quiet=request.quiet)
+    return write_report(folder, others, folder, label, request.command, show=request.show, tell=tell)
+
+
+def write_report(
+    erased: Path,
+    others: Mapping[str, Path],
+    output: Path,
+    name: str,
+    command: str,
+    *,
+    show: bool = False,
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure scored arms, write results, outcomes and report into the folder, and return the results."""
+    results, outcomes = measure.measure(erased, **others, name=name, command=command)
+    files.write_json(output / "outcomes.json", outcomes)
+    report.write(results, output, images=measure.common_root(erased, others.get("base")), show=show)
+    tell(report.summary(results))
+    tell(f"{output / 'report.html'}: written")
+    return results
+
+
+def check_rules(requirements: Sequence[str], names: Sequence[Sequence[str]], *, has_base: bool = True) -> None:
+    """Each rule can be read and is about a score of at least one report.
+
+    names: of the scores of each report.
+    """
+    every = list(dict.fromkeys(name for some in names for name in some))
+    for text in requirements:
+        measure.rule(text, every, has_base=has_base)
+
+
+def unmet(results: Sequence[Mapping[str, Any]], requirements: Sequence[str]) -> list[str]:
+    """Lines that say which requirement which report does not meet; a rule holds for reports that have its score."""
+    rows = [[row["name"] for row in one["scores"]] for one in results]
+    check_rules(requirements, rows)
+    every = list(dict.fromkeys(name for some in rows for name in some))
+    named = {text: measure.rule(text, every).name for text in requirements}
+    return [
+        line
+        for one, names in zip(results, rows, strict=True)
+        for line in measure.unmet(one, [text for text, name in named.items() if name in names])
+    ]
+
+
+# --- models and concepts --------------------------------------------------------------------------------------------
+
+
+def run_record(model: str) -> dict[str, Any]:
+    """The run.json of a run folder; empty for any other model."""
+    path = Path(model) / "run.json"
+    return files.read_json(path) if path.is_file() else {}
+
+
+def erased_concepts(model: str) -> list[Concept]:
+    """The concepts that a run folder says were erased."""
+    record = run_record(model)
+    try:
+        return [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
+    except TypeError as error:
+        raise EraseError(f"{Path(model) / 'run.json'} is damaged: its concepts cannot be read ({error})") from error
+
+
+def concept_of(name: str | None, kind: Any, model: str) -> Concept | None:
+    """The concept of this name, else the one that the run folder says was erased."""
+    record, erased = run_record(model), erased_concepts(model)
+    if name:
+        known = [part for part in erased if part.name.lower() == name.lower().replace("_", " ")]
+        made_from = record.get("model", {})
+        family = "mini" if "mini" in {model, made_from.get("name"), made_from.get("origin")} else None
+        return known[0] if known else concepts.find(name, kind, model_family=family)
+    if len(erased) > 1:
+        raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")
+    return erased[0] if erased else None
+
+
+def make_guard(drawing: Drawing, concept: Concept | None) -> Any:
+    """The guard that is asked for, against the text that is given or else the concept's name and synonyms."""
+    if drawing.guard is None:
+        return None
+    text = drawing.guard_text or (", ".join([concept.name, *concept.synonyms]) if concept else "")
+    if not text:
+        raise EraseError("a guard steers away from a concept; name it with --concept or say it with --guard-text")
+    if drawing.guidance_scale is not None and drawing.guidance_scale <= 1:
+        raise EraseError(f"a guard needs guidance above 1, and --guidance-scale is {drawing.guidance_scale}")
+    return guards.make(drawing.guard, text)
+
+
+def make_task(name: str, options: Options, concept: Concept | None, model: str) -> Task:
+    """The task for this concept, in which nothing else that the model erased is asked to stay."""
+    others = [one for one in erased_concepts(model) if concept and one.name != concept.name]
+    return build(name, concept, options, others)
+
+
+def source_of(model: str, drawing: Drawing, guard: Any) -> Source:
+    """The model with all that is applied to it."""
+    return Source(model, drawing.unet, drawing.delta, drawing.config, drawing.revision, guard)
+
+
+def label_of(model: str) -> str:
+    """A file name for a model or a folder."""
+    return concepts.slug(Path(model).resolve().name if os.path.exists(model) else model)
+
+
+# --- before the first image -----------------------------------------------------------------------------------------
+
+
+def _job(request: Request, model: str, name: str) -> Job:
+    drawing = request.drawing
+    concept = concept_of(request.concept, request.kind, model)
+    task, guard = make_task(name, request.options, concept, model), make_guard(drawing, concept)
+    if task.judges and request.judges:
+        raise EraseError(f"--judge goes with the tasks prompts and images; {name} has {', '.join(task.judges)}")
+    record = run_record(model)
+    made_from = record.get("model", {})
+    is_changed = bool(drawing.delta or drawing.unet or guard)
+    named = made_from.get("origin") or made_from.get("name")
+    base = request.base or named or (model if is_changed else None)
+    if not base:
+        raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
+    config = drawing.config
+    if not request.base and named:  # what the run read its single file with
+        config = config or record.get("settings", {}).get("config")
+    label = label_of(model)
+    if drawing.delta:
+        label = label_of(Path(drawing.delta).resolve().parent.name)
+    if drawing.unet:
+        label = label_of(Path(drawing.unet).stem)
+    label += f"-{drawing.guard}" if guard else ""
+    label += f"-{label_of(request.concept or '')}" if len(erased_concepts(model)) > 1 else ""
+    sources = {"base": Source(str(base), config=config, revision=drawing.revision)}
+    if request.gold:
+        sources["gold"] = Source(request.gold, config=drawing.config, revision=drawing.revision)
+    sources["erased"] = source_of(model, drawing, guard)
+    is_checked = not (drawing.delta or drawing.unet or request.base)
+    judges = task.judges or request.judges
+    return Job(label, task, judges, request.output / label / task.id, sources, made_from, is_checked)
+
+
+def _judges(request: Request, job: Job) -> dict[str, score.Judge]:
+    sources, device = score.sources(request.judge_models), choose(request.drawing.device, "fp32").device.type
+    make = score.make_judge
+    return {name: make(name, job.task.identity(), source=sources.get(name), device=device) for name in job.judges}
+
+
+def _real(request: Request, job: Job) -> str | None:
+    """Real images or features, for a task that compares them."""
+    return request.real if "features" in job.judges else None
+
+
+def _check_real(request: Request, job: Job, judges: Mapping[str, score.Judge]) -> None:
+    real = _real(request, job)
+    if real is None:
+        return
+    if Path(real).is_file():
+        quality.load_features(real, score.identity_of(judges["features"]))
+    else:
+        arm.adopt(Path(real), _real_folder(request, job), {})
+
+
+def _real_folder(request: Request, job: Job) -> Path:
+    return request.output / "shared" / f"real-{label_of(str(request.real))}-{job.task.options.get('features', 'clip')}"
+
+
+def _check_source(
+    request: Request, source: Source, jobs: Sequence[Job], judges: Sequence[Mapping[str, score.Judge]]
+) -> tuple[str, ...]:
+    """Load the model once: it exists, fits its delta, and has no other images in its folders. Returns its notes."""
+    drawing, model = request.drawing, source.load(request.drawing)
+    hashes = generate.model_hashes(model)
+    for job, made in zip(jobs, judges, strict=True):
+        for role in (role for role, own in job.sources.items() if own == source):
+            settings = generate.effective_settings(model, job.task, drawing.num_inference_steps, drawing.guidance_scale)
+            for judge in made.values():
+                score.check_size(judge, job.task.samples, settings["size"])
+            identity = generate.identity(hashes, job.task, settings, drawing.generation_batch_size)
+            folder = job.folder
+            if role != "erased":  # shared by all that have the same base
+                key = files.text_hash(identity)[:12]
+                folder = request.output / "shared" / f"{label_of(source.model)}-{job.task.id}-{key}"
+            arm.check_arm(folder, identity)
+            job.folders[role] = folder
+            job.hashes[role] = hashes["unet"]
+    return model.notes
+
+
+def _check_origin(job: Job) -> None:
+    """The weights are those that run.json says: with a mixed-up base any figure would look real."""
+    if not job.is_checked:
+        return
+    said = {
+        "base": job.made_from.get("origin_hash", job.made_from.get("base_hash")),
+        "erased": job.made_from.get("result_hash"),
+    }
+    for role, wanted in said.items():
+        if wanted and wanted != job.hashes[role]:
+            raise EraseError(
+                f"{job.sources['erased'].model}/run.json says that the {role} model's UNet is {wanted[:12]}, but "
+                f"that of {job.sources[role].model} is {job.hashes[role][:12]}; give the right --base, or erase again"
+            )
+
+
+# --- images and scores ----------------------------------------------------------------------------------------------
+
+
+def _draw_and_score(
+    request: Request, source: Source, job: Job, folder: Path, judges: Mapping[str, score.Judge]
+) -> None:
+    drawing = request.drawing
+    how = {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale}
+    with arm.alone(folder):  # many runs may share one base
+        if not (folder / arm.MANIFEST).exists() or arm.missing(folder):
+            model, size = source.load(drawing), drawing.generation_batch_size
+            generate.generate(model, job.task, folder, **how, batch_size=size, quiet=request.quiet)
+            del model
+        for judge in judges.values():
+            score.score(folder, judge, quiet=request.quiet)
+
+
+def _score_real(request: Request, job: Job, judges: Mapping[str, score.Judge]) -> Path:
+    """Real images with the features of the task's network, looked at once."""
+    if Path(str(request.real)).is_file():
+        return Path(str(request.real))
+    folder = _real_folder(request, job)
+    with arm.alone(folder):
+        score.score(folder, judges["features"], quiet=request.quiet)
+    return folder

@@ -1,0 +1,119 @@
+"""What `eval-concept` can be asked: every option with its meaning, default and bounds.
+
+Standard library only, so that the command line can be built from it without loading torch.
+"""
+
+from dataclasses import InitVar, dataclass
+from typing import Literal
+
+from erase.errors import EraseError
+from erase.settings import agreed_precision, make_plain, option
+
+JUDGES = ("nudenet", "nudenet-bgr", "classifier", "clip", "clip-score", "features", "mini", "thumbnails")
+GUARDS = ("sld-weak", "sld-medium", "sld-strong", "sld-max", "negative")  # those of erase.guards, which needs torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a task is made of; each task takes its own part of it."""
+
+    subset: str = option("all", "part of i2p: all, sexual, nudity (> 50 %) or a category", group="task")
+    prompts: str | None = option(
+        None,
+        "prompt file (CSV, .jsonl or .txt): the prompts of the task prompts, a copy of I2P, or captions for quality",
+        group="task",
+        metavar="FILE",
+    )
+    images: str | None = option(None, "folder of images, for the task images", group="task", metavar="DIR")
+    num_images: int | None = option(
+        None,
+        "images a prompt, class or task",
+        group="task",
+        shown="the task's own",
+        least=1,
+        most=1_000_000,
+        metavar="N",
+    )
+    limit: int | None = option(
+        None, "only N samples, evenly from all: a quick look", group="task", least=1, most=1_000_000
+    )
+    features: Literal["clip", "inception2015", "mini"] = option("clip", "network of FID and KID", group="features")
+
+    def __post_init__(self) -> None:
+        """Make every value plain, and raise an EraseError for one that is not allowed."""
+        make_plain(self)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """From which model images are generated, and how."""
+
+    num_inference_steps: int | None = option(
+        None,
+        "sampler steps",
+        group="drawing",
+        shown="the model's own, else 50",
+        least=1,
+        most=1000,
+        aliases=("--steps",),
+    )
+    guidance_scale: float | None = option(
+        None,
+        "guidance of every sample, diffusers' convention: 1 or less is none",
+        group="drawing",
+        shown="the sample's own, else the model's, else 7.5",
+        least=0,
+        most=1000,
+        aliases=("--guidance",),
+    )
+    generation_batch_size: int = option(
+        8, "images generated at a time", group="drawing", least=1, most=4096, aliases=("--batch-size",)
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | None = option(
+        None,
+        "precision of the model",
+        group="drawing",
+        shown="on a GPU bf16, or fp16 where the card lacks it; else fp32",
+    )
+    device: str | None = option(
+        None, "cpu, cuda, cuda:N or mps (untested)", group="drawing", shown="a GPU if there is one", metavar="DEVICE"
+    )
+    guard: str | None = option(
+        None, "inference-time guard to apply", group="drawing", shown="none", choices=GUARDS, metavar="GUARD"
+    )
+    guard_text: str | None = option(
+        None, "what the guard steers away from", group="drawing", shown="the concept and its synonyms", metavar="TEXT"
+    )
+    unet: str | None = option(
+        None,
+        "file of UNet weights alone, in diffusers or CompVis names, that replace those of --model",
+        group="drawing",
+        metavar="FILE",
+    )
+    delta: str | None = option(None, "delta.safetensors to apply to the model first", group="drawing", metavar="FILE")
+    config: str | None = option(
+        None,
+        "diffusers folder with the configs and tokenizer for a single-file model, when offline",
+        group="drawing",
+        metavar="DIR",
+    )
+    revision: str | None = option(None, "branch, tag or commit on the hub", group="drawing", shown="main")
+    cache_dir: str | None = option(
+        None,
+        "where single files are converted",
+        group="drawing",
+        shown="$ERASE_CACHE, or ~/.cache/erase-concept",
+        metavar="DIR",
+    )
+    allow_pickle: bool = option(
+        False, "load .ckpt/.bin checkpoints, which can run code; trust their source", group="drawing"
+    )
+
+    mixed_precision: InitVar[str | None] = None  # `precision` under the name that diffusers' scripts give it
+
+    def __post_init__(self, mixed_precision: str | None) -> None:
+        """Make every value plain, and raise an EraseError for one that is not allowed."""
+        object.__setattr__(self, "precision", agreed_precision(self.precision, mixed_precision))
+        make_plain(self)
+        if self.guard_text and not self.guard:
+            raise EraseError("--guard-text goes with --guard")
