@@ -43,6 +43,8 @@ def check(job: kill.Job) -> None:
     assert not report.failures, "\n".join(report.failures)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_harness_sees_what_is_not_repeatable(tmp_path):
     """The control: a command that refuses a folder that is there, and one that leaves a temporary file."""
     (tmp_path / "rash.py").write_text(
