@@ -103,3 +103,15 @@ def test_an_export_killed_before_any_event_is_repeated(place):
     check(kill.Job("erase.cli", arguments, [str(place / "exported")], start=str(place / "start"), every=3))
     record = json.loads((place / "exported" / "run.json").read_text())
     assert {"unet.safetensors", "exported.safetensors", "pytorch_lora_weights.safetensors"} <= record["files"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_an_evaluation_killed_before_any_event_is_repeated(toy_pipeline_dir, tmp_path):
+    """Images, scores and reports of two prompts, and of the base that they share (2.4)."""
+    (tmp_path / "own.csv").write_text("prompt,seed\na cat,1\na tree,2\n")
+    out = str(tmp_path / "out")
+    arguments = ["run", "--model", str(toy_pipeline_dir), "--base", str(toy_pipeline_dir), "--output", out, "--steps=1"]
+    arguments += ["--task", "prompts", "--prompts", str(tmp_path / "own.csv"), "--judge", "thumbnails", "--quiet"]
+    arguments += ["--batch-size=1", "--device=cpu"]
+    check(kill.Job("erase.evaluation.cli", arguments, [out], every=19, first=3))
