@@ -24,13 +24,15 @@ Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
 SD_DEFAULTS: dict[str, Any] = {
     "num_forget": 800,
     "num_retain": 800,
-    "num_inference_steps": 50,
     "guidance_scale": 7.5,
     "generation_batch_size": 8,
     "learning_rate": 1e-5,
     "batch_size": 8,
     "weight_decay": 0.0,
 }
+
+
+SAMPLER_STEPS = {"model": 50, "dpm++": 20}
 
 
 def option(default: Any, help: str, *, group: str, **metadata: Any) -> Any:
@@ -154,13 +156,20 @@ class Settings:
     num_forget: int | None = option(None, "forget images to draw", group="data", least=1, most=1_000_000)
     num_retain: int | None = option(None, "retain images to draw", group="data", least=1, most=1_000_000)
     num_inference_steps: int | None = option(
-        None, "denoising steps of a generated image", group="data", least=1, most=1000, aliases=("--steps",)
+        None,
+        "denoising steps of a generated image",
+        group="data",
+        least=1,
+        most=1000,
+        aliases=("--steps",),
+        shown="20; 50 with the model's own scheduler",
     )
-    sampler: Literal["model", "dpm++"] = option(
-        "model",
-        "how training pictures and samples.png are drawn: the model's own scheduler, or DPM++ 2M Karras, which wants "
+    sampler: Literal["model", "dpm++"] | None = option(
+        None,
+        "scheduler that generates training images and samples.png: the model's own, or DPM++ 2M Karras, which needs "
         "fewer steps (10 to 20); the scheduler that is written stays the model's",
         group="data",
+        shown="dpm++; other recipes, and models that bring their own number of steps: model",
     )
     guidance_scale: float | None = option(
         None,
@@ -304,6 +313,7 @@ class Recipe:
     frozen_target: the target comes from the untouched base; paper and code take the moving model itself.
     distill_retain: keep the base's prediction on retain prompts; paper and code use the diffusion loss.
     in_order: forget images in order, epoch by epoch, as the code's unshuffled loader does.
+    sampler: of training images and samples.png.
     """
 
     shared_latent: bool
@@ -313,10 +323,11 @@ class Recipe:
     mask_guidance: float
     target: str | None  # None: the anchor for nudity, one fixed other class for the rest
     alpha: float | None  # None: 0.1 for nudity, 0.5 for the rest
+    sampler: str = "model"
 
 
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe(True, True, True, False, mask_guidance=0.0, target="anchor", alpha=1.0),
+    "default": Recipe(True, True, True, False, mask_guidance=0.0, target="anchor", alpha=1.0, sampler="dpm++"),
     "paper": Recipe(True, False, False, False, mask_guidance=0.0, target=None, alpha=None),
     "reference": Recipe(False, False, False, True, mask_guidance=7.5, target=None, alpha=None),
 }
@@ -333,11 +344,13 @@ def resolve(
     on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
-    own = {k: v for k, v in model_defaults.items() if k in SD_DEFAULTS or k == "num_train_steps"}
+    own = {k: v for k, v in model_defaults.items() if k in _OF_MODEL}
     of_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
     taken = _given_hyperparameters(settings)
     own_set = [text for text in of_method.pop("set", ()) if _hyperparameter(text) not in taken]
     settings = replace(settings, set=(*own_set, *settings.set))
+    if "num_inference_steps" in own:
+        own.setdefault("sampler", "model")  # the steps were chosen for it
     settings = settings.filled(of_method).filled(own)
     settings = settings.filled(
         {
@@ -347,6 +360,8 @@ def resolve(
             **find(settings.method).defaults(),
         }
     )
+    settings = settings.filled({"sampler": recipe.sampler})
+    settings = settings.filled({"num_inference_steps": SAMPLER_STEPS[str(settings.sampler)]})
     settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
     _require_use(settings)
     settings = settings.filled({"lora_rank": settings.rank or 64})
@@ -399,7 +414,7 @@ def _require_use(settings: Settings) -> None:
 
 # --- the model's own defaults ---------------------------------------------------------------------------------------
 
-_OF_MODEL = (*SD_DEFAULTS, "num_train_steps")
+_OF_MODEL = (*SD_DEFAULTS, "num_train_steps", "num_inference_steps", "sampler")
 _OF_METHOD = (*_OF_MODEL, "scope", "target", "alpha", "mask_guidance", "rank", "max_grad_norm", "set")
 
 

@@ -42,6 +42,7 @@ class Preset:
     weight_decay: float | None = None
     max_grad_norm: float | None = None
     num_forget: int | None = None
+    num_inference_steps: int | None = None
 
     def defaults(self) -> dict[str, Any]:
         """The settings that this name implies."""
@@ -56,9 +57,23 @@ METHODS: dict[str, Preset] = {
     "relabel": Preset("relabel:Relabel", target=None),
     "salun-soft": Preset("soft:Soft", target=None),
     "ga": Preset("ascent:GradientAscent", {"alpha": 0.1}, num_train_steps=1000),
-    "esd-x": Preset("esd:ESD", scope="xattn", learning_rate=5e-5, num_train_steps=200, batch_size=1, num_forget=200),
+    "esd-x": Preset(
+        "esd:ESD",
+        scope="xattn",
+        learning_rate=5e-5,
+        num_train_steps=200,
+        batch_size=1,
+        num_forget=200,
+        num_inference_steps=50,
+    ),
     "esd-strict": Preset(
-        "esd:ESD", scope="xattn-kv", learning_rate=5e-5, num_train_steps=200, batch_size=1, num_forget=200
+        "esd:ESD",
+        scope="xattn-kv",
+        learning_rate=5e-5,
+        num_train_steps=200,
+        batch_size=1,
+        num_forget=200,
+        num_inference_steps=50,
     ),
     "leco": Preset(
         "esd:ESD",
@@ -69,11 +84,19 @@ METHODS: dict[str, Preset] = {
         batch_size=1,
         rank=4,
         num_forget=500,
+        num_inference_steps=50,
     ),
     "esd-u": Preset(
-        "esd:ESD", {"guidance": 1.0, "target": "paper"}, scope="noxattn", num_train_steps=1000, batch_size=1
+        "esd:ESD",
+        {"guidance": 1.0, "target": "paper"},
+        scope="noxattn",
+        num_train_steps=1000,
+        batch_size=1,
+        num_inference_steps=50,
     ),
-    "esd-full": Preset("esd:ESD", {"guidance": 1.0, "target": "paper"}, num_train_steps=1000, batch_size=1),
+    "esd-full": Preset(
+        "esd:ESD", {"guidance": 1.0, "target": "paper"}, num_train_steps=1000, batch_size=1, num_inference_steps=50
+    ),
     "fmn": Preset(
         "fmn:ForgetMeNot",
         learning_rate=2e-6,
@@ -92,7 +115,7 @@ METHODS: dict[str, Preset] = {
         batch_size=4,
         weight_decay=0.01,
     ),
-    "sdd": Preset("sdd:SelfDistillation", scope="xattn", num_train_steps=1500, batch_size=1),
+    "sdd": Preset("sdd:SelfDistillation", scope="xattn", num_train_steps=1500, batch_size=1, num_inference_steps=50),
     "erasediff": Preset("erasediff:EraseDiff"),
     "scissorhands": Preset("scissorhands:Scissorhands", learning_rate=2e-5, num_train_steps=150, batch_size=16),
     "uce": Preset("uce:UCE", scope="xattn-kv"),
