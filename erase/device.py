@@ -39,7 +39,7 @@ class Compute:
 
     def record(self) -> dict[str, str]:
         """For run.json."""
-        name = {"name": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+        name = {"name": gpu_name(self.device)} if self.device.type == "cuda" else {}
         return {"device": str(self.device), "precision": self.precision, **name}
 
 
@@ -96,6 +96,10 @@ def num_gpus() -> int:
 def has_bf16(device: torch.device) -> bool:
     """Whether the GPU computes in bfloat16; torch emulates it, slowly, on older ones."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def use_gpu(index: int) -> None:

@@ -98,11 +98,9 @@ class Model:
 
     def put_unet(self, base: torch.nn.Module) -> None:
         """Give the UNet the weights of `base`; its parameters stay the same objects, on the same device."""
-        device = self.device
-        for tensor, stored in zip(
-            (*self.unet.parameters(), *self.unet.buffers()), (*base.parameters(), *base.buffers()), strict=True
-        ):
-            tensor.data = stored.data.to(device)
+        device, stored = self.device, {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        for name, tensor in (*self.unet.named_parameters(), *self.unet.named_buffers()):
+            tensor.data = stored[name].data.to(device)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,160 @@
+"""A GPU that is only pretended: tensors moved to it stay in the CPU's memory, but must not meet tensors of the CPU.
+
+    with pretend_device.gpu():
+        x = torch.ones(2).to("cuda")      # x.device is cuda:0
+        x + torch.ones(2)                 # RuntimeError, as on a real one
+
+A storage carries the mark, so that views, parameters and `.data` share it. As in torch, a CPU tensor without dimensions
+may meet any other, indices may lie on the CPU, and only `copy_`, `to` and assignment to a part cross devices.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import PartialState
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+from erase import device
+
+GPU = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+
+_T = torch.Tensor
+_ANSWERS = {_T.is_cuda.__get__: True, _T.is_cpu.__get__: False}  # pyright: ignore[reportFunctionMemberAccess]
+_DEVICE = _T.device.__get__  # pyright: ignore[reportFunctionMemberAccess]
+_GRAD = _T.grad.__get__  # pyright: ignore[reportFunctionMemberAccess]
+_DATA = {_T.data.__set__, _T.grad.__set__}  # pyright: ignore[reportFunctionMemberAccess]
+_MOVES = {_T.to, _T.cpu, _T.cuda}
+_HOST = {_T.numpy, _T.__array__}
+_CROSSING = {_T.copy_, _T.type_as, _T.__setitem__, _T.__getitem__, torch._has_compatible_shallow_copy_type}
+
+
+def is_there(tensor: Tensor) -> bool:
+    """Whether the tensor is on the pretended GPU."""
+    return hasattr(tensor.untyped_storage(), "is_pretended")
+
+
+class PretendedGPU(TorchFunctionMode):
+    """Marks what is on the GPU and refuses what a real one refuses."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [item for item in tree_iter((args, kwargs)) if isinstance(item, Tensor)]
+        there = [tensor for tensor in tensors if is_there(tensor)]
+        if func is _T.register_post_accumulate_grad_hook:
+            return func(args[0], self._inside(args[1]))
+        if func is _T.__deepcopy__:
+            return func(*args, **kwargs)
+        if there and func in _HOST and args[0] is there[0]:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        if func in _ANSWERS and there:
+            return _ANSWERS[func]
+        if func == _DEVICE:
+            return GPU if there else func(*args, **kwargs)
+        if func in _MOVES:
+            return _moved(func, args, kwargs)
+        target = kwargs.get("device")
+        if target is not None and torch.device(target).type == "cuda":
+            _require_generator(kwargs)
+            return _marked(func(*args, **{**kwargs, "device": CPU}), [])
+        if there and kwargs.get("generator") is not None and target is None:
+            _require_generator(kwargs)
+        if there and func not in _DATA:
+            _require_one_device(func, args, tensors)
+        result = func(*args, **kwargs)
+        if func == _GRAD or target is None and func not in _CROSSING and func not in _DATA:
+            return _marked(result, tensors if func != _GRAD else []) if there else result
+        if func is _T.__getitem__:
+            return _marked(result, tensors) if is_there(args[0]) else result
+        return result
+
+
+    def _inside(self, hook: Any) -> Any:
+        """The hook, under this mode: backward passes run their hooks without any."""
+
+        def with_mode(parameter: Tensor) -> Any:
+            with self:
+                return hook(parameter)
+
+        return with_mode
+
+
+def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensor, target, rest = args[0], None, []
+    for value in (*args[1:], kwargs.pop("device", None), kwargs.pop("other", None)):
+        if isinstance(value, Tensor):
+            target = GPU if is_there(value) else CPU
+            rest.append(value.dtype)
+        elif isinstance(value, (str, torch.device)):
+            target = torch.device(value)
+        elif isinstance(value, torch.dtype):
+            rest.append(value)
+    if func is not _T.to:
+        target, rest = (GPU if func is _T.cuda else CPU), []
+    if target is None:
+        result = func(tensor, *rest, **kwargs)
+        return _marked(result, []) if is_there(tensor) else result
+    if target.type not in {"cuda", "cpu"}:
+        return func(tensor, *args[1:], **kwargs)
+    result = _T.to(tensor, *rest, **kwargs)
+    if (target.type == "cuda") == is_there(tensor):
+        return _marked(result, []) if is_there(tensor) else result
+    result = result.clone() if result.untyped_storage() is tensor.untyped_storage() else result
+    return _marked(result, []) if target.type == "cuda" else result
+
+
+def _marked(result: Any, inputs: list[Tensor]) -> Any:
+    """The result, marked as being on the GPU, except where it is one of the inputs of the CPU."""
+    old = {tensor.untyped_storage()._cdata for tensor in inputs}
+    for tensor in tree_iter(result):
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in old:
+                storage.is_pretended = True  # pyright: ignore[reportAttributeAccessIssue]
+    return result
+
+
+def _require_one_device(func: Any, args: Any, tensors: list[Tensor]) -> None:
+    strangers = [tensor for tensor in tensors if not is_there(tensor) and tensor.dim()]
+    if not strangers or func in {_T.copy_, _T.type_as, torch._has_compatible_shallow_copy_type}:
+        return
+    if func in {_T.__getitem__, _T.__setitem__} and is_there(args[0]):
+        part = not any(isinstance(i, Tensor) and i.dim() for i in tree_iter(args[1]))
+        if part or func is _T.__getitem__ or not any(args[2] is tensor for tensor in strangers):
+            return
+    if func is _T.__setitem__ and not any(is_there(i) and i.dim() for i in tree_iter(args[1]) if isinstance(i, Tensor)):
+        return  # copies to a part of a CPU tensor
+    raise RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+        f"(in {getattr(func, '__name__', func)})"
+    )
+
+
+def _require_generator(kwargs: dict[str, Any]) -> None:
+    if isinstance(kwargs.get("generator"), torch.Generator):
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+
+
+@contextmanager
+def gpu(*, has_bf16: bool = True) -> Iterator[None]:
+    """Inside, the machine has one GPU, as far as `erase.device`, accelerate and tensors say."""
+    autocast = torch.autocast
+
+    def on_cpu(device_type: str, *arguments: Any, **options: Any) -> Any:
+        return autocast("cpu", *arguments, **options)
+
+    with (
+        mock.patch.object(device, "num_gpus", lambda: 1),
+        mock.patch.object(device, "has_bf16", lambda found: has_bf16),
+        mock.patch.object(device, "use_gpu", lambda index: None),
+        mock.patch.object(device, "gpu_name", lambda found: "pretended GPU"),
+        mock.patch.object(PartialState, "default_device", GPU),
+        mock.patch.object(torch, "autocast", on_cpu),
+        PretendedGPU(),
+    ):
+        yield
