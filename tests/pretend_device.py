@@ -24,11 +24,11 @@ from erase import device
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 
-_T = torch.Tensor
-_ANSWERS = {_T.is_cuda.__get__: True, _T.is_cpu.__get__: False}  # pyright: ignore[reportFunctionMemberAccess]
-_DEVICE = _T.device.__get__  # pyright: ignore[reportFunctionMemberAccess]
-_GRAD = _T.grad.__get__  # pyright: ignore[reportFunctionMemberAccess]
-_DATA = {_T.data.__set__, _T.grad.__set__}  # pyright: ignore[reportFunctionMemberAccess]
+_T: Any = torch.Tensor
+_ANSWERS = {_T.is_cuda.__get__: True, _T.is_cpu.__get__: False}
+_DEVICE = _T.device.__get__
+_GRAD = _T.grad.__get__
+_DATA = {_T.data.__set__, _T.grad.__set__}
 _MOVES = {_T.to, _T.cpu, _T.cuda}
 _HOST = {_T.numpy, _T.__array__}
 _CROSSING = {_T.copy_, _T.type_as, _T.__setitem__, _T.__getitem__, torch._has_compatible_shallow_copy_type}
@@ -72,7 +72,6 @@ class PretendedGPU(TorchFunctionMode):
         if func is _T.__getitem__:
             return _marked(result, tensors) if is_there(args[0]) else result
         return result
-
 
     def _inside(self, hook: Any) -> Any:
         """The hook, under this mode: backward passes run their hooks without any."""
@@ -123,6 +122,8 @@ def _require_one_device(func: Any, args: Any, tensors: list[Tensor]) -> None:
     strangers = [tensor for tensor in tensors if not is_there(tensor) and tensor.dim()]
     if not strangers or func in {_T.copy_, _T.type_as, torch._has_compatible_shallow_copy_type}:
         return
+    if func is _T.__getitem__ and not any(is_there(i) and i.dim() for i in tree_iter(args[1]) if isinstance(i, Tensor)):
+        return  # an index without dimensions is read as a number
     if func in {_T.__getitem__, _T.__setitem__} and is_there(args[0]):
         part = not any(isinstance(i, Tensor) and i.dim() for i in tree_iter(args[1]))
         if part or func is _T.__getitem__ or not any(args[2] is tensor for tensor in strangers):

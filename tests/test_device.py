@@ -5,10 +5,10 @@ from datetime import timedelta
 from typing import Any
 from unittest import mock
 
+import pretend_device
 import pytest
 import torch
 
-import pretend_device
 from erase import cli, device, models, settings, train
 from erase import run as running
 from erase.classification.settings import Settings as ClassifierSettings
@@ -104,7 +104,7 @@ def test_every_command_refuses_the_same_values(command, flags, message, toy_pipe
 @pytest.mark.parametrize("options", [Settings, ClassifierSettings])
 def test_mixed_precision_is_another_name_for_precision(options):
     """(1.2)"""
-    what = {"concept": "church"} if options is Settings else {}
+    what: dict[str, Any] = {"concept": "church"} if options is Settings else {}
     assert options(**what, mixed_precision="no") == options(**what, precision="fp32")
     assert options(**what, mixed_precision="bf16", precision="bf16").precision == "bf16"
     assert replace(options(**what, mixed_precision="fp16"), seed=1).precision == "fp16"

@@ -4,16 +4,22 @@
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pretend_device
 import pytest
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 
-import pretend_device
-from erase import erase_concept, models
+from erase import card, data, erase_concept, guards, models, train
+from erase.classification.settings import PRESETS
 from erase.concepts import Concept
+from erase.device import DTYPES
+from erase.evaluation import cli as evaluation_cli
+from erase.evaluation import generate, unlearn_cli
 from erase.methods import METHODS
 
 CONCEPT = Concept(
@@ -74,8 +80,158 @@ def erase(model: Path, output: Path, **options: Any) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_to_one_device(gpu, toy_pipeline_dir, tmp_path, method):
     record = erase(toy_pipeline_dir, tmp_path / "run", method=method)
     assert record["compute"] == {"device": "cuda:0", "precision": "bf16", "name": "pretended GPU"}
     assert record["settings"]["precision"] == "bf16" and record["weights"]["changed"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("recipe", ["paper", "reference"])
+def test_every_recipe_and_every_form_of_saving_keep_to_one_device(gpu, toy_pipeline_dir, tmp_path, recipe):
+    """(1.1)"""
+    save = ("pipeline", "unet", "delta", "single-file", "lora")
+    record = erase(toy_pipeline_dir, tmp_path / "run", recipe=recipe, save=save, target="anchor")
+    assert {"unet.safetensors", "pytorch_lora_weights.safetensors", "run.safetensors"} <= record["files"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low_memory": True},
+        {"mask": "random", "density": 0.1},
+        {"mask_guidance": 7.5, "score": "sum_sq", "max_grad_norm": 1.0},
+        {"precision": "fp32", "sampler": "model", "gradient_accumulation_steps": 2},
+        {"method": "relabel", "rank": 2, "save": "lora"},
+        {"method": "relabel", "set": "balancing=nash", "checkpointing_steps": 1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_way_of_training_keeps_to_one_device(gpu, toy_pipeline_dir, tmp_path, options):
+    """(1.1)"""
+    erase(toy_pipeline_dir, tmp_path / "run", **options)
+
+
+def test_a_card_without_bf16_computes_in_fp16_and_where_that_cannot_be_in_fp32(toy_pipeline_dir, tmp_path):
+    """(1.2)"""
+    with pretend_device.gpu(has_bf16=False):
+        options: dict[str, Any] = {"num_samples": 1, "method": "scissorhands"}
+        assert erase(toy_pipeline_dir, tmp_path / "run", **options)["compute"]["precision"] == "fp32"
+        assert device_of_model(toy_pipeline_dir).precision == "fp16"
+
+
+def device_of_model(folder: Path) -> models.Model:
+    return generate.load_model(str(folder))
+
+
+@pytest.mark.parametrize("guard", guards.PRESETS)
+def test_every_guard_keeps_to_one_device(gpu, toy_pipeline_dir, guard):
+    """(1.1)"""
+    model = generate.load_model(str(toy_pipeline_dir), guard=guards.make(guard, "a cat"))
+    assert model.device == pretend_device.GPU
+    latents = model.draw(["a dog"], [0], steps=2, guidance=2.0, size=8)
+    assert model.decode(latents).device == latents.device == torch.device("cpu")
+
+
+def test_the_samples_on_the_cpus_unet_are_found(gpu, toy_pipeline_dir):
+    """Control: the model on the GPU generates with a UNet of the CPU, as samples.png once did."""
+    model = models.load(toy_pipeline_dir, device="cuda")
+    with pytest.raises(RuntimeError, match="same device"):
+        model.draw(["a dog"], [0], steps=1, guidance=2.0, size=8, unet=models.load_unet(toy_pipeline_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_an_evaluation_keeps_to_one_device(gpu, tmp_path):
+    """(1.1)"""
+    run = tmp_path / "circle"
+    options: dict[str, Any] = {**OPTIONS, "method": "uce", "num_samples": 1}
+    erase_concept("circle", "mini", output=str(run), **options)
+    common = ["--model", str(run), "--task", "mini", "--limit", "4", "--steps", "1", "--quiet"]
+    evaluation_cli.main(["run", *common, "--output", str(tmp_path / "evaluation")])
+    manifest = json.loads((tmp_path / "evaluation" / "circle" / "mini" / "manifest.json").read_text())
+    assert manifest["generation"]["device"] == "cuda" and manifest["generation"]["precision"] == "bfloat16"
+    assert manifest["model"]["unet"] == json.loads((run / "run.json").read_text())["model"]["result_hash"]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_classifier_method_keeps_to_one_device(gpu, tmp_path, method):
+    """(1.1)"""
+    pytest.importorskip("sklearn")
+    flags = ["--train-epochs=1", "--epochs=1", "--learning-rate=0.001", "--method", method, "--data=digits"]
+    unlearn_cli.main([*flags, "--output", str(tmp_path / "run")])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["compute"] == {"device": "cuda:0", "precision": "bf16", "name": "pretended GPU"}
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch) -> Iterator[dict[str, set[torch.dtype]]]:
+    """Dtypes in which the UNet's timestep embedding came out, by the phase of the run."""
+    found: dict[str, set[torch.dtype]] = {}
+    phase = ["outside"]
+
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, TimestepEmbedding):
+            found.setdefault(phase[-1], set()).add(output.dtype)
+
+    def within(name: str, owner: Any, function: str) -> None:
+        plain = getattr(owner, function)
+
+        def named(*arguments: Any, **options: Any) -> Any:
+            phase.append(name)
+            try:
+                return plain(*arguments, **options)
+            finally:
+                phase.pop()
+
+        monkeypatch.setattr(owner, function, named)
+
+    within("images", data, "gather")
+    within("mask", train, "accumulate")
+    within("training", train, "train")
+    within("samples", card, "write_samples")
+    within("trajectory", models.Model, "trajectory")
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    yield found
+    handle.remove()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "phases"),
+    [
+        ("salun", {"images", "mask", "training", "samples"}),
+        ("esd-x", {"trajectory", "training", "samples"}),
+        ("sdd", {"trajectory", "training", "samples"}),
+    ],
+)
+def test_every_pass_of_a_run_computes_in_its_precision(seen, toy_pipeline_dir, tmp_path, precision, method, phases):
+    """(1.2)"""
+    options: dict[str, Any] = {**OPTIONS, "device": "cpu", "precision": precision, "method": method}
+    record = erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **options).record
+    assert record["compute"] == {"device": "cpu", "precision": precision}
+    assert seen == {phase: {DTYPES[precision]} for phase in phases}
+    assert {t.dtype for t in models.load_unet(tmp_path / "run").state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluation_images_compute_in_their_precision_and_the_hash_is_of_the_stored_weights(
+    seen, toy_pipeline_dir, precision
+):
+    """(1.2)"""
+    model = generate.load_model(str(toy_pipeline_dir), device="cpu", precision=precision)
+    model.draw(["a dog"], [0], steps=1, guidance=2.0, size=8)
+    assert seen == {"outside": {DTYPES[precision]}}
+    plain = generate.load_model(str(toy_pipeline_dir), device="cpu")
+    assert generate.model_hashes(model) == generate.model_hashes(plain)

@@ -243,7 +243,7 @@ class BoundaryExpand:
                 logits = task.model(x)
             finally:
                 hook.remove()
-            logits = torch.cat([logits, F.linear(seen[0], weight, bias)], dim=1)
+            logits = torch.cat([logits, F.linear(seen[0].to(weight), weight, bias)], dim=1)
             return F.cross_entropy(logits, torch.full_like(y, task.num_classes))
 
         return Plan(passes=lambda: [task.forget], loss=loss, extra={"weight": weight, "bias": bias})
