@@ -123,12 +123,6 @@ def test_fp16_gives_way_to_fp32_where_gradients_are_compared_unless_it_is_asked_
                 running.require_precision(asked, made)
 
 
-def test_an_interrupted_or_finished_run_of_version_0_1_is_compared_by_its_precision():
-    old = {"settings": {"mixed_precision": "no"}}
-    assert running._differences(old, {"settings": {"precision": "fp32"}}) == []
-    assert running._differences(old, {"settings": {"precision": "bf16"}}) == ["--precision"]
-
-
 def test_processes_wait_for_slower_ones_for_hours(tmp_path, monkeypatch):
     """(1.6)"""
     given: dict[str, Any] = {}
