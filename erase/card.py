@@ -36,7 +36,7 @@ def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, se
     prompts = [*forget, *retain]
     seeds = [FIRST_SEED + settings.seed * 1000 + i for i in range(len(prompts))]
     steps, guidance, together = settings.num_inference_steps, settings.guidance_scale, settings.generation_batch_size
-    assert steps is not None and guidance is not None and together is not None  # `resolve` has filled them in
+    assert steps is not None and guidance is not None and together is not None and settings.sampler is not None
     rows: list[Tensor] = []
     for role in ("erased", "base"):
         if role == "base":

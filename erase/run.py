@@ -430,6 +430,7 @@ def _train(
 
 def make_plan(settings: Settings, model: models.Model) -> data.Plan:
     """Which pictures the run trains on, and how they are drawn."""
+    assert settings.sampler is not None  # `resolve` has filled it in
     return data.Plan(
         num_forget=_int(settings.num_forget),
         num_retain=_int(settings.num_retain),

@@ -35,11 +35,11 @@ LAYERS = (
         "scope",
         "methods",
     }
-    | {"images", "prompt_files", "captions", "architecture"},
+    | {"images", "prompt_files", "captions", "architecture", "records"},
     {"models", "guards", "data", "mini", "classification", "compvis", "export", "lowrank", "card", "memory"}
     | {"progress", "components", "vocabulary", "single_file", "unet_file"},
     {"train"},
-    {"run"},
+    {"forms", "run"},
     {"cli"},
     {"evaluation"},
 )

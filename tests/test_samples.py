@@ -157,6 +157,7 @@ def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows
         for parameter in model.unet.parameters():
             parameter.add_(0.05)
     settings = Settings("cat", num_samples=2, num_inference_steps=2, guidance_scale=2.0, sampler="dpm++", seed=3)
+    settings = settings.filled({"generation_batch_size": 8})
     seeds = [card.FIRST_SEED + 3000 + i for i in range(4)]
     prompts = ["a cat", "a cat", "a tree", "a boat"]
 
@@ -182,6 +183,7 @@ def test_both_forget_rows_of_nudity_are_blurred(toy_pipeline_dir, tmp_path, rows
     model = models.load(toy_pipeline_dir)
     model.defaults = {"family": "mini"} if is_mini else {}
     settings = Settings("cat", num_samples=1, num_inference_steps=1, guidance_scale=2.0, sampler="model")
+    settings = settings.filled({"generation_batch_size": 8})
     concept = replace(CAT, kind=kind)
     card.write_samples(tmp_path / "samples.png", model, models.load_unet(toy_pipeline_dir), concept, settings)
     assert [blur for _, _, blur in rows] == [True] * blurred + [False] * (4 - blurred)
