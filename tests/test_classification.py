@@ -901,7 +901,7 @@ def test_a_run_leaves_model_delta_mask_split_and_record(toy_world, tmp_path):
 
 def test_the_retrained_model_never_sees_what_is_forgotten(toy_world, tmp_path, monkeypatch):
     seen: list[int] = []
-    monkeypatch.setattr(run, "descend", lambda model, plan, *_: seen.append(len(plan.passes()[0])))
+    monkeypatch.setattr(run, "descend", lambda model, plan, *_, **__: seen.append(len(plan.passes()[0])))
     for without_forget in (False, True):
         settings = settings_of(tmp_path, output=str(tmp_path / str(without_forget)), method="retrain")
         run.run_training(settings, tmp_path, without_forget=without_forget)

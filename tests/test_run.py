@@ -231,13 +231,16 @@ def old_record(finished) -> dict[str, Any]:
 
 
 def test_a_finished_run_of_version_0_1_0_is_the_same_run(finished, toy_pipeline_dir, tmp_path):
-    """Its record lacks a format, a time, and whatever options came later (2.8)."""
+    """Its record lacks a format, a time, and whatever options came later (2.8).
+
+    It generated with the model's own scheduler, as a run of today does when it is asked to.
+    """
     folder = copied(finished, tmp_path)
     (folder / "run.json").write_text(json.dumps(old_record(finished)))
-    again = erase(toy_pipeline_dir, folder)
+    again = erase(toy_pipeline_dir, folder, sampler="model")
     assert not again.is_new and records.when(again.record) == ""
     with pytest.raises(EraseError, match=r"holds another run \(it differs in --density, --precision, --seed\)"):
-        erase(toy_pipeline_dir, folder, density=0.1, seed=3, precision="bf16")
+        erase(toy_pipeline_dir, folder, density=0.1, seed=3, precision="bf16", sampler="model")
     with pytest.raises(EraseError, match="differs in concept"):
         erase_concept(replace(CONCEPT, forget=("cats",) * 2), str(toy_pipeline_dir), output=str(folder), **OPTIONS)
 
