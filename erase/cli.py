@@ -330,7 +330,7 @@ def _inspect(arguments: list[str]) -> None:
             "base": change.provenance.get("base"),
             "base_hash": change.base_hash,
             "result_hash": change.result_hash,
-            "concept": concept.get("name"),
+            "concept": concept.get("name") if isinstance(concept, dict) else concept,
             "method": change.provenance.get("method"),
         }
         word = "changed"

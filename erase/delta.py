@@ -291,7 +291,7 @@ def _header_problems(header: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
             yield f"has {name} {value!r:.40} instead of 64 hexadecimal digits"
     provenance = header.get("provenance")
-    if not isinstance(provenance, dict) or not isinstance(provenance.get("concept", {}), dict):
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("concept", ""), dict | str):
         yield "does not say how the delta was made (provenance)"
     layout = header.get("layout")
     if not isinstance(layout, dict) or not layout:

@@ -396,4 +396,6 @@ def _write_error(path: Path, error: OSError) -> EraseError:
     reason = error.strerror or str(error)
     if isinstance(error, FileExistsError | NotADirectoryError):
         reason = "a folder in this path is a file"
-    return EraseError(f"cannot write {path}: {reason}; free some space or choose another folder")
+    is_full = error.errno in {errno.ENOSPC, errno.EDQUOT, None}  # None: a library's own text, mostly of a full disk
+    advice = "free some space or choose another folder" if is_full else "choose another folder"
+    return EraseError(f"cannot write {path}: {reason}; {advice}")

@@ -113,7 +113,7 @@ def test_a_damaged_chunk_is_named_and_generated_again(kind, collect, drawn, tmp_
             collect()
         return
     assert same(collect(tell=said.append), first)
-    assert len(said) == 1 and str(path) in said[0] and said[0].endswith("pictures are generated again")
+    assert len(said) == 1 and str(path) in said[0] and said[0].endswith("images are generated again")
     assert "\n" not in said[0] and len(drawn) == 2 and path.read_bytes() == whole
 
 

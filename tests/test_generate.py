@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_clear_line_and_no_record(model, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     task = make_task()
-    arm.open_arm(tmp_path / "a", generate.identity(model, task, {}, 1), task.samples)
+    arm.open_arm(tmp_path / "a", generate.identity(generate.model_hashes(model), task, {}, 1), task.samples)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EraseError, match="No space left on device; free some space"):
         generate.generate(model, task, tmp_path / "b", quiet=True)

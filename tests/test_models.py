@@ -480,7 +480,7 @@ def test_a_cache_that_cannot_be_used_is_one_line(single_file, tiny_pipeline_dir,
     """A file in the place of the cache folder; another user's cache fails the same way (4.7)."""
     (tmp_path / "file").write_text("")
     message = refused(single_file, config=str(tiny_pipeline_dir), cache_dir=tmp_path / "file")
-    assert "cannot use the cache" in message and message.endswith("choose another --cache-dir")
+    assert "a folder in this path is a file" in message and message.endswith("choose another folder")
 
 
 def test_what_a_single_file_became_can_be_removed_and_applied_offline(
