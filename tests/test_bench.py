@@ -154,6 +154,8 @@ def test_the_part_for_gpus_runs_on_a_cpu_and_says_that_it_estimates(monkeypatch)
         assert all(measured[phase]["seconds"] > 0 for phase in ("mask", "training", "drawing"))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     """Smaller still than the small size; a larger number of weights takes more memory."""
     monkeypatch.setattr(growth, "WEIGHTS", {"small": (1_600, 160_000)})
