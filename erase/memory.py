@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 LIBRARIES = 500_000_000  # bytes of a process that has imported torch and diffusers
+SMALL = LIBRARIES // 5  # bytes of activations that are not worth cutting a batch for
 
 
 def estimate(
@@ -61,6 +62,15 @@ def estimate(
     float32 = 4 * weights // size
     needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change
     return {phase: LIBRARIES + need for phase, need in needs.items()}
+
+
+def part_of_batch(unet: UNet2DConditionModel, latent_size: int, tokens: int) -> int:
+    """Images that --low-memory puts through the UNet together: as many as keep their activations small, at least one.
+
+    Every part costs a pass and two exchanges of the base's values. A small model saves nothing by parts of one image.
+    """
+    shape = (1, unet.config["in_channels"], latent_size, latent_size)
+    return max(1, SMALL // activations(unet, shape, tokens, torch.float32, checkpointing=True))
 
 
 def activations(

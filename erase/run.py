@@ -158,6 +158,10 @@ def run(
     model.use_attention(settings.attention)
     parts = find_concepts(settings, given, model)
     united = concepts.unite([*parts, *(earlier.concepts if earlier else [])])
+    together = 1
+    if settings.low_memory:
+        size = (settings.resolution or model.resolution) // model.vae_scale
+        together = memory.part_of_batch(model.unet, size, model.tokenizer.model_max_length)
 
     def resolved(settings: Settings) -> Settings:
         return resolve(
@@ -165,6 +169,7 @@ def run(
             united.kind,
             model.defaults,
             num_processes=accelerator.num_processes,
+            part=together,
             on_gpu=compute.device.type == "cuda",
         )
 

@@ -236,7 +236,8 @@ class Settings:
     )
     low_memory: bool = option(
         False,
-        "checkpointing, parts of one picture, on a GPU bf16 weights; slower, and says first how much it needs",
+        "checkpointing, parts of one image (a small model: of more), on a GPU bf16 weights; slower, and says first how "
+        "much it needs",
         group="training",
     )
     precision: Literal["fp32", "fp16", "bf16"] | None = option(
@@ -334,13 +335,19 @@ RECIPES: dict[str, Recipe] = {
 
 
 def resolve(
-    settings: Settings, kind: str, model_defaults: dict[str, Any], *, num_processes: int = 1, on_gpu: bool = False
+    settings: Settings,
+    kind: str,
+    model_defaults: dict[str, Any],
+    *,
+    num_processes: int = 1,
+    part: int = 1,
+    on_gpu: bool = False,
 ) -> Settings:
     """Every None filled in: from the model's own defaults, then the method's and the recipe's, then SD v1.4's values.
 
     model_defaults: see `read_defaults`. What the user gave always wins over them.
     kind: of the concept; SalUn's settings differ between nudity and classes.
-    num_processes: that share a batch; --low-memory cuts it into parts of one picture.
+    num_processes: that share a batch. part: images of a share that --low-memory keeps together at most.
     on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
@@ -366,7 +373,9 @@ def resolve(
     _require_use(settings)
     settings = settings.filled({"lora_rank": settings.rank or 64})
     if settings.low_memory:
-        parts = max(settings.gradient_accumulation_steps, (settings.batch_size or 1) // num_processes)
+        share = (settings.batch_size or 1) // num_processes
+        together = max((size for size in range(1, min(share, part) + 1) if share % size == 0), default=1)
+        parts = max(settings.gradient_accumulation_steps, share // together)
         settings = replace(settings, gradient_checkpointing=True, gradient_accumulation_steps=parts)
     rounds = settings.low_memory and on_gpu and settings.precision != "fp16"
     return settings.filled({"weights": "bf16" if rounds else "fp32"})

@@ -53,6 +53,19 @@ def test_a_closed_form_needs_its_weights_twice_in_float64_and_neither_activation
     assert needs.keys() == {"solving", "writing"}
 
 
+def test_low_memory_cuts_no_batch_whose_activations_are_small(toy_pipeline_dir):
+    """A step of the embedded model took ten times as long in parts of one image, for nothing. (1.4)
+
+    A megabyte an image makes a hundred of them; SD v1.4's 310 leave one.
+    """
+    unet = models.load_unet(toy_pipeline_dir)
+    each = memory.activations(unet, (1, 4, 4, 4), 77, torch.float32, checkpointing=True)
+    assert memory.part_of_batch(unet, 4, 77) == memory.SMALL // each > 16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "activations", lambda *_, **__: 310_000_000)
+        assert memory.part_of_batch(unet, 64, 77) == 1
+
+
 def test_low_memory_chooses_checkpointing_parts_of_one_picture_and_on_a_gpu_bf16_weights():
     defaults = {"batch_size": 6}
     plain = resolve(Settings("church"), "object", defaults)
@@ -61,6 +74,10 @@ def test_low_memory_chooses_checkpointing_parts_of_one_picture_and_on_a_gpu_bf16
     assert (low.gradient_checkpointing, low.gradient_accumulation_steps, low.weights) == (True, 6, "fp32")
     low = resolve(Settings("church", low_memory=True), "object", defaults, num_processes=2, on_gpu=True)
     assert (low.gradient_accumulation_steps, low.weights) == (3, "bf16")
+    low = resolve(Settings("church", low_memory=True), "object", defaults, part=4)
+    assert low.gradient_accumulation_steps == 2  # of 3 images each, as 4 do not divide 6
+    low = resolve(Settings("church", low_memory=True), "object", defaults, num_processes=2, part=1000)
+    assert low.gradient_accumulation_steps == 1
     low = resolve(Settings("church", low_memory=True, weights="fp32"), "object", defaults, on_gpu=True)
     assert low.weights == "fp32"
     with pytest.raises(EraseError, match="--weights bf16 does not go with --precision fp16"):
