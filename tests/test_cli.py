@@ -421,8 +421,7 @@ def test_inspect_of_an_empty_delta_divides_by_nothing(command, tmp_path):
 @pytest.mark.parametrize("name", ["num_inference_steps", "guidance_scale"])
 def test_a_number_beyond_what_a_model_can_do_is_refused(name, value):
     """Steps are at most the 1,000 timesteps of training, and guidance is finite (2.9)."""
-
-    number = float(value) if name == "guidance_scale" or value in {"nan", "inf"} else int(value)
+    number: Any = float(value) if name == "guidance_scale" or value in {"nan", "inf"} else int(value)
     with pytest.raises(EraseError, match=f"--{name.replace('_', '-')} is .*it must be"):
         Settings(concept="circle", **{name: number})
 
