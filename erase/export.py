@@ -28,6 +28,7 @@ from erase.files import (
     scratch_folder,
     write_tensors,
 )
+from erase.progress import loading
 
 Config = Mapping[str, Any]
 
@@ -136,7 +137,8 @@ def write_pipeline(pipeline: Any, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         with scratch_folder(folder) as written:
-            pipeline.save_pretrained(written)
+            with loading():
+                pipeline.save_pretrained(written)
             for component, level in _OLD_LEVELS.items():
                 _restore_level(written / component / "model.safetensors", *level)
             pipeline.tokenizer.backend_tokenizer.model.save(str(written / "tokenizer"))  # vocab.json and merges.txt

@@ -47,7 +47,7 @@ def each(items: Collection[Any], label: str, unit: str, *, quiet: bool = False) 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Inside, transformers and diffusers show no bars of their own: loading weights takes seconds."""
+    """Inside, transformers and diffusers show no bars of their own: loading or writing weights takes seconds."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 

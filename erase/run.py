@@ -141,6 +141,8 @@ def run(
         tell("this GPU has no bf16, and fp16 does not go with these settings: computing in fp32")
     settings = replace(settings, precision=compute.precision)
     require_precision(settings, method)
+    if settings.moments == "8bit" and hasattr(method, "loss") and find_spec("bitsandbytes") is None:
+        raise missing("bitsandbytes")
     accelerator = make_accelerator(settings, folder, compute)
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else models.default_cache_dir()
     model = models.load(

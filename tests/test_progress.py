@@ -8,7 +8,7 @@ import pytest
 
 from erase import cli, erase_concept, progress
 from erase.concepts import Concept
-from erase.errors import missing, printable
+from erase.errors import EraseError, missing, printable
 
 
 @pytest.fixture
@@ -99,6 +99,20 @@ def test_loading_a_model_shows_no_bar(tiny_pipeline_dir, capfd):
     assert "Loading weights" in capfd.readouterr().err
 
 
+def test_writing_a_pipeline_shows_no_bar(toy_pipeline_dir, tmp_path, capfd):
+    """A single file becomes a folder in the cache before the work begins. The control: transformers' own bar. (4.6)"""
+    from diffusers import StableDiffusionPipeline
+
+    from erase import export
+
+    with progress.loading():
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(toy_pipeline_dir)
+    export.write_pipeline(pipeline, tmp_path / "folder")
+    assert capfd.readouterr() == ("", "")
+    pipeline.save_pretrained(tmp_path / "other")
+    assert "Writing model shards" in capfd.readouterr().err
+
+
 def test_quiet_hides_downloads(monkeypatch):
     from huggingface_hub import utils
 
@@ -144,3 +158,12 @@ def test_a_run_reports_its_phases_and_a_quiet_one_prints_nothing(toy_pipeline_di
     monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "other cache"))
     erase_concept(concept, str(toy_pipeline_dir), output=str(tmp_path / "quiet"), quiet=True, **options)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_package_is_named_before_the_first_image(toy_pipeline_dir, tmp_path, capfd, monkeypatch):
+    """A long run does not generate its images only to end there, and leaves no folder behind. (4.1, 4.2)"""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    concept = Concept("cat", "object", ("a cat",), ("a dog",), ("a tree",))
+    with pytest.raises(EraseError, match="^bitsandbytes is not installed; pip install bitsandbytes$"):
+        erase_concept(concept, str(toy_pipeline_dir), output=str(tmp_path / "run"), moments="8bit", device="cpu")
+    assert "images" not in capfd.readouterr().err and not (tmp_path / "run").exists()
