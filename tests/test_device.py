@@ -101,6 +101,13 @@ def test_every_command_refuses_the_same_values(command, flags, message, toy_pipe
     assert not (tmp_path / "out").exists()
 
 
+def test_judging_refuses_a_device_that_is_not_there_too(tmp_path, capsys):
+    """(1.6)"""
+    with pytest.raises(SystemExit) as stopped:
+        evaluation_cli.main(["score", str(tmp_path), "--judge", "mini", "--device", "x"])
+    assert stopped.value.code == 2 and "--device is 'x'; choose cpu, cuda" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [Settings, ClassifierSettings])
 def test_mixed_precision_is_another_name_for_precision(options):
     """(1.2)"""

@@ -151,8 +151,10 @@ def _score(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if bool(given.folder) == bool(given.images) or given.images and not (given.judge and given.output):
         raise EraseError("give a folder that generate wrote, or --images DIR with --judge and --output")
+    from erase.device import choose
     from erase.evaluation import arm, score, tasks
 
+    where = str(choose(given.device, "fp32").device)
     folder = Path(given.output or given.folder)
     if given.images:
         wanted = concepts.find(given.concept, given.kind) if given.concept else None
@@ -164,7 +166,7 @@ def _score(arguments: list[str]) -> None:
     if not names:
         raise EraseError(f"the task {task['id']} has no judges of its own; choose some with --judge")
     sources = score.sources(given.judge_model)
-    judges = [score.make_judge(name, task, source=sources.get(name), device=given.device) for name in names]
+    judges = [score.make_judge(name, task, source=sources.get(name), device=where) for name in names]
     if given.images:
         arm.adopt(Path(given.images), folder, options)
     for judge in judges:

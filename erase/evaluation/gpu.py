@@ -16,10 +16,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
-from erase import saliency, train
+from erase import models, saliency, train
 from erase.errors import EraseError
 from erase.evaluation import jobs
 from erase.methods.relabel import Relabel
+from erase.settings import MIXED_PRECISION
 
 ASSUMED_RATE = 790e12  # FLOP/s of a bf16 product on an H200, for estimates
 GIGABYTES = (24, 16, 12, 8)  # of cards that a run may have to fit
@@ -195,7 +196,7 @@ def _denoise(model: Any, data: Any, accelerator: Accelerator) -> None:
     """One step of guided drawing for the batch: the UNet with and without words."""
     x = torch.cat([data.forget.mean] * 2).to(model.device)
     text = data.text[[1] * (len(x) // 2) + [0] * (len(x) // 2)].to(model.device)
-    with accelerator.autocast():
+    with models.predicting(model.unet, MIXED_PRECISION[accelerator.mixed_precision]):  # as `Model.draw` does
         model(x, torch.full((len(x),), 500, device=model.device), text)
 
 

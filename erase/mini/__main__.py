@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 def _train(given: argparse.Namespace) -> None:
     import torch
 
+    from erase.device import choose
     from erase.mini.train import train
 
     torch.set_num_threads(given.threads)
@@ -48,7 +49,7 @@ def _train(given: argparse.Namespace) -> None:
         seed=given.seed,
         without=given.without,
         stages=stages,
-        device=given.device,
+        device=str(choose(given.device, "fp32").device),
         parts_from=given.parts_from,
     )
     print(f"{folder}: written")
