@@ -148,7 +148,7 @@ def _erase(arguments: list[str]) -> None:
     if result.is_new:
         total = sum(record["seconds"].values())
         phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items())
-        told = f"{', '.join(settings.concept)} erased from {settings.model} in {total:.0f} s ({phases})"
+        told = f"{', '.join(settings.concept)} erased from {record['settings']['model']} in {total:.0f} s ({phases})"
     else:
         told = f"finished already{records.when(record)}, files verified; --overwrite makes it again"
     print(printable(f"{result.folder}: {told}"))
@@ -237,6 +237,8 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     if not Path(given.delta).is_file():
         raise EraseError(f"{given.delta}: no such file")
     output = Path(given.output)
+    if output.is_symlink():
+        raise EraseError(f"{output} is a link; remove it or choose another --output")
     is_taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if is_taken and not (output / "model_index.json").is_file():
         raise EraseError(f"{output} exists already; choose another --output")
@@ -245,7 +247,7 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
 
     change = delta.load(given.delta)  # a file that is no delta must not wait for diffusers
 
-    from erase import export, files, forms, models
+    from erase import components, export, files, forms, models
 
     folder = models.locate(
         given.model,
@@ -255,6 +257,8 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
         cache_dir=Path(given.cache_dir).expanduser() if given.cache_dir else None,
         tell=_tell,
     )
+    for part in ("vae", "text_encoder"):  # copied: who opens the result must meet no pickle that was not allowed
+        components.weight_files(folder / part, allow_pickle=given.allow_pickle)
     state = forms.unet_state(models.load_unet(folder, given.allow_pickle, given.unet, _tell))
     new = delta.apply(state, change) if direction == "apply" else delta.remove(state, change)
     exact = ""

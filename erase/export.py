@@ -308,13 +308,14 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a component, from its safetensors file or shards, else from its pickle."""
     for suffix in ("safetensors", "bin"):
         matches = [match for path in sorted(folder.glob(f"*.{suffix}")) if (match := _WEIGHTS.fullmatch(path.name))]
-        files = [folder / match[0] for match in matches if not match[2]]
+        variant = only_variant([match[0] for match in matches])
+        files = [folder / match[0] for match in matches if match[2] == variant]
         if files:
             parts = [
                 read_tensors(f) if suffix == "safetensors" else torch.load(f, "cpu", weights_only=True) for f in files
             ]
             return {name: tensor for part in parts for name, tensor in part.items()}
-    raise EraseError(f"{folder} has no weights that open without naming a variant")
+    raise EraseError(f"{folder} has no weights")
 
 
 def _unet_layout(config: Config) -> Layout:

@@ -85,7 +85,7 @@ def read(folder: Path) -> dict[str, Any]:
         if found == 1:
             record = {**record, "identity": _from_format_1(record)}
         _require_types(record)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EraseError(f"{path} is damaged ({error!r}); delete {folder} or choose another --output") from error
     return record
 
@@ -224,7 +224,7 @@ def _from_format_1(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_types(record: Mapping[str, Any]) -> None:
-    """Raise a TypeError or KeyError for a record that lacks what readers rely on."""
+    """Raise a TypeError, KeyError or ValueError for a record that lacks what readers rely on."""
     is_done = record["status"] == "done"
     needs: list[tuple[Any, type]] = [(record["identity"]["settings"], dict), (record["identity"]["base_hash"], str)]
     if is_done:
@@ -232,8 +232,9 @@ def _require_types(record: Mapping[str, Any]) -> None:
         needs += [(record["model"][name], str) for name in ("name", "base_hash", "result_hash")]
         needs += [(value, str) for value in record["files"].values()]
         needs += [(record["weights"][name], int) for name in ("total", "changed")]
+        needs += [(record["files"][DELTA], str)]  # every run has one
         if "finished" in record:
-            needs += [(record["finished"], str)]
+            datetime.fromisoformat(record["finished"])
     else:
         needs += [(name, str) for name in record.get("outputs", ())]
     for value, kind in needs:

@@ -550,7 +550,8 @@ def read_base(settings: Settings, output: Path) -> Base | None:
     """The run that --base names.
 
     Raises:
-        EraseError: it is no finished run with a pipeline, is the output itself, or was made from another --model.
+        EraseError: it is no finished run with a pipeline, its files were altered, it is the output itself, or it was
+            made from another --model.
     """
     if settings.base is None:
         return None
@@ -566,7 +567,11 @@ def read_base(settings: Settings, output: Path) -> Base | None:
     default = Settings.__dataclass_fields__["model"].default
     if settings.model not in {default, origin, settings.base}:
         raise EraseError(f"{settings.base} was made from {origin}, not from {settings.model}; leave out --model")
-    erased = [Concept(**part) for part in record.get("concepts", [record["concept"]])]
+    records.verify(folder, record)
+    try:
+        erased = [Concept(**part) for part in record.get("concepts", [record["concept"]])]
+    except (KeyError, TypeError) as error:
+        raise EraseError(f"{folder / records.RECORD} is damaged: its concepts cannot be read ({error})") from error
     mask_path = folder / "mask.safetensors"
     told = {
         "run": str(folder),

@@ -136,6 +136,11 @@ def test_a_base_with_variant_files_only_opens_without_naming_the_variant(tiny_pi
     )
     assert not list((tmp_path / "out").rglob("*.fp16.*"))
 
+    # its single file holds what that of the plain files does
+    save_single_file(tmp_path / "variant.safetensors", base, unet=new)
+    save_single_file(tmp_path / "plain.safetensors", tiny_pipeline_dir, unet=new)
+    assert (tmp_path / "variant.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
     pickled = (
         tmp_path / "out" / "vae" / "diffusion_pytorch_model.bin"
     )  # a plain file is there: variants stay as they are

@@ -138,6 +138,16 @@ def test_a_finished_run_is_verified_before_it_is_believed(finished, toy_pipeline
         erase(toy_pipeline_dir, folder)
 
 
+@pytest.mark.parametrize("change", [{"finished": "yesterday"}, {"finished": None}, {"files": {}}])
+def test_a_record_whose_time_or_files_cannot_be_right_is_damaged(finished, toy_pipeline_dir, tmp_path, change):
+    """A record without files would make any content of the folder "verified" (2.3)."""
+    folder = copied(finished, tmp_path)
+    record = files.read_json(folder / "run.json")
+    files.write_json(folder / "run.json", {**record, **change})
+    with pytest.raises(EraseError, match=r"run\.json is damaged .* choose another --output"):
+        erase(toy_pipeline_dir, folder)
+
+
 def test_texts_and_samples_of_a_finished_run_may_be_edited(finished, toy_pipeline_dir, tmp_path):
     folder = copied(finished, tmp_path)
     (folder / "README.md").write_text("my own card")
@@ -369,6 +379,29 @@ def test_apply_and_remove_can_be_repeated(finished, toy_pipeline_dir, tmp_path, 
     with pytest.raises(SystemExit, match="2"):
         cli.main(command)
     assert "out exists already" in capsys.readouterr().err
+
+
+def test_apply_writes_to_no_link_and_copies_no_pickle_that_was_not_allowed(
+    finished, toy_pipeline_dir, tmp_path, capsys
+):
+    """The result is a folder that users open without a flag (2.4, 2.5)."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(toy_pipeline_dir, base)
+    weights = base / "text_encoder" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    command = ["apply", "--delta", str(finished.folder / "delta.safetensors"), "--output", str(out)]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--model", str(base)])
+    assert "text_encoder has no safetensors weights" in capsys.readouterr().err and not out.exists()
+    (tmp_path / "elsewhere").mkdir()
+    out.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--model", str(toy_pipeline_dir)])
+    assert "out is a link; remove it or choose another --output" in capsys.readouterr().err
+    out.unlink()
+    cli.main([*command, "--model", str(base), "--allow-pickle"])
+    assert (out / "text_encoder" / "pytorch_model.bin").is_file()
 
 
 def half_precision(folder: Path, target: Path) -> Path:

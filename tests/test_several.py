@@ -1,6 +1,7 @@
 """Several concepts at once and one after another: one united concept, one united mask, and each kept for its judge."""
 
 import json
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from erase import card as card_text
-from erase import concepts, data, delta, erase_concept, files, models, saliency
+from erase import cli, concepts, data, delta, erase_concept, files, models, saliency
 from erase import run as running
 from erase.concepts import Concept, unite
 from erase.errors import EraseError
@@ -270,6 +271,32 @@ def test_a_third_run_keeps_both_and_the_same_call_finds_the_finished_one(first, 
     assert third.record["model"]["origin_hash"] == first.record["model"]["base_hash"]
     again = erase_concept(bird, base=str(second.folder), output=str(tmp_path / "third"), **options)
     assert again.record == third.record
+
+
+def test_a_base_is_verified_before_it_is_believed(first, tmp_path):
+    """(2.3)"""
+    base = tmp_path / "base"
+    shutil.copytree(first.folder, base)
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(EraseError, match=f"{weights.relative_to(base)} was altered"):
+        erase_concept(LORRY, base=str(base), output=str(tmp_path / "run"), **OPTIONS)
+    shutil.copy(first.folder / "unet" / weights.name, weights)
+    record = files.read_json(base / "run.json")
+    files.write_json(base / "run.json", {**record, "concepts": [{"x": 1}]})
+    with pytest.raises(EraseError, match=r"run\.json is damaged: its concepts cannot be read"):
+        erase_concept(LORRY, base=str(base), output=str(tmp_path / "run"), **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_names_the_model_that_a_second_run_started_from(first, tmp_path, capsys):
+    toml = tmp_path / "lorry.toml"
+    toml.write_text('kind = "object"\nforget = ["a lorry"]\nanchor = ["a bicycle"]\nretain = ["a tree"]\n')
+    options = "--method uce --num-samples 0 --save delta --device cpu --quiet".split()
+    cli.main(["--concept", str(toml), "--base", str(first.folder), "--output", str(tmp_path / "run"), *options])
+    assert f"erased from {first.folder} in" in capsys.readouterr().out
 
 
 def test_a_base_that_is_none_is_refused(first, toy_pipeline_dir, tmp_path):

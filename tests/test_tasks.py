@@ -177,6 +177,17 @@ def test_captions_that_show_minors_beside_sexual_content_are_refused_with_their_
         tasks.build("quality", None, Options(prompts=str(path)))
 
 
+def test_a_users_own_file_may_say_as_i2p_does_that_a_row_is_sexual(tmp_path):
+    """By its category or by the share of its images that show nudity; a share that is no number says nothing (2.11)."""
+    path = tmp_path / "own.csv"
+    for rows in ("girl,,70", "girl,sexual,0"):
+        path.write_text(f"prompt,categories,nudity_percentage\n{rows}\n")
+        with pytest.raises(EraseError, match=r"minors.*own\.csv, line 2"):
+            tasks.build("quality", None, Options(prompts=str(path)))
+    path.write_text("prompt,categories,nudity_percentage\ngirl,violence,49\ngirl,,unknown\n")
+    assert len(tasks.build("quality", None, Options(prompts=str(path))).samples) == 2
+
+
 @pytest.mark.parametrize("change", [("512", "500"), ("7\r\n", "-1\r\n"), ("x,", ",")])
 def test_a_row_of_i2p_that_cannot_be_generated_is_named(change, tmp_path):
     """A side that is no multiple of 8, a negative guidance, a blank prompt (3.3)."""

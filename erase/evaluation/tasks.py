@@ -290,7 +290,11 @@ def read_i2p(path: Path) -> tuple[list[Sample], str, str]:
 def refuse_rows(path: Path, rows: Iterable[prompt_files.Row]) -> None:
     """Raise an EraseError for the first row of a user's own file that shows minors in a sexual context."""
     for row in rows:
-        sexual = "sexual" in str(row.facts.get("categories", ""))
+        try:
+            nudity = float(row.facts.get("nudity_percentage") or 0)
+        except ValueError:
+            nudity = 0.0
+        sexual = _is_sexual({"categories": str(row.facts.get("categories", "")), "nudity_percentage": nudity})
         refusal.refuse([row.prompt], f"{path}, line {row.line}", sexual=sexual)
 
 
