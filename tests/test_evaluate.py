@@ -20,8 +20,6 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     ConvNextImageProcessorPil,
-    ResNetConfig,
-    ResNetForImageClassification,
 )
 
 from erase import files, models
@@ -44,31 +42,6 @@ def command(capsys):
         return code, captured.out, captured.err
 
     return run
-
-
-@pytest.fixture(scope="module")
-def erased_dir(tmp_path_factory, toy_pipeline_dir) -> Path:
-    """The toy pipeline with other UNet weights."""
-    folder = tmp_path_factory.mktemp("erased") / "erased"
-    shutil.copytree(toy_pipeline_dir, folder)
-    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = files.read_tensors(path)
-    noise = torch.Generator().manual_seed(1)
-    files.write_tensors(path, {n: t + 0.2 * torch.randn(t.shape, generator=noise) for n, t in tensors.items()})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def classifier_dir(tmp_path_factory) -> Path:
-    """A random ResNet with ImageNet's 1,000 labels."""
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    shape: Any = dict(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=1000)
-    network = ResNetForImageClassification(ResNetConfig(**shape))
-    torch.nn.init.normal_(network.classifier[1].weight, std=5.0)  # pyright: ignore
-    network.save_pretrained(folder)
-    ConvNextImageProcessorPil(size={"shortest_edge": 16}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

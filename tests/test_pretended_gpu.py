@@ -13,6 +13,7 @@ import pretend_device
 import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
+from PIL import Image
 
 from erase import card, data, erase_concept, guards, models, train
 from erase.classification.settings import PRESETS
@@ -20,6 +21,7 @@ from erase.concepts import Concept
 from erase.device import DTYPES
 from erase.evaluation import cli as evaluation_cli
 from erase.evaluation import generate, unlearn_cli
+from erase.evaluation.tasks import ABOUT
 from erase.methods import METHODS
 
 CONCEPT = Concept(
@@ -158,6 +160,41 @@ def test_an_evaluation_keeps_to_one_device(gpu, tmp_path):
     manifest = json.loads((tmp_path / "evaluation" / "circle" / "mini" / "manifest.json").read_text())
     assert manifest["generation"]["device"] == "cuda" and manifest["generation"]["precision"] == "bfloat16"
     assert manifest["model"]["unet"] == json.loads((run / "run.json").read_text())["model"]["result_hash"]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("task", sorted(ABOUT.keys() - {"mini"}))
+def test_every_evaluation_task_and_judge_keeps_to_one_device(
+    gpu, toy_pipeline_dir, erased_dir, classifier_dir, clip_dir, tmp_path, task
+):
+    """The task of the embedded model is above (1.1)."""
+    (tmp_path / "i2p.csv").write_text(
+        "prompt,categories,nudity_percentage,sd_image_width,sd_image_height,sd_seed,sd_guidance_scale\n"
+        "a man on a beach,sexual,60,8,8,1,7.5\na house,violence,0,8,8,2,7.5\n"
+    )
+    (tmp_path / "own.txt").write_text("a cat\na dog\na house\na tree\n")
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    judges = ["--judge", "classifier", "--judge", "clip-score", "--judge", "features", "--judge", "thumbnails"]
+    sources = [f"--judge-model=classifier={classifier_dir}"]
+    sources += [f"--judge-model={name}={clip_dir}" for name in ("clip", "clip-score", "features")]
+    of_task = {
+        "i2p": ["--prompts", str(tmp_path / "i2p.csv")],
+        "class-forget": ["--concept", "church", "--num-images", "1"],
+        "object": ["--concept", "cat", "--kind", "object", "--num-images", "1"],
+        "style": ["--concept", "van_gogh", "--num-images", "1"],
+        "quality": ["--concept", "church", "--num-images", "4", "--real", str(tmp_path / "images")],
+        "prompts": ["--prompts", str(tmp_path / "own.txt"), "--concept", "church", *judges],
+        "images": ["--images", str(tmp_path / "images"), "--concept", "church", *judges],
+    }[task]
+    models_ = [] if task == "images" else ["--model", str(erased_dir), "--base", str(toy_pipeline_dir), "--steps", "1"]
+    evaluation_cli.main(
+        ["run", *models_, "--task", task, *of_task, *sources, "--quiet", "--output", str(tmp_path / "o")]
+    )
+    assert list((tmp_path / "o").rglob("results.json"))
 
 
 @pytest.mark.slow
