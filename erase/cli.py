@@ -20,12 +20,12 @@ from erase.settings import MIXED_PRECISION, SD_DEFAULTS, Settings, flag, forms
 GROUPS = {
     "what": "what to erase, from what",
     "how": "how: method x scope x mask",
-    "data": "pictures to train on",
+    "data": "images to train on",
     "training": "training",
     "files": "files",
 }
 DESCRIPTION = """\
-Take a concept out of a Stable Diffusion model: draw pictures of it, find the weights that matter for it,
+Take a concept out of a Stable Diffusion model: generate images of it, find the weights that matter for it,
 retrain only those, and write a diffusers folder."""
 EPILOG = """\
 The defaults are those for Stable Diffusion 1; a model may bring its own in erase_defaults.json, as 'mini' does.
@@ -38,7 +38,7 @@ examples:
 
 other commands (each has its own --help):
   apply    erase again, from a delta
-  remove   take an erasure back
+  remove   undo an erasure: restore the base weights
   export   write other forms of a finished run
   inspect  show what a delta or a mask holds
 """

@@ -83,7 +83,10 @@ class Settings:
         (), "forget prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
     )
     anchor: tuple[str, ...] = option(
-        (), "prompt to say instead; one for all or one per forget prompt", group="what", metavar="PROMPT"
+        (),
+        "prompt that replaces the forget prompt; one for all or one per forget prompt",
+        group="what",
+        metavar="PROMPT",
     )
     retain: tuple[str, ...] = option(
         (), "retain prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
@@ -148,13 +151,17 @@ class Settings:
 
     # data
     forget_images: str | None = option(
-        None, "folder of images (or datasets name) that show the concept", group="data", shown="drawn", metavar="DIR"
+        None,
+        "folder of images (or datasets name) that show the concept",
+        group="data",
+        shown="generated",
+        metavar="DIR",
     )
     retain_images: str | None = option(
-        None, "folder of images (or datasets name) to keep", group="data", shown="drawn", metavar="DIR"
+        None, "folder of images (or datasets name) to keep", group="data", shown="generated", metavar="DIR"
     )
-    num_forget: int | None = option(None, "forget images to draw", group="data", least=1, most=1_000_000)
-    num_retain: int | None = option(None, "retain images to draw", group="data", least=1, most=1_000_000)
+    num_forget: int | None = option(None, "forget images to generate", group="data", least=1, most=1_000_000)
+    num_retain: int | None = option(None, "retain images to generate", group="data", least=1, most=1_000_000)
     num_inference_steps: int | None = option(
         None,
         "denoising steps of a generated image",
@@ -189,7 +196,7 @@ class Settings:
     )
     generation_batch_size: int | None = option(None, "images generated at a time", group="data", least=1, most=100_000)
     cache_dir: str | None = option(
-        None, "where drawn latents are kept", group="data", shown="$ERASE_CACHE, or ~/.cache/erase-concept"
+        None, "cache of the generated images' latents", group="data", shown="$ERASE_CACHE, or ~/.cache/erase-concept"
     )
 
     # training
