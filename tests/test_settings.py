@@ -22,6 +22,7 @@ from erase.settings import Settings, flag, forms, read_defaults, require_consist
 VALUES: dict[str, tuple[Any, Any]] = {
     "scope": ("selfattn", "xattn"),
     "target": ("random", "fixed"),
+    "sampler": ("dpm++", "model"),
     **{
         name: (3, 5) if forms()[name].type is int else (0.3, 0.7)
         for name in settings._OF_METHOD
