@@ -140,6 +140,13 @@ def gather(
         model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed, tell=tell
     )
     _refuse_captions(plan, concept, forget_source.prompts, retain_source.prompts)
+    given = (
+        *(forget_source.prompts if plan.forget_images else ()),
+        *(retain_source.prompts if plan.retain_images else ()),
+    )
+    cut = [caption for caption in dict.fromkeys(given) if caption and model.truncates(caption)]
+    if cut:
+        tell(f"captions longer than the text encoder reads, and cut: {len(cut)}, the first {cut[0][:60] + '...'!r}")
     if plan.pictures == "trajectory":
         forget_source = _followed(model, plan, forget_source.prompts, first_seed)
     elif plan.pictures == "noise":
@@ -178,6 +185,7 @@ def gather(
         "first_retain_seed": None if plan.retain_images else first_retain_seed,
         "forget_key": forget_key,
         "retain_key": retain_key,
+        "truncated_captions": cut,
     }
     fingerprint = files.text_hash([forget_key, retain_key, list(rows), anchor.tolist(), others.tolist()])
     text = model.encode_text(list(rows))

@@ -286,6 +286,17 @@ def test_text_files_beside_images_are_captions_and_a_missing_one_is_said(suffix,
     ]
 
 
+def test_a_caption_that_is_cut_is_said_and_recorded(collect, tmp_path):
+    """As a long prompt is (3.2)."""
+    long = "a circle " * 80 + "and a church"
+    for name, caption in {"a": long, "b": "a circle"}.items():
+        picture(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    lines: list[str] = []
+    data = collect(plan=replace(PLAN, forget_images=str(tmp_path)), tell=lines.append)
+    assert data.record["truncated_captions"] == [long] and "cut: 1, the first 'a circle a circle" in lines[-1]
+
+
 def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path, monkeypatch):
     """10_circle is the prompt "circle" and ten of each image; a caption beside an image is its prompt instead (3.4)."""
     for name in ("3_red_circle/a.png", "3_red_circle/b.png", "01_church/c.png"):
