@@ -538,6 +538,14 @@ def _require_fit(source: str | Path, folder: Path, unet: Any, vae: Any, text: An
     for name in ("norm_eps", "mid_block_scale_factor", "resnet_out_scale_factor"):
         if not unet[name] > 0:
             raise EraseError(f"{folder}/unet/config.json: {name} is {unet[name]}; it must be above 0")
+    eps = text.layer_norm_eps
+    if not isinstance(eps, int | float) or not eps > 0:
+        raise EraseError(f"{folder}/text_encoder/config.json: layer_norm_eps is {eps!r:.40}; it must be above 0")
+    if type(text.eos_token_id) is not int or not 0 <= text.eos_token_id < text.vocab_size:
+        raise EraseError(
+            f"{folder}/text_encoder/config.json: eos_token_id is {text.eos_token_id!r:.40}; it must be a token, 0 to "
+            f"{text.vocab_size - 1}"
+        )
     if not vae["scaling_factor"] > 0:
         raise EraseError(f"{folder}/vae/config.json: scaling_factor is {vae['scaling_factor']}; it must be above 0")
     size = unet["sample_size"]
