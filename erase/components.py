@@ -95,6 +95,11 @@ def require_types(path: Path, cls: Any) -> dict[str, Any]:
     for name, value in config.items():
         if name in hints and value != parameters[name].default and not _fits(value, hints[name]):
             raise EraseError(f"{path}: {name} is {value!r:.60}; it must be {_noun(hints[name])}; download it again")
+    for name in ("num_hidden_layers", "layers_per_block"):  # a library would build them one by one, without end
+        if isinstance(value := config.get(name), int | float) and not 0 < value <= 1000:
+            raise EraseError(
+                f"{path}: {name} is {value!r:.40}; it must be a whole number, 1 to 1000; download it again"
+            )
     version = config.get("_diffusers_version", "0")
     if not isinstance(version, str) or not re.fullmatch(r"\d+(\.\w+)*", version):
         raise EraseError(f"{path}: _diffusers_version is {version!r:.60}; it must be a version; download it again")
