@@ -22,7 +22,7 @@ from transformers import (
     ConvNextImageProcessorPil,
 )
 
-from erase import files, models
+from erase import erase_concept, export, files, models
 from erase.evaluation import arm, cli, generate, measure, score
 
 FAST = ("--steps", 2, "--device", "cpu", "--quiet")
@@ -149,6 +149,61 @@ def test_quality_ends_in_clip_scores_and_kid(command, pair, clip_dir, tmp_path):
         assert result(folders["erased"], "quality.kid_real")[role]["value"] == pytest.approx(kid)
         assert np.allclose(normalize(torch.tensor(np.stack(there[0]))), image, atol=1e-4)
     assert result(folders["erased"], "quality.kid_base")["base"] is None
+
+
+def own_prompt(folder: Path) -> tuple[object, ...]:
+    """Arguments for one prompt and one judge."""
+    (folder / "own.txt").write_text("a cat\n")
+    task = ("--task", "prompts", "--prompts", folder / "own.txt", "--judge", "thumbnails")
+    return (*task, "--output", folder / "out")
+
+
+def test_unet_only_weights_are_evaluated_on_a_base(command, erased_dir, toy_pipeline_dir, tmp_path):
+    """`--unet FILE` puts published UNet weights into the model, and nothing else (4.3)."""
+    weights = erased_dir / "unet" / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "own.txt").write_text("a cat\n")
+    own = (
+        "--task",
+        "prompts",
+        "--prompts",
+        tmp_path / "own.txt",
+        "--judge",
+        "thumbnails",
+        "--output",
+        tmp_path / "out",
+    )
+    code, _, err = command(
+        "run", "--model", toy_pipeline_dir, "--base", toy_pipeline_dir, "--unet", weights, *own, *FAST
+    )
+    assert code == 0, err
+    hashes = [json.loads(path.read_text())["model"] for path in sorted((tmp_path / "out").rglob("manifest.json"))]
+    expected = {generate.model_hashes(models.load(folder))["unet"] for folder in (toy_pipeline_dir, erased_dir)}
+    assert {one["unet"] for one in hashes} == expected and len({one["vae"] for one in hashes}) == 1
+
+
+def test_a_model_erased_from_a_single_file_offline_is_evaluated(command, tiny_pipeline_dir, tmp_path):
+    """The base is read with the config that run.json names (4.3)."""
+    base = tmp_path / "model.safetensors"
+    export.save_single_file(base, tiny_pipeline_dir, dtype="fp32")
+    small: dict[str, Any] = dict(method="uce", num_samples=0, device="cpu", quiet=True, forget=("a cat",))
+    small |= dict(anchor=("a dog",), retain=("a tree",), kind="object", output=str(tmp_path / "run"))
+    erase_concept("cat", str(base), config=str(tiny_pipeline_dir), **small)
+    (tmp_path / "own.txt").write_text("a cat\n")
+    own = (
+        "--task",
+        "prompts",
+        "--prompts",
+        tmp_path / "own.txt",
+        "--judge",
+        "thumbnails",
+        "--output",
+        tmp_path / "out",
+    )
+    code, _, err = command("run", "--model", tmp_path / "run", *own, *FAST)
+    assert code == 0, err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["model"]
+    drawn = {json.loads(path.read_text())["model"]["unet"] for path in (tmp_path / "out").rglob("manifest.json")}
+    assert drawn == {record["base_hash"], record["result_hash"]}
 
 
 PROMPTS = 'prompt,seed,guidance\na red cat,7,0\n"a dog, asleep",,2.5\na house,9,\na tree,10,\n'
