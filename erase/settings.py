@@ -568,7 +568,7 @@ def _checked(value: Any, item: Field[Any], form: Form) -> Any:
 def _checked_one(value: Any, item: Field[Any], form: Form) -> Any:
     try:
         plain = _PLAIN[form.type](value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise EraseError(f"{flag(item.name)} is {value!r}; it must be {_NOUNS[form.type]}") from error
     if form.choices and plain not in form.choices and not ("also" in item.metadata and ":" in plain):
         guess = difflib.get_close_matches(plain, form.choices, n=1)

@@ -858,12 +858,51 @@ def test_the_preset_is_chosen_by_how_much_is_forgotten(request_, kind):
         ("ft", "alpha=1", "it has none"),
         ("salun-soft", "ratio=2", r"must lie in \[0, 1\]"),
         ("ft", "alpha", "NAME=VALUE"),
+        ("iu", "num_samples=0", r"num_samples is 0; it must lie in \[1, 1e\+09\]"),
+        ("iu", "num_samples=1" + 400 * "0", "must be a whole number"),
+        ("iu", "alpha=-1", "alpha is -1.0"),
+        ("fisher", "num_samples=-1", "num_samples is -1"),
+        ("fisher", "cap=-1", "cap is -1"),
+        ("l1-sparse", "alpha=-1", "alpha is -1"),
+        ("l1-sparse", "free_epochs=100000000000000000000", "free_epochs is 1000"),
+        ("bs", "bound=-1", r"bound is -1.0; it must lie in \[0, 1\]"),
+        ("scissorhands", "share=1e23", "share is 1e"),
+        ("scissorhands", "batch_size=0", "batch_size is 0"),
         ("retrain", "alpha=1", "retrain has no options"),
     ],
 )
 def test_an_option_that_a_method_does_not_have_is_one_line(method, option, message):
     with pytest.raises(EraseError, match=message):
         run.check_method(Settings(method=method, set=(option,)).resolved())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "retrain", "epochs": 3}, "--epochs has no effect when a model is trained anew; use --train-epochs"),
+        ({"method": "retrain", "optimizer": "adam"}, "--optimizer has no effect when a model is trained anew$"),
+        ({"method": "iu", "learning_rate": 0.1}, "--learning-rate has no effect with --method iu, which computes"),
+        ({"method": "ft", "density": 0.1}, "--density has no effect without a mask; add --mask saliency"),
+        ({"mask": "none", "score": "sum_sq"}, "--score has no effect without a mask"),
+    ],
+)
+def test_an_option_that_the_method_does_not_use_is_refused_before_the_data_is_read(given, message, tmp_path):
+    with pytest.raises(EraseError, match=message):
+        run.run(Settings(data="no such data", output=str(tmp_path / "run"), **given), tmp_path)
+    for ours in (
+        {},
+        {"method": "ft", "epochs": 3},
+        {"density": 0.1},
+        {"method": "ft", "mask": "random", "density": 0.1},
+    ):
+        with pytest.raises(EraseError, match="is no data set"):  # the control: used, so the data is what is wrong
+            run.run(Settings(data="no such data", output=str(tmp_path / "run"), **ours), tmp_path)
+
+
+@pytest.mark.parametrize("request_", ["nan%", "1e23%", "-5%", "abc%", "²%", "", "5", "/"])
+def test_a_request_that_fits_no_data_set_is_refused_before_the_data_is_read(request_, tmp_path):
+    with pytest.raises(EraseError, match="--forget is"):
+        run.run(Settings(data="no such data", forget=request_, output=str(tmp_path / "run")), tmp_path)
 
 
 # The whole job
@@ -903,9 +942,9 @@ def test_the_retrained_model_never_sees_what_is_forgotten(toy_world, tmp_path, m
     seen: list[int] = []
     monkeypatch.setattr(run, "descend", lambda model, plan, *_, **__: seen.append(len(plan.passes()[0])))
     for without_forget in (False, True):
-        settings = settings_of(tmp_path, output=str(tmp_path / str(without_forget)), method="retrain")
+        settings = settings_of(tmp_path, output=str(tmp_path / str(without_forget)), method="retrain", epochs=None)
         run.run_training(settings, tmp_path, without_forget=without_forget)
-    run.run(settings_of(tmp_path, method="retrain"), tmp_path)
+    run.run(settings_of(tmp_path, method="retrain", epochs=None), tmp_path)
     assert seen == [30, 24, 30, 24]
 
 

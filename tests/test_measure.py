@@ -93,7 +93,12 @@ def test_a_requirement_is_met_or_its_line_says_what_is_instead(tmp_path, rule, h
 
 
 @pytest.mark.parametrize(
-    ("rule", "message"), [("mini.ua", "cannot be read"), ("mini.xa>=1", "no score 'mini.xa'; there are mini.ua")]
+    ("rule", "message"),
+    [
+        ("mini.ua", "cannot be read"),
+        ("mini.xa>=1", "no score 'mini.xa'; there are mini.ua"),
+        ("mini.ua>=1e400", "1e400 is too large"),
+    ],
 )
 def test_a_requirement_that_means_nothing_is_an_error(tmp_path, rule, message):
     with pytest.raises(EraseError, match=message):

@@ -110,6 +110,33 @@ def test_all_methods_and_every_control_have_a_line():
     assert {"salun 10%", "salun 90%", "salun, random mask", "salun, inverse mask", "salun, no mask"} <= set(labels)
 
 
+def test_lines_at_close_densities_have_cells_of_their_own(tmp_path):
+    """0.001 and 0.004 are both "0 %" when rounded to per cent, and 0.101 and 0.104 both "10 %"."""
+    settings = toy_settings()
+    close = rows(settings, [], densities=[0.001, 0.004, 0.101, 0.104, 0.1, 0.07])
+    assert [line.label for line in close[3:]] == [f"salun {x}%" for x in ("0.1", "0.4", "10.1", "10.4", "10", "7")]
+    results = compare(settings, close[:5], [0], tmp_path, tmp_path)
+    assert {"salun 0.1%", "salun 0.4%"} <= set(results["rows"])
+    assert len(list((tmp_path / "cells").iterdir())) == 5
+
+
+def test_a_line_that_is_asked_for_twice_is_there_once_and_two_of_one_name_are_refused(tmp_path):
+    settings = toy_settings()
+    labels = [line.label for line in rows(settings, ["ft", "ga", "ft"], densities=[0.1, 0.1])]
+    assert labels[3:] == ["ft", "ga", "salun 10%"]
+    twins = rows(settings, [], densities=[0.1, 0.1 + 1e-14])
+    with pytest.raises(EraseError, match="'salun 10%' and 'salun 10%' would have cells of the same name"):
+        compare(settings, twins, [0], tmp_path / "run", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_that_leave_no_room_for_second_trainings_are_refused_before_any_work(tmp_path):
+    settings = toy_settings()
+    with pytest.raises(EraseError, match="the last seed is 4294967295; .* at most 4293967293"):
+        compare(settings, rows(settings, []), [2**32 - 1], tmp_path / "run", tmp_path, shadows=2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_interval_over_seeds_is_students():
     """Of 1, 2, 3: deviation 1, so t(.975, 2) / sqrt(3) to each side; one seed says nothing of others."""
     score = over_seeds("UA", [1, 2, 3])
@@ -148,6 +175,10 @@ def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
         (["compare", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["compare", "--model", "somewhere"], "--model does not go with compare"),
         (["train", "--density", "0.5"], "unknown argument '--density'"),
+        (["train", "--epochs", "3"], "--epochs has no effect when a model is trained anew; use --train-epochs"),
+        (["compare", "--densities", "0.1", "nan"], "--densities has nan; each must be above 0 and at most 1"),
+        (["--forget", "class:" + 5000 * "9"], "the classes are 0 to"),
+        (["--forget", "²%"], "a share is a number"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):

@@ -85,6 +85,14 @@ def cross_entropy(model: nn.Module, images: Images) -> Tensor:
     return F.cross_entropy(model(images.pixels), images.y)
 
 
+def _require(method: object, **bounds: tuple[float, float]) -> None:
+    """Raise an EraseError for an option outside its bounds, which are included."""
+    for name, (low, high) in bounds.items():
+        value = getattr(method, name)
+        if not low <= value <= high:
+            raise EraseError(f"{name} is {value}; it must lie in [{low:g}, {high:g}]")
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
@@ -160,8 +168,7 @@ class SoftThreshold:
     ratio: Annotated[float, "share of the weights that the first steps leave where they were, in [0, 1]"] = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise EraseError(f"ratio is {self.ratio}; it must lie in [0, 1]")
+        _require(self, ratio=(0, 1))
 
     def plan(self, task: Task) -> Plan:
         original = {name: parameter.detach().clone() for name, parameter in task.parameters().items()}
@@ -190,6 +197,9 @@ class L1Sparse:
     alpha: Annotated[float, "weight of the penalty at first; it falls linearly, epoch by epoch"] = 5e-4
     free_epochs: Annotated[int, "last epochs without penalty"] = 0
 
+    def __post_init__(self) -> None:
+        _require(self, alpha=(0, 1e30), free_epochs=(0, 100_000))
+
     def plan(self, task: Task) -> Plan:
         def loss(x: Tensor, y: Tensor, at: Progress) -> Tensor:
             alpha = l1_weight(self.alpha, at.epoch, at.epochs, self.free_epochs)
@@ -211,6 +221,9 @@ class BoundaryShrink:
 
     bound: Annotated[float, "how far a picture is moved to find y', of pixels in [0, 1]"] = 0.1
     may_be_true: Annotated[bool, "whether y' may equal y, as in the authors' code"] = False
+
+    def __post_init__(self) -> None:
+        _require(self, bound=(0, 1))
 
     def plan(self, task: Task) -> Plan:
         how = {"bound": self.bound, "may_be_true": self.may_be_true}
@@ -260,6 +273,9 @@ class Scissorhands:
     share: Annotated[float, "share of the weights that begin anew, in [0, 1]"] = 0.01
     batch_size: Annotated[int, "pictures of D_f that each step is checked against"] = 64
 
+    def __post_init__(self) -> None:
+        _require(self, share=(0, 1), batch_size=(1, 1_000_000))
+
     def plan(self, task: Task) -> Plan:
         named = task.parameters()
         gradients = _by_name(_gradient_sum(task.model, task.forget), named)
@@ -303,6 +319,9 @@ class Influence:
     alpha: Annotated[float, "how far to go; papers search 1 to 20"] = 1.0
     num_samples: Annotated[int, "pictures of D_r in the estimate of H, and its N"] = 1000
 
+    def __post_init__(self) -> None:
+        _require(self, alpha=(0, 1e30), num_samples=(1, 1_000_000_000))
+
     def solve(self, task: Task) -> Values:
         named = task.parameters()
         forget, retain = (_gradient_sum(task.model, images) for images in (task.forget, task.retain))
@@ -345,6 +364,9 @@ class FisherForgetting:
     alpha: Annotated[float, "variance of the noise where F is 1"] = 1e-7
     cap: Annotated[float, "largest 1 / F"] = 1e3
     num_samples: Annotated[int, "pictures of D_r in the estimate of F"] = 1000
+
+    def __post_init__(self) -> None:
+        _require(self, alpha=(0, 1e30), cap=(0, 1e30), num_samples=(1, 1_000_000_000))
 
     def solve(self, task: Task) -> Values:
         order = torch.randperm(len(task.retain), generator=task.generator)[: self.num_samples]

@@ -16,7 +16,7 @@ from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, in_eval, saliency_mask, write
 from erase.classification.methods import Descends, Plan, Solves, Task
 from erase.classification.networks import Classifier, Shape
-from erase.classification.settings import Settings, make_method
+from erase.classification.settings import Settings, make_method, require_use
 from erase.classification.split import Split
 from erase.errors import EraseError
 from erase.settings import MIXED_PRECISION
@@ -149,6 +149,7 @@ def make_mask(
 
 def prepare(settings: Settings, cache_dir: str | Path) -> tuple[Dataset, Split]:
     """The data set on the device, and what of it is to be forgotten; of resolved settings."""
+    split.require_request(settings.forget)
     dataset = data.load(settings.data, cache_dir, size=settings.size)
     make_split = split.make_reference if settings.split == "reference" else split.make
     chosen = make_split(dataset, settings.forget, settings.seed)
@@ -173,6 +174,7 @@ def trained(settings: Settings, dataset: Dataset, images: Images, *, quiet: bool
 
 def run_training(settings: Settings, cache_dir: str | Path, *, without_forget: bool, quiet: bool = True) -> Run:
     """Train the original model, or the retrained one: without what is to be forgotten. Writes model and record."""
+    require_use(settings)
     settings = settings.resolved()
     dataset, chosen = prepare(settings, cache_dir)
     folder = _open(settings, {"without_forget": without_forget})
@@ -191,6 +193,7 @@ def run(
 
     tell: hears what was noticed about the model's file.
     """
+    require_use(settings)
     settings = settings.resolved()
     check_method(settings)
     dataset, chosen = prepare(settings, cache_dir)

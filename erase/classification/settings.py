@@ -10,7 +10,7 @@ from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
 
 from erase.errors import EraseError
-from erase.settings import agreed_precision, make_plain, option
+from erase.settings import agreed_precision, flag, make_plain, option
 
 NETWORKS = ("mlp", "small", "resnet18", "resnet18_imagenet", "resnet50", "vgg16_bn", "vit", "swin_t")
 
@@ -297,8 +297,27 @@ def kind_of(forget: str) -> Literal["class", "half", "share"]:
     if forget.startswith("class:"):
         return "class"
     number = forget.removesuffix("%")
-    is_share = number != forget and number.replace(".", "", 1).isdigit()
+    is_share = number != forget and number.replace(".", "", 1).isdecimal()
     return "half" if is_share and float(number) >= 30 else "share"
+
+
+def require_use(settings: Settings) -> None:
+    """Raise an EraseError for an option that the method does not use; of settings that are not resolved yet."""
+    preset = settings.preset
+    unused: tuple[str, ...] = ()
+    why = f"with --method {settings.method}"
+    if not preset.method:
+        unused, why = ("epochs", "learning_rate", "optimizer", "mask", "batch_norm"), "when a model is trained anew"
+    elif not preset.epochs:
+        unused, why = ("epochs", "learning_rate", "optimizer"), f"{why}, which computes the new weights in one step"
+    given = [name for name in unused if getattr(settings, name) != Settings.__dataclass_fields__[name].default]
+    if given:
+        hint = f"; use {flag('train_' + given[0])}" if f"train_{given[0]}" in Settings.__dataclass_fields__ else ""
+        raise EraseError(f"{flag(given[0])} has no effect {why}{hint if not preset.method else ''}")
+    if (settings.mask or preset.mask) == "none":
+        for name in ("density", "score", "per_tensor"):
+            if getattr(settings, name) != Settings.__dataclass_fields__[name].default:
+                raise EraseError(f"{flag(name)} has no effect without a mask; add --mask saliency")
 
 
 def make_method(class_of: type, name: str, options: Mapping[str, str]) -> Any:
@@ -328,6 +347,6 @@ def _value(name: str, key: str, text: str, kind: type) -> Any:
         if not math.isfinite(value):
             raise ValueError
         return value
-    except ValueError:
+    except (ValueError, OverflowError):
         noun = "a whole number" if kind is int else "a number"
         raise EraseError(f"{key} of {name} is {text!r}; it must be {noun}") from None

@@ -60,6 +60,14 @@ def make(dataset: Dataset, request: str, seed: int) -> Split:
     return _split(request, everything if retain is None else retain, forget, tested)
 
 
+def require_request(request: str) -> None:
+    """Raise an EraseError for a request that fits no data set at all; needs no data."""
+    if request.endswith("%"):
+        _share(request, 1)
+    elif not request.startswith("class:") and not Path(request).is_file():
+        raise EraseError(f"--forget is {request!r}: no share like 10%, no class like class:3, no file")
+
+
 def reference(labels: Tensor, seed: int, num_forget: int) -> tuple[Tensor, Tensor]:
     """What SalUn's code trains on (a tenth of every class is put aside) and what of it is to be forgotten.
 
@@ -116,7 +124,7 @@ def _share(request: str, total: int) -> int:
 def _class(text: str, classes: Sequence[str]) -> int:
     if text in classes:
         return classes.index(text)
-    if text.isdecimal() and int(text) < len(classes):
+    if text.isdecimal() and len(text) < 10 and int(text) < len(classes):
         return int(text)
     raise EraseError(f"--forget is 'class:{text}'; the classes are 0 to {len(classes) - 1}: {', '.join(classes[:12])}")
 

@@ -4,6 +4,7 @@ A picture that cannot be judged (black, flat, broken, not finite) is in every de
 that draws nothing has not erased anything.
 """
 
+import math
 import operator
 import os
 import re
@@ -698,6 +699,8 @@ def rule(text: str, names: Collection[str], *, has_base: bool = True) -> Rule:
         raise EraseError(f"--require {text!r}: there is no score {name!r}; there are {', '.join(names)}")
     if suffix == "_drop" and not has_base:
         raise EraseError(f"--require {text!r} needs a base to compare with; give --base")
+    if not math.isfinite(float(bound)):
+        raise EraseError(f"--require {text!r}: {bound[:40]} is too large a number")
     return Rule(text, name, suffix, sign, float(bound))
 
 

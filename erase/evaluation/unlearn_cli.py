@@ -123,6 +123,9 @@ def _compare(arguments: list[str]) -> None:
         parser.error(f"--shadows is {asked['shadows']}; it must be 0 or more and at most 10000")
     if given["model"] is not None:
         parser.error("--model does not go with compare, which trains an original model for every seed")
+    for density in asked["densities"]:
+        if not 0 < density <= 1:
+            parser.error(f"--densities has {density}; each must be above 0 and at most 1")
     unknown = [name for name in asked["methods"] if name not in ("all", *PRESETS)]
     if unknown:
         parser.error(f"unknown method {unknown[0]!r}; choose all, {', '.join(PRESETS)}")

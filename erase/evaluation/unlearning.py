@@ -46,6 +46,7 @@ def rows(
     far apart two trainings are says what a gap is worth.
 
     methods: names, or "all". densities, controls: more lines for SalUn, at other densities and with other masks.
+    A line that is asked for twice is there once.
 
     Raises:
         EraseError: unknown method.
@@ -54,10 +55,10 @@ def rows(
     lines = [Row(label, replace(settings, method=RETRAIN)) for label in (ORIGINAL, RETRAIN, AGAIN)]
     lines += [Row(name, replace(settings, method=name)) for name in names if name != RETRAIN]
     salun = replace(settings, method="salun")
-    lines += [Row(f"salun {density:.0%}", replace(salun, density=density)) for density in densities]
+    lines += [Row(f"salun {100 * density:.10g}%", replace(salun, density=density)) for density in densities]
     if controls:
         lines += [Row(f"salun, {label}", replace(salun, **change)) for label, change in CONTROLS.items()]
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def compare(
@@ -78,9 +79,11 @@ def compare(
     shadows: models trained with and as many without the forgotten pictures for LiRA, per seed; 0 for none.
 
     Raises:
-        EraseError: the folder holds cells of other settings.
+        EraseError: the folder holds cells of other settings, or two lines have cells of one name.
     """
     folder = Path(folder)
+    _require_own_names(lines)
+    _require_seeds(seeds, shadows)
     for line in lines:
         run.check_method(line.settings.resolved())
     cells: list[dict[str, Any]] = []
@@ -95,6 +98,31 @@ def compare(
     files.write_text(folder / "table.md", table(results))
     plot(folder / "plot.png", results)
     return results
+
+
+def _stem(label: str) -> str:
+    """What the files of a line's cells are called, before the seed."""
+    return re.sub("[^a-z0-9.]+", "-", label)
+
+
+def _require_own_names(lines: Sequence[Row]) -> None:
+    owners: dict[str, Row] = {}
+    for line in lines:
+        other = owners.setdefault(_stem(line.label), line)
+        if other is not line:
+            raise EraseError(
+                f"the lines {other.label!r} and {line.label!r} would have cells of the same name; leave one out"
+            )
+
+
+def _require_seeds(seeds: Sequence[int], shadows: int) -> None:
+    """Second trainings and shadow models have seeds of their own, above those of the cells."""
+    added = 2 * ANOTHER_SEED + shadows
+    if max(seeds, default=0) + added >= 2**32:
+        raise EraseError(
+            f"the last seed is {max(seeds)}; compare also trains with seeds up to {added} above it, "
+            f"so it must be at most {2**32 - 1 - added}"
+        )
 
 
 class _Bench:
@@ -153,7 +181,7 @@ def _cell(line: Row, bench: _Bench) -> dict[str, Any]:
     seed = bench.settings.seed
     settings = replace(line.settings, seed=seed).resolved()
     identity = run.identity(settings) | {"shadows": bench.num_shadows}
-    path = bench.folder / "cells" / f"{re.sub('[^a-z0-9.]+', '-', line.label)}-{seed}.json"
+    path = bench.folder / "cells" / f"{_stem(line.label)}-{seed}.json"
     if path.is_file():
         cell = _read_cell(path)
         there = run.recorded(cell["settings"])

@@ -224,6 +224,6 @@ def _parsed(value: str, kind: Any, text: str) -> Any:
         if not math.isfinite(number):
             raise ValueError
         return number
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError) as error:
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise EraseError(f"--set is {text!r}; it must be {wanted}") from error
