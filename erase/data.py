@@ -403,19 +403,34 @@ def _cached(
         return {"kind": "latents", "key": folder.name, "rows": [rows.start, rows.stop]}
 
     found: dict[int, dict[str, Tensor]] = {}
+
+    def read(i: int) -> None:
+        """Into memory: other programs may write to the cache while this one works."""
+        try:
+            found[i], _ = files.read_own(paths[i], copied=True, **header(chunks[i]))
+        except EraseError as error:
+            if not paths[i].exists():
+                raise
+            tell(f"{str(error).partition('; copy')[0]}; these {label} are generated again")
+
+    def make(i: int) -> None:
+        found[i] = {name: tensor.cpu() for name, tensor in source.make(chunks[i]).items()}
+        files.write_tensors(paths[i], found[i], header(chunks[i]))
+
     mine = range(workers.rank, len(chunks), workers.count)
     for i in (i for i in mine if paths[i].exists()):
-        try:
-            found[i], _ = files.read_own(paths[i], **header(chunks[i]))
-        except EraseError as error:
-            tell(f"{str(error).partition('; copy')[0]}; these {label} are generated again")
+        read(i)
     missing = [i for i in mine if i not in found]
     with progress(sum(len(chunks[i]) for i in missing), label, "images", quiet=quiet) as bar:
         for i in missing:
-            files.write_tensors(paths[i], source.make(chunks[i]), header(chunks[i]))
+            make(i)
             bar.update(len(chunks[i]))
     workers.wait()
-    tensors = [found[i] if i in found else files.read_own(path, **header(chunks[i]))[0] for i, path in enumerate(paths)]
+    for i in (i for i in range(len(chunks)) if i not in found):  # those of other processes
+        read(i)
+        if i not in found:
+            make(i)
+    tensors = [found[i] for i in range(len(chunks))]
     return {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
 
 

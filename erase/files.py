@@ -205,8 +205,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mappin
             file.write(_bytes(tensors[name]))
 
 
-def read_tensors(path: str | Path, *, device: str = "cpu") -> dict[str, Any]:
+def read_tensors(path: str | Path, *, device: str = "cpu", copied: bool = False) -> dict[str, Any]:
     """All tensors of a safetensors file, checked against the hash in its header if it has one.
+
+    copied: return copies. Otherwise the tensors are mapped from the file, and change when it is written to in place.
 
     Raises:
         EraseError: the file is missing, truncated, altered or not a safetensors file.
@@ -215,6 +217,7 @@ def read_tensors(path: str | Path, *, device: str = "cpu") -> dict[str, Any]:
         header = _metadata(path, file)
         try:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()} if copied else tensors
         except Exception as error:  # safetensors raises several kinds; all are the file's fault
             raise EraseError(f"{path} cannot be read ({error}); copy or download it again") from error
     if CONTENT in header and header[CONTENT] != content_hash(tensors):
@@ -222,10 +225,10 @@ def read_tensors(path: str | Path, *, device: str = "cpu") -> dict[str, Any]:
     return tensors
 
 
-def read_own(path: str | Path, **expected: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_own(path: str | Path, *, copied: bool = False, **expected: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and metadata of a file that this project wrote for itself to read again.
 
-    expected: what the metadata must say.
+    copied: as in `read_tensors`. expected: what the metadata must say.
 
     Raises:
         EraseError: the file is missing or damaged, has no hash, or its metadata say something else.
@@ -236,7 +239,7 @@ def read_own(path: str | Path, **expected: Any) -> tuple[dict[str, Any], dict[st
     for name, value in expected.items():
         if header.get(name) != value:
             raise EraseError(f"{path} is damaged: its header says {name} {header.get(name)!r} instead of {value!r}")
-    return read_tensors(path), header
+    return read_tensors(path, copied=copied), header
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from erase import models
+from erase import files, models
 from erase.concepts import Concept
 from erase.data import Data, Plan, Workers, gather, list_images
 from erase.errors import EraseError
@@ -115,6 +115,43 @@ def test_a_damaged_chunk_is_named_and_generated_again(kind, collect, drawn, tmp_
     assert same(collect(tell=said.append), first)
     assert len(said) == 1 and str(path) in said[0] and said[0].endswith("images are generated again")
     assert "\n" not in said[0] and len(drawn) == 2 and path.read_bytes() == whole
+
+
+def test_a_chunk_that_is_damaged_after_it_was_read_or_written_does_no_harm(collect, drawn, tmp_path, monkeypatch):
+    """Of three chunks in the cache the last is missing. While it is generated, another program damages all three."""
+    first = collect()
+    folder = sorted((tmp_path / "cache" / "latents").rglob("000002.safetensors"))[0].parent
+    last = sorted(folder.iterdir())[-1]
+    last.unlink()
+    write, damaged = files.write_tensors, []
+
+    def write_and_damage(path, *rest, **options):
+        write(path, *rest, **options)
+        for chunk in folder.iterdir():
+            size = chunk.stat().st_size
+            with open(chunk, "r+b") as file:  # in place: what is mapped into memory changes too
+                file.seek(size - 64)
+                file.write(b"\xff" * 64)
+            damaged.append(chunk)
+
+    monkeypatch.setattr(files, "write_tensors", write_and_damage)
+    assert same(collect(), first)
+    monkeypatch.setattr(files, "write_tensors", write)
+    assert len(damaged) > 1
+    said: list[str] = []
+    assert same(collect(tell=said.append), first) and len(said) == len(damaged)  # control: they are damaged
+
+
+def test_a_damaged_chunk_of_another_process_is_generated_again(collect, drawn, tmp_path):
+    whole, said = collect(), []
+    chunks = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))
+
+    def damage_all() -> None:
+        for chunk in chunks:
+            chunk.write_bytes(b"")
+
+    assert same(collect(workers=Workers(0, 2, damage_all), tell=said.append), whole)
+    assert said and all("generated again" in line for line in said)
 
 
 def test_a_chunk_of_another_place_is_not_taken(collect, drawn, tmp_path):
