@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from erase import __version__, concepts, progress
-from erase.errors import EraseError, printable
+from erase.errors import EraseError, no_file, printable
 from erase.settings import MIXED_PRECISION, SD_DEFAULTS, Settings, flag, forms
 
 GROUPS = {
@@ -128,6 +128,7 @@ def _erase(arguments: list[str]) -> None:
             print(f"{name:20} {concept.kind:7} {world:21} {concept.forget[0]!r} -> {concept.pairs()[0][1]!r}")
         return
     quiet = given.pop("quiet")
+    given["concept"] = list(dict.fromkeys(given["concept"] or ()))  # each once
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     for name in settings.concept:  # misspelt or refused: an error before the seconds in which torch is imported
         concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
@@ -146,9 +147,10 @@ def _erase(arguments: list[str]) -> None:
 
     record, weights = result.record, result.record["weights"]
     if result.is_new:
+        erased = dict.fromkeys(one["name"] for one in record["concepts"][: len(settings.concept)])
         total = sum(record["seconds"].values())
         phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items())
-        told = f"{', '.join(settings.concept)} erased from {record['settings']['model']} in {total:.0f} s ({phases})"
+        told = f"{', '.join(erased)} erased from {record['settings']['model']} in {total:.0f} s ({phases})"
     else:
         told = f"finished already{records.when(record)}, files verified; --overwrite makes it again"
     print(printable(f"{result.folder}: {told}"))
@@ -235,7 +237,7 @@ def _remove(arguments: list[str]) -> None:
 
 def _switch(given: argparse.Namespace, direction: str) -> None:
     if not Path(given.delta).is_file():
-        raise EraseError(f"{given.delta}: no such file")
+        raise EraseError(no_file(given.delta))
     output = Path(given.output)
     if output.is_symlink():
         raise EraseError(f"{output} is a link; remove it or choose another --output")

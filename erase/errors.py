@@ -1,5 +1,7 @@
 """The error that a user can cause and mend, and how text from elsewhere is printed."""
 
+from pathlib import Path
+
 
 class EraseError(ValueError):
     """Bad input. The message says what is wrong, where, and what would be right; the command exits with code 2."""
@@ -11,6 +13,11 @@ def missing(package: str, problem: str | None = None) -> EraseError:
     package: its name on the package index. problem: what cannot be done without it.
     """
     return EraseError(f"{problem or f'{package} is not installed'}; pip install {package}")
+
+
+def no_file(path: str | Path) -> str:
+    """Why a path is no file, for a message: it does not exist, or is a folder."""
+    return f"{path} is a folder; a file is needed" if Path(path).is_dir() else f"{path}: no such file"
 
 
 def printable(text: object) -> str:

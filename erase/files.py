@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from erase.errors import EraseError
+from erase.errors import EraseError, no_file
 
 try:
     import fcntl
@@ -273,7 +273,7 @@ def open_tensors(path: str | Path, *, device: str = "cpu") -> Iterator[Any]:
     except OSError as error:
         raise EraseError(f"{path} cannot be read: {error.strerror}") from error
     if not is_file:
-        raise EraseError(f"{path}: no such file")
+        raise EraseError(no_file(path))
     try:
         file = safe_open(path, framework="pt", device=device)
     except PermissionError as error:

@@ -37,6 +37,7 @@ class BadImage(Exception):
 def list_files(folder: str | Path) -> list[Path]:
     """All files below a folder, sorted, without hidden ones and those that operating systems leave behind.
 
+    A link to nothing counts as a file, so that whoever reads it finds it missing.
     Skipped: names that begin with a dot (.DS_Store, ._a.png, .ipynb_checkpoints), __MACOSX, Thumbs.db, desktop.ini.
 
     Raises:
@@ -50,7 +51,7 @@ def list_files(folder: str | Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not is_system(name)]
         found += [Path(parent, name) for name in names if not is_system(name)]
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in found if path.is_file() or path.is_symlink() and not path.exists())
 
 
 def is_system(name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import _utils
 
-from erase.errors import EraseError
+from erase.errors import EraseError, no_file
 
 
 def load(path: str | Path) -> tuple[Any, list[str]]:
@@ -28,7 +28,7 @@ def load(path: str | Path) -> tuple[Any, list[str]]:
         EraseError: the file cannot be read, or is a TorchScript archive.
     """
     if not Path(path).is_file():
-        raise EraseError(f"{path}: no such file")
+        raise EraseError(no_file(path))
     try:
         return _load(path, weights_only=True), []
     except pickle.UnpicklingError:  # it names something that torch does not build; or it is damaged

@@ -270,6 +270,11 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, int, 
         except StopIteration:
             return
         except csv.Error as error:
+            if "field larger" in str(error):
+                raise EraseError(
+                    f"{path}, line {line}: a field has more than {csv.field_size_limit():,} characters; shorten it, or "
+                    "close the quote that opens it"
+                ) from error
             raise EraseError(
                 f"{path}, line {line}: a quote that opens here is not closed as it must be ({error}); "
                 "close it, remove it, or double the quotes inside a text"

@@ -46,7 +46,7 @@ from erase import (
     train,
 )
 from erase.concepts import Concept
-from erase.errors import EraseError, missing
+from erase.errors import EraseError, missing, no_file
 from erase.forms import unet_state
 from erase.mini import world
 from erase.settings import RECIPES, Settings, require_consistent, resolve
@@ -662,7 +662,7 @@ def load_mask(
         return None
     path = Path(str(settings.mask)).expanduser()
     if not path.is_file():
-        raise EraseError(f"--mask is {settings.mask!r}: no such file; or choose saliency, random, inverse or none")
+        raise EraseError(f"--mask: {no_file(path)}; or choose saliency, random, inverse or none")
     if path.suffix == ".safetensors":
         mask, header = saliency.load(path)
     else:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import Parameter
 
 from erase import files
-from erase.errors import EraseError
+from erase.errors import EraseError, no_file
 
 Mask = dict[str, torch.Tensor]
 Score = Literal["abs_sum", "sum_abs", "sum_sq"]
@@ -413,7 +413,7 @@ def load_reference(path: str | Path, rename: Callable[[str], str]) -> Mask:
         EraseError: the file is missing, cannot be read, or holds anything but tensors of zeros and ones.
     """
     if not Path(path).is_file():
-        raise EraseError(f"{path}: no such file")
+        raise EraseError(no_file(path))
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle may raise anything

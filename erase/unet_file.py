@@ -8,7 +8,7 @@ from torch import Tensor
 
 from erase import architecture, compvis, pickles
 from erase.components import require_finite
-from erase.errors import EraseError
+from erase.errors import EraseError, no_file
 from erase.files import read_metadata, read_tensors
 
 _PREFIXES = ("module.", "unet.", "model.diffusion_model.", "diffusion_model.", "model.")
@@ -44,7 +44,7 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], list[str]]
             raise EraseError(f"{path} is a delta or a mask, not the weights of a UNet")
         return read_tensors(path), []
     if not path.is_file():
-        raise EraseError(f"{path}: no such file; give a file of UNet weights (.safetensors)")
+        raise EraseError(f"{no_file(path)}; give a file of UNet weights (.safetensors)")
     if path.suffix not in PICKLES:
         raise EraseError(f"{path} is no file of weights; give .safetensors, or .pt, .pth, .bin or .ckpt")
     if not allow_pickle:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import pickle
+import shutil
 import struct
 import sys
 import zlib
@@ -561,6 +562,20 @@ def test_a_broken_folder_is_one_line(tmp_path):
         data.load(str(tmp_path / "b" / "test"), tmp_path)
     with pytest.raises(EraseError, match="no data set and no folder; choose digits"):
         data.load("cifar11", tmp_path)
+
+
+def test_images_that_are_too_large_and_a_single_class_are_refused(tmp_path):
+    """Two images of 20,000 pixels would be trained on as they are, for hours."""
+    write_folder(tmp_path)
+    for path in tmp_path.rglob("*.png"):
+        Image.new("RGB", (20_000, 2)).save(path)
+    with pytest.raises(EraseError, match=r"0.png is 2x20000 pixels; give --size, or images of at most 4096 a side"):
+        data.load(str(tmp_path), tmp_path)
+    assert data.load(str(tmp_path), tmp_path, size=4).size == 4  # control
+    for part in ("train", "test"):
+        shutil.rmtree(tmp_path / part / "light")
+    with pytest.raises(EraseError, match=r"has 1 class \(dark\); it needs two"):
+        data.load(str(tmp_path), tmp_path, size=4)
 
 
 def test_files_of_operating_systems_and_editors_are_no_images_and_no_classes(tmp_path):

@@ -231,6 +231,10 @@ def test_repeated_options_add_up_and_replace_the_default(asked):
     assert asked("--concept", "church").save == ("pipeline",)
 
 
+def test_a_concept_that_is_given_twice_is_erased_once(asked):
+    assert asked(*"--concept church --concept circle --concept church".split()).concept == ("church", "circle")
+
+
 def test_settings_from_python_are_stored_as_json_can_write_them():
     loose: dict[str, Any] = dict(output=Path("a/b"), density=np.float64(0.5), num_forget=np.int64(3), save=["delta"])
     settings = Settings("church", **loose)
@@ -273,6 +277,8 @@ def test_settings_of_a_wrong_type_are_refused(options, message):
         ("--concept horn", r"unknown concept 'horn'; did you mean french_horn\?"),
         ("--concept zebra", "unknown concept 'zebra'; the presets are .*church.*nudity.*--kind object"),
         ("--concept no.toml", "no.toml: no such file"),
+        ("remove --delta . --model mini --output o", ". is a folder; a file is needed"),
+        ("inspect .", ". is a folder; a file is needed"),
         ("--concept church --method salum", r"--method is 'salum'; did you mean salun\? \(salun, relabel"),
         ("--concept church --method 9", "--method is '9'; choose salun, relabel, salun-soft, ga, esd-x"),
         ("--concept church --recipe papr", r"--recipe is 'papr'; did you mean paper\? \(default, paper, reference\)"),

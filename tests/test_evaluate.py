@@ -209,6 +209,15 @@ def test_a_model_erased_from_a_single_file_offline_is_evaluated(command, tiny_pi
 PROMPTS = 'prompt,seed,guidance\na red cat,7,0\n"a dog, asleep",,2.5\na house,9,\na tree,10,\n'
 
 
+def test_progress_says_which_model_generates(command, pair, tmp_path):
+    loud = tuple(part for part in pair if part != "--quiet")
+    code, _, err = command("run", *loud, *own_prompt(tmp_path))
+    assert code == 0
+    for role in ("base", "erased"):
+        assert err.count(f"generate prompts, {role} model: 0 of 1 images") == 1
+        assert err.count(f"score thumbnails, {role} model: 0 of 1 images") == 1
+
+
 def test_own_prompts_are_judged_by_every_judge(command, pair, clip_dir, classifier_dir, tmp_path):
     """Base and erased model on a CSV of one's own: classifier, CLIP score and KID in one report (4.5)."""
     (tmp_path / "own.csv").write_text(PROMPTS)

@@ -212,6 +212,14 @@ def test_a_very_long_image_costs_no_more_than_its_centre(monkeypatch) -> None:
     assert made == [(512, 512)] * 2
 
 
+def test_a_link_to_nothing_is_listed_and_found_missing(tmp_path: Path) -> None:
+    """Data sets with files elsewhere (git-annex) hold such links; leaving them out silently would shrink the set."""
+    (tmp_path / "a.png").symlink_to("gone.png")
+    assert image_files(tmp_path) == [tmp_path / "a.png"]
+    with pytest.raises(BadImage, match="missing"):
+        read(tmp_path / "a.png")
+
+
 def test_hidden_files_and_those_of_operating_systems_are_no_images(tmp_path: Path) -> None:
     """(3.5)"""
     hidden = [".DS_Store", "Thumbs.db", "sub/._b.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/sub/b.png"]

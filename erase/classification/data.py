@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from erase import files
+from erase.classification.settings import MOST_SIZE
 from erase.errors import EraseError, missing
 from erase.images import SUFFIXES, BadImage, image_files, is_system
 from erase.images import read as read_image
@@ -67,6 +68,8 @@ class Dataset:
     flip: bool = False
 
     def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise EraseError(f"{self.name} has {len(self.classes)} class ({', '.join(self.classes)}); it needs two")
         for part, images in (("training", self.train), ("test", self.test)):
             require_labels(images, len(self.classes), f"the {part} pictures of {self.name}")
         for index, name in enumerate(self.classes):
@@ -401,6 +404,9 @@ def _pixels(source: Path | bytes, name: str, size: int | None) -> Tensor:
         pixels = read_image(source)
     except BadImage as error:
         raise EraseError(f"{name} cannot be read as an image ({error.reason}); mend or remove it") from error
+    if size is None and max(pixels.shape[:2]) > MOST_SIZE:
+        here = "x".join(map(str, pixels.shape[:2]))
+        raise EraseError(f"{name} is {here} pixels; give --size, or images of at most {MOST_SIZE} a side")
     if size is not None and pixels.shape[:2] != (size, size):
         pixels = np.array(ImageOps.fit(Image.fromarray(pixels), (size, size)))
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -11,7 +11,7 @@ from erase.classification import networks
 from erase.classification.data import Dataset
 from erase.classification.networks import Classifier, Shape
 from erase.delta import layout_of, require_layout
-from erase.errors import EraseError
+from erase.errors import EraseError, no_file
 
 SUFFIXES = {".tar", ".pth", ".pt", ".bin", ".ckpt"}
 NETWORKS = ("resnet18", "resnet18_imagenet", "resnet50")
@@ -42,7 +42,7 @@ def load(
         EraseError: no such file, pickles are not allowed, or it holds another network.
     """
     if not Path(path).is_file():
-        raise EraseError(f"{path}: no such file")
+        raise EraseError(no_file(path))
     if not allow_pickle:
         raise EraseError(
             f"{path} is a pickle, which can run code when loaded; pass --allow-pickle if you trust its source"

@@ -13,6 +13,7 @@ from erase.errors import EraseError
 from erase.settings import agreed_precision, flag, make_plain, option
 
 NETWORKS = ("mlp", "small", "resnet18", "resnet18_imagenet", "resnet50", "vgg16_bn", "vit", "swin_t")
+MOST_SIZE = 4096  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Settings:
         "side that pictures of a folder or the hub are brought to",
         group="what",
         least=1,
-        most=4096,
+        most=MOST_SIZE,
         shown="theirs",
     )
 

@@ -117,7 +117,7 @@ def run(request: Request, tell: Callable[[str], None], note: Callable[[str], Non
     results = []
     for job, made in zip(jobs, judges, strict=True):
         for role, source in job.sources.items():
-            _draw_and_score(request, source, job, job.folders[role], made)
+            _draw_and_score(request, role, source, job, made)
         others = {role: folder for role, folder in job.folders.items() if role != "erased"}
         if _real(request, job):
             others["real"] = _score_real(request, job, made)
@@ -362,18 +362,16 @@ def _check_origin(job: Job) -> None:
 # --- images and scores ----------------------------------------------------------------------------------------------
 
 
-def _draw_and_score(
-    request: Request, source: Source, job: Job, folder: Path, judges: Mapping[str, score.Judge]
-) -> None:
-    drawing = request.drawing
+def _draw_and_score(request: Request, role: str, source: Source, job: Job, judges: Mapping[str, score.Judge]) -> None:
+    drawing, folder = request.drawing, job.folders[role]
     how = {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale}
     with arm.alone(folder):  # many runs may share one base
         if not (folder / arm.MANIFEST).exists() or arm.missing(folder):
             model, size = source.load(drawing), drawing.generation_batch_size
-            generate.generate(model, job.task, folder, **how, batch_size=size, quiet=request.quiet)
+            generate.generate(model, job.task, folder, **how, batch_size=size, quiet=request.quiet, role=role)
             del model
         for judge in judges.values():
-            score.score(folder, judge, quiet=request.quiet)
+            score.score(folder, judge, quiet=request.quiet, role=role)
 
 
 def _score_real(request: Request, job: Job, judges: Mapping[str, score.Judge]) -> Path:

@@ -121,11 +121,14 @@ def generate(
     rank: int = 0,
     world: int = 1,
     quiet: bool = False,
+    role: str = "",
 ) -> None:
     """Draw what is missing of the task's pictures into the folder.
 
     Batches are fixed by the samples' order, so the pictures of an interrupted run, or of `world` processes that each
     draw every world-th batch, are those of one uninterrupted process, bit for bit.
+
+    role: of the model, for the line of progress.
 
     Raises:
         EraseError: the folder holds other pictures, or cannot be written.
@@ -138,7 +141,7 @@ def generate(
     total = sum(len(batch) for batch in mine)
     with (
         arm.Appender(folder / f"records-{rank}-of-{world}.jsonl") as out,
-        progress(total, f"generate {task.id}", "images", quiet=quiet) as bar,
+        progress(total, f"generate {task.id}{role and f', {role} model'}", "images", quiet=quiet) as bar,
     ):
         for batch in mine:
             lines = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
-from erase.errors import EraseError
+from erase.errors import EraseError, no_file
 from erase.files import file_hash
 
 SIZE = 299
@@ -226,7 +226,7 @@ def _find(path: str | Path | None) -> Path:
     places = [Path(path).expanduser()] if path else [folder / name for name in FILE_NAMES]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        where = f"{places[0]}: no such file" if path else f"{folder} has no {FILE_NAMES[0]}"
+        where = no_file(places[0]) if path else f"{folder} has no {FILE_NAMES[0]}"
         raise EraseError(f"{where}; FID needs these weights: put {URL} there, or give the path of your copy")
     return found
 

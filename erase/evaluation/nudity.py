@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from erase.errors import EraseError, missing
+from erase.errors import EraseError, missing, no_file
 from erase.files import file_hash
 from erase.images import check
 
@@ -108,7 +108,7 @@ def _session(path: Path) -> Any:
     except ImportError as error:
         raise missing("nudenet") from error
     if not path.is_file():
-        raise EraseError(f"{path}: no such file")
+        raise EraseError(no_file(path))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1

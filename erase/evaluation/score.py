@@ -116,8 +116,10 @@ def sources(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def score(folder: Path, judge: Judge, *, quiet: bool = False) -> None:
+def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") -> None:
     """Score every picture of the arm that has no score yet; invalid ones are recorded as such.
+
+    role: of the model, for the line of progress.
 
     Raises:
         EraseError: pictures are missing or were changed since they were drawn, or another judge of this name was here.
@@ -138,7 +140,7 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False) -> None:
     todo = [record for record in records if record["id"] not in done]
     with (
         arm.Appender(path) as out,
-        progress(len(todo), f"score {judge.name}", "images", quiet=quiet) as bar,
+        progress(len(todo), f"score {judge.name}{role and f', {role} model'}", "images", quiet=quiet) as bar,
     ):
         for start in range(0, len(todo), BATCH):
             part = todo[start : start + BATCH]
