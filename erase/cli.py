@@ -57,8 +57,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations whose errors are one line, and which takes --num_forget for --num-forget."""
 
-    def __init__(self, prog: str, description: str, **options: Any) -> None:
+    def __init__(self, prog: str, description: str, *, example: str = "", **options: Any) -> None:
+        """example: arguments that work, shown at the end of the help."""
         options.setdefault("formatter_class", Help)
+        if example:
+            options["epilog"] = f"example:\n  {prog} {example}"
         super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -211,8 +214,8 @@ def _shown_default(item: Field[Any]) -> str:
 # --- deltas and masks -----------------------------------------------------------------------------------------------
 
 
-def _delta_parser(command: str, description: str) -> Parser:
-    parser = Parser(prog=f"erase-concept {command}", description=description)
+def _delta_parser(command: str, description: str, example: str) -> Parser:
+    parser = Parser(prog=f"erase-concept {command}", description=description, example=example)
     parser.add_argument("--delta", required=True, help="delta.safetensors of a run")
     parser.add_argument("--model", required=True, help="'mini', a diffusers folder, a hub id, or a checkpoint file")
     parser.add_argument("--output", required=True, help="diffusers folder to write")
@@ -220,18 +223,21 @@ def _delta_parser(command: str, description: str) -> Parser:
     for name in ("unet", "config", "revision", "cache_dir"):  # the same options as in the main command
         item = Settings.__dataclass_fields__[name]
         shown = item.metadata.get("shown")
-        text = item.metadata["help"] + (f" [default: {shown}]" if shown else "")
+        about = "where single files are converted" if name == "cache_dir" else item.metadata["help"]
+        text = about + (f" [default: {shown}]" if shown else "")
         parser.add_argument(flag(name), metavar=item.metadata.get("metavar") or name.split("_")[-1].upper(), help=text)
     return parser
 
 
 def _apply(arguments: list[str]) -> None:
-    parser = _delta_parser("apply", "Erase again: apply a delta to the base model that it was made from.")
+    about = "Erase again: apply a delta to the base model that it was made from."
+    parser = _delta_parser("apply", about, "--delta runs/circle/delta.safetensors --model mini --output erased")
     _switch(parser.parse_args(arguments), "apply")
 
 
 def _remove(arguments: list[str]) -> None:
-    parser = _delta_parser("remove", "Take an erasure back: restore the base model from the erased one.")
+    about = "Undo an erasure: restore the base model from the erased one."
+    parser = _delta_parser("remove", about, "--delta runs/circle/delta.safetensors --model runs/circle --output base")
     _switch(parser.parse_args(arguments), "remove")
 
 
@@ -280,7 +286,11 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    parser = Parser(prog="erase-concept export", description="Write other forms of a finished run.")
+    parser = Parser(
+        prog="erase-concept export",
+        description="Write other forms of a finished run.",
+        example="runs/circle --to single-file",
+    )
     parser.add_argument("folder", help="run folder")
     choices = ("pipeline", "unet", "single-file", "lora")
     parser.add_argument("--to", action="append", required=True, choices=choices, help="form; may be repeated")
@@ -315,7 +325,11 @@ def _tell(line: str) -> None:
 
 
 def _inspect(arguments: list[str]) -> None:
-    parser = Parser(prog="erase-concept inspect", description="Show what a delta or a mask holds, block by block.")
+    parser = Parser(
+        prog="erase-concept inspect",
+        description="Show what a delta or a mask holds, block by block.",
+        example="runs/circle/delta.safetensors",
+    )
     parser.add_argument("file", help="delta.safetensors or mask.safetensors")
     path = parser.parse_args(arguments).file
     silence_libraries()

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 import erase
 from erase import cli, concepts, delta, saliency, scope
 from erase.errors import EraseError
+from erase.evaluation import cli as eval_cli
+from erase.evaluation import unlearn_cli
 from erase.methods import METHODS
 from erase.settings import RECIPES, SD_DEFAULTS, Form, Settings, _form, flag, forms
 
@@ -140,6 +142,22 @@ def test_every_other_command_has_help_and_is_named_in_the_main_one(name, command
     assert re.search(rf"^  {name} ", command("--help")[1], re.MULTILINE)
     code, text, _ = command(name, "--help")
     assert code == 0 and text.startswith(f"usage: erase-concept {name} ")
+
+
+SUBCOMMANDS = [
+    *((cli, f"erase-concept {name}") for name in cli.COMMANDS),
+    *((eval_cli, f"eval-concept {name}") for name in eval_cli.COMMANDS if name != "list"),
+    *((unlearn_cli, f"unlearn-classifier {name}") for name in unlearn_cli.COMMANDS),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), SUBCOMMANDS)
+def test_the_help_of_every_command_ends_with_an_example_of_options_that_it_has(module, name, capsys):
+    with pytest.raises(SystemExit):
+        module.main([name.split()[1], "--help"])
+    text, _, example = capsys.readouterr().out.partition(f"\nexample:\n  {name} ")
+    assert example.strip()
+    assert all(re.search(rf"^  {word}[ ,]", text, re.MULTILINE) for word in example.split() if word.startswith("--"))
 
 
 def test_the_examples_of_help_are_accepted(asked):

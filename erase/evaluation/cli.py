@@ -107,7 +107,9 @@ def _place(given: argparse.Namespace) -> tuple[int, int]:
 
 def _generate(arguments: list[str]) -> None:
     parser = Parser(
-        "eval-concept generate", "Generate a task's images; start it with accelerate launch for several GPUs."
+        "eval-concept generate",
+        "Generate a task's images; start it with accelerate launch for several GPUs.",
+        example="--model runs/circle --task mini --num-images 2 --output runs/images/circle",
     )
     parser.add_argument("--model", required=True, help="'mini', a diffusers or run folder, a hub id or a checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the images")
@@ -139,7 +141,11 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _score(arguments: list[str]) -> None:
-    parser = Parser("eval-concept score", "Have judges look at generated images, or at any folder of images.")
+    parser = Parser(
+        "eval-concept score",
+        "Have judges look at generated images, or at any folder of images.",
+        example="runs/images/circle",
+    )
     parser.add_argument("folder", nargs="?", help="folder that generate wrote")
     parser.add_argument("--images", metavar="DIR", help="any folder of images instead; needs --judge and --output")
     _judge_options(parser, "those of the task")
@@ -175,7 +181,11 @@ def _score(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    parser = Parser("eval-concept report", "Figures and tables from the scores; nothing is generated or judged.")
+    parser = Parser(
+        "eval-concept report",
+        "Figures and tables from the scores; nothing is generated or judged.",
+        example="runs/images/circle --base runs/images/mini",
+    )
     parser.add_argument("folder", help="scored folder of the erased model")
     parser.add_argument("--base", metavar="DIR", help="scored folder of the base model, same task")
     parser.add_argument(
@@ -221,7 +231,9 @@ def _gate(results: Sequence[dict[str, Any]], requirements: Sequence[str]) -> Non
 
 def _run(arguments: list[str]) -> None:
     parser = Parser(
-        "eval-concept run", "Generate, score and report erased models and their base; finished work is skipped."
+        "eval-concept run",
+        "Generate, score and report erased models and their base; finished work is skipped.",
+        example="--model runs/circle --task mini --num-images 2",
     )
     parser.add_argument("--model", "--models", dest="models", nargs="+", default=[], help="run folders or any models")
     parser.add_argument("--base", help="model to compare with [the one that run.json names]")
@@ -272,7 +284,11 @@ def _run(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    parser = Parser("eval-concept compare", "Several reports in one table; different protocols are refused.")
+    parser = Parser(
+        "eval-concept compare",
+        "Several reports in one table; different protocols are refused.",
+        example="runs/evaluation/circle/mini runs/evaluation/esd/mini --output runs/compared",
+    )
     parser.add_argument("reports", nargs="+", help="folders of reports; LABEL=DIR several times is one row over runs")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the comparison")
     given = parser.parse_args(arguments)
@@ -295,9 +311,13 @@ def _labelled(text: str) -> tuple[Path, str | None]:
 
 
 def _verify(arguments: list[str]) -> None:
-    parser = Parser("eval-concept verify", "Read and hash every picture again, and score a part of them again.")
+    parser = Parser(
+        "eval-concept verify",
+        "Read and hash every image again, and score some of them again.",
+        example="runs/images/circle --num 8",
+    )
     parser.add_argument("folder", help="folder that generate wrote")
-    parser.add_argument("--num", type=int, default=32, help="images to score again [32]")
+    parser.add_argument("--num", type=int, default=32, metavar="N", help="images to score again [32]")
     _judge_options(parser)
     _quiet_option(parser)
     given = parser.parse_args(arguments)

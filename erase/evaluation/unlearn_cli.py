@@ -77,7 +77,11 @@ def _unlearn(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    parser = Parser("unlearn-classifier train", "Train the original model, or the one that never sees the forget set.")
+    parser = Parser(
+        "unlearn-classifier train",
+        "Train the original model, or the one that never sees the forget set.",
+        example="--data digits --train-epochs 5 --output runs/digits-original",
+    )
     parser.add_argument("--without-forget", action="store_true", help="train without what --forget names")
     parser.add_argument("--quiet", **QUIET)
     add_options(parser, Settings, WHAT | TRAINING)
@@ -100,6 +104,7 @@ def _compare(arguments: list[str]) -> None:
     parser = Parser(
         "unlearn-classifier compare",
         "Methods on several seeds against retraining. Continues where it stopped; each cell is run once.",
+        example="--data digits --methods ft salun --seeds 2 --output runs/digits-compared",
     )
     parser.add_argument(
         "--methods", nargs="+", default=["all"], metavar="METHOD", help="methods, or all [default: all]"
