@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from erase import refusal
 from erase.concepts import Concept
 from erase.data import to_pixels
 from erase.delta import Delta
@@ -27,7 +28,8 @@ CELL = 128  # pixels of a picture in the sheet
 def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, settings: Settings) -> None:
     """A PNG with two blocks, forget and retain prompts, each with a row of the base model and a row of the erased one.
 
-    Same prompt and same seed above each other. Pictures of nudity by anything but the embedded model are blurred.
+    Same prompt and same seed above each other. Rows of nudity, or of prompts with sexual words, are blurred, except
+    those of the embedded model.
     model: the erased one; afterwards its UNet has the weights of `base_unet`.
     """
     num = settings.num_samples
@@ -53,14 +55,16 @@ def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, se
                 sampler=settings.sampler,
             ).unsqueeze(1)
         rows.insert(0, to_pixels(model.decode(torch.cat(drawn))))
-    blurred = concept.kind == "nudity" and not model.is_mini
+    texts = (concept.name, *concept.synonyms, *concept.forget, *concept.anchor)
+    forget_blurred = not model.is_mini and (concept.kind == "nudity" or any(map(refusal.has_sexual_words, texts)))
+    retain_blurred = not model.is_mini and any(map(refusal.has_sexual_words, retain))
     pictures = [[Image.fromarray(np.asarray(p.permute(1, 2, 0))) for p in row] for row in rows]
     sheet = grid(
         [
-            ("base", pictures[0][:num], blurred),
-            (f"'{concept.name}' erased", pictures[1][:num], blurred),
-            ("base", pictures[0][num:], False),
-            ("erased", pictures[1][num:], False),
+            ("base", pictures[0][:num], forget_blurred),
+            (f"'{concept.name}' erased", pictures[1][:num], forget_blurred),
+            ("base", pictures[0][num:], retain_blurred),
+            ("erased", pictures[1][num:], retain_blurred),
         ],
         captions={1: forget, 3: retain},
     )

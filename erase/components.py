@@ -11,14 +11,14 @@ import torch
 
 from erase import architecture, export, pickles
 from erase.errors import EraseError
-from erase.files import open_tensors, read_json
+from erase.files import aligned, open_tensors, read_json
 from erase.progress import loading
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def load(cls: Any, folder: Path, *, allow_pickle: bool) -> Any:
-    """A component in float32, frozen and in evaluation mode.
+    """A component in float32, frozen, in evaluation mode, and aligned in memory: the same weights give the same bits.
 
     Raises:
         EraseError: config or weights are missing, damaged, of another type or not finite; they do not fit each other;
@@ -50,6 +50,8 @@ def load(cls: Any, folder: Path, *, allow_pickle: bool) -> Any:
     mismatched = [item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]]
     _require_whole(folder, loaded, info["missing_keys"], info["unexpected_keys"], mismatched)
     require_finite(folder, loaded.state_dict().items())
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        tensor.data = aligned(tensor.data)
     return loaded.requires_grad_(False).eval()
 
 

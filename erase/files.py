@@ -206,7 +206,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mappin
 
 
 def read_tensors(path: str | Path, *, device: str = "cpu", copied: bool = False) -> dict[str, Any]:
-    """All tensors of a safetensors file, checked against the hash in its header if it has one.
+    """All tensors of a safetensors file, aligned, and checked against the hash in its header if it has one.
 
     copied: return copies. Otherwise the tensors are mapped from the file, and change when it is written to in place.
 
@@ -217,12 +217,21 @@ def read_tensors(path: str | Path, *, device: str = "cpu", copied: bool = False)
         header = _metadata(path, file)
         try:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()} if copied else tensors
+            tensors = {name: tensor.clone() if copied else aligned(tensor) for name, tensor in tensors.items()}
         except Exception as error:  # safetensors raises several kinds; all are the file's fault
             raise EraseError(f"{path} cannot be read ({error}); copy or download it again") from error
     if CONTENT in header and header[CONTENT] != content_hash(tensors):
         raise EraseError(f"{path} is damaged: its content does not have the hash that its header states")
     return tensors
+
+
+def aligned(tensor: Any) -> Any:
+    """The tensor itself, or a copy of it if it lies in CPU memory and does not begin at a multiple of 64 bytes.
+
+    Tensors of a safetensors file are mapped into memory where they lie in the file, and a CPU can compute other bits
+    with the same weights at another place.
+    """
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def read_own(path: str | Path, *, copied: bool = False, **expected: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -214,6 +214,27 @@ def test_a_value_that_old_configs_lack_has_its_default(model_dir):
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("length", [0, 1, 9, 17, 26, 33, 41, 50])
+def test_weights_are_aligned_alike_whatever_wrote_their_file(length, model_dir):
+    """Other writers pad headers to 8 bytes, and a mapped tensor that begins elsewhere gives other bits (2.13)."""
+    for path in (UNET, VAE, TEXT):
+        save_file(load_file(model_dir / path), model_dir / path, {"format": "pt", "note": "x" * length})
+    model = models.load(model_dir)
+    for part in (model.unet, model.vae, model.text_encoder, model.stored_unet()):
+        for name, tensor in part.state_dict().items():
+            assert tensor.data_ptr() % files.ALIGNMENT == 0, name
+
+
+@pytest.mark.parametrize("length", [0, 9, 17, 33])
+def test_tensors_of_any_file_are_aligned_alike(length, tmp_path):
+    """Of files of others, and inside a file, where a tensor of odd length moves what follows it (2.13)."""
+    tensors = {f"{i}.w": torch.randn(3 + i) for i in range(5)} | {"h": torch.ones(3).half()}
+    save_file(tensors, tmp_path / "f", {"note": "x" * length})
+    found = files.read_tensors(tmp_path / "f")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert all(tensor.data_ptr() % files.ALIGNMENT == 0 for tensor in found.values())
+
+
 @pytest.mark.parametrize("path", [UNET, VAE, TEXT])
 @pytest.mark.parametrize("bad", ["nan", "inf", "int8", "float8_e4m3fn", "bool"])
 def test_weights_that_are_no_finite_numbers_are_refused(path, bad, model_dir):

@@ -189,6 +189,28 @@ def test_both_forget_rows_of_nudity_are_blurred(toy_pipeline_dir, tmp_path, rows
     assert [blur for _, _, blur in rows] == [True] * blurred + [False] * (4 - blurred)
 
 
+@pytest.mark.parametrize(
+    ("words", "blurred"),
+    [
+        ({}, [False] * 4),
+        ({"forget": ("a naked woman",)}, [True, True, False, False]),
+        ({"name": "porn"}, [True, True, False, False]),
+        ({"anchor": ("a nude man",)}, [True, True, False, False]),
+        ({"retain": ("a nude statue", "a tree")}, [False, False, True, True]),
+        ({"retain": ("a tree", "a boat")}, [False] * 4),
+        ({"kind": "nudity", "retain": ("a nude statue", "a tree")}, [True] * 4),
+    ],
+)
+def test_rows_of_sexual_prompts_are_blurred_whatever_the_kind(toy_pipeline_dir, tmp_path, rows, words, blurred):
+    """Free text and files of others name nudity under any kind. (2.14)"""
+    model = models.load(toy_pipeline_dir)
+    settings = Settings("cat", num_samples=1, num_inference_steps=1, guidance_scale=2.0, sampler="model")
+    settings = settings.filled({"generation_batch_size": 8})
+    concept = replace(CAT, **words)
+    card.write_samples(tmp_path / "samples.png", model, models.load_unet(toy_pipeline_dir), concept, settings)
+    assert [blur for _, _, blur in rows] == blurred
+
+
 def test_a_blurred_row_shows_no_edge():
     """A checkerboard of 8 pixels keeps its full contrast without, and loses most of it with the blur. (2.14)"""
     board = np.kron(np.indices((16, 16)).sum(0) % 2, np.ones((8, 8))) * 255
