@@ -177,15 +177,17 @@ def describe(name: str, kind: FreeKind) -> Concept:
             f"cannot describe a concept of kind {kind!r}; choose {_listed([*describers], 'or')}, "
             "or load the preset 'nudity'"
         )
-    if kind == "object" and name.lower() in _ABSTRACT_WORDS:
-        raise EraseError(f"{name!r} is no object that stands somewhere; use --kind abstract")
+    if kind in {"object", "person"} and _bare(name).lower() in _ABSTRACT_WORDS:
+        what = "object that stands somewhere" if kind == "object" else "person"
+        raise EraseError(f"{name!r} is no {what}; use --kind abstract")
     return describers[kind](name)
 
 
 def advice(concept: Concept) -> str:
     """What a user should consider about a concept of free text, or ""."""
-    words = re.sub(r"(?i)^(?:an?|the|some) ", "", concept.name).split()
-    if concept.kind == "object" and len(words) in {2, 3} and all(re.match(r"[A-Z][a-z.]", word) for word in words):
+    words = _bare(concept.name).split()
+    looks_like_name = all(word[0].isupper() and (word[1:2].islower() or word[1:2] == ".") for word in words)
+    if concept.kind == "object" and len(words) in {2, 3} and looks_like_name:
         return f"if {concept.name} is a person, use --kind person"
     return ""
 
@@ -535,7 +537,7 @@ def _describe_object(name: str) -> Concept:
     anchor = _with_article(next(other for other in _ANCHORS if not _share_word(name, other)))
     others = tuple(f"a photo of {_with_article(other)}" for other in _THINGS if not _share_word(name, other))
     return Concept(
-        name=re.sub(r"(?i)^(?:an?|the|some) ", "", name),
+        name=_bare(name),
         kind="object",
         forget=tuple(template.format(thing) for template in _OBJECT_TEMPLATES),
         anchor=tuple(template.format(anchor) for template in _OBJECT_TEMPLATES),
@@ -591,6 +593,11 @@ def _describe_abstract(name: str) -> Concept:
         others=others,
         judge={"type": "clip", "target": f"a photo of {name}", "alternatives": [f"a photo of {calm}", *others]},
     )
+
+
+def _bare(name: str) -> str:
+    """The name without its article."""
+    return re.sub(r"(?i)^(?:an?|the|some) ", "", name)
 
 
 def _with_article(name: str) -> str:

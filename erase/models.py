@@ -392,6 +392,7 @@ def load(
         scheduler = _load_scheduler(folder)
         if unet is not None:
             notes = [*notes, *unet_file.put_into(network, unet, allow_pickle=allow_pickle)]
+        _require_working(folder, network, vae, text_encoder, tokenizer)
         defaults = read_defaults(folder / export.DEFAULTS_FILE)
     for part in (network, vae, text_encoder):
         part.to(device)
@@ -518,9 +519,11 @@ def _load_scheduler(folder: Path) -> SchedulerMixin:
         raise EraseError(f"cannot load {folder / 'scheduler'}: it has no scheduler_config.json; download it again")
     components.require_types(config, cls)
     try:
-        return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)  # pyright: ignore
+        scheduler: Any = cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)  # pyright: ignore
     except Exception as error:
         raise EraseError(f"cannot load {folder / 'scheduler'}: {one_line(error)}; download it again") from error
+    _require_sampling(folder, cls.from_config(scheduler.config))  # pyright: ignore
+    return scheduler
 
 
 def _require_fit(source: str | Path, folder: Path, unet: Any, vae: Any, text: Any) -> None:
@@ -539,20 +542,72 @@ def _require_fit(source: str | Path, folder: Path, unet: Any, vae: Any, text: An
         if not unet[name] > 0:
             raise EraseError(f"{folder}/unet/config.json: {name} is {unet[name]}; it must be above 0")
     eps = text.layer_norm_eps
-    if not isinstance(eps, int | float) or not eps > 0:
-        raise EraseError(f"{folder}/text_encoder/config.json: layer_norm_eps is {eps!r:.40}; it must be above 0")
+    if not isinstance(eps, int | float) or not 0 < eps <= 1:
+        raise EraseError(
+            f"{folder}/text_encoder/config.json: layer_norm_eps is {eps!r:.40}; it must be above 0 and at most 1"
+        )
     if type(text.eos_token_id) is not int or not 0 <= text.eos_token_id < text.vocab_size:
         raise EraseError(
             f"{folder}/text_encoder/config.json: eos_token_id is {text.eos_token_id!r:.40}; it must be a token, 0 to "
             f"{text.vocab_size - 1}"
         )
-    if not vae["scaling_factor"] > 0:
-        raise EraseError(f"{folder}/vae/config.json: scaling_factor is {vae['scaling_factor']}; it must be above 0")
+    if not 1e-3 <= vae["scaling_factor"] <= 1e3:
+        raise EraseError(
+            f"{folder}/vae/config.json: scaling_factor is {vae['scaling_factor']}; it must be 0.001 to 1000 "
+            "(0.18215 in Stable Diffusion 1 and 2)"
+        )
     size = unet["sample_size"]
     if not isinstance(size, int) or not 0 < size <= 1024:
         raise EraseError(
             f"{folder}/unet/config.json: sample_size is {size!r:.40}; it must be a side in latents, 1 to 1024"
         )
+
+
+def _require_sampling(folder: Path, scheduler: Any) -> None:
+    """Raise an EraseError unless the scheduler takes two steps from noise that end in finite latents."""
+    x = torch.linspace(-1, 1, 4 * 4 * 4).view(1, 4, 4, 4)
+    try:
+        scheduler.set_timesteps(2)
+        for t in scheduler.timesteps:
+            noise = scheduler.scale_model_input(x, t)
+            x = scheduler.step(noise / 2, t, x, return_dict=False)[0]
+        finite = bool(x.isfinite().all())
+    except Exception as error:  # a scheduler of another kind, or numbers that it cannot compute with
+        raise EraseError(
+            f"{folder}/scheduler: {type(scheduler).__name__} cannot generate images with its scheduler_config.json "
+            f"({one_line(error)}); download it again"
+        ) from error
+    if not finite:
+        raise EraseError(f"{folder}/scheduler: its scheduler_config.json gives latents that are not finite")
+
+
+@torch.no_grad()
+def _require_working(folder: Path, network: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
+    """Raise an EraseError for a part that gives the same for different inputs, or what is not finite.
+
+    One small pass through each part, of 8 x 8 latents.
+    """
+    ids = tokenizer(["a red circle", "two dogs"], padding="max_length", return_tensors="pt")["input_ids"]
+    x = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
+
+    def encoded() -> Tensor:
+        return text_encoder(ids).last_hidden_state
+
+    def predicted() -> Tensor:
+        return network(x, torch.tensor([1, 900]), encoder_hidden_states=encoded()).sample
+
+    def decoded() -> Tensor:
+        return vae.decode(x).sample
+
+    for part, compute in (("text_encoder", encoded), ("unet", predicted), ("vae", decoded)):
+        try:
+            output = compute()
+        except Exception as error:  # a config that fits the weights can still be wrong
+            raise EraseError(f"{folder / part} cannot be used: {one_line(error)}; download the model again") from error
+        if not output.isfinite().all():
+            raise EraseError(f"{folder / part} computes values that are not finite; its config or weights are damaged")
+        if torch.equal(output[0], output[1]) or (output[0] - output[1]).abs().max() < 1e-6 * output.abs().max():
+            raise EraseError(f"{folder / part} gives the same for all inputs; its config or weights are damaged")
 
 
 def _require_schedule(name: str, alphas_cumprod: Tensor) -> None:

@@ -352,14 +352,17 @@ def resolve(
 ) -> Settings:
     """Every None filled in: from the model's own defaults, then the method's and the recipe's, then SD v1.4's values.
 
-    model_defaults: see `read_defaults`. What the user gave always wins over them.
+    model_defaults: see `read_defaults`. What the user gave always wins over them, and so does what a
+        recipe other than the default one says.
     kind: of the concept; SalUn's settings differ between nudity and classes.
     num_processes: that share a batch. part: images of a share that --low-memory keeps together at most.
     on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
-    own = {k: v for k, v in model_defaults.items() if k in _OF_MODEL}
-    of_method = dict(model_defaults.get("methods", {}).get(settings.method, {}))
+    of_recipe = _of_recipe(settings)
+    own = {k: v for k, v in model_defaults.items() if k in _OF_MODEL and k not in of_recipe}
+    of_method = model_defaults.get("methods", {}).get(settings.method, {})
+    of_method = {k: v for k, v in of_method.items() if k not in of_recipe}
     taken = _given_hyperparameters(settings)
     own_set = [text for text in of_method.pop("set", ()) if _hyperparameter(text) not in taken]
     settings = replace(settings, set=(*own_set, *settings.set))
@@ -392,7 +395,13 @@ def _given_hyperparameters(settings: Settings) -> set[str]:
     """Hyperparameters of methods that the user's options decide: by name in `set`, or by an option of their own."""
     taken = {_hyperparameter(text) for text in settings.set} | {"seed"}
     taken |= {"alpha"} if settings.alpha is not None else set()
-    return taken | ({"frozen_target", "distill_retain"} if settings.recipe != "default" else set())
+    taken |= {"frozen_target", "distill_retain"} if settings.recipe != "default" else set()
+    return taken | _of_recipe(settings)
+
+
+def _of_recipe(settings: Settings) -> set[str]:
+    """Settings that the user chose by the name of a recipe; a method that has its own value keeps that."""
+    return set() if settings.recipe == "default" else {*_OF_RECIPE} - find(settings.method).defaults().keys()
 
 
 def _hyperparameter(text: str) -> str:
@@ -431,6 +440,7 @@ def _require_use(settings: Settings) -> None:
 # --- the model's own defaults ---------------------------------------------------------------------------------------
 
 _OF_MODEL = (*SD_DEFAULTS, "num_train_steps", "num_inference_steps", "sampler")
+_OF_RECIPE = ("target", "alpha", "mask_guidance", "sampler")
 _OF_METHOD = (*_OF_MODEL, "scope", "target", "alpha", "mask_guidance", "rank", "max_grad_norm", "set")
 
 

@@ -69,6 +69,9 @@ def _bad_tokens(words: dict[str, int], tokenizer: CLIPTokenizer) -> str | None:
         return f"prompts start with {tokenizer.bos_token!r:.30} and end with {tokenizer.eos_token!r:.30}"
     if tokenizer.pad_token is None:
         return "it has no token to pad with"
+    for name in ("padding_side", "truncation_side"):
+        if getattr(tokenizer, name) != "right":
+            return f"{name} in its tokenizer_config.json is {getattr(tokenizer, name)!r:.30}; CLIP's is 'right'"
     ids = sorted({*words.values(), *tokenizer.get_vocab().values()})
     if ids != list(range(len(tokenizer))) or len(set(words.values())) != len(words):
         return f"its {len(tokenizer)} tokens are not numbered 0 to {len(tokenizer) - 1}"

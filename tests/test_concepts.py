@@ -277,6 +277,21 @@ def test_a_described_abstract_concept_becomes_a_peaceful_scene():
             describe(word, "object")
 
 
+@pytest.mark.parametrize(("name", "kind"), [("the violence", "object"), ("Violence", "person"), ("a War", "person")])
+def test_an_abstract_word_is_neither_an_object_nor_a_person(name, kind):
+    """With an article or without; the control is a name that holds such a word. (3.8)"""
+    with pytest.raises(EraseError, match="use --kind abstract"):
+        concepts.describe(name, kind)
+    assert concepts.describe(f"{name} Smith", "person").kind == "person"
+
+
+def test_a_persons_name_in_any_alphabet_is_noticed():
+    """(3.8)"""
+    for name in ("Albert Einstein", "Ólafur Arnalds", "Лев Толстой", "Jean-Luc Godard"):
+        assert "--kind person" in concepts.advice(concepts.describe(name, "object")), name
+    assert not concepts.advice(concepts.describe("golf ball", "object"))
+
+
 def test_a_kind_never_replaces_a_preset():
     """`--concept nudity --kind object` would train "a photo of a nudity" towards a potted plant (3.8)."""
     for name in ("nudity", "Van Gogh", "french-horn"):

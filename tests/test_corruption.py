@@ -188,6 +188,18 @@ def test_no_value_of_a_config_is_a_traceback(config, value, model_dir):
         ("tokenizer/tokenizer_config.json", "model_max_length", "77"),
         ("tokenizer/tokenizer_config.json", "model_max_length", 5),
         ("tokenizer/tokenizer_config.json", "bos_token", "a"),
+        ("tokenizer/tokenizer_config.json", "padding_side", "left"),
+        ("tokenizer/tokenizer_config.json", "truncation_side", "left"),
+        ("scheduler/scheduler_config.json", "steps_offset", 2000),
+        ("scheduler/scheduler_config.json", "trained_betas", [0.0] * 1000),
+        ("text_encoder/config.json", "layer_norm_eps", 1e8),
+        ("text_encoder/config.json", "return_dict", False),
+        ("text_encoder/config.json", "quantization_config", {"load_in_8bit": True}),
+        ("vae/config.json", "scaling_factor", 1e-30),
+        ("vae/config.json", "scaling_factor", 1e8),
+        ("model_index.json", "scheduler", ["diffusers", "KarrasVeScheduler"]),
+        ("model_index.json", "scheduler", ["diffusers", "RePaintScheduler"]),
+        ("model_index.json", "scheduler", ["diffusers", "ScoreSdeVeScheduler"]),
         ("model_index.json", "unet", "UNet2DConditionModel"),
         ("model_index.json", "scheduler", []),
         ("model_index.json", "scheduler", ["diffusers", "UNet2DConditionModel"]),
@@ -212,6 +224,16 @@ def test_a_value_that_old_configs_lack_has_its_default(model_dir):
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "part"), [(UNET, "unet"), (VAE, "vae"), (TEXT, "text_encoder")])
+@pytest.mark.parametrize("value", [0.0, 60_000.0])
+def test_weights_that_load_but_compute_nothing_are_refused(path, part, value, model_dir):
+    """All zero, everything gives the same; very large, NaN comes out. Such a model cannot be erased from (3.6)."""
+    tensors = load_file(model_dir / path)
+    save_file({name: torch.full_like(tensor, value) for name, tensor in tensors.items()}, model_dir / path)
+    message = refused_or_works(model_dir)
+    assert message and part in message and ("not finite" in message or "the same" in message), message
 
 
 @pytest.mark.parametrize("length", [0, 1, 9, 17, 26, 33, 41, 50])

@@ -85,6 +85,29 @@ def test_a_recipe_and_a_seed_win_over_the_hyperparameters_of_the_model_folder():
     assert resolve(Settings("c", method="scissorhands", seed=3), "object", defaults).set == ()
 
 
+def test_a_recipe_wins_over_the_same_settings_of_the_model_folder():
+    """Its target, alpha, mask guidance and sampler are what the user asked for by its name. (3.7)
+
+    The control: with the default recipe, and for what no recipe says, the folder's count.
+    """
+    own = {"target": "random", "alpha": 0.7, "mask_guidance": 3.0, "sampler": "dpm++", "learning_rate": 0.3}
+    defaults = {"num_inference_steps": 7, "methods": {"salun": own}}
+    names = ("target", "alpha", "mask_guidance", "sampler", "learning_rate", "num_inference_steps")
+
+    def found(defaults: dict[str, Any], **given: Any) -> tuple[Any, ...]:
+        settings = resolve(Settings("c", **given), "object", defaults)
+        return tuple(getattr(settings, name) for name in names)
+
+    assert found(defaults) == ("random", 0.7, 3.0, "dpm++", 0.3, 7)
+    assert found(defaults, recipe="reference") == ("fixed", 0.5, 7.5, "model", 0.3, 7)
+    assert found(defaults, recipe="reference", alpha=0.2, target="anchor")[:3] == ("anchor", 0.2, 7.5)
+    defaults = {"methods": {name: {"set": ["alpha=0.9"]} for name in ("salun", "ga")}}
+    cases: list[tuple[str, Any, float]] = [("salun", "paper", 0.5), ("salun", "default", 0.9), ("ga", "paper", 0.9)]
+    for method, recipe, alpha in cases:
+        settings = resolve(Settings("c", method=method, recipe=recipe), "object", defaults)
+        assert make_method(settings).alpha == alpha  # ga has an alpha of its own, whatever the recipe
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
