@@ -229,18 +229,8 @@ def unite(concepts: Sequence[Concept]) -> Concept:
     concepts = list(dict.fromkeys(concepts))
     if len(concepts) == 1:
         return concepts[0]
-    instead = dict(reversed(list(chain.from_iterable(concept.pairs() for concept in concepts))))
-    mixed: list[list[tuple[str, str]]] = []
-    for concept in concepts:
-        rest = [other for other in concepts if other is not concept]
-        ends = [(forget, _followed(anchor, instead)) for forget, anchor in concept.pairs()]
-        pairs = [(forget, end) for forget, end in ends if end is not None and not _mentions(end, rest)]
-        if not pairs:
-            raise EraseError(
-                f"{concept.name!r} would become {concept.anchor[0]!r}, which is erased too; "
-                "give one of the two another anchor, in a .toml of its own"
-            )
-        mixed.append(pairs)
+    mixed = [part.pairs() for part in apart(concepts)]
+    forgotten = {prompt for concept in concepts for prompt in concept.forget}
     longest = max(map(len, mixed))
     turns = list(chain.from_iterable(zip(*(islice(cycle(pairs), longest) for pairs in mixed), strict=True)))
     kinds: set[Kind] = {concept.kind for concept in concepts}
@@ -251,7 +241,7 @@ def unite(concepts: Sequence[Concept]) -> Concept:
             prompt
             for concept, prompts in zip(concepts, parts, strict=True)
             for prompt in prompts
-            if prompt not in instead and not _mentions(prompt, [other for other in concepts if other is not concept])
+            if prompt not in forgotten and not _mentions(prompt, [other for other in concepts if other is not concept])
         ]
         return tuple(dict.fromkeys(told))
 
@@ -264,6 +254,30 @@ def unite(concepts: Sequence[Concept]) -> Concept:
         others=kept(concept.others for concept in concepts),
         synonyms=tuple(dict.fromkeys(chain.from_iterable(concept.synonyms for concept in concepts))),
     )
+
+
+def apart(concepts: Sequence[Concept]) -> list[Concept]:
+    """Each of the concepts with the pairs of forget prompt and anchor that a run which erases all of them trains.
+
+    Raises:
+        EraseError: two of them would become each other.
+    """
+    if len(set(concepts)) == 1:
+        return list(concepts)
+    instead = dict(reversed(list(chain.from_iterable(concept.pairs() for concept in concepts))))
+    parts = []
+    for concept in concepts:
+        rest = [other for other in concepts if other != concept]
+        ends = [(forget, _followed(anchor, instead)) for forget, anchor in concept.pairs()]
+        pairs = [(forget, end) for forget, end in ends if end is not None and not _mentions(end, rest)]
+        if not pairs:
+            raise EraseError(
+                f"{concept.name!r} would become {concept.anchor[0]!r}, which is erased too; "
+                "give one of the two another anchor, in a .toml of its own"
+            )
+        forget, anchor = zip(*pairs, strict=True)
+        parts.append(replace(concept, forget=forget, anchor=anchor))
+    return parts
 
 
 def _followed(anchor: str, instead: Mapping[str, str]) -> str | None:

@@ -159,7 +159,8 @@ def run(
     model.precision = compute.precision
     model.use_attention(settings.attention)
     parts = find_concepts(settings, given, model)
-    united = concepts.unite([*parts, *(earlier.concepts if earlier else [])])
+    everything = [*parts, *(earlier.concepts if earlier else [])]
+    united = concepts.unite(everything)
     together = 1
     if settings.low_memory:
         size = (settings.resolution or model.resolution) // model.vae_scale
@@ -186,7 +187,7 @@ def run(
     given_mask = load_mask(settings, model, parameters, base_hash)
     identity = records.identity(
         settings,
-        [united, *parts, *(earlier.concepts if earlier else [])],
+        [united, *everything],
         base_hash=base_hash,
         mask_hash=None if given_mask is None else saliency_hash(given_mask),
         base=earlier and earlier.record,
@@ -199,8 +200,8 @@ def run(
     record = records.read(folder)
     if record["status"] == "done":
         return finished(folder, record, settings, accelerator.is_main_process)
-    for part in parts:
-        tell(announcement(part, settings, method))
+    for part in concepts.apart(everything)[: len(parts)]:
+        tell(announcement(replace(part, others=united.others), settings, method))
     if truncated:
         some = f"{truncated[0][:60]!r}" + (f" and {len(truncated) - 1} more" if len(truncated) > 1 else "")
         tell(f"longer than the {model.tokenizer.model_max_length} tokens that the text encoder reads, and cut: {some}")

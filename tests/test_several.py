@@ -47,6 +47,7 @@ OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "quiet": True,
 }
+RUN = {name: value for name, value in OPTIONS.items() if name != "quiet"}
 
 
 # --- one concept of several -----------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def test_what_another_one_forgets_or_mentions_is_not_retained():
 
 
 def test_one_concept_stays_itself_and_twice_the_same_is_once():
-    assert unite([CAT]) is CAT and unite([CAT, CAT]) is CAT
+    assert unite([CAT]) is CAT and unite([CAT, CAT]) is CAT and concepts.apart([CAT, CAT]) == [CAT, CAT]
     assert unite([CAT, replace(LORRY, kind="style")]).kind == "object"
     assert unite([CAT, replace(LORRY, kind="nudity")]).kind == "nudity"
 
@@ -86,6 +87,34 @@ def test_an_anchor_that_is_forgotten_too_becomes_what_that_one_says():
         told["a photo of a solid red moon"] == told["a photo of a solid red circle"] == "a photo of a solid red square"
     )
     assert not any("circle" in anchor or "moon" in anchor for anchor in told.values())
+
+
+def announced(parts: list[Concept], model, folder, **options: Any) -> list[str]:
+    """What a run that erases the parts says before it starts."""
+    lines: list[str] = []
+    settings = Settings(tuple(part.name for part in parts), model=str(model), output=str(folder), **(RUN | options))
+    running.run(settings, parts, quiet=True, tell=lines.append)
+    return lines
+
+
+def test_the_announcement_names_the_anchor_that_is_trained(toy_pipeline_dir, tmp_path):
+    """A lorry becomes a cat and the cat a dog, so the lorry becomes a dog; the control is the lorry alone."""
+    lorry = replace(LORRY, anchor=("a cat",))
+    alone = announced([lorry], toy_pipeline_dir, tmp_path / "alone")
+    assert alone == ["lorry: 'a lorry' -> 'a cat'"]
+    together = announced([lorry, CAT], toy_pipeline_dir, tmp_path / "together")
+    assert together == ["lorry: 'a lorry' -> 'a dog'", "cat: 'a cat' -> 'a dog' (and 1 more pair)"]
+    cat = tmp_path / "cat"
+    announced([CAT], toy_pipeline_dir, cat)
+    assert announced([lorry], cat, tmp_path / "after", base=str(cat)) == ["lorry: 'a lorry' -> 'a dog'"]
+
+
+def test_the_announcement_names_the_class_that_is_trained(toy_pipeline_dir, tmp_path):
+    """The first other class of the lorry is erased too; the control is the lorry alone."""
+    lorry = replace(LORRY, others=("a cat", "a bird"))
+    assert announced([lorry], toy_pipeline_dir, tmp_path / "alone", target="fixed") == ["lorry: 'a lorry' -> 'a cat'"]
+    together = announced([lorry, CAT], toy_pipeline_dir, tmp_path / "together", target="fixed")
+    assert together[0] == "lorry: 'a lorry' -> 'a bird'"
 
 
 def test_a_pair_whose_anchor_mentions_another_one_goes():
