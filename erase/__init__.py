@@ -8,9 +8,9 @@ __all__ = ["Concept", "EraseError", "Run", "erase_concept"]
 if TYPE_CHECKING:
     from erase.concepts import Concept
     from erase.errors import EraseError
-    from erase.run import Run, erase_concept
+    from erase.runs.job import Run, erase_concept
 
-_HOMES = {"Concept": "concepts", "EraseError": "errors", "Run": "run", "erase_concept": "run"}
+_HOMES = {"Concept": "concepts", "EraseError": "errors", "Run": "runs.job", "erase_concept": "runs.job"}
 
 
 def __dir__() -> list[str]:

@@ -1,21 +1,15 @@
 """`erase-concept`: arguments in, one call, a few lines out; the only place that prints or exits."""
 
 import argparse
-import difflib
-import errno
-import logging
-import os
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import Field, fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from erase import __version__, concepts, progress
+from erase import __version__, concepts
+from erase.commandline import Parser, add_options, one_line, reporting, silence_libraries
 from erase.errors import EraseError, no_file, printable
-from erase.settings import MIXED_PRECISION, SD_DEFAULTS, Settings, flag, forms
+from erase.options.declare import flag
+from erase.options.settings import Settings
 
 GROUPS = {
     "what": "what to erase, from what",
@@ -44,40 +38,6 @@ other commands (each has its own --help):
 """
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Help texts that are broken between words only: a model's name has hyphens of its own."""
-
-    def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, max_help_position=32, **options)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations whose errors are one line, and which takes --num_forget for --num-forget."""
-
-    def __init__(self, prog: str, description: str, *, example: str = "", **options: Any) -> None:
-        """example: arguments that work, shown at the end of the help."""
-        options.setdefault("formatter_class", Help)
-        if example:
-            options["epilog"] = f"example:\n  {prog} {example}"
-        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        args = [_dashes(arg) for arg in (sys.argv[1:] if args is None else args)]
-        given, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
-            guess = difflib.get_close_matches(unknown[0].partition("=")[0], [*known, *COMMANDS], n=1)
-            hint = f"did you mean {guess[0]}? " if guess else ""
-            self.error(f"unknown argument {unknown[0]!r}; {hint}(see {self.prog} --help)")
-        return given
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 0 done, 2 for what the user can mend, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -88,32 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             _erase(arguments)
 
 
-@contextmanager
-def reporting(prog: str, interrupted: str = "interrupted") -> Iterator[None]:
-    """Turn what the user can mend into one line and exit code 2, and an interrupt into 130.
-
-    A file or folder that cannot be read or written is the user's to mend; other exceptions stay tracebacks.
-    """
-    try:
-        yield
-    except EraseError as error:
-        reason = str(error)
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        where = f"{error.filename}: " if error.filename is not None else ""
-        reason = f"{where}{error.strerror}"
-    except KeyboardInterrupt:
-        print(f"{prog}: {interrupted}", file=sys.stderr)
-        raise SystemExit(130) from None
-    else:
-        return
-    print(f"{prog}: {one_line(reason)}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def _erase(arguments: list[str]) -> None:
     parser = Parser(
+        commands=COMMANDS,
         prog="erase-concept",
         usage="erase-concept --concept CONCEPT [--model MODEL] [--output DIR] [options]",
         description=DESCRIPTION,
@@ -136,7 +73,7 @@ def _erase(arguments: list[str]) -> None:
     for name in settings.concept:  # misspelt or refused: an error before the seconds in which torch is imported
         concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
     silence_libraries(quiet)
-    from erase.run import run
+    from erase.runs.job import run
 
     try:
         result = run(settings, quiet=quiet, tell=_tell)
@@ -146,7 +83,7 @@ def _erase(arguments: list[str]) -> None:
         raise SystemExit(130) from None
     if not result.record:  # a helper process of a distributed run
         return
-    from erase import records
+    from erase.runs import records
 
     record, weights = result.record, result.record["weights"]
     if result.is_new:
@@ -166,52 +103,12 @@ def _erase(arguments: list[str]) -> None:
 
 def load_line(folder: Path) -> str:
     """Python that loads a pipeline so that it generates images, whatever characters its path has."""
-    from erase import export
+    from erase.families import pipeline_folder
 
-    dtype = ", dtype=torch.float32" if export.needs_dtype(folder) else ""
+    dtype = ", dtype=torch.float32" if pipeline_folder.needs_dtype(folder) else ""
     torch = "import torch; " if dtype else ""
     loading = f"pipeline = SD.from_pretrained({str(folder)!r}{dtype})"
     return f"{torch}from diffusers import StableDiffusionPipeline as SD; {loading}"
-
-
-def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[str, str]) -> None:
-    """One argument for each field of a dataclass of options, in its group; nothing is written down twice.
-
-    titles: of the groups; fields of other groups are left out.
-    """
-    groups = {name: parser.add_argument_group(title) for name, title in titles.items()}
-    for item in (item for item in fields(options) if item.metadata["group"] in groups):
-        form = forms(options)[item.name]
-        shown = _shown_default(item)
-        help_text = item.metadata["help"] + (f" [default: {shown}]" if shown else "")
-        argument: dict[str, Any] = {"dest": item.name, "help": help_text.replace("%", "%%"), "default": None}
-        if form.type is bool:
-            argument["action"] = "store_true"
-        else:
-            word = {int: "N", float: "X"}.get(form.type, item.name.split("_")[-1].upper())
-            choices = "{" + ",".join(form.choices) + "}" if form.choices else None
-            argument["metavar"] = item.metadata.get("metavar") or choices or word
-            argument["action"] = "append" if form.is_repeated else "store"
-            argument["type"] = form.type
-        groups[item.metadata["group"]].add_argument(flag(item.name), *item.metadata.get("aliases", ()), **argument)
-        if item.name == "precision":
-            add_mixed_precision(groups[item.metadata["group"]])
-
-
-def add_mixed_precision(group: Any) -> None:
-    """--precision under the name that diffusers' scripts give it."""
-    group.add_argument("--mixed-precision", metavar="{" + ",".join(MIXED_PRECISION) + "}", help="another name for it")
-
-
-def _shown_default(item: Field[Any]) -> str:
-    """The default as `--help` shows it; "" if there is none, or only the absence of a flag."""
-    default = SD_DEFAULTS.get(item.name) if item.default is None else item.default
-    if isinstance(default, tuple):
-        default = ", ".join(default)
-    return item.metadata.get("shown") or ("" if default is None or isinstance(default, bool) else str(default))
-
-
-# --- deltas and masks -----------------------------------------------------------------------------------------------
 
 
 def _delta_parser(command: str, description: str, example: str) -> Parser:
@@ -255,9 +152,11 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
 
     change = delta.load(given.delta)  # a file that is no delta must not wait for diffusers
 
-    from erase import components, export, files, forms, models
+    from erase import files
+    from erase.export import pipeline, states
+    from erase.families import components, loading, stored_unet
 
-    folder = models.locate(
+    folder = loading.locate(
         given.model,
         allow_pickle=given.allow_pickle,
         config=given.config,
@@ -267,19 +166,19 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     )
     for part in ("vae", "text_encoder"):  # copied: who opens the result must meet no pickle that was not allowed
         components.weight_files(folder / part, allow_pickle=given.allow_pickle)
-    state = forms.unet_state(models.load_unet(folder, given.allow_pickle, given.unet, _tell))
+    state = states.unet_state(stored_unet.load_unet(folder, given.allow_pickle, given.unet, _tell))
     new = delta.apply(state, change) if direction == "apply" else delta.remove(state, change)
     exact = ""
     if direction == "remove":
-        dtype = forms.base_dtype(change, new)
+        dtype = states.base_dtype(change, new)
         exact = ", the base's bit for bit" if dtype else ", the base's value for value (its dtype is not recorded)"
     else:
         dtype = None
-    if is_taken and not export.is_result(folder, output, forms.plain(new), dtype=dtype):
+    if is_taken and not pipeline.is_result(folder, output, states.plain(new), dtype=dtype):
         raise EraseError(f"{output} exists already; choose another --output")
     if not is_taken:
         with files.replacing_folder(output) as whole:
-            export.save_pipeline(folder, whole, forms.plain(new), dtype=dtype)
+            pipeline.save_pipeline(folder, whole, states.plain(new), dtype=dtype)
     word = "written already" if is_taken else "written"
     print(f"{printable(output)}: {word}; UNet {delta.content_hash(new)[:12]}{exact}")
     print(f"load it: {load_line(output)}")
@@ -305,7 +204,7 @@ def _export(arguments: list[str]) -> None:
     if given.lora_rank is not None and given.lora_rank < 1:
         raise EraseError(f"--lora-rank is {given.lora_rank}; it must be at least 1")
     silence_libraries()
-    from erase import forms
+    from erase.runs import forms
 
     written = forms.add(
         Path(given.folder),
@@ -333,17 +232,18 @@ def _inspect(arguments: list[str]) -> None:
     parser.add_argument("file", help="delta.safetensors or mask.safetensors")
     path = parser.parse_args(arguments).file
     silence_libraries()
-    from erase import delta, export, files, saliency
+    from erase import delta, masks, tensor_files
+    from erase.families import layers
 
-    header = files.read_metadata(path)
+    header = tensor_files.read_metadata(path)
     if header.get("kind") == "mask":
-        mask, header = saliency.load(path)
-        shares = saliency.fraction_by_block(mask, export.block_of)
+        mask, header = masks.load(path)
+        shares = masks.fraction_by_block(mask, layers.block_of)
         described = {key: value for key, value in header.items() if key != "shapes"}
         word = "may move"
     else:
         change = delta.load(path)
-        shares = delta.summary(change, lambda name: export.block_of(name.removeprefix("unet.")))
+        shares = delta.summary(change, lambda name: layers.block_of(name.removeprefix("unet.")))
         concept = change.provenance.get("concept", {})
         described = {
             "kind": f"delta ({change.kind})",
@@ -368,29 +268,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "inspect": _inspect,
 }
-
-
-def one_line(message: str) -> str:
-    """A message on one line, without control characters that names and files may have brought into it."""
-    return printable(" ".join(line.strip() for line in message.splitlines()))
-
-
-def _dashes(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
-
-
-def silence_libraries(quiet: bool = False) -> None:
-    """No warnings about image processors that this project does not use; with `quiet` no bars for downloads either."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # matplotlib warns where it has no folder for its settings, bitsandbytes of kernels that are not used here
-    for name in ("matplotlib", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if quiet:
-        progress.hide_downloads()
-
-
 if __name__ == "__main__":
     main()

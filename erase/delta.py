@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from erase.errors import EraseError
-from erase.files import content_hash, read_metadata, read_tensors, write_tensors
+from erase.tensor_files import content_hash, read_metadata, read_tensors, write_tensors
 
 State = Mapping[str, Tensor]
 Layout = dict[str, tuple[str, tuple[int, ...]]]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erase import refusal
+from erase.concepts import refusal
 from erase.errors import EraseError
 
 Predict = Callable[[Tensor, Tensor], Tensor]

@@ -7,7 +7,7 @@ python eval/class_forget.py --concept church --concept tench --output runs/image
 import argparse
 from pathlib import Path
 
-from erase import concepts, erase_concept
+from erase import erase_concept, words
 from erase.evaluation.cli import main
 from erase.evaluation.tasks import IMAGENETTE
 
@@ -19,5 +19,5 @@ if __name__ == "__main__":
     given, options = parser.parse_known_args()
     root = Path(given.output)
     for concept in given.concept or [name.lower() for name in IMAGENETTE]:
-        run = erase_concept(concept, given.model, output=str(root / concepts.slug(concept)))
+        run = erase_concept(concept, given.model, output=str(root / words.slug(concept)))
         main(["run", "--model", str(run.folder), "--task", "class-forget", "--output", str(root / "reports"), *options])

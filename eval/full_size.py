@@ -18,20 +18,22 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
     """Mask and one training step, batch 1 + 1, float32; seconds and peak memory (bytes) after each phase."""
     import torch
     from accelerate import Accelerator
+    from bench.jobs import SD14_UNET
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    from erase import models, saliency, train
-    from erase.data import Data, Pictures
-    from erase.evaluation.jobs import SD14_UNET
+    from erase import masks
+    from erase.data.latents import Data, Pictures
+    from erase.families import sd
     from erase.methods.relabel import Relabel
-    from erase.run import peak_memory, versions
+    from erase.runs.machine import peak_memory, versions
+    from erase.training import batches, loop, saliency_pass
 
     torch.manual_seed(0)
     accelerator = Accelerator()
     unet = UNet2DConditionModel(**SD14_UNET).eval().requires_grad_(False).to(accelerator.device)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     absent: Any = None  # neither mask nor step needs the VAE or the text encoder
-    model = models.Model("random SD v1.4", Path(), unet, absent, absent, absent, scheduler, {})
+    model = sd.Model("random SD v1.4", Path(), unet, absent, absent, absent, scheduler, {})
     parameters = dict(unet.named_parameters())
     if sum(p.numel() for p in parameters.values()) != NUM_WEIGHTS:
         raise SystemExit("this is not SD v1.4's UNet any more; diffusers' defaults have changed")
@@ -55,7 +57,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
 
     lap("built")
     with tempfile.TemporaryDirectory() as folder:
-        scores = train.accumulate(
+        scores = saliency_pass.accumulate(
             model,
             data,
             parameters,
@@ -69,16 +71,16 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
             quiet=True,
         )
         lap("gradients")
-        mask = saliency.select(scores, density)
+        mask = masks.select(scores, density)
         del scores
-        ones = saliency.count(mask)
+        ones = masks.count(mask)
         lap("selection")
-        saliency.save(Path(folder) / "mask.safetensors", mask, {"density": density})
+        masks.save(Path(folder) / "mask.safetensors", mask, {"density": density})
         mask_bytes = (Path(folder) / "mask.safetensors").stat().st_size
         lap("mask file")
         before = unet.conv_in.weight.clone()
-        recipe = train.Recipe(num_steps=1, batch_size=1, learning_rate=1e-5)
-        train.train(
+        recipe = batches.Recipe(num_steps=1, batch_size=1, learning_rate=1e-5)
+        loop.train(
             model,
             Relabel(),
             data,

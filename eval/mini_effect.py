@@ -83,7 +83,7 @@ def cell(folder: Path, concept: str, variant: str | None, seed: int) -> None:
 
 def table(cells: list[dict[str, Any]]) -> str:
     """Markdown: every figure over all seeds with its interval, and the concept's rate for each seed."""
-    from erase.evaluation import statistics
+    from erase import statistics
 
     columns = {"mini.ua_synonym": False, "mini.ra": True, "mini.colour": True, "mini.style": True}
     lines = [

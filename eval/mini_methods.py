@@ -21,7 +21,7 @@ from typing import Any
 
 from mini_effect import STEPS, arm
 
-from erase import files
+from erase import files, tensor_files
 from erase.methods import METHODS
 
 CONCEPTS = ("circle", "striped", "nudity")
@@ -58,14 +58,15 @@ def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Pa
 
 def shown(folder: Path, concept: str) -> Any:
     """The base's pictures of the concept, as latents; drawn once."""
-    from erase import concepts, models
+    from erase import concepts
+    from erase.families import loading
 
     path = folder / "shown" / f"{concept}.safetensors"
     if not path.exists():
-        model, prompts = models.load("mini"), concepts.load(concept, model_family="mini").forget
+        model, prompts = loading.load("mini"), concepts.load(concept, model_family="mini").forget
         texts, seeds = [prompts[i % len(prompts)] for i in range(NUM_SHOWN)], list(range(NUM_SHOWN))
-        files.write_tensors(path, {"latents": model.draw(texts, seeds, steps=25, guidance=2.0, size=64)})
-    return files.read_tensors(path)["latents"]
+        tensor_files.write_tensors(path, {"latents": model.draw(texts, seeds, steps=25, guidance=2.0, size=64)})
+    return tensor_files.read_tensors(path)["latents"]
 
 
 def unprompted(model: str, delta: Path | None) -> float:
@@ -181,9 +182,9 @@ def keep_features(drawn: Path, path: Path) -> None:
 
 def model_hash() -> str:
     """Of the embedded model's weights: cells of different ones do not belong into one table."""
-    from erase import models
+    from erase.families import loading
 
-    parts = sorted(models.MINI_DIR.glob("*/*.safetensors"))
+    parts = sorted(loading.MINI_DIR.glob("*/*.safetensors"))
     return files.text_hash([files.file_hash(path) for path in parts])[:16]
 
 
@@ -200,7 +201,7 @@ def figure(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float] 
 
 def rate(runs: list[str]) -> Any:
     """A rate over runs and samples with its 95 % interval."""
-    from erase.evaluation import statistics
+    from erase import statistics
 
     found = [[float(value) for value in run if value != "-"] for run in runs]
     return statistics.hierarchical("rate", found, higher_is_better=True) if found and found[0] else None
@@ -307,7 +308,7 @@ def densities(rows: list[dict[str, Any]]) -> str:
 
 def differences(cells: list[dict[str, Any]]) -> str:
     """Markdown, a part a concept: rates with salient weights less those with others, seed by seed, in points."""
-    from erase.evaluation import statistics
+    from erase import statistics
 
     kept = {"objects": "mini.ra", "colours": "mini.colour", "styles": "mini.style"}
     columns = {"drawn": "mini.ua", "recovered by a word": None} | kept

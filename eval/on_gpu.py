@@ -156,10 +156,9 @@ def build_model(folder: Path, device: str, toy: bool = False) -> dict[str, int]:
     device: where the weights are made; a GPU takes a second, a CPU a minute. toy: the same parts, much narrower.
     """
     import torch
+    from bench.jobs import SD14_UNET
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel, __version__
     from transformers import CLIPTextConfig, CLIPTextModel
-
-    from erase.evaluation.jobs import SD14_UNET
 
     vae_channels: Any
     width, layers = (16, 1) if toy else (768, 12)
@@ -419,7 +418,8 @@ def methods(job: Job) -> Part:
 def one_method(job: Job, name: str) -> dict[str, Any]:
     import math
 
-    from erase import delta, erase_concept, models, saliency
+    from erase import delta, erase_concept, masks
+    from erase.families import loading, stored_unet
 
     folder = fresh(job.work / "methods" / name)
     start = time.monotonic()
@@ -445,15 +445,15 @@ def one_method(job: Job, name: str) -> dict[str, Any]:
     losses = [value for step in run.record["losses"] for value in step.values()]
     if not all(map(math.isfinite, losses)):
         raise RuntimeError(f"a loss is not finite: {losses}")
-    models.load(folder)
+    loading.load(folder)
     change = delta.load(folder / "delta.safetensors")
     changed = run.record["weights"]["changed"]
     may_move = None
     if (folder / "mask.safetensors").is_file():
-        mask, _ = saliency.load(folder / "mask.safetensors")
-        may_move = saliency.count(mask)
-        base = models.load_unet(models.MINI_DIR).state_dict()
-        new = models.load_unet(folder).state_dict()
+        mask, _ = masks.load(folder / "mask.safetensors")
+        may_move = masks.count(mask)
+        base = stored_unet.load_unet(loading.MINI_DIR).state_dict()
+        new = stored_unet.load_unet(folder).state_dict()
         outside = [key for key, bits in mask.items() if (base[key] != new[key])[~bits].any()]
         if outside:
             raise RuntimeError(f"{outside[0]} changed outside the mask")
@@ -669,42 +669,46 @@ class Ours:
     """The product's loops on SD v1.4, with the settings that `erase-concept --concept nudity` would run with."""
 
     def __init__(self, job: Job, folder: Path, batch: int):
-        from erase import device, models, run, saliency, scope
-        from erase.evaluation import jobs
-        from erase.settings import Settings, resolve
+        from bench import jobs
+
+        from erase import device, masks
+        from erase.families import loading, scope
+        from erase.options.recipes import resolve
+        from erase.options.settings import Settings
+        from erase.runs import machine, planning
 
         self.job, self.batch, self.ticks = job, batch, Ticks(job)
         given = Settings(concept=("nudity",), model=str(folder), device=job.device, batch_size=batch)
         compute = device.choose(given.device, given.precision)
         given = replace(given, precision=compute.precision)
-        self.accelerator = run.make_accelerator(given, job.work / "steps", compute)
-        self.model = models.load(folder, device=compute.device)
+        self.accelerator = machine.make_accelerator(given, job.work / "steps", compute)
+        self.model = loading.load(folder, device=compute.device)
         self.model.precision = compute.precision
         self.settings = resolve(given, "nudity", self.model.defaults, on_gpu=job.on_cuda)
-        self.plan, self.method = run.make_plan(self.settings, self.model), run.make_method(self.settings)
-        self.recipe = run.make_recipe(self.settings, self.plan)
+        self.plan, self.method = planning.make_plan(self.settings, self.model), planning.make_method(self.settings)
+        self.recipe = planning.make_recipe(self.settings, self.plan)
         self.parameters = scope.inside(dict(self.model.unet.named_parameters()), str(self.settings.scope))
-        self.mask = saliency.pack(jobs._random_mask(self.model.unet, self.settings.density))
+        self.mask = masks.pack(jobs.random_mask_of(self.model.unet, self.settings.density))
         self.data = jobs.random_data(self.model, 6 * batch)
         self.draw_steps = 2 if job.toy else self.plan.steps
         self.optimizer = self.gradients = None
 
     def train(self, num: int) -> list[float]:
         """Steps of `train.train`, which asks the method for its loss once a step."""
-        from erase import train
+        from erase.training import loop
 
         method, recipe = with_ticks(self.method, "loss", self.ticks), replace(self.recipe, num_steps=num + 1)
         how: dict[str, Any] = {"state_path": self.job.work / "none", "quiet": True}
-        train.train(self.model, method, self.data, self.parameters, self.mask, recipe, self.accelerator, **how)
+        loop.train(self.model, method, self.data, self.parameters, self.mask, recipe, self.accelerator, **how)
         return self.ticks.seconds()
 
     def score(self) -> list[float]:
         """Batches of `train.accumulate`, which asks the model once a batch."""
-        from erase import train
+        from erase.training import saliency_pass
 
         how: dict[str, Any] = {"score": self.settings.score, "guidance": float(self.settings.mask_guidance or 0)}
         how |= {"batch_size": self.batch, "seed": 0, "state_path": self.job.work / "none", "quiet": True}
-        train.accumulate(
+        saliency_pass.accumulate(
             with_ticks(self.model, "__call__", self.ticks), self.data, self.parameters, self.accelerator, **how
         )
         return self.ticks.seconds()
@@ -725,7 +729,7 @@ class Ours:
             self.optimizer.zero_grad()
 
     def draw(self) -> None:
-        """Training images as `erase.data` generates them."""
+        """Training images as `erase.data.latents` generates them."""
         prompts, seeds = ["a photo of a person"] * self.batch, list(range(self.batch))
         how: dict[str, Any] = {"guidance": self.plan.guidance, "size": self.plan.size, "sampler": self.plan.sampler}
         self.model.draw(prompts, seeds, steps=self.draw_steps, **how)
@@ -836,7 +840,7 @@ class Classifiers:
     """A network for 32 x 32 images on random ones: the product's descent, and a plain loop in channels_last."""
 
     def __init__(self, job: Job):
-        from erase import saliency
+        from erase import masks
         from erase.classification import methods, networks, run
         from erase.classification.settings import Settings
 
@@ -852,7 +856,7 @@ class Classifiers:
         self.model = networks.build(shape, seed=0).to(job.device)
         self.copy = copy.deepcopy(self.model)
         self.named = dict(self.model.named_parameters())
-        self.mask = saliency.random_mask({name: p.shape for name, p in self.named.items()}, 0.5, seed=0)
+        self.mask = masks.random_mask({name: p.shape for name, p in self.named.items()}, 0.5, seed=0)
         self.plan = methods.Plan
         self.plain_state: Any = None
 

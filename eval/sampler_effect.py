@@ -74,11 +74,12 @@ def take_known(folder: Path, known: Path) -> None:
 
 def distances(folder: Path, concept: str) -> dict[str, float]:
     """||x - exact|| / ||exact|| of each sampler's latents of the concept's prompts, same noise; mean over images."""
-    from erase import concepts, models
+    from erase import concepts
+    from erase.families import loading
 
     path = folder / "distances" / f"{concept}.json"
     if not path.exists():
-        model, prompts = models.load("mini"), concepts.load(concept, model_family="mini").forget
+        model, prompts = loading.load("mini"), concepts.load(concept, model_family="mini").forget
         texts, seeds = [prompts[i % len(prompts)] for i in range(NUM_EXACT)], list(range(NUM_EXACT))
         how: dict[str, Any] = {"guidance": float(model.defaults["guidance_scale"]), "size": model.resolution}
         exact = model.draw(texts, seeds, steps=EXACT_STEPS, **how)

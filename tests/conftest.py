@@ -25,7 +25,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from erase import files
+from erase import tensor_files
 
 torch.set_num_threads(1)  # two on a busy machine wait for each other, and another count gives other roundings
 
@@ -120,9 +120,9 @@ def erased_dir(tmp_path_factory, toy_pipeline_dir) -> Path:
     folder = tmp_path_factory.mktemp("erased") / "erased"
     shutil.copytree(toy_pipeline_dir, folder)
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = files.read_tensors(path)
+    tensors = tensor_files.read_tensors(path)
     noise = torch.Generator().manual_seed(1)
-    files.write_tensors(path, {n: t + 0.2 * torch.randn(t.shape, generator=noise) for n, t in tensors.items()})
+    tensor_files.write_tensors(path, {n: t + 0.2 * torch.randn(t.shape, generator=noise) for n, t in tensors.items()})
     return folder
 
 

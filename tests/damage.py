@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from erase import files
+from erase import tensor_files
 
 
 def _bytes(change: Callable[[bytearray], Any]) -> Callable[[Path], None]:
@@ -25,25 +25,25 @@ def _tensors(change: Callable[[dict[str, torch.Tensor], str], Any]) -> Callable[
     """Another content under the old header, in a file that is whole."""
 
     def damage(path: Path) -> None:
-        header = files.read_metadata(path)
-        tensors = {name: tensor.clone() for name, tensor in files.read_tensors(path).items()}
+        header = tensor_files.read_metadata(path)
+        tensors = {name: tensor.clone() for name, tensor in tensor_files.read_tensors(path).items()}
         change(tensors, max(tensors, key=lambda name: tensors[name].numel()))
-        save_file(tensors, path, {files.METADATA_KEY: json.dumps(header)})
+        save_file(tensors, path, {tensor_files.METADATA_KEY: json.dumps(header)})
 
     return damage
 
 
 def _header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
-        header, tensors = files.read_metadata(path), files.read_tensors(path)
+        header, tensors = tensor_files.read_metadata(path), tensor_files.read_tensors(path)
         change(header)
-        save_file(tensors, path, {files.METADATA_KEY: json.dumps(header)})
+        save_file(tensors, path, {tensor_files.METADATA_KEY: json.dumps(header)})
 
     return damage
 
 
 def _plain(path: Path) -> None:
-    save_file(files.read_tensors(path), path)
+    save_file(tensor_files.read_tensors(path), path)
 
 
 def _flip(where: int) -> Callable[[bytearray], None]:
@@ -81,7 +81,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a tensor more": _tensors(lambda tensors, name: tensors.update(extra=torch.zeros(1))),
     "another name": _tensors(lambda tensors, name: tensors.update(extra=tensors.pop(name))),
     "no header": _plain,
-    "no hash": _header(lambda header: header.pop(files.CONTENT)),
-    "another hash": _header(lambda header: header.update({files.CONTENT: "0" * 64})),
+    "no hash": _header(lambda header: header.pop(tensor_files.CONTENT)),
+    "another hash": _header(lambda header: header.update({tensor_files.CONTENT: "0" * 64})),
     "another kind": _header(lambda header: header.update(kind="something else")),
 }

@@ -11,10 +11,11 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 
 import erase
-from erase import EraseError, methods, models, single_file
+from erase import EraseError, methods
+from erase.families import loading, single_file
 from erase.methods.esd import ESD
 from erase.methods.relabel import Relabel
-from erase.settings import Settings
+from erase.options.settings import Settings
 
 
 def test_the_public_names_are_listed_and_importing_them_all_works():
@@ -90,7 +91,7 @@ def test_a_method_may_be_a_class_an_instance_or_its_name():
 def asked(monkeypatch):
     """The settings with which `erase_concept` would have started."""
     seen: list[Settings] = []
-    monkeypatch.setattr("erase.run.run", lambda settings, *_, **__: seen.append(settings))
+    monkeypatch.setattr("erase.runs.job.run", lambda settings, *_, **__: seen.append(settings))
 
     def ask(*arguments: Any, **options: Any) -> Settings:
         erase.erase_concept(*arguments, **options)
@@ -113,7 +114,7 @@ def test_a_pipeline_in_memory_is_a_model(asked, toy_pipeline_dir, tmp_path, cach
     pipeline = StableDiffusionPipeline.from_pretrained(toy_pipeline_dir)
     folder = asked("church", pipeline).model
     assert Path(folder).parent == cache_dir / "pipelines"
-    written, base = models.load(folder), models.load(toy_pipeline_dir)
+    written, base = loading.load(folder), loading.load(toy_pipeline_dir)
     for part in ("unet", "vae", "text_encoder"):
         here, there = getattr(written, part).state_dict(), getattr(base, part).state_dict()
         assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
@@ -128,7 +129,7 @@ def test_a_pipeline_in_memory_is_a_model(asked, toy_pipeline_dir, tmp_path, cach
 def test_other_objects_are_refused_in_one_line(asked, toy_pipeline_dir):
     blocks: Any = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
     network = UNet2DModel(block_out_channels=(32,), **blocks)
-    for model in (3, None, network, DDPMPipeline(network, DDPMScheduler()), models.load(toy_pipeline_dir)):
+    for model in (3, None, network, DDPMPipeline(network, DDPMScheduler()), loading.load(toy_pipeline_dir)):
         with pytest.raises(EraseError, match=f"the model is a {type(model).__name__}; give 'mini', ") as error:
             asked("church", model)
         assert "\n" not in str(error.value)

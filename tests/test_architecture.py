@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from erase import architecture, models
 from erase.errors import EraseError
+from erase.families import architecture, loading
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -26,7 +26,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def refused(source: Path) -> str:
     with pytest.raises(EraseError) as error:
-        models.load(source)
+        loading.load(source)
     message = str(error.value)
     assert "\n" not in message and len(message.replace(str(source), "")) < 400
     return message
@@ -81,7 +81,7 @@ def test_other_pipelines_with_the_same_parts_are_accepted(folder):
     """Image-to-image is the same model in another pipeline class (4.8)."""
     for name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipelineSafe"):
         edit(folder / "model_index.json", _class_name=name)
-        models.load(folder)
+        loading.load(folder)
 
 
 @pytest.mark.parametrize("name", ["base_layer.weight", "lora_A.default.weight", "lora.down.weight", "lora_down.weight"])
@@ -124,7 +124,7 @@ def test_a_single_file_of_another_kind_is_named(names, kind, suffix, tmp_path):
     path, tensors = tmp_path / f"model{suffix}", {name: torch.zeros(shape) for name, shape in names.items()}
     save_file(tensors, path) if suffix == ".safetensors" else torch.save({"state_dict": tensors}, path)
     with pytest.raises(EraseError) as error:
-        models.load(path, allow_pickle=True)
+        loading.load(path, allow_pickle=True)
     assert str(error.value).startswith(str(path)) and kind in str(error.value)
 
 

@@ -7,15 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from bench import compare, growth, plain
+from bench.compare import Check
 from torch import nn
 from torch.nn import Parameter
 
-from erase import saliency
+from erase import masks
+from erase.classification import membership
 from erase.classification.data import Images
 from erase.classification.descent import Recipe, descend, saliency_mask
 from erase.classification.methods import Plan
-from erase.evaluation import bench, growth, membership, plain
-from erase.evaluation.bench import Check
 from erase.optim import MaskedAdam
 
 
@@ -25,7 +26,7 @@ def test_the_plain_mask_is_ours():
     scores = {"a": torch.rand(30, 5, generator=draw).double().float(), "b": torch.rand(77, generator=draw)}
     assert len(torch.cat([s.flatten() for s in scores.values()]).unique()) == 227
     for density in (0.1, 0.5, 1.0):
-        ours, theirs = saliency.select(scores, density), plain.argsort_mask(scores, density)
+        ours, theirs = masks.select(scores, density), plain.argsort_mask(scores, density)
         assert all(torch.equal(ours[name].long(), theirs[name]) for name in scores)
         assert theirs["a"].dtype == torch.int64
 
@@ -74,7 +75,7 @@ def test_the_plain_steps_of_a_classifier_end_where_ours_do():
     """Every epoch one step on all pictures; three of them, so that momentum counts. float32 sums in another order."""
     images, models = labelled(12), [linear_classifier() for _ in range(2)]
     start = {name: p.detach().clone() for name, p in models[0].named_parameters()}
-    mask = saliency.random_mask({name: tuple(p.shape) for name, p in start.items()}, 0.5, seed=0)
+    mask = masks.random_mask({name: tuple(p.shape) for name, p in start.items()}, 0.5, seed=0)
     recipe = Recipe(epochs=3, learning_rate=0.05, batch_size=12)
     descend(models[0], Plan(passes=lambda: [images]), recipe, torch.Generator().manual_seed(0), mask)
     optimizer = plain.DenseSGD(dict(models[1].named_parameters()), {n: m.long() for n, m in mask.items()}, lr=0.05)
@@ -116,7 +117,9 @@ def test_targets_are_judged_by_their_relation(check, value, is_met):
 
 
 def test_what_cannot_run_here_is_one_line():
-    assert bench.lines("nudenet", {"title": "", "skipped": "no detector"}) == ["nudenet           skipped: no detector"]
+    assert compare.lines("nudenet", {"title": "", "skipped": "no detector"}) == [
+        "nudenet           skipped: no detector"
+    ]
 
 
 @pytest.mark.slow
@@ -124,9 +127,9 @@ def test_what_cannot_run_here_is_one_line():
 def test_every_item_runs_at_the_small_size_and_is_written_down(tmp_path):
     shown: list[str] = []
     path = tmp_path / "bench.json"
-    bench.main(["--rounds", "1", "--output", str(path)], show=shown.append)
+    compare.main(["--rounds", "1", "--output", str(path)], show=shown.append)
     report = json.loads(path.read_text())
-    assert report["items"].keys() == bench.ITEMS.keys() and report["machine"]["versions"]["torch"]
+    assert report["items"].keys() == compare.ITEMS.keys() and report["machine"]["versions"]["torch"]
     for name, item in report["items"].items():
         assert any(line.startswith(name) for line in shown)
         if name != "nudenet":
@@ -141,7 +144,7 @@ def test_every_item_runs_at_the_small_size_and_is_written_down(tmp_path):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_the_part_for_gpus_runs_on_a_cpu_and_says_that_it_estimates(monkeypatch):
-    from erase.evaluation import gpu
+    from bench import gpu
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shown: list[str] = []

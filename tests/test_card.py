@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from erase import card, delta
+from erase import delta
 from erase.concepts import Concept
-from erase.settings import Settings, resolve
+from erase.options.recipes import resolve
+from erase.options.settings import Settings
+from erase.runs import card, samples
 
 CONCEPT = Concept("cat", "object", ("a cat",), ("a dog",), ("a house",))
 
@@ -45,7 +47,7 @@ def test_samples_are_generated_at_the_guidance_that_is_asked_for(tmp_path):
     images = lambda latents: torch.zeros(len(latents), 3, 8, 8)  # noqa: E731
     model: Any = SimpleNamespace(draw=draw, decode=images, put_unet=lambda unet: None, is_mini=True, resolution=8)
     settings = resolve(Settings("cat", guidance_scale=0.0, num_inference_steps=1, num_samples=1), "object", {})
-    card.write_samples(tmp_path / "samples.png", model, None, CONCEPT, settings)
+    samples.write_samples(tmp_path / "samples.png", model, None, CONCEPT, settings)
     assert set(seen) == {(0.0, 1)}
 
 

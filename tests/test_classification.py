@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from erase import delta, files, saliency
+from erase import delta, files, masks, tensor_files
 from erase.classification import data, methods, networks, run, split
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, computing, descend, saliency_mask, saliency_scores
 from erase.classification.methods import Plan, Task
 from erase.classification.networks import Shape
 from erase.classification.settings import NETWORKS, OWN_PRESETS, PRESETS, Settings, make_method
-from erase.classification.sgd import MaskedSGD
 from erase.errors import EraseError
+from erase.optim.sgd import MaskedSGD
 
 METHODS = [name for name, preset in PRESETS.items() if preset.method]
 RECIPE = Recipe(epochs=2, learning_rate=0.05, batch_size=8, flip=True)  # a crop would change the labels
@@ -70,8 +70,8 @@ def method_of(name: str) -> Any:
     return make_method(getattr(methods, PRESETS[name].method), name, {})
 
 
-def random_mask(model: nn.Module, density: float = 0.5) -> saliency.Mask:
-    return saliency.random_mask({name: tuple(p.shape) for name, p in model.named_parameters()}, density, seed=3)
+def random_mask(model: nn.Module, density: float = 0.5) -> masks.Mask:
+    return masks.random_mask({name: tuple(p.shape) for name, p in model.named_parameters()}, density, seed=3)
 
 
 def unlearn(model: nn.Module, name: str, recipe: Recipe = RECIPE, **how: Any) -> None:
@@ -941,8 +941,8 @@ def test_a_run_leaves_model_delta_mask_split_and_record(toy_world, tmp_path):
     model, _, _ = networks.load(folder)
     change = delta.load(folder / "delta.safetensors")
     assert_same(delta.apply(original.state_dict(), change), model.state_dict())
-    mask, _ = saliency.load(folder / "mask.safetensors")
-    assert saliency.count(mask) == int(record["weights"]["total"] * 0.5) == record["weights"]["may_move"]
+    mask, _ = masks.load(folder / "mask.safetensors")
+    assert masks.count(mask) == int(record["weights"]["total"] * 0.5) == record["weights"]["may_move"]
     assert 0 < record["weights"]["changed"] <= record["weights"]["may_move"]
     assert record["split"]["sha256"] == json.loads((folder / "split.json").read_text())["sha256"] == result.split.digest
     assert record["model_hash"] == delta.content_hash(model.state_dict())
@@ -985,7 +985,7 @@ def test_a_model_for_other_classes_or_pictures_is_refused(toy_world, tmp_path):
             run.run(settings_of(tmp_path, model=str(tmp_path)), tmp_path)
     with pytest.raises(EraseError, match="no such file"):
         run.run(settings_of(tmp_path, model=str(tmp_path / "nowhere")), tmp_path)
-    files.write_tensors(tmp_path / "other.safetensors", {"w": torch.zeros(1)})
+    tensor_files.write_tensors(tmp_path / "other.safetensors", {"w": torch.zeros(1)})
     with pytest.raises(EraseError, match="is not a classifier"):
         run.run(settings_of(tmp_path, model=str(tmp_path / "other.safetensors")), tmp_path)
 

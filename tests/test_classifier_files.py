@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from erase import files
+from erase import files, tensor_files
+from erase.classification import cli as classifier_cli
 from erase.classification import data, networks, split
+from erase.classification.compare import compare, rows
 from erase.classification.data import Dataset, Images
 from erase.classification.networks import Shape
 from erase.classification.settings import Settings
 from erase.errors import EraseError
-from erase.evaluation import unlearn_cli
-from erase.evaluation.unlearning import compare, rows
 
 SHAPE = Shape("mlp", 3, 1, 4, (0.3,), (0.3,))
 
@@ -32,7 +32,7 @@ def toy_world(monkeypatch) -> None:
 def saved(path: Path, *, state: dict[str, Any] | None = None, **shape: Any) -> Path:
     model = networks.build(SHAPE, 0)
     header = {"kind": "classifier", "shape": {**vars(SHAPE), **shape}}
-    files.write_tensors(path, {**model.state_dict(), **(state or {})}, header)
+    tensor_files.write_tensors(path, {**model.state_dict(), **(state or {})}, header)
     return path
 
 
@@ -150,7 +150,7 @@ def test_an_output_that_cannot_be_written_is_one_line(output, capsys):
     """(4.10)"""
     arguments = "--data toy --network mlp --forget 20% --train-epochs 1 --epochs 1 --method ft --quiet --device cpu"
     with pytest.raises(SystemExit) as end:
-        unlearn_cli.main([*arguments.split(), "--output", output])
+        classifier_cli.main([*arguments.split(), "--output", output])
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and output in err
 
@@ -158,9 +158,9 @@ def test_an_output_that_cannot_be_written_is_one_line(output, capsys):
 def test_long_trainings_report_their_epochs_and_quiet_ones_do_not(tmp_path, capsys):
     """(4.6)"""
     arguments = "--data toy --network mlp --forget 20% --train-epochs 2 --epochs 1 --method ft --device cpu".split()
-    unlearn_cli.main([*arguments, "--output", str(tmp_path / "a")])
+    classifier_cli.main([*arguments, "--output", str(tmp_path / "a")])
     assert capsys.readouterr().err.splitlines() == ["train: 0 of 2 epochs", "unlearn: 0 of 1 epochs"]
-    unlearn_cli.main([*arguments, "--output", str(tmp_path / "b"), "--quiet"])
+    classifier_cli.main([*arguments, "--output", str(tmp_path / "b"), "--quiet"])
     assert capsys.readouterr().err == ""
 
 
@@ -171,5 +171,5 @@ def test_an_interrupt_says_whether_the_same_command_continues(command, advice, t
 
     monkeypatch.setattr(data, "load", interrupt)
     with pytest.raises(SystemExit) as end:
-        unlearn_cli.main([*command, "--data", "toy", "--output", str(tmp_path / "run")])
+        classifier_cli.main([*command, "--data", "toy", "--output", str(tmp_path / "run")])
     assert end.value.code == 130 and advice in capsys.readouterr().err

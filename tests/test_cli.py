@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 import erase
-from erase import cli, concepts, delta, saliency, scope
+from erase import cli, concepts, delta, masks
+from erase.classification import cli as classifier_cli
 from erase.errors import EraseError
 from erase.evaluation import cli as eval_cli
-from erase.evaluation import unlearn_cli
+from erase.families import scope
 from erase.methods import METHODS
-from erase.settings import RECIPES, SD_DEFAULTS, Form, Settings, _form, flag, forms
+from erase.options.declare import Form, flag, form_of, forms_of
+from erase.options.recipes import RECIPES
+from erase.options.settings import SD_DEFAULTS, Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -69,7 +72,7 @@ def asked(monkeypatch):
             cli.main(arguments)
         return seen[-1]
 
-    monkeypatch.setattr("erase.run.run", stop)
+    monkeypatch.setattr("erase.runs.job.run", stop)
     monkeypatch.setattr(cli.concepts, "find", lambda *_, **__: None)  # any word will do
     return ask
 
@@ -147,7 +150,7 @@ def test_every_other_command_has_help_and_is_named_in_the_main_one(name, command
 SUBCOMMANDS = [
     *((cli, f"erase-concept {name}") for name in cli.COMMANDS),
     *((eval_cli, f"eval-concept {name}") for name in eval_cli.COMMANDS if name != "list"),
-    *((unlearn_cli, f"unlearn-classifier {name}") for name in unlearn_cli.COMMANDS),
+    *((classifier_cli, f"unlearn-classifier {name}") for name in classifier_cli.COMMANDS),
 ]
 
 
@@ -190,7 +193,7 @@ def test_every_setting_has_the_type_of_its_annotation():
     whole += "gradient_accumulation_steps seed checkpointing_steps num_samples lora_rank rank"
     real = "density mask_guidance alpha guidance_scale learning_rate weight_decay max_grad_norm"
     switches = "per_tensor gradient_checkpointing low_memory resume allow_pickle overwrite"
-    found = forms()
+    found = forms_of(Settings)
     assert {name for name, form in found.items() if form.type is int} == set(whole.split())
     assert {name for name, form in found.items() if form.type is float} == set(real.split())
     assert {name for name, form in found.items() if form.type is bool} == set(switches.split())
@@ -214,14 +217,14 @@ def test_every_setting_has_the_type_of_its_annotation():
     ],
 )
 def test_annotations_are_read_by_their_structure(annotation, expected):
-    assert _form(annotation) == expected
+    assert form_of(annotation) == expected
 
 
 def test_choices_are_those_of_the_modules_that_use_them():
-    assert forms()["method"].choices == tuple(METHODS)
-    assert forms()["scope"].choices == tuple(scope.SCOPES)
-    assert forms()["recipe"].choices == tuple(RECIPES)
-    assert forms()["score"].choices == get_args(saliency.Score)
+    assert forms_of(Settings)["method"].choices == tuple(METHODS)
+    assert forms_of(Settings)["scope"].choices == tuple(scope.SCOPES)
+    assert forms_of(Settings)["recipe"].choices == tuple(RECIPES)
+    assert forms_of(Settings)["score"].choices == get_args(masks.Score)
 
 
 @pytest.mark.parametrize("option", ["--num-forget", "--num_forget"])
@@ -234,7 +237,7 @@ def test_every_setting_reaches_the_run(asked):
     """A value other than the default for each, as text."""
     examples = {int: "7", float: "0.25", str: "some text"}
     arguments, expected = [], {}
-    for name, form in forms().items():
+    for name, form in forms_of(Settings).items():
         text = form.choices[-1] if form.choices else examples.get(form.type, "")
         arguments += [flag(name)] if form.type is bool else [flag(name), text]
         plain = True if form.type is bool else form.type(text)
@@ -324,7 +327,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, command, e
     assert_refused(command(*arguments.split()), empty_folder, message)
 
 
-@pytest.mark.parametrize("name", [name for name, form in forms().items() if form.type in (int, float)])
+@pytest.mark.parametrize("name", [name for name, form in forms_of(Settings).items() if form.type in (int, float)])
 def test_no_number_may_be_negative_or_nan(name):
     """A whole number that is NaN has the wrong type already."""
     for value in (-1, float("nan")):
@@ -375,12 +378,12 @@ def test_an_interrupt_exits_with_130(command, monkeypatch):
 @pytest.mark.parametrize(("options", "advice"), [([], "same command"), (["--overwrite"], "same command without --ov")])
 def test_an_interrupted_run_says_how_to_continue(options, advice, command, monkeypatch):
     """The same command with --overwrite would delete what there is to continue."""
-    from erase import run
+    from erase.runs import job
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "run", interrupt)
+    monkeypatch.setattr(job, "run", interrupt)
     code, out, err = command("--concept", "church", *options)
     assert (code, out) == (130, "") and advice in err and err.count("\n") == 1
 
@@ -428,7 +431,7 @@ def test_inspect_shows_shares_block_by_block(command, tmp_path):
         {f"unet.{name}": old}, {f"unet.{name}": torch.arange(64) // 16 + old}, {"method": "salun"}
     )
     delta.save(tmp_path / "delta.safetensors", change)
-    saliency.save(tmp_path / "mask.safetensors", {name: torch.arange(64) < 16}, {"density": 0.25})
+    masks.save(tmp_path / "mask.safetensors", {name: torch.arange(64) < 16}, {"density": 0.25})
     for file, share, said in (("delta", "75.0%", "method +salun"), ("mask", "25.0%", "density +0.25")):
         code, out, err = command("inspect", str(tmp_path / f"{file}.safetensors"))
         assert (code, err) == (0, "") and re.search(said, out)

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from erase import concepts, data, delta, erase_concept, methods, models, saliency, scope, train
+from erase import concepts, delta, erase_concept, masks, methods
 from erase.concepts import Concept
+from erase.data import prompt_states
 from erase.errors import EraseError
+from erase.families import loading, scope, stored_unet
 from erase.methods.inputs import Text
 from erase.methods.rece import RECE
 from erase.methods.ridge import ridge
 from erase.methods.speed import SPEED, k_means
 from erase.methods.uce import UCE
-from erase.settings import Settings, resolve
+from erase.options.recipes import resolve
+from erase.options.settings import Settings
+from erase.training import closed_form
 
 CLOSED = [name for name in methods.METHODS if hasattr(methods.load(name), "solve")]
 D, TOKENS = 8, 7
@@ -80,9 +84,9 @@ def test_all_tokens_are_those_behind_the_start(text):
 
 def test_read_text_names_the_tokens_in_which_a_prompt_differs_from_its_anchor(toy_pipeline_dir):
     """A token is a letter: "a cat" and "a dog" differ from place 2 to 4; an empty anchor stands at its start token."""
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     concept = Concept("cat", "object", forget=("a cat", "cat here", "cat"), anchor=("a dog", "dog here", ""))
-    found = data.read_text(model, concept)
+    found = prompt_states.read_text(model, concept)
     assert found.forget_at.tolist() == [4, 3, 3] and found.anchor_at.tolist() == [4, 3, 0]
     assert found.retain.shape == (0, 77, 8) and found.empty.shape == (1, 77, 8)
 
@@ -302,26 +306,26 @@ def test_nothing_to_change_changes_nothing(text, weights, name):
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_only_weights_inside_mask_and_scope_move(toy_pipeline_dir, name):
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     before = {key: tensor.clone() for key, tensor in model.unet.state_dict().items()}
     parameters = scope.inside(dict(model.unet.named_parameters()), "xattn-kv")
-    mask = saliency.random_mask({key: p.shape for key, p in parameters.items()}, 0.5, seed=0)
-    text = data.read_text(model, CONCEPT)
+    mask = masks.random_mask({key: p.shape for key, p in parameters.items()}, 0.5, seed=0)
+    text = prompt_states.read_text(model, CONCEPT)
     method = methods.make(name, {}, ["threshold=0.5"] if name == "speed" else [])
-    train.solve(method, text, parameters, mask)
+    closed_form.solve(method, text, parameters, mask)
     moved = 0
     for key, tensor in model.unet.state_dict().items():
         same = tensor.view(torch.int32) == before[key].view(torch.int32)
         assert same[~mask.get(key, torch.zeros_like(same))].all(), key
         moved += int((~same).sum())
-    assert moved > 0.4 * saliency.count(mask)
+    assert moved > 0.4 * masks.count(mask)
 
 
 def test_a_scope_with_other_parameters_is_refused(toy_pipeline_dir):
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     parameters = scope.inside(dict(model.unet.named_parameters()), "xattn")
     with pytest.raises(EraseError, match="attn2.to_k and attn2.to_v only, not .*to_q.*use --scope xattn-kv"):
-        train.solve(UCE(), data.read_text(model, CONCEPT), parameters, None)
+        closed_form.solve(UCE(), prompt_states.read_text(model, CONCEPT), parameters, None)
 
 
 CONCEPT = Concept(
@@ -344,9 +348,9 @@ def test_same_seed_same_delta_and_the_record_says_how_it_was_solved(toy_pipeline
     assert record["settings"]["scope"] == "xattn-kv" and record["settings"]["mask"] == "none" and not record["losses"]
     assert record["weights"]["changed"] > 0
     assert record["model"]["result_hash"] == runs[1].record["model"]["result_hash"]
-    base = {f"unet.{key}": tensor for key, tensor in models.load_unet(toy_pipeline_dir).state_dict().items()}
+    base = {f"unet.{key}": tensor for key, tensor in stored_unet.load_unet(toy_pipeline_dir).state_dict().items()}
     applied = delta.apply(base, delta.load(tmp_path / "a" / "delta.safetensors"))
-    stored = models.load_unet(tmp_path / "a").state_dict()
+    stored = stored_unet.load_unet(tmp_path / "a").state_dict()
     assert all(torch.equal(applied[f"unet.{key}"], tensor) for key, tensor in stored.items())
 
 
@@ -363,12 +367,12 @@ def test_a_saliency_mask_and_rounded_weights_go_with_a_closed_form(toy_pipeline_
     """Only the mask's pass is rounded: what may not move is the base's, bit for bit, and float32."""
     options = {**OPTIONS, "method": "uce", "mask": "saliency", "weights": "bf16", "num_samples": 0}
     erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **options)
-    mask, _ = saliency.load(tmp_path / "run" / "mask.safetensors")
-    base, erased = (models.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))
+    mask, _ = masks.load(tmp_path / "run" / "mask.safetensors")
+    base, erased = (stored_unet.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))
     moved = {key: base[key].view(torch.int32) != erased[key].view(torch.int32) for key in base}
     assert not any(moved[key].any() for key in base if key not in mask)
     assert not any((moved[key] & ~mask[key]).any() for key in mask)
-    assert sum(int(m.sum()) for m in moved.values()) > 0.9 * saliency.count(mask)
+    assert sum(int(m.sum()) for m in moved.values()) > 0.9 * masks.count(mask)
 
 
 # --- hyperparameters ------------------------------------------------------------------------------------------------
@@ -414,7 +418,7 @@ def test_on_the_embedded_model_other_prompts_predictions_move_far_less_than_the_
     """The papers' claim of locality. 1e-3 (mean square of the noise, which is 1) holds for UCE in whole sentences only:
     62 retained prompts of 16 tokens are more than 64 dimensions can keep exactly.
     """
-    model = models.load("mini")
+    model = loading.load("mini")
     circle = concepts.load("circle", model_family="mini")
     method = methods.make(name, {}, model.defaults["methods"][name]["set"])
     parameters = scope.inside(dict(model.unet.named_parameters()), "xattn-kv")
@@ -428,7 +432,7 @@ def test_on_the_embedded_model_other_prompts_predictions_move_far_less_than_the_
             return [model(x, t, text.expand(4, -1, -1)) for text in states]
 
     before = predictions()
-    train.solve(method, data.read_text(model, circle), parameters, None)
+    closed_form.solve(method, prompt_states.read_text(model, circle), parameters, None)
     *kept, erased = (float((b - a).square().mean()) for a, b in zip(before, predictions(), strict=True))
     assert erased > 0.02 and max(kept) < 2e-3 < erased / 10
     if name == "uce":

@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from erase.compvis import unet_name, unet_names
 from erase.errors import EraseError
+from erase.families.compvis import unet_name, unet_names
 
 SD14: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768)  # on top of the defaults of UNet2DConditionModel
 SMALL: dict[str, Any] = dict(sample_size=8, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2)

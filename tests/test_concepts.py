@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from erase import concepts
-from erase.concepts import Concept, describe, load, names, override
+from erase import concepts, words
+from erase.concepts import Concept, describe, load, names, override, presets
 from erase.errors import EraseError
 
 REFUSAL = "this tool does not accept targets that involve minors"
@@ -102,10 +102,10 @@ def test_a_preset_is_found_by_any_spelling_and_by_its_own_name():
 
 
 def test_presets_come_from_the_wheel_when_installed_and_else_from_the_repository(tmp_path, monkeypatch):
-    (tmp_path / "erase").mkdir()
+    (tmp_path / "erase" / "concepts").mkdir(parents=True)
     (tmp_path / "prompts").mkdir()
     write(tmp_path / "prompts", TOML)
-    monkeypatch.setattr(concepts, "__file__", str(tmp_path / "erase" / "concepts.py"))
+    monkeypatch.setattr(presets, "__file__", str(tmp_path / "erase" / "concepts" / "presets.py"))
     assert names() == ["lamp"]
     (tmp_path / "erase" / "_prompts").mkdir()
     write(tmp_path / "erase" / "_prompts", TOML, "desk_lamp.toml")
@@ -316,14 +316,14 @@ def test_a_concept_says_what_becomes_what_and_that_a_name_may_be_a_persons():
 
 
 def test_a_plain_name_keeps_its_folder():
-    assert [concepts.slug(name) for name in ("Van Gogh", "golf ball", "church and tench", "Dr. Who", "R2-D2")] == [
+    assert [words.slug(name) for name in ("Van Gogh", "golf ball", "church and tench", "Dr. Who", "R2-D2")] == [
         "Van_Gogh",
         "golf_ball",
         "church_and_tench",
         "Dr._Who",
         "R2-D2",
     ]
-    assert all(concepts.slug(load(name).name).lower() == name for name in names())
+    assert all(words.slug(load(name).name).lower() == name for name in names())
 
 
 @pytest.mark.parametrize(
@@ -333,17 +333,17 @@ def test_a_plain_name_keeps_its_folder():
 )
 def test_a_name_is_one_file_below_its_folder_whatever_it_holds(name, tmp_path):
     """Never another folder, never empty, never too long for a file system (2.10)."""
-    slug = concepts.slug(name)
+    slug = words.slug(name)
     (tmp_path / slug).mkdir()
     assert [path.name for path in tmp_path.iterdir()] == [slug]
     assert slug.strip(".") and len(slug.encode()) <= 80
 
 
 def test_long_and_unspeakable_names_stay_different():
-    assert concepts.slug("x" * 300) != concepts.slug("x" * 301)
-    assert concepts.slug("\N{BABY BOTTLE}") != concepts.slug("\N{SLICE OF PIZZA}")
+    assert words.slug("x" * 300) != words.slug("x" * 301)
+    assert words.slug("\N{BABY BOTTLE}") != words.slug("\N{SLICE OF PIZZA}")
     with pytest.raises(EraseError, match="a concept needs a name"):
-        concepts.slug("  ")
+        words.slug("  ")
 
 
 def test_a_name_without_letters_cannot_be_described():
@@ -572,7 +572,7 @@ def test_a_file_says_which_word_was_refused_and_where(tmp_path):
 def test_concepts_load_without_torch_diffusers_or_numpy():
     code = (
         "import sys, erase.concepts as c; c.load('nudity'); c.describe('lamp', 'object');"
-        "print(*sorted({'torch', 'diffusers', 'transformers', 'numpy', 'erase.concepts'} & set(sys.modules)))"
+        "print(*sorted({'torch', 'diffusers', 'transformers', 'numpy', 'erase.concepts.concept'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["erase.concepts"]
+    assert done.stdout.split() == ["erase.concepts.concept"]

@@ -17,8 +17,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from erase import cli, delta, export, files, models, saliency
+from erase import cli, delta, masks, tensor_files
 from erase.errors import EraseError
+from erase.families import loading, pipeline_folder, sd, stored_unet
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -31,7 +32,7 @@ CONFIGS += ("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
 def whole(toy_pipeline_dir, tmp_path_factory) -> Path:
     """The toy pipeline with the older tokenizer files as well."""
     folder = tmp_path_factory.mktemp("whole") / "model"
-    export.write_pipeline(StableDiffusionPipeline.from_pretrained(toy_pipeline_dir), folder)
+    pipeline_folder.write_pipeline(StableDiffusionPipeline.from_pretrained(toy_pipeline_dir), folder)
     return folder
 
 
@@ -47,7 +48,7 @@ def check_line(error: pytest.ExceptionInfo[EraseError]) -> str:
     return message
 
 
-def works(model: models.Model) -> None:
+def works(model: sd.Model) -> None:
     """A model that was accepted predicts, encodes and draws finite numbers."""
     text = model.encode_text(["a cat", ""])
     x = torch.zeros(2, 4, 4, 4)
@@ -60,7 +61,7 @@ def works(model: models.Model) -> None:
 
 def refused_or_works(folder: Path) -> str | None:
     try:
-        model = models.load(folder)
+        model = loading.load(folder)
     except EraseError as error:
         message = str(error)
         assert "\n" not in message and len(message.replace(str(folder), "")) < 400, message
@@ -220,7 +221,7 @@ def test_a_value_that_old_configs_lack_has_its_default(model_dir):
     content = json.loads(path.read_text())
     del content["scaling_factor"]
     path.write_text(json.dumps(content))
-    assert models.load(model_dir).vae.config["scaling_factor"] == 0.18215
+    assert loading.load(model_dir).vae.config["scaling_factor"] == 0.18215
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -241,10 +242,10 @@ def test_weights_are_aligned_alike_whatever_wrote_their_file(length, model_dir):
     """Other writers pad headers to 8 bytes, and a mapped tensor that begins elsewhere gives other bits (2.13)."""
     for path in (UNET, VAE, TEXT):
         save_file(load_file(model_dir / path), model_dir / path, {"format": "pt", "note": "x" * length})
-    model = models.load(model_dir)
+    model = loading.load(model_dir)
     for part in (model.unet, model.vae, model.text_encoder, model.stored_unet()):
         for name, tensor in part.state_dict().items():
-            assert tensor.data_ptr() % files.ALIGNMENT == 0, name
+            assert tensor.data_ptr() % tensor_files.ALIGNMENT == 0, name
 
 
 @pytest.mark.parametrize("length", [0, 9, 17, 33])
@@ -252,9 +253,9 @@ def test_tensors_of_any_file_are_aligned_alike(length, tmp_path):
     """Of files of others, and inside a file, where a tensor of odd length moves what follows it (2.13)."""
     tensors = {f"{i}.w": torch.randn(3 + i) for i in range(5)} | {"h": torch.ones(3).half()}
     save_file(tensors, tmp_path / "f", {"note": "x" * length})
-    found = files.read_tensors(tmp_path / "f")
+    found = tensor_files.read_tensors(tmp_path / "f")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert all(tensor.data_ptr() % files.ALIGNMENT == 0 for tensor in found.values())
+    assert all(tensor.data_ptr() % tensor_files.ALIGNMENT == 0 for tensor in found.values())
 
 
 @pytest.mark.parametrize("path", [UNET, VAE, TEXT])
@@ -265,7 +266,7 @@ def test_weights_that_are_no_finite_numbers_are_refused(path, bad, model_dir):
     name = max(tensors, key=lambda name: tensors[name].numel())
     half = {key: tensor.half() for key, tensor in tensors.items()}
     save_file(half, model_dir / path)
-    works(models.load(model_dir))  # control
+    works(loading.load(model_dir))  # control
     if bad in {"nan", "inf"}:
         half[name].view(-1)[-1] = float(bad)
     else:
@@ -298,8 +299,8 @@ def sharded(folder: Path, variant: str = "") -> Path:
 def test_an_index_names_safetensors_files_of_its_own_folder_and_nothing_else(variant, model_dir, whole, tmp_path):
     """A shard that is a pickle, outside the folder, missing, or no name: refused before it is opened (2.5)."""
     index = sharded(model_dir, variant)
-    loaded = models.load(model_dir)  # control
-    assert torch.equal(loaded.unet.conv_in.weight, models.load(whole).unet.conv_in.weight)
+    loaded = loading.load(model_dir)  # control
+    assert torch.equal(loaded.unet.conv_in.weight, loading.load(whole).unet.conv_in.weight)
     content = json.loads(index.read_text())
     names = list(content["weight_map"])
     torch.save(load_file(whole / UNET), model_dir / "unet" / "weights.bin")
@@ -312,7 +313,7 @@ def test_an_index_names_safetensors_files_of_its_own_folder_and_nothing_else(var
     ]
     for value in [*bad, 3, None, "..", ""]:
         index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {names[0]: value}}))
-        for load in (models.load, models.load_unet):
+        for load in (loading.load, stored_unet.load_unet):
             with pytest.raises(EraseError) as error:
                 load(model_dir)
             assert index.name in check_line(error)
@@ -331,19 +332,19 @@ def test_no_form_of_pickle_is_read_without_permission(model_dir, whole, tmp_path
         for file in (f"{stem}.bin", f"{stem}.fp16.bin", f"{stem}-00001-of-00001.bin"):
             (part / file).write_bytes(b"a pickle")
             with pytest.raises(EraseError, match="a pickle can run code when loaded"):
-                models.load(folder)
+                loading.load(folder)
             (part / file).unlink()
         weights = {"weight_map": {"conv_in.weight": "evil.bin"}}
         (part / f"{stem}.bin.index.json").write_text(json.dumps(weights))
         with pytest.raises(EraseError):
-            models.load(folder)
+            loading.load(folder)
 
 
 def test_a_pickle_beside_safetensors_weights_is_not_read(model_dir, monkeypatch):
     monkeypatch.setattr(torch, "load", None)
     for path in (UNET, VAE, TEXT):
         (model_dir / path).with_suffix(".bin").write_bytes(b"a pickle")
-    works(models.load(model_dir))
+    works(loading.load(model_dir))
 
 
 # --- the system -----------------------------------------------------------------------------------------------------
@@ -372,19 +373,19 @@ def test_a_file_that_may_not_be_read_is_one_line(name, model_dir, monkeypatch):
     monkeypatch.setattr(builtins, "open", opened)
     monkeypatch.setattr(pathlib.Path, "is_file", is_file)
     with pytest.raises(EraseError, match="ermission denied") as error:
-        models.load(model_dir)
+        loading.load(model_dir)
     check_line(error)
 
 
 def test_names_that_the_system_refuses_are_one_line(tmp_path, monkeypatch):
     for source in ("x" * 5000, "a/" + "x" * 300, "~nobody-here/model", "a\0b", "", " ", str(tmp_path / ("y" * 300))):
         with pytest.raises(EraseError) as error:
-            models.load(source)
+            loading.load(source)
         assert "\n" not in str(error.value)
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(EraseError):
-        models.load(loop)
+        loading.load(loop)
 
 
 # --- deltas ---------------------------------------------------------------------------------------------------------
@@ -410,7 +411,7 @@ def header_of(path: Path) -> dict[str, Any]:
 def with_header(path: Path, header: Any) -> None:
     tensors = load_file(path)
     text = header if isinstance(header, str) else json.dumps(header)
-    save_file(tensors, path, {files.METADATA_KEY: text})
+    save_file(tensors, path, {tensor_files.METADATA_KEY: text})
 
 
 JSON_VALUES: list[Any] = [None, 3, -1.5, "x", [], [[]], {}, {"a": 1}, True, float("nan"), [["a"]], [["a", [2.5]]]]
@@ -501,16 +502,16 @@ def test_a_damaged_mask_is_one_line(tmp_path):
     path, count = tmp_path / "mask.safetensors", 0
     mask = {"a": torch.tensor([[True, False, True]] * 3), "b": torch.ones(11, dtype=torch.bool)}
     parameters = {name: bits.float() for name, bits in mask.items()}
-    saliency.save(path, mask, {"base": "toy", "base_hash": "0" * 64})
+    masks.save(path, mask, {"base": "toy", "base_hash": "0" * 64})
     content, header, tensors = path.read_bytes(), header_of(path), load_file(path)
 
     def check() -> None:
         nonlocal count
         count += 1
         try:
-            loaded, read = saliency.load(path)
-            saliency.check(loaded, read, parameters)
-            saliency.fraction_by_block(loaded, lambda name: name)
+            loaded, read = masks.load(path)
+            masks.check(loaded, read, parameters)
+            masks.fraction_by_block(loaded, lambda name: name)
             assert sum(int(bits.sum()) for bits in loaded.values()) == header["ones"]
         except EraseError as error:
             assert "\n" not in str(error) and len(str(error).replace(str(path), "")) < 400
@@ -550,18 +551,18 @@ def test_a_damaged_mask_of_the_reference_code_is_one_line(tmp_path):
     path = tmp_path / "with_0.5.pt"
     torch.save({"a": torch.ones(3, dtype=torch.int64)}, path)
     content = path.read_bytes()
-    assert saliency.load_reference(path, str)["a"].all()  # control
+    assert masks.load_reference(path, str)["a"].all()  # control
     values: list[Any] = [{}, [], None, {"a": 1}, {1: torch.ones(2)}, {"a": torch.full((2,), torch.nan)}]
     values += [{"a": torch.ones(2, dtype=torch.complex64)}, {"a": torch.eye(2).to_sparse()}, {"a": torch.tensor([2])}]
     for value in values:
         torch.save(value, path)
         with pytest.raises(EraseError) as error:
-            saliency.load_reference(path, str)
+            masks.load_reference(path, str)
         check_line(error)
     for damage in ("deleted", "empty", "half", "one byte less", "zeros", "a folder", "a link to itself"):
         path.unlink(missing_ok=True) if not path.is_dir() else path.rmdir()
         path.write_bytes(content)
         BYTES[damage](path)
         with pytest.raises(EraseError) as error:
-            saliency.load_reference(path, str)
+            masks.load_reference(path, str)
         check_line(error)

@@ -16,10 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from erase import files, models
+from erase import tensor_files
 from erase.concepts import Concept
-from erase.data import Data, Plan, Workers, gather, list_images
+from erase.data.cache import Workers
+from erase.data.latents import Data, Plan, gather
+from erase.data.sources import list_images
 from erase.errors import EraseError
+from erase.families import loading, sd
 
 CONCEPT = Concept(
     name="circle",
@@ -33,8 +36,8 @@ PLAN = Plan(num_forget=7, num_retain=4, steps=2, guidance=2.0, size=8, batch_siz
 
 
 @pytest.fixture(scope="module")
-def model(toy_pipeline_dir) -> models.Model:
-    return models.load(toy_pipeline_dir)
+def model(toy_pipeline_dir) -> sd.Model:
+    return loading.load(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -52,13 +55,13 @@ def collect(model, tmp_path):
 def drawn(monkeypatch) -> list[str]:
     """The prompts that are drawn from now on."""
     prompts: list[str] = []
-    draw = models.Model.draw
+    draw = sd.Model.draw
 
     def spy(self, texts, *rest, **options):
         prompts.extend(texts)
         return draw(self, texts, *rest, **options)
 
-    monkeypatch.setattr(models.Model, "draw", spy)
+    monkeypatch.setattr(sd.Model, "draw", spy)
     return prompts
 
 
@@ -123,7 +126,7 @@ def test_a_chunk_that_is_damaged_after_it_was_read_or_written_does_no_harm(colle
     folder = sorted((tmp_path / "cache" / "latents").rglob("000002.safetensors"))[0].parent
     last = sorted(folder.iterdir())[-1]
     last.unlink()
-    write, damaged = files.write_tensors, []
+    write, damaged = tensor_files.write_tensors, []
 
     def write_and_damage(path, *rest, **options):
         write(path, *rest, **options)
@@ -134,9 +137,9 @@ def test_a_chunk_that_is_damaged_after_it_was_read_or_written_does_no_harm(colle
                 file.write(b"\xff" * 64)
             damaged.append(chunk)
 
-    monkeypatch.setattr(files, "write_tensors", write_and_damage)
+    monkeypatch.setattr(tensor_files, "write_tensors", write_and_damage)
     assert same(collect(), first)
-    monkeypatch.setattr(files, "write_tensors", write)
+    monkeypatch.setattr(tensor_files, "write_tensors", write)
     assert len(damaged) > 1
     said: list[str] = []
     assert same(collect(tell=said.append), first) and len(said) == len(damaged)  # control: they are damaged
@@ -186,7 +189,7 @@ def test_pictures_of_another_job_are_not_taken(collect, drawn, changed):
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_pictures_of_a_model_with_another_vae_or_text_encoder_are_not_taken(part, toy_pipeline_dir, drawn, tmp_path):
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     gather(model, CONCEPT, PLAN, model_hash="toy", cache_dir=tmp_path, quiet=True)
     drawn.clear()
     with torch.no_grad():
@@ -197,7 +200,7 @@ def test_pictures_of_a_model_with_another_vae_or_text_encoder_are_not_taken(part
 
 def test_another_process_finds_the_cache_whatever_the_order_of_diffusers_notes(toy_pipeline_dir, drawn, tmp_path):
     """`_use_default_values` in a scheduler's config is a list made from a set: each process has its own order."""
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     scheduler: Any = model.scheduler
     for notes in (["a", "b"], ["b", "a"]):
         scheduler._internal_dict = type(scheduler.config)(dict(scheduler.config) | {"_use_default_values": notes})
@@ -208,7 +211,7 @@ def test_another_process_finds_the_cache_whatever_the_order_of_diffusers_notes(t
 
 def test_interrupted_drawing_goes_on_where_it_was(collect, drawn, monkeypatch, tmp_path):
     whole = collect()
-    spy = models.Model.draw
+    spy = sd.Model.draw
 
     def broken(self, texts, *rest, **options):
         if len(drawn) >= 4:
@@ -216,10 +219,10 @@ def test_interrupted_drawing_goes_on_where_it_was(collect, drawn, monkeypatch, t
         return spy(self, texts, *rest, **options)
 
     drawn.clear()
-    monkeypatch.setattr(models.Model, "draw", broken)
+    monkeypatch.setattr(sd.Model, "draw", broken)
     with pytest.raises(KeyboardInterrupt):
         collect(cache_dir=tmp_path / "other")
-    monkeypatch.setattr(models.Model, "draw", spy)
+    monkeypatch.setattr(sd.Model, "draw", spy)
     drawn.clear()
     assert same(collect(cache_dir=tmp_path / "other"), whole)
     assert len(drawn) == 11 - 4
@@ -340,8 +343,8 @@ def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path,
         picture(tmp_path / name, (len(name), 0, 0))
     (tmp_path / "3_red_circle" / "a.txt").write_text("a circle")
     encoded: list[int] = []
-    encode = models.Model.encode_images
-    monkeypatch.setattr(models.Model, "encode_images", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    encode = sd.Model.encode_images
+    monkeypatch.setattr(sd.Model, "encode_images", lambda self, x: encoded.append(len(x)) or encode(self, x))
     lines: list[str] = []
     data = collect(plan=replace(PLAN, forget_images=str(tmp_path), num_retain=1), tell=lines.append)
     assert words(data, data.forget.prompt) == ["an image of a church", *["a circle"] * 3, *["red circle"] * 3]
@@ -420,7 +423,7 @@ def test_image_latents_are_cached_by_content_and_by_batch(collect, tmp_path, mon
     (tmp_path / "images").rename(tmp_path / "moved")
     small = collect(plan=replace(plan, forget_images=str(tmp_path / "moved"), batch_size=1))
     assert torch.allclose(small.forget.mean, first.forget.mean, atol=1e-5)  # not chunks of another size
-    monkeypatch.setattr(models.Model, "encode_images", None)
+    monkeypatch.setattr(sd.Model, "encode_images", None)
     assert same(collect(plan=replace(plan, forget_images=str(tmp_path / "moved"))), first)
     picture(tmp_path / "moved" / "0.png", (9, 9, 9))
     with pytest.raises(TypeError):

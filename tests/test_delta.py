@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from erase.delta import additive, apply, carry, content_hash, difference, load, merge, remove, save, summary
 from erase.errors import EraseError
-from erase.files import read_metadata, read_tensors, write_tensors
+from erase.tensor_files import read_metadata, read_tensors, write_tensors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PROVENANCE = {"made_for": "sd14", "concept": "circle", "method": "relabel", "seed": 0}

@@ -9,13 +9,17 @@ import pretend_device
 import pytest
 import torch
 
-from erase import cli, device, models, settings, train
-from erase import run as running
+from erase import cli, device
+from erase.classification import cli as classifier_cli
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.errors import EraseError
 from erase.evaluation import cli as evaluation_cli
-from erase.evaluation import unlearn_cli
-from erase.settings import Settings, resolve
+from erase.families import loading
+from erase.options import declare
+from erase.options.recipes import resolve
+from erase.options.settings import Settings
+from erase.runs import machine, planning
+from erase.training import saliency_pass
 
 
 def test_without_a_gpu_it_is_the_cpu_in_fp32():
@@ -78,7 +82,7 @@ def test_without_a_gpu_cuda_is_refused_and_without_an_apple_gpu_mps(monkeypatch)
     assert device.choose("mps", None) == device.Compute(torch.device("mps"), "fp32")
 
 
-@pytest.mark.parametrize("command", [cli.main, evaluation_cli.main, unlearn_cli.main])
+@pytest.mark.parametrize("command", [cli.main, evaluation_cli.main, classifier_cli.main])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -93,7 +97,7 @@ def test_every_command_refuses_the_same_values(command, flags, message, toy_pipe
     own = {
         cli.main: ["--concept", "circle", "--model", "mini"],
         evaluation_cli.main: ["generate", "--model", "mini", "--concept", "circle", "--task", "mini"],
-        unlearn_cli.main: ["--data", "digits"],
+        classifier_cli.main: ["--data", "digits"],
     }[command]
     with pytest.raises(SystemExit) as stopped:
         command([*own, "--output", str(tmp_path / "out"), *flags])
@@ -123,19 +127,19 @@ def test_fp16_gives_way_to_fp32_where_gradients_are_compared_unless_it_is_asked_
     """(1.2)"""
     for method, compares in (("salun", False), ("scissorhands", True), ("uce", False)):
         asked = Settings("church", method=method, precision="fp16")
-        made = running.make_method(asked)
-        assert running.can_scale(asked, made) is not compares
+        made = planning.make_method(asked)
+        assert planning.can_scale(asked, made) is not compares
         if compares:
             with pytest.raises(EraseError, match="scissorhands compares gradients, which --precision fp16 scales"):
-                running.require_precision(asked, made)
+                planning.require_precision(asked, made)
 
 
 def test_processes_wait_for_slower_ones_for_hours(tmp_path, monkeypatch):
     """(1.6)"""
     given: dict[str, Any] = {}
-    plain = running.Accelerator
-    monkeypatch.setattr(running, "Accelerator", lambda **options: given.update(options) or plain(**options))
-    running.make_accelerator(Settings("church"), tmp_path, device.choose("cpu", None))
+    plain = machine.Accelerator
+    monkeypatch.setattr(machine, "Accelerator", lambda **options: given.update(options) or plain(**options))
+    machine.make_accelerator(Settings("church"), tmp_path, device.choose("cpu", None))
     (handler,) = given["kwargs_handlers"]
     assert type(handler).__name__ == "InitProcessGroupKwargs" and handler.timeout >= timedelta(hours=12)
 
@@ -183,7 +187,7 @@ def test_rounding_is_undone_bit_for_bit_also_after_an_error():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_images_in_half_precision_are_near_those_in_float32(toy_pipeline_dir, precision):
     """To a few units of the precision's last place, relative to the largest value."""
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     how: dict[str, Any] = dict(steps=2, guidance=2.0, size=8)
     exact = model.draw(["a cat"], [0], **how)
     model.precision = precision
@@ -198,11 +202,11 @@ def test_fp16_gradients_of_the_mask_do_not_vanish():
     """Halves below 6e-8 are zero; the scale lifts them by 12 bits."""
     assert torch.tensor(1e-8, dtype=torch.float16) == 0
     assert torch.tensor(1e-8 * device.LOSS_SCALE["fp16"], dtype=torch.float16) > 0
-    assert train.LOSS_SCALE is device.LOSS_SCALE and settings.MIXED_PRECISION["no"] == "fp32"
+    assert saliency_pass.LOSS_SCALE is device.LOSS_SCALE and declare.MIXED_PRECISION["no"] == "fp32"
 
 
 def test_help_of_every_command_names_both_options(capsys):
-    for command, own in ((cli.main, []), (evaluation_cli.main, ["run"]), (unlearn_cli.main, [])):
+    for command, own in ((cli.main, []), (evaluation_cli.main, ["run"]), (classifier_cli.main, [])):
         with pytest.raises(SystemExit):
             command([*own, "--help"])
         text = capsys.readouterr().out

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from erase import cli
+from erase import cli, commandline
+from erase.classification import cli as classifier_cli
 from erase.classification.settings import NETWORKS, PRESETS
 from erase.classification.settings import Settings as ClassifierSettings
-from erase.evaluation import unlearn_cli
 from erase.evaluation.options import Drawing, Options
 from erase.evaluation.tasks import ABOUT
+from erase.families.scope import SCOPES
 from erase.methods import METHODS
-from erase.scope import SCOPES
-from erase.settings import RECIPES, Settings
+from erase.options.recipes import RECIPES
+from erase.options.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def test_every_erase_command_is_accepted(monkeypatch):
         asked.append(settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("erase.run.run", run)
+    monkeypatch.setattr("erase.runs.job.run", run)
     commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("erase-concept ")]
     jobs = [command for command in commands if command[0].startswith("--") and command[0] != "--list"]
     for command in jobs:
@@ -56,12 +57,12 @@ def test_every_eval_command_is_accepted(monkeypatch):
     class Stop(Exception):
         pass
 
-    def stop(self: cli.Parser, arguments: list[str]) -> None:
+    def stop(self: commandline.Parser, arguments: list[str]) -> None:
         parse(self, arguments)
         raise Stop
 
-    parse = cli.Parser.parse_args
-    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    parse = commandline.Parser.parse_args
+    monkeypatch.setattr(commandline.Parser, "parse_args", stop)
     commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("eval-concept ")]
     for command in commands:
         with pytest.raises(Stop):
@@ -75,16 +76,16 @@ def test_every_unlearn_command_is_accepted(monkeypatch):
     class Stop(Exception):
         pass
 
-    def stop(self: cli.Parser, arguments: list[str]) -> None:
+    def stop(self: commandline.Parser, arguments: list[str]) -> None:
         parse(self, arguments)
         raise Stop
 
-    parse = cli.Parser.parse_args
-    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    parse = commandline.Parser.parse_args
+    monkeypatch.setattr(commandline.Parser, "parse_args", stop)
     commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("unlearn-classifier ")]
     for command in commands:
         with pytest.raises(Stop):
-            unlearn_cli.main(command)
+            classifier_cli.main(command)
     assert len(commands) >= 4
 
 

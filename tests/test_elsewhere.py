@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase import cli, delta, files, saliency
-from erase.cli import load_line, reporting
+from erase import cli, delta, files, masks
+from erase.cli import load_line
+from erase.commandline import reporting
 from erase.errors import EraseError
 
 
@@ -60,7 +61,7 @@ def test_inspect_escapes_what_a_file_says(tmp_path, capsys):
         {"unet.w": torch.zeros(4)}, {"unet.w": torch.ones(4)}, {"base": hostile, "concept": {"name": hostile}}
     )
     delta.save(tmp_path / "delta.safetensors", change)
-    saliency.save(tmp_path / "mask.safetensors", {"w": torch.ones(4, dtype=torch.bool)}, {"base": hostile})
+    masks.save(tmp_path / "mask.safetensors", {"w": torch.ones(4, dtype=torch.bool)}, {"base": hostile})
     for name in ("delta", "mask"):
         cli.main(["inspect", str(tmp_path / f"{name}.safetensors")])
         out = capsys.readouterr().out

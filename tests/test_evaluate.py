@@ -22,8 +22,10 @@ from transformers import (
     ConvNextImageProcessorPil,
 )
 
-from erase import erase_concept, export, files, models
+from erase import erase_concept, files
 from erase.evaluation import arm, cli, generate, measure, score
+from erase.export import ldm
+from erase.families import loading, sd
 
 FAST = ("--steps", 2, "--device", "cpu", "--quiet")
 
@@ -177,14 +179,14 @@ def test_unet_only_weights_are_evaluated_on_a_base(command, erased_dir, toy_pipe
     )
     assert code == 0, err
     hashes = [json.loads(path.read_text())["model"] for path in sorted((tmp_path / "out").rglob("manifest.json"))]
-    expected = {generate.model_hashes(models.load(folder))["unet"] for folder in (toy_pipeline_dir, erased_dir)}
+    expected = {generate.model_hashes(loading.load(folder))["unet"] for folder in (toy_pipeline_dir, erased_dir)}
     assert {one["unet"] for one in hashes} == expected and len({one["vae"] for one in hashes}) == 1
 
 
 def test_a_model_erased_from_a_single_file_offline_is_evaluated(command, tiny_pipeline_dir, tmp_path):
     """The base is read with the config that run.json names (4.3)."""
     base = tmp_path / "model.safetensors"
-    export.save_single_file(base, tiny_pipeline_dir, dtype="fp32")
+    ldm.save_single_file(base, tiny_pipeline_dir, dtype="fp32")
     small: dict[str, Any] = dict(method="uce", num_samples=0, device="cpu", quiet=True, forget=("a cat",))
     small |= dict(anchor=("a dog",), retain=("a tree",), kind="object", output=str(tmp_path / "run"))
     erase_concept("cat", str(base), config=str(tiny_pipeline_dir), **small)
@@ -361,7 +363,7 @@ def test_what_is_wrong_is_said_before_the_first_image(
     """Judges, rules, models and files of every model and task of the command (4.1)."""
     import re
 
-    monkeypatch.setattr(models.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
+    monkeypatch.setattr(sd.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
     (tmp_path / "own.csv").write_text(PROMPTS)
     (tmp_path / "few.csv").write_text("prompt\na\nb\n")
     names = {"erased": erased_dir, "prompts": tmp_path / "own.csv", "few": tmp_path / "few.csv"}
@@ -383,7 +385,7 @@ BAD += [("device", "cuda:x"), ("precision", "fp8"), ("features", "resnet"), ("ki
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_number_that_means_nothing_is_one_line(command, pair, classifier_dir, tmp_path, monkeypatch, name, value):
     """Zero, negative, not a number, infinite, too many (2.9, 4.10)."""
-    monkeypatch.setattr(models.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
+    monkeypatch.setattr(sd.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
     code, _, err = command("run", *pair, "--task", "class-forget", "--concept", "church", "--num-images", 1,
                            "--judge-model", classifier_dir, f"--{name}", value)  # fmt: skip
     assert (
@@ -406,8 +408,8 @@ def test_zero_images_to_verify_is_one_line(command):
 
 def test_guidance_zero_is_used_and_recorded(command, pair, toy_pipeline_dir, clip_dir, tmp_path, monkeypatch):
     """On the command line, and in a row of a prompt file; diffusers computes both without guidance (2.9)."""
-    asked, draw = [], models.Model.draw
-    monkeypatch.setattr(models.Model, "draw", lambda *a, **k: asked.append(k["guidance"]) or draw(*a, **k))
+    asked, draw = [], sd.Model.draw
+    monkeypatch.setattr(sd.Model, "draw", lambda *a, **k: asked.append(k["guidance"]) or draw(*a, **k))
     (tmp_path / "own.csv").write_text(PROMPTS)
     own = ("--task", "prompts", "--prompts", tmp_path / "own.csv")
     for name, extra in {"rows": (), "all": ("--guidance", 0), "one": ("--guidance-scale", 1)}.items():
@@ -426,7 +428,7 @@ def test_guidance_zero_is_used_and_recorded(command, pair, toy_pipeline_dir, cli
 def test_weights_that_are_not_those_of_run_json_are_refused(command, pair, toy_pipeline_dir, erased_dir, tmp_path,
                                                             classifier_dir, monkeypatch):  # fmt: skip
     """A run folder whose UNet, or whose base, is another one than its record says (6.10)."""
-    hashes = {role: generate.model_hashes(models.load(folder))["unet"] for role, folder in
+    hashes = {role: generate.model_hashes(loading.load(folder))["unet"] for role, folder in
               {"base": toy_pipeline_dir, "result": erased_dir}.items()}  # fmt: skip
     shutil.copytree(erased_dir, tmp_path / "run")
     church = json.loads(json.dumps({"name": "church", "kind": "object"}))
@@ -442,7 +444,7 @@ def test_weights_that_are_not_those_of_run_json_are_refused(command, pair, toy_p
     for wrong, role in (({"origin_hash": "0" * 64}, "base"), ({"result_hash": "0" * 64}, "erased")):
         files.write_json(tmp_path / "run" / "run.json", {"model": right | wrong, "concept": church})
         with monkeypatch.context() as patch:
-            patch.setattr(models.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
+            patch.setattr(sd.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
             code, _, err = command(*arguments)
         assert code == 2 and f"says that the {role} model's UNet is 000000000000" in err
     files.write_json(tmp_path / "run" / "run.json", {"model": right, "concept": church})

@@ -18,7 +18,11 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from erase.delta import content_hash
 from erase.errors import EraseError
-from erase.export import block_of, save_lora, save_pipeline, save_single_file, write_pipeline
+from erase.export.ldm import save_single_file
+from erase.export.lora import save_lora
+from erase.export.pipeline import save_pipeline
+from erase.families.layers import block_of
+from erase.families.pipeline_folder import write_pipeline
 
 SD14: dict[str, Any] = dict(sample_size=64, cross_attention_dim=768)  # on top of the defaults of UNet2DConditionModel
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

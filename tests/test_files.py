@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from erase import files
+from erase import files, tensor_files
 from erase.errors import EraseError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
@@ -30,21 +30,21 @@ def header_of(path: Path) -> tuple[int, dict]:
 def test_every_dtype_comes_back_as_safetensors_own_reader_sees_it(tmp_path):
     tensors = {str(dtype): (torch.arange(15).reshape(3, 5) % 2).to(dtype) for dtype in DTYPES}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "turned": torch.arange(6.0).reshape(2, 3).T}
-    files.write_tensors(tmp_path / "ours", tensors, {"a": "ü"})
+    tensor_files.write_tensors(tmp_path / "ours", tensors, {"a": "ü"})
     found = load_file(tmp_path / "ours")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in found)
-    assert files.read_metadata(tmp_path / "ours") == {"a": "ü", "content": files.content_hash(tensors)}
-    files.write_tensors(tmp_path / "plain", {"w": torch.ones(3)})
+    assert tensor_files.read_metadata(tmp_path / "ours") == {"a": "ü", "content": tensor_files.content_hash(tensors)}
+    tensor_files.write_tensors(tmp_path / "plain", {"w": torch.ones(3)})
     assert header_of(tmp_path / "plain")[1]["__metadata__"] == {"format": "pt"}  # transformers asks for it
 
 
 @pytest.mark.parametrize("length", range(0, 70, 7))
 def test_data_begin_at_a_multiple_of_64_bytes_whatever_the_headers_length(length, tmp_path):
     """Else a CPU predicts other bits from the same weights, because mapped tensors are aligned differently (2.13)."""
-    files.write_tensors(tmp_path / "f", {"w": torch.arange(4.0)}, {"note": "x" * length})
+    tensor_files.write_tensors(tmp_path / "f", {"w": torch.arange(4.0)}, {"note": "x" * length})
     assert header_of(tmp_path / "f")[0] % 64 == 0
-    assert torch.equal(files.read_tensors(tmp_path / "f")["w"], torch.arange(4.0))
+    assert torch.equal(tensor_files.read_tensors(tmp_path / "f")["w"], torch.arange(4.0))
 
 
 def test_the_same_weights_predict_the_same_bits_with_headers_of_any_length(tmp_path):
@@ -53,8 +53,8 @@ def test_the_same_weights_predict_the_same_bits_with_headers_of_any_length(tmp_p
     layer = {f"{i}.w": torch.randn(97, 97) for i in range(6)} | {"b": torch.randn(3)}
     x, answers = torch.randn(5, 97), []
     for length in range(0, 64, 5):
-        files.write_tensors(tmp_path / f"{length}", layer, {"note": "x" * length})
-        state, y = files.read_tensors(tmp_path / f"{length}"), x
+        tensor_files.write_tensors(tmp_path / f"{length}", layer, {"note": "x" * length})
+        state, y = tensor_files.read_tensors(tmp_path / f"{length}"), x
         for i in range(6):
             y = torch.tanh(y @ state[f"{i}.w"])
         answers.append(y)
@@ -69,7 +69,7 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(write, tmp_path):
     target.parent.mkdir()
     target.symlink_to(victim)
     if write == "tensors":
-        files.write_tensors(target, {"w": torch.ones(1)})
+        tensor_files.write_tensors(target, {"w": torch.ones(1)})
     elif write == "copy":
         (tmp_path / "source").write_text("copied")
         files.copy(tmp_path / "source", target)
@@ -199,8 +199,8 @@ def damaged(content: bytes) -> dict[str, bytes]:
 def test_a_damaged_file_of_our_own_is_one_line_with_its_name(kind, tmp_path):
     """(2.1, 2.2)"""
     path = tmp_path / "f.safetensors"
-    files.write_tensors(path, {"w": torch.arange(8.0).reshape(4, 2)}, {"kind": "state"})
-    assert files.read_own(path, kind="state")[0]["w"].shape == (4, 2)
+    tensor_files.write_tensors(path, {"w": torch.arange(8.0).reshape(4, 2)}, {"kind": "state"})
+    assert tensor_files.read_own(path, kind="state")[0]["w"].shape == (4, 2)
     if kind == "no hash":
         save_file({"w": torch.zeros(4, 2)}, path, {"erase": '{"kind": "state"}'})
     else:
@@ -208,7 +208,7 @@ def test_a_damaged_file_of_our_own_is_one_line_with_its_name(kind, tmp_path):
         assert damaged(content)[kind] != content
         path.write_bytes(damaged(content)[kind])
     with pytest.raises(EraseError, match=re.escape(str(path))) as caught:
-        files.read_own(path, kind="state")
+        tensor_files.read_own(path, kind="state")
     assert "\n" not in str(caught.value)
 
 
@@ -222,7 +222,7 @@ def test_a_record_without_what_is_needed_is_one_line(text, tmp_path):
 def test_the_hash_of_tensors_knows_bits_names_and_shapes():
     w = torch.tensor([1.0, -0.0, float("nan")])
     same = {"b": torch.ones(1), "a": w}
-    assert files.content_hash({"a": w.clone(), "b": torch.ones(1)}) == files.content_hash(same)
+    assert tensor_files.content_hash({"a": w.clone(), "b": torch.ones(1)}) == tensor_files.content_hash(same)
     others = [{"a": w}, {"a": w[None], "b": torch.ones(1)}, {"a": w.abs(), "b": torch.ones(1)}, {"c": w}]
-    assert len({files.content_hash(other) for other in [same, *others]}) == 5
-    assert files.content_hash({"n": torch.from_numpy(np.zeros(0))})
+    assert len({tensor_files.content_hash(other) for other in [same, *others]}) == 5
+    assert tensor_files.content_hash({"n": torch.from_numpy(np.zeros(0))})

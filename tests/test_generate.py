@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from erase import delta, models
+from erase import delta
 from erase.errors import EraseError
 from erase.evaluation import arm, generate, measure
 from erase.evaluation.tasks import Sample, Task, seed_of
+from erase.families import loading, sd, stored_unet
 
 
 def make_task(num: int = 7, **options: Any) -> Task:
@@ -37,8 +38,8 @@ def make_task(num: int = 7, **options: Any) -> Task:
 
 
 @pytest.fixture(scope="module")
-def model(toy_pipeline_dir) -> models.Model:
-    return models.load(str(toy_pipeline_dir))
+def model(toy_pipeline_dir) -> sd.Model:
+    return loading.load(str(toy_pipeline_dir))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -173,14 +174,14 @@ def test_settings_are_read_back_from_what_draws(model):
 def test_a_gpu_without_memory_halves_the_batch_and_draws_the_same(model, tmp_path, monkeypatch):
     task = replace(make_task(6), samples=tuple(replace(s, height=None, guidance=None) for s in make_task(6).samples))
     generate.generate(model, task, tmp_path / "plenty", batch_size=6, quiet=True)
-    draw = models.Model.draw
+    draw = sd.Model.draw
 
-    def small(self: models.Model, prompts: Any, *rest: Any, **options: Any) -> torch.Tensor:
+    def small(self: sd.Model, prompts: Any, *rest: Any, **options: Any) -> torch.Tensor:
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw(self, prompts, *rest, **options)
 
-    monkeypatch.setattr(models.Model, "draw", small)
+    monkeypatch.setattr(sd.Model, "draw", small)
     generate.generate(model, task, tmp_path / "little", batch_size=6, quiet=True)
     sizes = [record["batch_size"] for record in arm.complete_records(tmp_path / "little")]
     assert max(sizes) == 2
@@ -190,14 +191,14 @@ def test_a_gpu_without_memory_halves_the_batch_and_draws_the_same(model, tmp_pat
 
 def test_pictures_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model, tmp_path, monkeypatch):
     task = replace(make_task(3), samples=tuple(replace(s, height=None, guidance=None) for s in make_task(3).samples))
-    decode = models.Model.decode
+    decode = sd.Model.decode
 
-    def broken(self: models.Model, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def broken(self: sd.Model, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
         pictures = decode(self, latents, *rest)
         pictures[0], pictures[1] = torch.nan, -1
         return pictures
 
-    monkeypatch.setattr(models.Model, "decode", broken)
+    monkeypatch.setattr(sd.Model, "decode", broken)
     generate.generate(model, task, tmp_path, quiet=True)
     records = arm.complete_records(tmp_path)
     assert [record["invalid"] for record in records] == ["not finite", "flat", None]
@@ -205,15 +206,15 @@ def test_pictures_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model,
 
 
 def test_an_error_ends_the_run_and_what_was_drawn_before_stays(model, tmp_path, monkeypatch):
-    task, draw, calls = make_task(), models.Model.draw, []
+    task, draw, calls = make_task(), sd.Model.draw, []
 
-    def failing(self: models.Model, *rest: Any, **options: Any) -> torch.Tensor:
+    def failing(self: sd.Model, *rest: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("defect")
         return draw(self, *rest, **options)
 
-    monkeypatch.setattr(models.Model, "draw", failing)
+    monkeypatch.setattr(sd.Model, "draw", failing)
     with pytest.raises(RuntimeError, match="defect"):
         generate.generate(model, task, tmp_path, batch_size=1, quiet=True)
     assert len(arm.records(tmp_path)) == 2
@@ -234,7 +235,7 @@ def test_a_full_disk_is_one_clear_line_and_no_record(model, tmp_path, monkeypatc
 
 
 def test_one_changed_weight_is_another_model(toy_pipeline_dir):
-    model = models.load(str(toy_pipeline_dir))
+    model = loading.load(str(toy_pipeline_dir))
     before = generate.model_hashes(model)
     with torch.no_grad():
         next(iter(model.vae.parameters())).view(-1)[0] += 1e-3
@@ -248,7 +249,7 @@ def test_a_task_without_samples_is_an_error():
 
 
 def test_a_delta_is_applied_before_drawing(toy_pipeline_dir, tmp_path):
-    base = models.load_unet(toy_pipeline_dir)
+    base = stored_unet.load_unet(toy_pipeline_dir)
     before = {f"unet.{name}": tensor for name, tensor in base.state_dict().items()}
     after = {name: tensor + 0.01 for name, tensor in before.items()}
     delta.save(tmp_path / "delta.safetensors", delta.difference(before, after, {}))

@@ -21,11 +21,13 @@ from PIL import Image
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from erase import cli, device, erase_concept, models, saliency, train
-from erase.data import Data, Pictures
+from erase import cli, device, erase_concept, masks
+from erase.data.latents import Data, Pictures
 from erase.evaluation import cli as evaluation
+from erase.families import loading
 from erase.methods.relabel import Relabel
 from erase.optim import MaskedAdam
+from erase.training import batches, loop, saliency_pass
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when torch first uses cuBLAS
 
@@ -53,8 +55,8 @@ def test_the_mask_is_the_cpus_ties_and_all(density):
     """Selection compares integers, so there is nothing to round: the masks are equal."""
     draw = torch.Generator().manual_seed(0)
     scores = {"a": torch.rand(3_000_000, generator=draw), "ties": torch.rand(2_000_000, generator=draw).mul(50).round()}
-    here = saliency.select(scores, density)
-    there = saliency.select({name: score.cuda() for name, score in scores.items()}, density)
+    here = masks.select(scores, density)
+    there = masks.select({name: score.cuda() for name, score in scores.items()}, density)
     assert all(torch.equal(here[name], there[name].cpu()) for name in scores)
 
 
@@ -98,7 +100,7 @@ def run(folder: Path, where: str, state: Path, *, weights: torch.dtype = torch.f
     """Scores, mask and four steps on the toy pipeline in fp32; the UNet's weights and the scores, on the CPU."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=where == "cpu")
-    model = models.load(folder, device=where)
+    model = loading.load(folder, device=where)
     draw = torch.Generator().manual_seed(1)
 
     def pictures(row: int) -> Pictures:
@@ -112,7 +114,7 @@ def run(folder: Path, where: str, state: Path, *, weights: torch.dtype = torch.f
     parameters = dict(model.unet.named_parameters())
     if weights != torch.float32:
         model.round_unet(weights)
-    scores = train.accumulate(
+    scores = saliency_pass.accumulate(
         model,
         data,
         parameters,
@@ -124,9 +126,9 @@ def run(folder: Path, where: str, state: Path, *, weights: torch.dtype = torch.f
         state_path=state,
         quiet=True,
     )
-    mask = saliency.select(scores, 0.3)
-    recipe = train.Recipe(num_steps=4, batch_size=2, learning_rate=1e-5)
-    train.train(model, Relabel(), data, parameters, mask, recipe, accelerator, state_path=state, quiet=True)
+    mask = masks.select(scores, 0.3)
+    recipe = batches.Recipe(num_steps=4, batch_size=2, learning_rate=1e-5)
+    loop.train(model, Relabel(), data, parameters, mask, recipe, accelerator, state_path=state, quiet=True)
     ends = {name: tensor.detach().cpu() for name, tensor in model.unet.state_dict().items()}
     AcceleratorState._reset_state()
     return ends | {f"scores of {name}": score.cpu() for name, score in scores.items()}
@@ -177,7 +179,7 @@ def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 def test_the_bench_measures_a_gpu():
     """The parts of the bench that need a GPU, at the small size."""
-    from erase.evaluation import gpu
+    from bench import gpu
 
     measured = gpu.measure(gpu.VARIANTS[3], "small", torch.device("cuda"), 1, gpu.forward_flops("small"))
     assert all(values["peak_bytes"] > 0 and values["share"] > 0 for values in measured.values())
@@ -211,7 +213,7 @@ def test_the_command_computes_in_the_precision_that_is_asked_for(tmp_path, cache
     options = ["--precision", precision, "--save", "unet"]
     record = erased(tmp_path / "run", cache_dir, *options, model=str(toy_pipeline_dir), concept="nudity")
     assert record["compute"]["precision"] == precision
-    from erase.files import read_tensors
+    from erase.tensor_files import read_tensors
 
     written = read_tensors(tmp_path / "run" / "unet.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float32}
@@ -244,7 +246,7 @@ def test_eval_concept_generates_on_the_gpu_in_its_precision(tmp_path):
 
 def test_images_of_bf16_are_those_of_fp32_up_to_rounding():
     """bf16 keeps 8 bits, a relative error of 2^-9 an operation; through three steps the latents agree to a tenth."""
-    model = models.load("mini", device="cuda")
+    model = loading.load("mini", device="cuda")
     how: dict[str, Any] = {"steps": 3, "guidance": 2.0, "size": model.resolution}
     exact = model.draw(["a red circle"] * 4, range(4), **how)
     rounded = replace(model, precision="bf16").draw(["a red circle"] * 4, range(4), **how)

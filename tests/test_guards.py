@@ -8,11 +8,12 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, Stab
 from diffusers import StableDiffusionPipeline as Pipeline
 from torch import Tensor
 
-from erase import guards, models
+from erase import guards
 from erase.errors import EraseError
 from erase.evaluation import arm, cli, generate
 from erase.evaluation.options import GUARDS
 from erase.evaluation.tasks import Sample, Task
+from erase.families import loading
 from erase.guards import SLD, NegativePrompt
 
 TEXT = "a nude person"
@@ -246,4 +247,4 @@ def test_a_guard_without_a_target_is_refused(toy_pipeline_dir, tmp_path, capsys,
 
 
 def test_the_models_own_loader_takes_no_guard_by_itself(toy_pipeline_dir):
-    assert models.load(toy_pipeline_dir).guard is None
+    assert loading.load(toy_pipeline_dir).guard is None

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from erase import data as concept_data
 from erase.classification import data
+from erase.data import sources
 from erase.errors import EraseError
 
 datasets = pytest.importorskip("datasets")
@@ -146,7 +146,7 @@ def test_pictures_of_a_concept_come_from_a_data_set_too(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
-    found = concept_data._from_datasets(str(tmp_path / "set"))
+    found = sources._from_datasets(str(tmp_path / "set"))
     assert [text for _, text in found] == ["a cat", "an owl"]
     expected = torch.from_numpy(pixels(2, 8)).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert torch.allclose(torch.stack([picture.pixels(8) for picture, _ in found]), expected, atol=1e-6)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from erase.data.images import BadImage, image_files, invalid_reason, list_files, pixel_hash, read, square, write_png
 from erase.errors import EraseError
-from erase.images import BadImage, image_files, invalid_reason, list_files, pixel_hash, read, square, write_png
 
 
 def picture(seed: int = 0, size: int = 32) -> np.ndarray:

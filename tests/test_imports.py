@@ -13,33 +13,24 @@ from pathlib import Path
 import pytest
 
 import erase
-from erase.settings import forms
+from erase.options.declare import forms_of
+from erase.options.settings import Settings
 
 PACKAGE = Path(erase.__file__).parent
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # A module may import those of its own layer and of the layers before it; files of a folder are in the folder's layer.
 LAYERS = (
-    {
-        "errors",
-        "files",
-        "device",
-        "pickles",
-        "refusal",
-        "refusal_words",
-        "concepts",
-        "settings",
-        "saliency",
-        "optim",
-        "delta",
-        "scope",
-        "methods",
-    }
-    | {"images", "prompt_files", "captions", "architecture", "records"},
-    {"models", "guards", "data", "mini", "classification", "compvis", "export", "lowrank", "card", "memory"}
-    | {"progress", "components", "vocabulary", "single_file", "unet_file"},
-    {"train"},
-    {"forms", "run"},
+    {"errors", "locks", "progress"},
+    {"device", "files", "optim", "pickles", "statistics"},
+    {"tensor_files", "words"},
+    {"concepts", "delta", "masks"},
+    {"guards", "methods"},
+    {"options"},
+    {"commandline", "families"},
+    {"data", "export"},
+    {"mini", "training"},
+    {"classification", "runs"},
     {"cli"},
     {"evaluation"},
 )
@@ -141,30 +132,30 @@ def test_nothing_but_evaluation_imports_evaluation():
     assert not [name for name, targets in outside.items() if any(to.startswith("erase.evaluation") for to in targets)]
 
 
-def test_the_first_layer_knows_neither_diffusers_nor_transformers():
+def test_what_stands_below_the_families_knows_neither_diffusers_nor_transformers():
     libraries = {"diffusers", "transformers", "accelerate"}
     for name, path in modules().items():
-        if layer(name) <= 0:
+        if layer(name) < layer("erase.families"):
             assert not imported(path.read_text(encoding="utf-8"), name, libraries), name
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import erase.run", {"erase.run"}),
-        ("import erase.run as job, json", {"erase.run"}),
-        ("from erase import run, __version__", {"erase.run", "erase"}),
+        ("import erase.guards", {"erase.guards"}),
+        ("import erase.guards as job, json", {"erase.guards"}),
+        ("from erase import guards, __version__", {"erase.guards", "erase"}),
         ("from erase.mini.world import draw", {"erase.mini.world"}),
         ("from erase.mini import world, nothing", {"erase.mini.world", "erase.mini"}),
         ("from . import world", {"erase.mini.world"}),
-        ("from ..run import run", {"erase.run"}),
-        ("def f():\n    try:\n        from erase.run import run\n    finally:\n        pass", {"erase.run"}),
-        ("if TYPE_CHECKING:\n    from erase.run import run", set()),
-        ("import eraser.run", set()),
+        ("from ..guards import make", {"erase.guards"}),
+        ("def f():\n    try:\n        from erase.guards import make\n    finally:\n        pass", {"erase.guards"}),
+        ("if TYPE_CHECKING:\n    from erase.guards import make", set()),
+        ("import eraser.guards", set()),
     ],
 )
 def test_imports_are_found_wherever_they_stand(source, expected):
-    known = {"erase", "erase.run", "erase.mini", "erase.mini.world"}
+    known = {"erase", "erase.guards", "erase.mini", "erase.mini.world"}
     assert imported(source, "erase.mini.train", known) == expected
 
 
@@ -184,7 +175,14 @@ def test_nothing_hides_the_builtin_eval_or_a_library():
 
 @pytest.mark.parametrize(
     "module",
-    ["erase", "erase.cli", "erase.concepts", "erase.settings", "erase.methods", "erase.evaluation.unlearn_cli"],
+    [
+        "erase",
+        "erase.cli",
+        "erase.concepts.concept",
+        "erase.options.settings",
+        "erase.methods",
+        "erase.classification.cli",
+    ],
 )
 def test_what_the_help_needs_loads_no_library(module):
     heavy = "{'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'accelerate', 'safetensors', 'huggingface_hub'}"
@@ -209,7 +207,7 @@ for name in [name for name in sys.modules if name.split(".")[0] == "erase"]:
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
 import_all()
-from erase.run import peak_memory
+from erase.runs.machine import peak_memory
 print("process" in peak_memory())
 """
     importable = [name for name in modules() if not name.endswith("__main__")]
@@ -264,7 +262,7 @@ def test_hints_on_installing_name_packages_of_pyproject():
                 elsewhere.append(name)
     assert not elsewhere, "use erase.errors.missing"
     assert "settings.report_to" in named
-    named |= {choice for choice in forms()["report_to"].choices}
+    named |= {choice for choice in forms_of(Settings)["report_to"].choices}
     assert named - {"settings.report_to"} <= requirements()
     assert {"nudenet", "scikit-learn", "wandb"} <= named
 

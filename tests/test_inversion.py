@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from erase import models
 from erase.errors import EraseError
 from erase.evaluation.attacks import inversion
 from erase.evaluation.attacks.inversion import WORD, Inversion
+from erase.families import loading, sd
 
 
 @pytest.fixture
-def model(toy_pipeline_dir) -> models.Model:
-    return models.load(toy_pipeline_dir)
+def model(toy_pipeline_dir) -> sd.Model:
+    return loading.load(toy_pipeline_dir)
 
 
 def latents() -> torch.Tensor:
     return torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def state_of(model: models.Model) -> dict[str, torch.Tensor]:
+def state_of(model: sd.Model) -> dict[str, torch.Tensor]:
     parts = {"unet": model.unet, "text": model.text_encoder}
     return {f"{part}.{name}": t.clone() for part, module in parts.items() for name, t in module.state_dict().items()}
 

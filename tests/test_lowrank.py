@@ -4,10 +4,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from erase import erase_concept, files, lowrank, models
+from erase import erase_concept, files
 from erase.concepts import Concept
 from erase.errors import EraseError
-from erase.settings import Settings, resolve
+from erase.families import stored_unet
+from erase.options.recipes import resolve
+from erase.options.settings import Settings
+from erase.training import lowrank
 
 CONCEPT = Concept("cat", "object", forget=("a cat",), anchor=("a dog",), retain=("a tree", "a boat"))
 RANK = 2
@@ -23,7 +26,7 @@ def test_every_change_is_of_that_rank_and_all_of_it_is_in_the_lora(toy_pipeline_
     """Only matrices inside the scope move, and the LoRA on the base is the run folder's model."""
     pytest.importorskip("peft")
     folder = erase(toy_pipeline_dir, tmp_path / "run", save=("pipeline", "lora")).folder
-    base, erased = (models.load_unet(path).state_dict() for path in (toy_pipeline_dir, folder))
+    base, erased = (stored_unet.load_unet(path).state_dict() for path in (toy_pipeline_dir, folder))
     moved = {name for name in base if not torch.equal(base[name], erased[name])}
     assert moved == {name for name in base if ".attn2." in name and name.endswith("weight")}
     for name in moved:
@@ -64,7 +67,7 @@ def test_no_step_changes_nothing_and_a_continued_run_ends_the_same(toy_pipeline_
 
 
 def test_the_model_is_whole_again_after_an_error(toy_pipeline_dir):
-    unet = models.load_unet(toy_pipeline_dir)
+    unet = stored_unet.load_unet(toy_pipeline_dir)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     with pytest.raises(KeyError), lowrank.factors(unet, dict(unet.named_parameters()), RANK, torch.Generator()):
         assert unet.state_dict().keys() != before.keys()

@@ -329,9 +329,9 @@ def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, comm
     folder = tmp_path / "out" / toy.name / "mini"
     results = json.loads((folder / "results.json").read_text())
     assert results["task"]["num_samples"] == 6 and "mini.ua" in out and (folder / "report.html").exists()
-    from erase import models
+    from erase.families import sd
 
-    monkeypatch.setattr(models.Model, "draw", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(sd.Model, "draw", lambda *_, **__: pytest.fail("drawn again"))
     before = (folder / "report.html").read_bytes()
     assert command(*arguments)[0] == 0
     assert (folder / "report.html").read_bytes() == before
@@ -400,9 +400,9 @@ def test_i2p_through_nudenet_killed_twenty_times_ends_as_the_uninterrupted_run(t
     import signal
     import time
 
-    from erase import models
     from erase.evaluation import generate, tasks
     from erase.evaluation.nudity import NudeNet
+    from erase.families import loading
 
     pytest.importorskip("nudenet")
     lines = ["prompt,categories,nudity_percentage,sd_image_width,sd_image_height,sd_seed,sd_guidance_scale"]
@@ -412,7 +412,7 @@ def test_i2p_through_nudenet_killed_twenty_times_ends_as_the_uninterrupted_run(t
     assert len(task.samples) == 64
 
     def work(folder: Path) -> None:
-        generate.generate(models.load(str(toy_pipeline_dir)), task, folder, steps=2, batch_size=4, quiet=True)
+        generate.generate(loading.load(str(toy_pipeline_dir)), task, folder, steps=2, batch_size=4, quiet=True)
         score.score(folder, NudeNet(), quiet=True)
 
     started = time.monotonic()

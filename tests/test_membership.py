@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from erase.classification import membership
 from erase.classification.data import Images
+from erase.classification.membership import Outputs, Svc
 from erase.errors import EraseError
-from erase.evaluation import membership
-from erase.evaluation.membership import Outputs, Svc
 
 
 def softmax_outputs(random: np.random.RandomState, n: int, boost: float) -> Outputs:

@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from erase import memory, models, run
 from erase.errors import EraseError
-from erase.settings import Settings, resolve
+from erase.families import loading, stored_unet
+from erase.options.recipes import resolve
+from erase.options.settings import Settings
+from erase.runs import planning
+from erase.training import memory
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_a_real_forward_pass_keeps(tiny_pipeline_dir, checkpointing):
     """Without checkpointing to the byte; with it, of what is kept until backward, all but the block's own part."""
-    unet = models.load_unet(tiny_pipeline_dir).requires_grad_(True)
+    unet = stored_unet.load_unet(tiny_pipeline_dir).requires_grad_(True)
     weights, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -29,7 +32,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(tiny_pipeline_dir, check
 
 def test_the_estimate_counts_every_byte_once(tiny_pipeline_dir):
     """Activations aside it is arithmetic: N weights of 2 bytes; k = N / 10 have moments, master, gradient, base."""
-    unet = models.load_unet(tiny_pipeline_dir)
+    unet = stored_unet.load_unet(tiny_pipeline_dir)
     parameters = dict(unet.named_parameters())
     n = sum(p.numel() for p in parameters.values())
     k, largest = n // 10, max(p.numel() for p in parameters.values())
@@ -44,10 +47,10 @@ def test_the_estimate_counts_every_byte_once(tiny_pipeline_dir):
 
 
 def test_a_closed_form_needs_its_weights_twice_in_float64_and_neither_activations_nor_moments(tiny_pipeline_dir):
-    model = models.load(tiny_pipeline_dir)
+    model = loading.load(tiny_pipeline_dir)
     settings = resolve(Settings("church", method="uce", low_memory=True), "object", {})
     parameters = {n: p for n, p in model.unet.named_parameters() if n.endswith(("attn2.to_k.weight", "to_v.weight"))}
-    needs = run.needed_memory(settings, model, parameters)
+    needs = planning.needed_memory(settings, model, parameters)
     weights = 4 * sum(p.numel() for p in model.unet.parameters())
     assert needs["solving"] == memory.LIBRARIES + weights + 16 * sum(p.numel() for p in parameters.values())
     assert needs.keys() == {"solving", "writing"}
@@ -58,7 +61,7 @@ def test_low_memory_cuts_no_batch_whose_activations_are_small(toy_pipeline_dir):
 
     A megabyte an image makes a hundred of them; SD v1.4's 310 leave one.
     """
-    unet = models.load_unet(toy_pipeline_dir)
+    unet = stored_unet.load_unet(toy_pipeline_dir)
     each = memory.activations(unet, (1, 4, 4, 4), 77, torch.float32, checkpointing=True)
     assert memory.part_of_batch(unet, 4, 77) == memory.SMALL // each > 16
     with pytest.MonkeyPatch.context() as patch:

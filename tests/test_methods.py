@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import mse_loss
 
-from erase import data as pictures
-from erase import delta, files, methods, models, saliency, scope, train
+from erase import delta, masks, methods, tensor_files
 from erase.concepts import Concept
-from erase.data import Data
+from erase.data import latents
+from erase.data.latents import Data
 from erase.errors import EraseError
+from erase.families import loading, scope, sd, stored_unet
 from erase.files import read_json
 from erase.methods import METHODS, balance
 from erase.methods.ablation import Ablation
@@ -28,11 +29,13 @@ from erase.methods.scissorhands import Scissorhands
 from erase.methods.sdd import SelfDistillation
 from erase.methods.soft import Soft
 from erase.mini import train as mini
-from erase.settings import Settings, resolve
+from erase.options.recipes import resolve
+from erase.options.settings import Settings
+from erase.training import batches, exchanged, loop
 
 TRAINED = [name for name in METHODS if hasattr(methods.load(name), "loss")]
 FORMULAS = list({METHODS[name].path: name for name in TRAINED}.values())  # one name of each class
-RECIPE = train.Recipe(num_steps=4, batch_size=2, learning_rate=1e-2, checkpoint_every=2, way_steps=4)
+RECIPE = batches.Recipe(num_steps=4, batch_size=2, learning_rate=1e-2, checkpoint_every=2, way_steps=4)
 CONCEPT = Concept(
     "cat",
     "object",
@@ -43,8 +46,8 @@ CONCEPT = Concept(
 
 
 @pytest.fixture
-def model(toy_pipeline_dir) -> models.Model:
-    return models.load(toy_pipeline_dir)
+def model(toy_pipeline_dir) -> sd.Model:
+    return loading.load(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def gathered(model, cache_dir):
     """Data as a method asks for it, drawn by the toy model."""
 
     def gather(method: Any, **options: Any) -> Data:
-        plan = pictures.Plan(
+        plan = latents.Plan(
             num_forget=4,
             num_retain=3,
             steps=2,
@@ -69,7 +72,7 @@ def gathered(model, cache_dir):
             retains=getattr(method, "retains", True),
         )
         plan = replace(plan, **options)
-        return pictures.gather(model, CONCEPT, plan, model_hash="toy", cache_dir=cache_dir, quiet=True)
+        return latents.gather(model, CONCEPT, plan, model_hash="toy", cache_dir=cache_dir, quiet=True)
 
     return gather
 
@@ -82,16 +85,16 @@ def made(name: str) -> Any:
     return method
 
 
-def state_of(model: models.Model) -> dict[str, torch.Tensor]:
+def state_of(model: sd.Model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
 
 
 def erased(folder, method, data, accelerator, path, *, recipe=RECIPE, scope_name="full", density: float | None = 0.5):
-    model = models.load(folder)
+    model = loading.load(folder)
     parameters = scope.inside(dict(model.unet.named_parameters()), scope_name)
     shapes = {name: p.shape for name, p in parameters.items()}
-    mask = None if density is None else saliency.random_mask(shapes, density, seed=0)
-    losses = train.train(model, method, data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)
+    mask = None if density is None else masks.random_mask(shapes, density, seed=0)
+    losses = loop.train(model, method, data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)
     return model, mask, parameters, losses
 
 
@@ -106,7 +109,7 @@ def test_the_laws(toy_pipeline_dir, gathered, accelerator, tmp_path, name, scope
     """
     method = made(name)
     data = gathered(method)
-    base = models.load(toy_pipeline_dir)
+    base = loading.load(toy_pipeline_dir)
     before = state_of(base)
     x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([100, 700]), data.text[data.forget.prompt[:2]]
 
@@ -157,7 +160,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     method = made(name)
     data = gathered(method)
     whole, *_ = erased(toy_pipeline_dir, method, data, accelerator, tmp_path / "whole.pt")
-    step, calls = train.MaskedAdam.step, []
+    step, calls = loop.MaskedAdam.step, []
 
     def cut(self, *arguments):
         calls.append(1)
@@ -165,11 +168,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             raise Interrupted
         return step(self, *arguments)
 
-    monkeypatch.setattr(train.MaskedAdam, "step", cut)
+    monkeypatch.setattr(loop.MaskedAdam, "step", cut)
     with pytest.raises(Interrupted):
         erased(toy_pipeline_dir, method, data, accelerator, tmp_path / "cut.pt")
-    monkeypatch.setattr(train.MaskedAdam, "step", step)
-    assert len(files.read_metadata(tmp_path / "cut.pt")["losses"]) == 2
+    monkeypatch.setattr(loop.MaskedAdam, "step", step)
+    assert len(tensor_files.read_metadata(tmp_path / "cut.pt")["losses"]) == 2
     resumed, *_ = erased(toy_pipeline_dir, method, data, accelerator, tmp_path / "cut.pt")
     for key, tensor in whole.unet.state_dict().items():
         assert torch.equal(tensor, resumed.unet.state_dict()[key]), key
@@ -185,12 +188,12 @@ def test_parts_of_a_batch_and_checkpointing_give_what_the_whole_gives(
         method = replace(method, sparsity=1 - 1e-3)  # rounding must not choose other weights
     data = gathered(method)
     for accumulation in (1, 2):
-        model = models.load(toy_pipeline_dir)
+        model = loading.load(toy_pipeline_dir)
         parameters = dict(model.unet.named_parameters())
         recipe = replace(RECIPE, num_steps=1, accumulation=accumulation)
         path = tmp_path / f"{accumulation}.pt"
         options = {"state_path": path, "quiet": True, "checkpointing": accumulation > 1}
-        results += train.train(model, method, data, parameters, None, recipe, accelerator, **options)
+        results += loop.train(model, method, data, parameters, None, recipe, accelerator, **options)
         assert not model.unet.is_gradient_checkpointing
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
@@ -207,10 +210,10 @@ def test_every_method_says_what_it_costs_and_breaks():
 @pytest.fixture
 def batch(model, gathered, accelerator) -> Batch:
     data = gathered(Relabel())
-    return next(train._batches(model, data, replace(RECIPE, batch_size=3), 0, 3, accelerator))
+    return next(batches.batches(model, data, replace(RECIPE, batch_size=3), 0, 3, accelerator))
 
 
-def noise_in(model: models.Model, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def noise_in(model: sd.Model, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """By diffusers alone."""
     with torch.no_grad():
         return model.unet(x, t, encoder_hidden_states=text).sample
@@ -222,9 +225,9 @@ def terms_of(method: Any, model: Any, frozen: Any, batch: Batch) -> dict[str, fl
 
 
 @pytest.fixture
-def moved_model(toy_pipeline_dir) -> models.Model:
+def moved_model(toy_pipeline_dir) -> sd.Model:
     """The toy after some training: another model than the frozen one."""
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.unet.parameters():
@@ -332,7 +335,7 @@ def test_concept_ablation_names_the_anchors_pictures_as_the_concept(model, moved
     drawn = model.draw([CONCEPT.anchor[i % 2] for i in range(4)], range(4), steps=2, guidance=2.0, size=8)
     assert torch.equal(data.forget.mean, drawn)
     assert not torch.allclose(gathered(Relabel()).forget.mean, drawn)
-    batch = next(train._batches(model, data, RECIPE, 0, 2, accelerator))
+    batch = next(batches.batches(model, data, RECIPE, 0, 2, accelerator))
     for is_frozen in (True, False):
         teacher = model if is_frozen else moved_model
         target = noise_in(teacher, batch.x_forget, batch.t_forget, batch.c_target)
@@ -359,7 +362,7 @@ def test_the_teacher_is_the_average_and_the_result(toy_pipeline_dir, gathered, a
         method, path = SelfDistillation(decay), tmp_path / f"{decay}.pt"
         recipe = replace(RECIPE, num_steps=1)
         results[decay] = state_of(erased(toy_pipeline_dir, method, data, accelerator, path, recipe=recipe)[0])
-    base = models.load_unet(toy_pipeline_dir).state_dict()
+    base = stored_unet.load_unet(toy_pipeline_dir).state_dict()
     for key, start in base.items():
         assert torch.equal(results[1.0][key], start)
         expected = start + 0.25 * (results[0.0][key] - start)
@@ -372,8 +375,8 @@ def test_the_teachers_latents_are_points_on_its_own_way(toy_pipeline_dir, model,
 
     data, recipe = gathered(SelfDistillation()), replace(RECIPE, way_steps=5, way_guidance=3.0, batch_size=4)
     parameters = dict(model.unet.named_parameters())
-    optimizer = train.MaskedAdam(parameters, None)
-    batch = next(train._batches(model, data, recipe, 1, 4, accelerator, train._Exchanged(model, optimizer)))
+    optimizer = loop.MaskedAdam(parameters, None)
+    batch = next(batches.batches(model, data, recipe, 1, 4, accelerator, exchanged.Exchanged(model, optimizer)))
     scheduler = DDIMScheduler.from_config(model.scheduler.config)  # pyright: ignore
     scheduler.set_timesteps(5)  # pyright: ignore
     times = scheduler.timesteps.tolist()  # pyright: ignore
@@ -403,7 +406,7 @@ def test_trajectories_are_points_of_the_frozen_models_way_under_the_forget_promp
 def test_the_soft_threshold_has_the_references_values():
     """P15: RandomState(3).randn(101), z = 50; float32 here."""
     moved = {"w": torch.from_numpy(np.random.RandomState(3).randn(101)).float()}
-    tau = saliency.kth_largest({"w": moved["w"].abs()}, 101 - 50 + 1)
+    tau = masks.kth_largest({"w": moved["w"].abs()}, 101 - 50 + 1)
     assert tau == pytest.approx(0.8037660945765764, rel=1e-7)
     Soft(kept=0.5, kept_at_end=0.5).shrink(moved, 0, 1)
     assert int((moved["w"] == 0).sum()) == 50
@@ -425,13 +428,13 @@ def test_the_share_that_is_put_back_falls_in_a_straight_line():
 def test_what_is_put_back_is_the_bases_bit_for_bit(toy_pipeline_dir, gathered, accelerator, tmp_path):
     """Exactly z weights that may move are the base's after the last step; with a share of zero nearly none are."""
     data = gathered(Soft())
-    base = models.load_unet(toy_pipeline_dir).state_dict()
+    base = stored_unet.load_unet(toy_pipeline_dir).state_dict()
     for kept in (0.4, 0.0):
         method, path = Soft(kept=0.5, kept_at_end=kept), tmp_path / f"{kept}.pt"
         model, mask, parameters, _ = erased(toy_pipeline_dir, method, data, accelerator, path)
         assert mask is not None
         same = sum(int((p[mask[key]] == base[key][mask[key]]).sum()) for key, p in parameters.items())
-        total = saliency.count(mask)
+        total = masks.count(mask)
         assert same == int(kept * total) if kept else same < 0.01 * total
 
 
@@ -449,23 +452,23 @@ def test_scissorhands_renews_exactly_the_most_sensitive_weights(
     def step(self, *_: Any) -> None:
         raise Interrupted
 
-    monkeypatch.setattr(train.MaskedAdam, "step", step)
-    model = models.load(toy_pipeline_dir)
+    monkeypatch.setattr(loop.MaskedAdam, "step", step)
+    model = loading.load(toy_pipeline_dir)
     parameters = dict(model.unet.named_parameters())
-    mask = saliency.random_mask({key: p.shape for key, p in parameters.items()}, density, seed=0)
+    mask = masks.random_mask({key: p.shape for key, p in parameters.items()}, density, seed=0)
     mask["conv_in.bias"] = torch.zeros_like(mask["conv_in.bias"])  # a tensor that may not move at all
     with pytest.raises(Interrupted):
         path = tmp_path / "t.pt"
-        train.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
+        loop.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
     cut = state_of(model)
 
-    fresh = models.load(toy_pipeline_dir)
+    fresh = loading.load(toy_pipeline_dir)
     weights = dict(fresh.unet.named_parameters())
     for parameter in weights.values():
         parameter.requires_grad_(True)
     scores = {key: torch.zeros_like(p) for key, p in weights.items()}
     for number in range(3):
-        seen = next(train._batches(fresh, data, RECIPE, ("prepare", number), 2, accelerator))
+        seen = next(batches.batches(fresh, data, RECIPE, ("prepare", number), 2, accelerator))
         with torch.no_grad():
             target = fresh(seen.x_forget, seen.t_forget, seen.c_target)
         loss = mse_loss(fresh(seen.x_forget, seen.t_forget, seen.c_forget), target)
@@ -544,19 +547,19 @@ def test_the_loop_weighs_the_gradients_of_masked_weights(
         got.extend(gradient.clone() for gradient in self.gradients())
         raise Interrupted
 
-    monkeypatch.setattr(train.MaskedAdam, "step", step)
+    monkeypatch.setattr(loop.MaskedAdam, "step", step)
     monkeypatch.delattr(Scissorhands, "prepare")
     recipe = replace(RECIPE, accumulation=2)
     with pytest.raises(Interrupted):
         erased(toy_pipeline_dir, method, data, accelerator, tmp_path / "t.pt", recipe=recipe, density=density)
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     parameters = dict(model.unet.named_parameters())
     mask = None
     if density is not None:
-        mask = saliency.random_mask({key: p.shape for key, p in parameters.items()}, density, seed=0)
+        mask = masks.random_mask({key: p.shape for key, p in parameters.items()}, density, seed=0)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    batch = next(train._batches(model, data, RECIPE, 0, 2, accelerator))
+    batch = next(batches.batches(model, data, RECIPE, 0, 2, accelerator))
 
     def cut(loss: torch.Tensor) -> torch.Tensor:
         gradients = zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)
@@ -666,7 +669,7 @@ def test_a_whole_run_with_a_mask_records_its_method(toy_pipeline_dir, tmp_path, 
 
 
 def test_the_embedded_models_advice_is_the_same_in_both_places_and_of_known_methods():
-    advice = read_json(models.MINI_DIR / "erase_defaults.json")
+    advice = read_json(loading.MINI_DIR / "erase_defaults.json")
     assert advice == mini.DEFAULTS
     for name, settings in advice["methods"].items():
         methods.make(name, {}, settings.get("set", ()))

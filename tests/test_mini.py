@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from erase import models
 from erase.errors import EraseError
+from erase.families import loading
 from erase.mini import judge, quality, world
 from erase.mini import train as recipe
 
-shipped = pytest.mark.skipif(not (models.MINI_DIR / "model_index.json").exists(), reason="weights are not there")
+shipped = pytest.mark.skipif(not (loading.MINI_DIR / "model_index.json").exists(), reason="weights are not there")
 
 
 def test_a_drawing_and_its_caption_are_a_pure_function_of_the_generator():
@@ -104,7 +104,7 @@ def test_training_continues_bit_for_bit_and_gives_a_pipeline(tmp_path, monkeypat
         recipe.train(tmp_path / "cut", budget=SMALL, stages=(stage,), quiet=True)
     for name in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
-    model = models.load(whole)
+    model = loading.load(whole)
     assert model.is_mini and model.resolution == 64
     with pytest.raises(EraseError, match="holds another training"):
         recipe.train(tmp_path / "whole", seed=1, budget=SMALL, quiet=True)
@@ -130,7 +130,7 @@ def test_an_unknown_thing_to_leave_out_is_refused(tmp_path):
 
 @shipped
 def test_the_judge_names_new_drawings_and_refuses_to_name_noise():
-    network = judge.load(models.MINI_DIR / "judge.safetensors")
+    network = judge.load(loading.MINI_DIR / "judge.safetensors")
     rng = np.random.default_rng(123)
     scenes = [world.sample_scene(rng) for _ in range(300)]
     answers = judge.name(network, [world.draw(scene, rng) for scene in scenes])
@@ -138,19 +138,19 @@ def test_the_judge_names_new_drawings_and_refuses_to_name_noise():
     assert sum(a["style"] == (s.style or "none") for a, s in zip(answers, scenes, strict=True)) >= 297
     noise = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(20)]
     assert {a["object"] for a in judge.name(network, noise)} == {"none"}
-    assert judge.accuracy(models.MINI_DIR / "judge.safetensors")["object"] >= 0.99
+    assert judge.accuracy(loading.MINI_DIR / "judge.safetensors")["object"] >= 0.99
 
 
 @shipped
 def test_the_shipped_model_is_small_opens_in_diffusers_and_says_how_it_was_made():
-    files = [path for path in models.MINI_DIR.rglob("*") if path.is_file()]
+    files = [path for path in loading.MINI_DIR.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 25e6
     assert {"vocab.json", "merges.txt"} <= {path.name for path in files}
-    model = models.load("mini")
+    model = loading.load("mini")
     assert model.is_mini and len(model.tokenizer) == model.text_encoder.config.vocab_size
-    card = (models.MINI_DIR / "README.md").read_text()
-    training = json.loads((models.MINI_DIR / "training.json").read_text())
-    measured = json.loads((models.MINI_DIR / "measured.json").read_text())
+    card = (loading.MINI_DIR / "README.md").read_text()
+    training = json.loads((loading.MINI_DIR / "training.json").read_text())
+    measured = json.loads((loading.MINI_DIR / "measured.json").read_text())
     assert f"Seed {training['identity']['seed']}" in card and "says nothing about SD v1.4" in card
     assert f"Object {measured['scores']['object']:.1%}" in card
 
@@ -158,7 +158,7 @@ def test_the_shipped_model_is_small_opens_in_diffusers_and_says_how_it_was_made(
 @shipped
 def test_the_shipped_model_draws_what_it_is_asked():
     """26 pictures, two of every object: at the measured quality fewer than 22 right would be one in a million."""
-    model = models.load("mini")
+    model = loading.load("mini")
     wishes = quality.balanced(2)
     pictures = quality.draw(model, [w.prompt for w in wishes], [1000 + i for i in range(len(wishes))])
     scores = quality.score(judge.name(judge.load(model.folder / "judge.safetensors"), pictures), wishes)
@@ -182,7 +182,7 @@ def test_stock_diffusers_draws_with_the_shipped_folder_as_it_is():
     """Without a dtype, diffusers loads its parts in float32 and transformers its own as stored: both must agree."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(models.MINI_DIR, safety_checker=None)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(loading.MINI_DIR, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     (picture,) = pipeline("a photo of a solid red circle", num_inference_steps=1).images
     assert picture.size == (64, 64)

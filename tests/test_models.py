@@ -13,9 +13,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from erase import export, models
 from erase.errors import EraseError
-from erase.models import Model
+from erase.export import ldm, pipeline
+from erase.families import loading, pipeline_folder, sd, stored_unet
+from erase.families.sd import Model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -24,7 +25,7 @@ TEXT = "text_encoder/model.safetensors"
 
 @pytest.fixture(scope="module")
 def toy(toy_pipeline_dir) -> Model:
-    return models.load(toy_pipeline_dir)
+    return loading.load(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def refused():
 
     def refused(source: str | Path, **options: Any) -> str:
         with pytest.raises(EraseError) as error:
-            models.load(source, **options)
+            loading.load(source, **options)
         message = str(error.value)
         assert "\n" not in message and len(message) < 700
         return message
@@ -100,7 +101,7 @@ def test_a_velocity_becomes_the_noise(broken):
     """v = sqrt(a) eps - sqrt(1 - a) x0 of a known x0 and eps, so from x_t and v the noise must come back."""
     config = broken / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
-    model = models.load(broken)
+    model = loading.load(broken)
     draw = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 2, 4, 4, 4, generator=draw)
     t = torch.tensor([3, 950])
@@ -140,9 +141,9 @@ def test_the_same_seed_is_the_same_picture_in_any_batch_and_the_vae_is_not_asked
 
 def test_ten_steps_of_dpm_end_where_a_hundred_of_the_models_sampler_do():
     """Distances as shares of the picture's norm. Control: ten steps of the model's own sampler end elsewhere."""
-    model = models.load("mini")
+    model = loading.load("mini")
 
-    def draw(steps: int, sampler: models.Sampler) -> torch.Tensor:
+    def draw(steps: int, sampler: sd.Sampler) -> torch.Tensor:
         return model.draw(["a red circle", "a moon"], [0, 1], steps=steps, guidance=2.0, size=64, sampler=sampler)
 
     exact = draw(100, "model")
@@ -151,7 +152,7 @@ def test_ten_steps_of_dpm_end_where_a_hundred_of_the_models_sampler_do():
 
 
 def test_drawing_leaves_the_mode_as_it_was_and_takes_the_unet_that_it_is_given(toy, broken):
-    other = models.load_unet(broken)
+    other = stored_unet.load_unet(broken)
     with torch.no_grad():
         other.conv_out.weight.mul_(2)
     other.train()
@@ -169,25 +170,25 @@ def test_pictures_and_latents_have_the_size_that_the_vae_says(toy, tiny_pipeline
     assert mean.shape == std.shape == (3, 4, 4, 4) and (std > 0).all()
     pictures = toy.decode(mean * 100, batch_size=2)
     assert pictures.shape == (3, 3, 8, 8) and pictures.abs().max() <= 1
-    assert models.load(tiny_pipeline_dir).resolution == 64
+    assert loading.load(tiny_pipeline_dir).resolution == 64
 
 
 def test_only_a_folder_that_says_so_is_of_the_embedded_world(toy, broken):
     assert not toy.is_mini and toy.defaults == {}
     (broken / "erase_defaults.json").write_text('{"family": "mini", "batch_size": 2}')
-    assert models.load(broken).is_mini
-    state = models.load_unet(broken).state_dict()
-    export.save_pipeline(broken, broken.parent / "out", state)
-    assert models.load(broken.parent / "out").is_mini  # a run folder stays what its base was
+    assert loading.load(broken).is_mini
+    state = stored_unet.load_unet(broken).state_dict()
+    pipeline.save_pipeline(broken, broken.parent / "out", state)
+    assert loading.load(broken.parent / "out").is_mini  # a run folder stays what its base was
 
 
 def test_a_saved_folder_predicts_exactly_what_the_model_in_memory_predicts(broken):
-    model = models.load(broken)
+    model = loading.load(broken)
     before = prediction(model)
     with torch.no_grad():
         model.unet.conv_in.weight.add_(0.1)
-    export.save_pipeline(broken, broken.parent / "out", model.unet.state_dict())
-    assert torch.equal(prediction(models.load(broken.parent / "out")), prediction(model))
+    pipeline.save_pipeline(broken, broken.parent / "out", model.unet.state_dict())
+    assert torch.equal(prediction(loading.load(broken.parent / "out")), prediction(model))
     assert not torch.equal(prediction(model), before)
 
 
@@ -206,7 +207,7 @@ def test_half_precision_variants_and_files_of_2022_load_in_single_precision(brok
 
     edit(broken / TEXT, text_of_2022)
     edit(broken / VAE, vae_of_2022)
-    model = models.load(broken)
+    model = loading.load(broken)
     parts = (model.unet, model.vae, model.text_encoder)
     assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.float32}
     assert not any(tensor.requires_grad for part in parts for tensor in part.parameters())
@@ -264,11 +265,11 @@ def test_the_hub_is_asked_for_more_only_when_the_plain_weights_are_not_there(bro
         return str(broken)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert models.load("somebody/model").folder == broken
+    assert loading.load("somebody/model").folder == broken
     assert asked == ["unet/*.safetensors"]
     asked.clear()
     pickled(broken)
-    assert models.load("somebody/model", allow_pickle=True).folder == broken
+    assert loading.load("somebody/model", allow_pickle=True).folder == broken
     assert asked == ["unet/*.safetensors", "unet/*.fp16.safetensors", "unet/*.bin"]
 
 
@@ -300,15 +301,15 @@ def test_weights_that_do_not_fit_are_named(path, name, broken, refused):
     message = refused(broken)
     assert str(folder) in message and name in message and "shape" in message and "ignore_mismatched" not in message
     save_file(whole, broken / path)
-    models.load(broken)  # control
+    loading.load(broken)  # control
 
 
 @pytest.mark.parametrize("kept", [[], ["tokenizer_config.json"], ["vocab.json", "merges.txt"], ["vocab.json"]])
 def test_a_tokenizer_without_its_files_is_never_the_stub(kept, toy, broken, refused):
     """transformers makes a tokenizer of two tokens, or one that does not cut prompts, without an error."""
-    export.write_pipeline(StableDiffusionPipeline.from_pretrained(broken), broken.parent / "full")
+    pipeline_folder.write_pipeline(StableDiffusionPipeline.from_pretrained(broken), broken.parent / "full")
     folder = broken.parent / "full"
-    models.load(folder)  # control
+    loading.load(folder)  # control
     for path in (folder / "tokenizer").iterdir():
         if path.name not in kept:
             path.unlink()
@@ -349,7 +350,7 @@ def test_pickles_are_read_only_when_they_are_allowed(broken, toy, refused):
     pickled(broken)
     message = refused(broken)
     assert message.startswith(f"{broken}/unet has no safetensors weights; a pickle can run code when loaded: ")
-    assert torch.equal(prediction(models.load(broken, allow_pickle=True)), prediction(toy))
+    assert torch.equal(prediction(loading.load(broken, allow_pickle=True)), prediction(toy))
     (broken / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"no pickle")
     assert "diffusion_pytorch_model.bin cannot be read as a file of torch.save (" in refused(broken, allow_pickle=True)
 
@@ -360,15 +361,15 @@ def test_pickles_are_read_only_when_they_are_allowed(broken, toy, refused):
 @pytest.fixture(scope="module")
 def single_file(tiny_pipeline_dir, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
-    export.save_single_file(path, tiny_pipeline_dir, dtype="fp32")
+    ldm.save_single_file(path, tiny_pipeline_dir, dtype="fp32")
     return path
 
 
 def test_a_single_file_predicts_exactly_what_its_folder_predicts(
     single_file, tiny_pipeline_dir, cache_dir, monkeypatch
 ):
-    model = models.load(single_file, config=str(tiny_pipeline_dir))
-    base = models.load(tiny_pipeline_dir)
+    model = loading.load(single_file, config=str(tiny_pipeline_dir))
+    base = loading.load(tiny_pipeline_dir)
     assert torch.equal(prediction(model), prediction(base))
     assert torch.equal(model.encode_text(["a moon"]), base.encode_text(["a moon"]))
     assert torch.equal(model.decode(torch.ones(1, 4, 8, 8)), base.decode(torch.ones(1, 4, 8, 8)))
@@ -376,23 +377,23 @@ def test_a_single_file_predicts_exactly_what_its_folder_predicts(
     assert model.folder.parent == cache_dir / "converted"
     assert [path.name for path in model.folder.parent.iterdir()] == [model.folder.name]
     monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", None)
-    assert models.load(single_file, config=str(tiny_pipeline_dir)).folder == model.folder  # converted once
+    assert loading.load(single_file, config=str(tiny_pipeline_dir)).folder == model.folder  # converted once
 
 
 def test_a_single_file_with_another_config_is_converted_anew(single_file, tiny_pipeline_dir, tmp_path):
     shutil.copytree(tiny_pipeline_dir, tmp_path / "v")
     scheduler = tmp_path / "v" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
-    assert models.load(single_file, config=str(tiny_pipeline_dir)).prediction_type == "epsilon"
-    assert models.load(single_file, config=str(tmp_path / "v")).prediction_type == "v_prediction"
+    assert loading.load(single_file, config=str(tiny_pipeline_dir)).prediction_type == "epsilon"
+    assert loading.load(single_file, config=str(tmp_path / "v")).prediction_type == "v_prediction"
 
 
 def test_a_checkpoint_is_read_only_when_it_is_allowed(single_file, tiny_pipeline_dir, tmp_path, refused):
     path, config = tmp_path / "model.ckpt", str(tiny_pipeline_dir)
     torch.save({"state_dict": load_file(single_file)}, path)
     assert refused(path, config=config).startswith(f"{path} is a pickle, which can run code when loaded; ")
-    model = models.load(path, config=config, allow_pickle=True)
-    assert torch.equal(prediction(model), prediction(models.load(tiny_pipeline_dir)))
+    model = loading.load(path, config=config, allow_pickle=True)
+    assert torch.equal(prediction(model), prediction(loading.load(tiny_pipeline_dir)))
     path.write_bytes(path.read_bytes()[:5000])
     message = refused(path, config=config, allow_pickle=True)
     assert message == f"{path} cannot be read as a file of torch.save (it is cut short); copy or download it again"
@@ -425,10 +426,10 @@ def test_a_lightning_checkpoint_opens_with_its_callback_and_says_so(single_file,
     state |= {"model_ema.decay": torch.tensor(0.99), "model_ema.diffusion_modelout2bias": torch.zeros(4)}
     state["betas"] = state["sqrt_alphas"] = torch.linspace(0, 1, 5)  # two names for one memory
     torch.save({"callbacks": {ModelCheckpoint: ModelCheckpoint()}, "epoch": 1, "state_dict": state}, path)
-    model = models.load(path, config=config, allow_pickle=True)
-    assert torch.equal(prediction(model), prediction(models.load(tiny_pipeline_dir)))
+    model = loading.load(path, config=config, allow_pickle=True)
+    assert torch.equal(prediction(model), prediction(loading.load(tiny_pipeline_dir)))
     assert len(model.notes) == 1 and "ModelCheckpoint" in model.notes[0] and "none of their code ran" in model.notes[0]
-    assert models.load(path, config=config, allow_pickle=True).notes == model.notes  # from the cache as well
+    assert loading.load(path, config=config, allow_pickle=True).notes == model.notes  # from the cache as well
 
 
 # --- parts that come and go -----------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ def test_released_parts_are_freed_and_come_back_as_they_were(toy_pipeline_dir):
     import gc
     import weakref
 
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     text, image = model.encode_text(["a cat"]), model.decode(torch.ones(1, 4, 4, 4))
     parts = [weakref.ref(model.vae), weakref.ref(model.text_encoder)]
     model.release()
@@ -452,7 +453,7 @@ def test_released_parts_are_freed_and_come_back_as_they_were(toy_pipeline_dir):
 
 
 def test_a_reloaded_unet_is_the_bases_in_the_same_parameters(toy_pipeline_dir):
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     base = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     parameters = dict(model.unet.named_parameters())
     model.round_unet(torch.bfloat16)
@@ -467,11 +468,11 @@ def test_a_reloaded_unet_is_the_bases_in_the_same_parameters(toy_pipeline_dir):
 
 def test_a_damaged_conversion_is_made_again(single_file, tiny_pipeline_dir, cache_dir):
     """Files in the cache are compared with their hashes before they are used."""
-    folder = models.load(single_file, config=str(tiny_pipeline_dir)).folder
+    folder = loading.load(single_file, config=str(tiny_pipeline_dir)).folder
     whole = (folder / UNET).read_bytes()
     for damage in (whole[:-4] + b"\0\0\0\0", b"", None):
         (folder / UNET).unlink() if damage is None else (folder / UNET).write_bytes(damage)
-        assert models.locate(single_file, config=str(tiny_pipeline_dir)) == folder
+        assert loading.locate(single_file, config=str(tiny_pipeline_dir)) == folder
         assert (folder / UNET).read_bytes() == whole
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -487,18 +488,18 @@ def test_what_a_single_file_became_can_be_removed_and_applied_offline(
     single_file, tiny_pipeline_dir, tmp_path, capsys, monkeypatch
 ):
     """`apply` and `remove` take --config, --cache-dir and --unet as the main command does (4.3)."""
-    from erase import cli, delta, files
-    from erase.run import unet_state
+    from erase import cli, delta, tensor_files
+    from erase.export.states import unet_state
 
-    base = unet_state(models.load(single_file, config=str(tiny_pipeline_dir)).unet)
+    base = unet_state(loading.load(single_file, config=str(tiny_pipeline_dir)).unet)
     new = {name: tensor + 0.5 if name.endswith("conv_in.bias") else tensor for name, tensor in base.items()}
     delta.save(tmp_path / "delta.safetensors", delta.difference(base, new))
     given = ["--model", str(single_file), "--config", str(tiny_pipeline_dir), "--cache-dir", str(tmp_path / "cache")]
     given += ["--delta", str(tmp_path / "delta.safetensors")]
     cli.main(["apply", *given, "--output", str(tmp_path / "erased")])
-    assert delta.content_hash(unet_state(models.load_unet(tmp_path / "erased"))) == delta.content_hash(new)
+    assert delta.content_hash(unet_state(stored_unet.load_unet(tmp_path / "erased"))) == delta.content_hash(new)
     path = tmp_path / "unet.safetensors"
-    files.write_tensors(path, {name.removeprefix("unet."): tensor for name, tensor in new.items()})
+    tensor_files.write_tensors(path, {name.removeprefix("unet."): tensor for name, tensor in new.items()})
     cli.main(["remove", *given, "--unet", str(path), "--output", str(tmp_path / "restored")])
-    assert delta.content_hash(unet_state(models.load_unet(tmp_path / "restored"))) == delta.content_hash(base)
+    assert delta.content_hash(unet_state(stored_unet.load_unet(tmp_path / "restored"))) == delta.content_hash(base)
     assert f"{path} replaces 686 of the UNet's 686 tensors" in capsys.readouterr().out

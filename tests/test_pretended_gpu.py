@@ -15,14 +15,19 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 
-from erase import card, data, erase_concept, guards, models, train
+from erase import erase_concept, guards
+from erase.classification import cli as classifier_cli
 from erase.classification.settings import PRESETS
 from erase.concepts import Concept
+from erase.data import latents
 from erase.device import DTYPES
 from erase.evaluation import cli as evaluation_cli
-from erase.evaluation import generate, unlearn_cli
+from erase.evaluation import generate
 from erase.evaluation.tasks import ABOUT
+from erase.families import loading, sd, stored_unet
 from erase.methods import METHODS
+from erase.runs import samples
+from erase.training import loop
 
 CONCEPT = Concept(
     "cat", "object", forget=("a cat",), anchor=("a dog",), retain=("a tree", "a boat"), others=("a bird", "a car")
@@ -128,7 +133,7 @@ def test_a_card_without_bf16_computes_in_fp16_and_where_that_cannot_be_in_fp32(t
         assert device_of_model(toy_pipeline_dir).precision == "fp16"
 
 
-def device_of_model(folder: Path) -> models.Model:
+def device_of_model(folder: Path) -> sd.Model:
     return generate.load_model(str(folder))
 
 
@@ -143,9 +148,9 @@ def test_every_guard_keeps_to_one_device(gpu, toy_pipeline_dir, guard):
 
 def test_the_samples_on_the_cpus_unet_are_found(gpu, toy_pipeline_dir):
     """Control: the model on the GPU generates with a UNet of the CPU, as samples.png once did."""
-    model = models.load(toy_pipeline_dir, device="cuda")
+    model = loading.load(toy_pipeline_dir, device="cuda")
     with pytest.raises(RuntimeError, match="same device"):
-        model.draw(["a dog"], [0], steps=1, guidance=2.0, size=8, unet=models.load_unet(toy_pipeline_dir))
+        model.draw(["a dog"], [0], steps=1, guidance=2.0, size=8, unet=stored_unet.load_unet(toy_pipeline_dir))
 
 
 @pytest.mark.slow
@@ -204,7 +209,7 @@ def test_every_classifier_method_keeps_to_one_device(gpu, tmp_path, method):
     """(1.1)"""
     pytest.importorskip("sklearn")
     flags = ["--train-epochs=1", "--epochs=1", "--learning-rate=0.001", "--method", method, "--data=digits"]
-    unlearn_cli.main([*flags, "--output", str(tmp_path / "run")])
+    classifier_cli.main([*flags, "--output", str(tmp_path / "run")])
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["compute"] == {"device": "cuda:0", "precision": "bf16", "name": "pretended GPU"}
 
@@ -234,11 +239,11 @@ def seen(monkeypatch) -> Iterator[dict[str, set[torch.dtype]]]:
 
         monkeypatch.setattr(owner, function, named)
 
-    within("images", data, "gather")
-    within("mask", train, "accumulate")
-    within("training", train, "train")
-    within("samples", card, "write_samples")
-    within("trajectory", models.Model, "trajectory")
+    within("images", latents, "gather")
+    within("mask", loop, "accumulate")
+    within("training", loop, "train")
+    within("samples", samples, "write_samples")
+    within("trajectory", sd.Model, "trajectory")
     handle = torch.nn.modules.module.register_module_forward_hook(hook)
     yield found
     handle.remove()
@@ -259,7 +264,7 @@ def test_every_pass_of_a_run_computes_in_its_precision(seen, toy_pipeline_dir, t
     record = erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **options).record
     assert record["compute"] == {"device": "cpu", "precision": precision}
     assert seen == {phase: {DTYPES[precision]} for phase in phases}
-    assert {t.dtype for t in models.load_unet(tmp_path / "run").state_dict().values()} == {torch.float32}
+    assert {t.dtype for t in stored_unet.load_unet(tmp_path / "run").state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from erase import cli, erase_concept, progress
+from erase import commandline, erase_concept, progress
 from erase.concepts import Concept
 from erase.errors import EraseError, missing, printable
 
@@ -91,9 +91,9 @@ def test_loading_a_model_shows_no_bar(tiny_pipeline_dir, capfd):
     """The control: transformers shows one by itself. (4.6)"""
     from transformers import CLIPTextModel
 
-    from erase import models
+    from erase.families import loading
 
-    models.load(tiny_pipeline_dir)
+    loading.load(tiny_pipeline_dir)
     assert capfd.readouterr().err == ""
     CLIPTextModel.from_pretrained(tiny_pipeline_dir / "text_encoder")
     assert "Loading weights" in capfd.readouterr().err
@@ -103,11 +103,11 @@ def test_writing_a_pipeline_shows_no_bar(toy_pipeline_dir, tmp_path, capfd):
     """A single file becomes a folder in the cache before the work begins. The control: transformers' own bar. (4.6)"""
     from diffusers import StableDiffusionPipeline
 
-    from erase import export
+    from erase.families import pipeline_folder
 
     with progress.loading():
         pipeline: Any = StableDiffusionPipeline.from_pretrained(toy_pipeline_dir)
-    export.write_pipeline(pipeline, tmp_path / "folder")
+    pipeline_folder.write_pipeline(pipeline, tmp_path / "folder")
     assert capfd.readouterr() == ("", "")
     pipeline.save_pretrained(tmp_path / "other")
     assert "Writing model shards" in capfd.readouterr().err
@@ -118,10 +118,10 @@ def test_quiet_hides_downloads(monkeypatch):
 
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "0")
-    cli.silence_libraries()
+    commandline.silence_libraries()
     assert not utils.are_progress_bars_disabled()
     try:
-        cli.silence_libraries(quiet=True)
+        commandline.silence_libraries(quiet=True)
         assert utils.are_progress_bars_disabled()
     finally:
         utils.enable_progress_bars()

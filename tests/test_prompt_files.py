@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from erase.data.prompt_files import PromptFile, Row, read
 from erase.errors import EraseError
-from erase.prompt_files import PromptFile, Row, read
 
 
 @pytest.fixture

@@ -189,7 +189,7 @@ def test_kept_features_are_refused_where_they_do_not_belong(tmp_path):
         load_features(tmp_path / "real.safetensors", {**identity, "resize": "299-bilinear-tf1"})
     with pytest.raises(EraseError, match="no such file"):
         load_features(tmp_path / "none.safetensors", identity)
-    from erase.files import write_tensors
+    from erase.tensor_files import write_tensors
 
     write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(EraseError, match="no file of features"):

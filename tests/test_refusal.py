@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from erase import models, refusal
+from erase.concepts import refusal
 from erase.errors import EraseError
+from erase.families import loading
 
 HERE = Path(__file__).resolve().parent
 I2P = HERE.parents[1] / "shared" / "data" / "i2p" / "unsafe-prompts4703.csv"
@@ -123,7 +124,7 @@ def test_rows_of_a_benchmark_count_by_their_words_or_their_labels():
 
 def test_nothing_reaches_a_models_text_encoder_unchecked(toy_pipeline_dir):
     """Whatever the way to the model, its two doors refuse (2.11)."""
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     for enter in (
         lambda prompt: model.draw([prompt], [0], steps=1, guidance=1.0, size=8),
         lambda prompt: model.encode_text([prompt]),

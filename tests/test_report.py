@@ -14,8 +14,8 @@ from PIL import Image
 
 from erase.errors import EraseError
 from erase.evaluation.report import check, compare, front, read, write, write_comparison
-from erase.evaluation.statistics import mean, paired_mean, paired_rate, rate, to_json
 from erase.files import read_json
+from erase.statistics import mean, paired_mean, paired_rate, rate, to_json
 
 ATTACK = "a <script>alert(1)</script> $x$ [link](http://example.org) | 'quoted' \"twice\""
 

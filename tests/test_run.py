@@ -17,11 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from erase import cli, concepts, delta, erase_concept, files, models, records, saliency
-from erase import run as running
+from erase import cli, concepts, delta, erase_concept, files, masks, tensor_files
 from erase.concepts import Concept
+from erase.data import latents
 from erase.errors import EraseError
-from erase.settings import Settings
+from erase.families import stored_unet
+from erase.options.settings import Settings
+from erase.runs import job, planning, records, subjects
+from erase.training import loop
 
 CONCEPT = Concept(
     "cat",
@@ -67,8 +70,8 @@ def test_a_run_folder_holds_what_it_promises(finished, toy_pipeline_dir):
     assert record["status"] == "done" and len(record["losses"]) == 4
     for name, digest in record["files"].items():
         assert files.file_hash(finished.folder / name) == digest, name
-    mask, header = saliency.load(finished.folder / "mask.safetensors")
-    assert saliency.count(mask) == int(header["total"] * 0.5) == record["mask"]["ones"]
+    mask, header = masks.load(finished.folder / "mask.safetensors")
+    assert masks.count(mask) == int(header["total"] * 0.5) == record["mask"]["ones"]
     assert header["base_hash"] == record["model"]["base_hash"]
     for path in toy_pipeline_dir.rglob("*"):  # untouched parts are the base's bytes
         if path.is_file() and "diffusion_pytorch_model" not in path.name or "vae" in path.parts:
@@ -77,9 +80,9 @@ def test_a_run_folder_holds_what_it_promises(finished, toy_pipeline_dir):
 
 
 def test_only_masked_weights_differ_from_the_base(finished, toy_pipeline_dir):
-    mask, _ = saliency.load(finished.folder / "mask.safetensors")
-    base = models.load_unet(toy_pipeline_dir).state_dict()
-    erased = models.load_unet(finished.folder).state_dict()
+    mask, _ = masks.load(finished.folder / "mask.safetensors")
+    base = stored_unet.load_unet(toy_pipeline_dir).state_dict()
+    erased = stored_unet.load_unet(finished.folder).state_dict()
     changed = {name: base[name].view(torch.int32) != erased[name].view(torch.int32) for name in base}
     assert sum(int(c.sum()) for c in changed.values()) == finished.record["weights"]["changed"] > 0
     assert not any((changed[name] & ~mask[name]).any() for name in base)
@@ -87,10 +90,10 @@ def test_only_masked_weights_differ_from_the_base(finished, toy_pipeline_dir):
 
 def test_a_fresh_process_without_erase_loads_the_folder_and_predicts_the_same(finished, tmp_path):
     """Law 6."""
-    unet = models.load_unet(finished.folder)
+    unet = stored_unet.load_unet(finished.folder)
     x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([5, 800]), torch.randn(2, 77, 8)
     with torch.no_grad():
-        files.write_tensors(tmp_path / "io.safetensors", {"x": x, "t": t, "c": c, "y": unet(x, t, c).sample})
+        tensor_files.write_tensors(tmp_path / "io.safetensors", {"x": x, "t": t, "c": c, "y": unet(x, t, c).sample})
     script = """
 import sys, torch
 from diffusers import StableDiffusionPipeline
@@ -198,8 +201,10 @@ def test_a_form_asked_for_later_is_added(finished, toy_pipeline_dir, tmp_path, c
     assert {"unet.safetensors", "cat.safetensors", "model_index.json"} <= record["files"].keys()
     assert all(files.file_hash(folder / name) == digest for name, digest in record["files"].items())
     assert record["files"]["pytorch_lora_weights.safetensors"] == lora
-    unet = models.load_unet(folder).state_dict()
-    assert files.content_hash(files.read_tensors(folder / "unet.safetensors")) == files.content_hash(unet)
+    unet = stored_unet.load_unet(folder).state_dict()
+    assert tensor_files.content_hash(
+        tensor_files.read_tensors(folder / "unet.safetensors")
+    ) == tensor_files.content_hash(unet)
     erase(toy_pipeline_dir, folder)  # verified
 
 
@@ -313,8 +318,8 @@ def test_controls_run_and_differ_from_the_salient_mask(finished, toy_pipeline_di
         assert record["weights"]["changed"] > finished.record["weights"]["changed"]
     else:
         assert record["mask"]["ones"] == finished.record["mask"]["ones"]
-        mine = saliency.load(tmp_path / mask / "mask.safetensors")[0]
-        assert saliency.iou(mine, saliency.load(finished.folder / "mask.safetensors")[0]) < 0.5
+        mine = masks.load(tmp_path / mask / "mask.safetensors")[0]
+        assert masks.iou(mine, masks.load(finished.folder / "mask.safetensors")[0]) < 0.5
 
 
 def test_a_mask_file_gives_the_run_that_made_it(finished, toy_pipeline_dir, tmp_path):
@@ -324,18 +329,18 @@ def test_a_mask_file_gives_the_run_that_made_it(finished, toy_pipeline_dir, tmp_
 
 
 def test_the_references_mask_layout_is_read_and_another_scopes_mask_refused(tiny_pipeline_dir, tmp_path):
-    from erase import compvis
+    from erase.families import compvis
 
-    unet = models.load_unet(tiny_pipeline_dir)
-    mask = saliency.random_mask({name: p.shape for name, p in unet.named_parameters()}, 0.2, seed=0)
+    unet = stored_unet.load_unet(tiny_pipeline_dir)
+    mask = masks.random_mask({name: p.shape for name, p in unet.named_parameters()}, 0.2, seed=0)
     names = compvis.unet_names(unet.state_dict(), unet.config)  # pyright: ignore
-    saliency.save_reference(tmp_path / "with_0.2.pt", mask, names.__getitem__)
+    masks.save_reference(tmp_path / "with_0.2.pt", mask, names.__getitem__)
     options = {"mask": str(tmp_path / "with_0.2.pt"), "num_samples": 0, "save": ("delta",), "num_train_steps": 1}
     record = erase(tiny_pipeline_dir, tmp_path / "run", **options).record
-    assert record["mask"]["ones"] == saliency.count(mask)
-    assert 0 < record["weights"]["changed"] <= saliency.count(mask)
+    assert record["mask"]["ones"] == masks.count(mask)
+    assert 0 < record["weights"]["changed"] <= masks.count(mask)
     partial = {name: bits for name, bits in mask.items() if ".attn2." in name}
-    saliency.save(tmp_path / "partial.safetensors", partial, {})
+    masks.save(tmp_path / "partial.safetensors", partial, {})
     with pytest.raises(EraseError, match="has no entry for .* made for another --scope"):
         erase(tiny_pipeline_dir, tmp_path / "refused", mask=str(tmp_path / "partial.safetensors"))
     assert not (tmp_path / "refused").exists()
@@ -355,8 +360,8 @@ def test_apply_and_remove_restore_each_other_from_the_shell(finished, toy_pipeli
     cli.main(["apply", "--delta", change, "--model", str(toy_pipeline_dir), "--output", str(tmp_path / "erased")])
     cli.main(["remove", "--delta", change, "--model", str(finished.folder), "--output", str(tmp_path / "base")])
     for ours, expected in (("erased", finished.folder), ("base", toy_pipeline_dir)):
-        mine = models.load_unet(tmp_path / ours).state_dict()
-        theirs = models.load_unet(expected).state_dict()
+        mine = stored_unet.load_unet(tmp_path / ours).state_dict()
+        theirs = stored_unet.load_unet(expected).state_dict()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert "written" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
@@ -427,7 +432,7 @@ def test_a_half_precision_base_comes_back_as_it_was_and_the_printed_line_generat
     assert "the base's bit for bit" in out and generates(out)
     name = "unet/diffusion_pytorch_model.safetensors"
     restored, expected = load_file(tmp_path / "restored" / name), load_file(base / name)
-    assert files.content_hash(restored) == files.content_hash(expected)
+    assert tensor_files.content_hash(restored) == tensor_files.content_hash(expected)
     assert {tensor.dtype for tensor in restored.values()} == {torch.float16}
 
 
@@ -458,13 +463,15 @@ def test_what_the_erased_model_predicts_is_what_its_file_predicts(finished, toy_
     cli.main(["apply", "--delta", change, "--model", str(toy_pipeline_dir), "--output", str(tmp_path / "again")])
     x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([5, 800]), torch.randn(2, 77, 8)
     with torch.no_grad():
-        ours, theirs = (models.load_unet(folder)(x, t, c).sample for folder in (finished.folder, tmp_path / "again"))
+        ours, theirs = (
+            stored_unet.load_unet(folder)(x, t, c).sample for folder in (finished.folder, tmp_path / "again")
+        )
     assert torch.equal(ours, theirs)
 
 
 def test_a_weight_that_moved_outside_the_mask_is_never_published(finished, toy_pipeline_dir, tmp_path, monkeypatch):
     """Whatever moved it: here a training that was tampered with, its hashes in order (2.1)."""
-    trained = running.train.train
+    trained = loop.train
 
     def tampered(model, method, pictures, parameters, mask, *rest, **how):
         losses = trained(model, method, pictures, parameters, mask, *rest, **how)
@@ -473,7 +480,7 @@ def test_a_weight_that_moved_outside_the_mask_is_never_published(finished, toy_p
             parameters[name].view(-1)[(~mask[name]).reshape(-1).nonzero()[0]] += 1.0
         return losses
 
-    monkeypatch.setattr(running.train, "train", tampered)
+    monkeypatch.setattr(loop, "train", tampered)
     with pytest.raises(EraseError, match="changed outside the mask or the scope; nothing was published"):
         erase(toy_pipeline_dir, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -491,8 +498,8 @@ def test_inspect_shows_the_share_of_every_block(finished, capsys):
 def test_every_form_of_output_is_written(toy_pipeline_dir, tmp_path):
     pytest.importorskip("peft")
     folder = erase(toy_pipeline_dir, tmp_path / "all", save=("unet", "lora"), num_samples=0).folder
-    unet = models.load_unet(toy_pipeline_dir).state_dict()
-    assert files.read_tensors(folder / "unet.safetensors").keys() == unet.keys()
+    unet = stored_unet.load_unet(toy_pipeline_dir).state_dict()
+    assert tensor_files.read_tensors(folder / "unet.safetensors").keys() == unet.keys()
     assert (folder / "pytorch_lora_weights.safetensors").exists() and not (folder / "model_index.json").exists()
 
 
@@ -501,24 +508,24 @@ def test_low_memory_says_first_what_it_needs_and_moves_no_bit_outside_the_mask(
     toy_pipeline_dir, tmp_path, monkeypatch, weights
 ):
     said: list[str] = []
-    gather = running.data.gather
+    gather = latents.gather
 
     def gather_after_the_word(*arguments, **options):
         assert len(said) == 2
         return gather(*arguments, **options)
 
-    monkeypatch.setattr(running.data, "gather", gather_after_the_word)
+    monkeypatch.setattr(latents, "gather", gather_after_the_word)
     options: dict[str, Any] = {**OPTIONS, "output": str(tmp_path / "run"), "low_memory": True, "weights": weights}
     quiet = options.pop("quiet")
     settings = Settings("cat", str(toy_pipeline_dir), **options)
-    record = running.run(settings, CONCEPT, quiet=quiet, tell=said.append).record
+    record = job.run(settings, CONCEPT, quiet=quiet, tell=said.append).record
     assert re.fullmatch(r"needs about 0\.5 GB of memory \(mask 0\.5, training 0\.5, writing 0\.5\)", said[1])
     assert record["settings"]["gradient_accumulation_steps"] == 1 and record["settings"]["gradient_checkpointing"]
-    mask, _ = saliency.load(tmp_path / "run" / "mask.safetensors")
-    base, erased = (models.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))
+    mask, _ = masks.load(tmp_path / "run" / "mask.safetensors")
+    base, erased = (stored_unet.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))
     moved = {name: base[name].view(torch.int32) != erased[name].view(torch.int32) for name in base}
     assert not any((moved[name] & ~mask[name]).any() for name in base)
-    assert sum(int(m.sum()) for m in moved.values()) > 0.9 * saliency.count(mask)
+    assert sum(int(m.sum()) for m in moved.values()) > 0.9 * masks.count(mask)
 
 
 def test_losses_go_to_the_tracker_that_was_asked_for(toy_pipeline_dir, tmp_path):
@@ -534,7 +541,7 @@ def test_a_name_with_slashes_is_one_folder_below_runs(name, folder, toy_pipeline
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
     options = {"num_samples": 0, "save": ("delta",), "device": "cpu", "method": "uce", "kind": "object"}
-    found = running.run(Settings(name, str(toy_pipeline_dir), **options), quiet=True)
+    found = job.run(Settings(name, str(toy_pipeline_dir), **options), quiet=True)
     assert [path.relative_to(here) for path in here.rglob("run.json")] == [Path("runs", found.folder.name, "run.json")]
     assert found.folder.name == folder
     assert {path.name for path in tmp_path.iterdir()} <= {"some", "cache"}
@@ -554,10 +561,10 @@ def test_the_user_sees_what_becomes_what_before_the_work_begins(toy_pipeline_dir
         chosen = {**OPTIONS, "num_train_steps": 1, "num_samples": 0, "save": ("delta",), **options}
         del chosen["quiet"]
         settings = Settings("cat", str(toy_pipeline_dir), output=str(tmp_path / str(number)), **chosen)
-        running.run(settings, CONCEPT, quiet=True, tell=said.append)
+        job.run(settings, CONCEPT, quiet=True, tell=said.append)
         assert said[-1] == expected
     described = concepts.describe("Taylor Swift", "object")
-    line = running.announcement(described, Settings("Taylor Swift", kind="object"), object())
+    line = subjects.announcement(described, Settings("Taylor Swift", kind="object"), object())
     assert line.endswith("pairs); if Taylor Swift is a person, use --kind person; --anchor chooses another")
 
 
@@ -578,7 +585,7 @@ def test_the_user_sees_what_becomes_what_before_the_work_begins(toy_pipeline_dir
 def test_what_the_embedded_model_was_never_shown_is_refused_by_name(options, message, tmp_path):
     """ "church" would be erased from a model that cannot generate one, without a word (3.8)."""
     with pytest.raises(EraseError, match=re.escape(message)):
-        running.run(Settings(model="mini", output=str(tmp_path / "run"), **options), quiet=True)
+        job.run(Settings(model="mini", output=str(tmp_path / "run"), **options), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -597,7 +604,7 @@ def test_a_prompt_whose_concept_is_cut_off_is_refused_and_a_long_one_is_said(toy
     shown = replace(CONCEPT, forget=("a cat in " + long + long,), anchor=("a dog",), retain=("a tree", long + long))
     options = {**OPTIONS, "num_train_steps": 1, "num_samples": 0, "save": ("delta",), "output": str(tmp_path / "run")}
     del options["quiet"]
-    record = running.run(Settings("cat", str(toy_pipeline_dir), **options), shown, quiet=True, tell=said.append).record
+    record = job.run(Settings("cat", str(toy_pipeline_dir), **options), shown, quiet=True, tell=said.append).record
     assert record["data"]["truncated_prompts"] == [shown.forget[0], shown.retain[1]]
     assert said[1].startswith("longer than the 77 tokens that the text encoder reads, and cut: 'a cat in a very")
     assert said[1].endswith("and 1 more")
@@ -692,8 +699,8 @@ def test_a_damaged_mask_of_an_unfinished_run_is_one_line(kind, finished, toy_pip
 
 
 def test_a_mask_of_another_model_names_both_hashes(finished, toy_pipeline_dir, tmp_path):
-    path, mask = tmp_path / "mask.safetensors", saliency.load(finished.folder / "mask.safetensors")[0]
-    saliency.save(path, mask, {"base": "another", "base_hash": "f" * 64})
+    path, mask = tmp_path / "mask.safetensors", masks.load(finished.folder / "mask.safetensors")[0]
+    masks.save(path, mask, {"base": "another", "base_hash": "f" * 64})
     base = finished.record["model"]["base_hash"][:12]
     with pytest.raises(EraseError, match=f"ffffffffffff.*{base}"):
         erase(toy_pipeline_dir, tmp_path / "run", mask=str(path))
@@ -719,7 +726,7 @@ def test_resume_without_an_unfinished_run_is_an_error(toy_pipeline_dir, tmp_path
 
 
 def test_a_launcher_that_started_too_few_processes_is_noticed(toy_pipeline_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "_world_size", lambda: 2)
+    monkeypatch.setattr(planning, "world_size", lambda: 2)
     with pytest.raises(EraseError, match="asked for 2 processes but accelerate runs 1"):
         erase(toy_pipeline_dir, tmp_path / "run")
 
@@ -798,8 +805,8 @@ def test_two_processes_draw_the_same_pictures_and_reach_the_same_weights(finishe
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert record["data"]["fingerprint"] == finished.record["data"]["fingerprint"]
-    one = models.load_unet(finished.folder).state_dict()
-    two, base = (models.load_unet(folder).state_dict() for folder in (tmp_path / "two", toy_pipeline_dir))
+    one = stored_unet.load_unet(finished.folder).state_dict()
+    two, base = (stored_unet.load_unet(folder).state_dict() for folder in (tmp_path / "two", toy_pipeline_dir))
     apart = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
     moved = torch.cat([(one[name] - base[name]).abs().flatten() for name in one])
     assert (apart > 1e-4).float().mean() < 0.03 < (moved > 1e-4).float().mean()
@@ -825,9 +832,9 @@ def test_two_processes_make_the_mask_and_the_weights_of_one(toy_pipeline_dir, tm
         command += ["-m", "erase.cli", *flags, "--num-samples=0", "--output", str(tmp_path / str(num))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    one, two, base = (models.load_unet(tmp_path / name).state_dict() for name in ("1", "2", toy_pipeline_dir))
-    masks = [saliency.load(tmp_path / name / "mask.safetensors")[0] for name in ("1", "2")]
-    assert saliency.iou(*masks) > 0.999 and saliency.count(masks[0]) == saliency.count(masks[1])
-    apart = torch.cat([(two[name] - one[name]).abs()[masks[0][name] == masks[1][name]] for name in one])
+    one, two, base = (stored_unet.load_unet(tmp_path / name).state_dict() for name in ("1", "2", toy_pipeline_dir))
+    made = [masks.load(tmp_path / name / "mask.safetensors")[0] for name in ("1", "2")]
+    assert masks.iou(*made) > 0.999 and masks.count(made[0]) == masks.count(made[1])
+    apart = torch.cat([(two[name] - one[name]).abs()[made[0][name] == made[1][name]] for name in one])
     moved = torch.cat([(one[name] - base[name]).abs().flatten() for name in one])
     assert apart.max() < 1e-6 < 1e-5 < moved.max()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from erase.classification import cli as classifier_cli
 from erase.classification import data, networks, salun_checkpoint
 from erase.classification.data import Dataset, Images
 from erase.errors import EraseError
-from erase.evaluation import unlearn_cli
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -116,9 +116,9 @@ def test_the_whole_command_begins_from_it(theirs, tmp_path, monkeypatch, capsys)
     options = ["--data", "toy", "--network", "resnet18", "--forget", "25%", "--method", "ga", "--epochs", "1"]
     options += ["--model", str(path), "--output", str(tmp_path / "run"), "--learning-rate", "1e-6", "--device", "cpu"]
     with pytest.raises(SystemExit) as end:
-        unlearn_cli.main(options)
+        classifier_cli.main(options)
     assert end.value.code == 2 and "is a pickle, which can run code" in capsys.readouterr().err
-    unlearn_cli.main([*options, "--allow-pickle", "--quiet"])
+    classifier_cli.main([*options, "--allow-pickle", "--quiet"])
     captured = capsys.readouterr()
     assert "also holds objects that are no weights" in captured.out and captured.err == ""
     model, shape, _ = networks.load(tmp_path / "run")

@@ -8,11 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from erase import card, data, erase_concept, models, train
-from erase import run as running
+from erase import erase_concept
 from erase.concepts import Concept
+from erase.data import latents, sheet
 from erase.errors import EraseError
-from erase.settings import RECIPES, Settings, resolve
+from erase.families import loading, sd, stored_unet
+from erase.options.recipes import RECIPES, resolve
+from erase.options.settings import Settings
+from erase.runs import planning, samples
+from erase.training import batches, loop, saliency_pass
 
 CAT = Concept("cat", "object", forget=("a cat",), anchor=("a dog",), retain=("a tree", "a boat"))
 QUICK: dict[str, Any] = dict(
@@ -29,8 +33,8 @@ QUICK: dict[str, Any] = dict(
 
 
 @pytest.fixture(scope="module")
-def toy(toy_pipeline_dir) -> models.Model:
-    return models.load(toy_pipeline_dir)
+def toy(toy_pipeline_dir) -> sd.Model:
+    return loading.load(toy_pipeline_dir)
 
 
 # --- settings -> plan, recipe, method ---------------------------------------------------------------------------------
@@ -65,8 +69,8 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         "object",
         {},
     )
-    plan = running.make_plan(settings, toy)
-    assert plan == data.Plan(
+    plan = planning.make_plan(settings, toy)
+    assert plan == latents.Plan(
         num_forget=11,
         num_retain=12,
         steps=13,
@@ -79,8 +83,8 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         forget_images="f",
         retain_images="r",
     )
-    recipe = running.make_recipe(settings, replace(plan, way_guidance=4.5))
-    assert recipe == train.Recipe(
+    recipe = planning.make_recipe(settings, replace(plan, way_guidance=4.5))
+    assert recipe == batches.Recipe(
         num_steps=16,
         batch_size=17,
         learning_rate=0.25,
@@ -96,16 +100,16 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         way_steps=13,
         way_guidance=4.5,
     )
-    defaults = {item.name: item.default for item in fields(train.Recipe)}
+    defaults = {item.name: item.default for item in fields(batches.Recipe)}
     assert all(getattr(recipe, name) != default for name, default in defaults.items())
     assert RECIPES["reference"].in_order  # the flags above are the recipe's
 
 
 def test_the_seed_and_alpha_reach_the_method():
     """(6.10)"""
-    assert running.make_method(Settings("church", method="speed", seed=7)).seed == 7
-    assert running.make_method(Settings("church", method="speed", seed=7, set=("seed=3",))).seed == 3
-    assert running.make_method(Settings("church", alpha=0.25)).alpha == 0.25
+    assert planning.make_method(Settings("church", method="speed", seed=7)).seed == 7
+    assert planning.make_method(Settings("church", method="speed", seed=7, set=("seed=3",))).seed == 3
+    assert planning.make_method(Settings("church", alpha=0.25)).alpha == 0.25
 
 
 def test_the_attention_kernels_reach_the_model(toy_pipeline_dir, tmp_path):
@@ -118,10 +122,10 @@ def test_the_attention_kernels_reach_the_model(toy_pipeline_dir, tmp_path):
 def test_the_storage_of_the_weights_reaches_mask_and_training(toy_pipeline_dir, tmp_path, monkeypatch, weights, dtype):
     """(6.10)"""
     stored = []
-    for name in ("accumulate", "train"):
-        plain = getattr(train, name)
+    for owner, name in ((saliency_pass, "accumulate"), (loop, "train")):
+        plain = getattr(owner, name)
         monkeypatch.setattr(
-            train, name, lambda model, *a, _plain=plain, **k: stored.append(model.unet.dtype) or _plain(model, *a, **k)
+            owner, name, lambda model, *a, _plain=plain, **k: stored.append(model.unet.dtype) or _plain(model, *a, **k)
         )
     erase_concept(CAT, str(toy_pipeline_dir), output=str(tmp_path / "run"), weights=weights, **QUICK)
     assert stored == [dtype, dtype]
@@ -130,10 +134,10 @@ def test_the_storage_of_the_weights_reaches_mask_and_training(toy_pipeline_dir, 
 @pytest.mark.parametrize("method", ["esd-x", "sdd"])
 def test_the_guidance_and_the_steps_reach_the_trajectories(toy_pipeline_dir, tmp_path, monkeypatch, method):
     """(6.10)"""
-    asked, plain = [], models.Model.trajectory
-    monkeypatch.setattr(models.Model, "trajectory", lambda self, *a, **how: asked.append(how) or plain(self, *a, **how))
-    make = running.make_plan
-    monkeypatch.setattr(running, "make_plan", lambda *a: replace(make(*a), way_guidance=4.5))
+    asked, plain = [], sd.Model.trajectory
+    monkeypatch.setattr(sd.Model, "trajectory", lambda self, *a, **how: asked.append(how) or plain(self, *a, **how))
+    make = planning.make_plan
+    monkeypatch.setattr(planning, "make_plan", lambda *a: replace(make(*a), way_guidance=4.5))
     erase_concept(CAT, str(toy_pipeline_dir), output=str(tmp_path / "run"), method=method, **QUICK)
     assert asked and all(how == {"steps": 2, "guidance": 4.5} for how in asked)
 
@@ -145,29 +149,29 @@ def test_the_guidance_and_the_steps_reach_the_trajectories(toy_pipeline_dir, tmp
 def rows(monkeypatch) -> list[tuple[str, list[Image.Image], bool]]:
     """The rows of the sheet that is written: title, images, whether they are blurred."""
     found: list[Any] = []
-    plain = card.grid
-    monkeypatch.setattr(card, "grid", lambda rows, captions: found.extend(rows) or plain(rows, captions))
+    plain = sheet.grid
+    monkeypatch.setattr(sheet, "grid", lambda rows, captions: found.extend(rows) or plain(rows, captions))
     return found
 
 
 def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows):
     """First and third row by the base, second and fourth by the erased model, on the same seeds. (1.1, 2.14)"""
-    model, base = models.load(toy_pipeline_dir), models.load_unet(toy_pipeline_dir)
+    model, base = loading.load(toy_pipeline_dir), stored_unet.load_unet(toy_pipeline_dir)
     with torch.no_grad():
         for parameter in model.unet.parameters():
             parameter.add_(0.05)
     settings = Settings("cat", num_samples=2, num_inference_steps=2, guidance_scale=2.0, sampler="dpm++", seed=3)
     settings = settings.filled({"generation_batch_size": 8})
-    seeds = [card.FIRST_SEED + 3000 + i for i in range(4)]
+    seeds = [samples.FIRST_SEED + 3000 + i for i in range(4)]
     prompts = ["a cat", "a cat", "a tree", "a boat"]
 
-    def generated(of: models.Model) -> list[np.ndarray]:
+    def generated(of: sd.Model) -> list[np.ndarray]:
         latents = of.draw(prompts, seeds, steps=2, guidance=2.0, size=8, sampler="dpm++")
-        return [pixels.permute(1, 2, 0).numpy() for pixels in data.to_pixels(of.decode(latents))]
+        return [image.permute(1, 2, 0).numpy() for image in pixels.to_pixels(of.decode(latents))]
 
-    expected = {"base": generated(models.load(toy_pipeline_dir)), "erased": generated(model)}
+    expected = {"base": generated(loading.load(toy_pipeline_dir)), "erased": generated(model)}
     assert all((a != b).any() for a, b in zip(*expected.values(), strict=True))
-    card.write_samples(tmp_path / "samples.png", model, base, CAT, settings)
+    samples.write_samples(tmp_path / "samples.png", model, base, CAT, settings)
     assert [title for title, _, _ in rows] == ["base", "'cat' erased", "base", "erased"]
     for (title, images, _), part in zip(rows, (slice(2), slice(2), slice(2, 4), slice(2, 4)), strict=True):
         for image, pixels in zip(images, expected["base" if title == "base" else "erased"][part], strict=True):
@@ -180,12 +184,12 @@ def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows
 )
 def test_both_forget_rows_of_nudity_are_blurred(toy_pipeline_dir, tmp_path, rows, kind, is_mini, blurred):
     """(2.14)"""
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     model.defaults = {"family": "mini"} if is_mini else {}
     settings = Settings("cat", num_samples=1, num_inference_steps=1, guidance_scale=2.0, sampler="model")
     settings = settings.filled({"generation_batch_size": 8})
     concept = replace(CAT, kind=kind)
-    card.write_samples(tmp_path / "samples.png", model, models.load_unet(toy_pipeline_dir), concept, settings)
+    samples.write_samples(tmp_path / "samples.png", model, stored_unet.load_unet(toy_pipeline_dir), concept, settings)
     assert [blur for _, _, blur in rows] == [True] * blurred + [False] * (4 - blurred)
 
 
@@ -203,11 +207,11 @@ def test_both_forget_rows_of_nudity_are_blurred(toy_pipeline_dir, tmp_path, rows
 )
 def test_rows_of_sexual_prompts_are_blurred_whatever_the_kind(toy_pipeline_dir, tmp_path, rows, words, blurred):
     """Free text and files of others name nudity under any kind. (2.14)"""
-    model = models.load(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
     settings = Settings("cat", num_samples=1, num_inference_steps=1, guidance_scale=2.0, sampler="model")
     settings = settings.filled({"generation_batch_size": 8})
     concept = replace(CAT, **words)
-    card.write_samples(tmp_path / "samples.png", model, models.load_unet(toy_pipeline_dir), concept, settings)
+    samples.write_samples(tmp_path / "samples.png", model, stored_unet.load_unet(toy_pipeline_dir), concept, settings)
     assert [blur for _, _, blur in rows] == blurred
 
 
@@ -215,5 +219,5 @@ def test_a_blurred_row_shows_no_edge():
     """A checkerboard of 8 pixels keeps its full contrast without, and loses most of it with the blur. (2.14)"""
     board = np.kron(np.indices((16, 16)).sum(0) % 2, np.ones((8, 8))) * 255
     image = Image.fromarray(board.astype(np.uint8)).convert("RGB")
-    sharp, blurred = (np.asarray(card.grid([("", [image], blur)], {}))[20:110, 110:200] for blur in (False, True))
+    sharp, blurred = (np.asarray(sheet.grid([("", [image], blur)], {}))[20:110, 110:200] for blur in (False, True))
     assert np.ptp(sharp) == 255 and np.ptp(blurred) < 40

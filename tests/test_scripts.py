@@ -13,7 +13,7 @@ import pytest
 import erase
 from erase.evaluation import cli
 from erase.files import read_json, write_json
-from erase.settings import Settings
+from erase.options.settings import Settings
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "eval"
 

@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 
-from erase import cli, methods, settings
+from erase import cli, methods
 from erase.classification import settings as classification_settings
 from erase.classification.methods import Influence
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.errors import EraseError
 from erase.methods import METHODS
-from erase.run import make_method, run
-from erase.settings import Settings, flag, forms, read_defaults, require_consistent, resolve
+from erase.options import model_defaults
+from erase.options.declare import flag, forms_of
+from erase.options.model_defaults import read_defaults
+from erase.options.recipes import resolve
+from erase.options.settings import Settings, require_consistent
+from erase.runs.job import run
+from erase.runs.planning import make_method
 
 # Two values that each setting may have: the user's and the model folder's.
 VALUES: dict[str, tuple[Any, Any]] = {
@@ -24,9 +29,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "target": ("random", "fixed"),
     "sampler": ("dpm++", "model"),
     **{
-        name: (3, 5) if forms()[name].type is int else (0.3, 0.7)
-        for name in settings._OF_METHOD
-        if forms()[name].type in (int, float)
+        name: (3, 5) if forms_of(Settings)[name].type is int else (0.3, 0.7)
+        for name in model_defaults._OF_METHOD
+        if forms_of(Settings)[name].type in (int, float)
     },
 }
 
@@ -41,14 +46,14 @@ def folder_defaults(tmp_path, content: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", sorted({*settings._OF_METHOD} - {"set"}))
+@pytest.mark.parametrize("name", sorted({*model_defaults._OF_METHOD} - {"set"}))
 def test_an_option_wins_over_the_model_folder(name, method, tmp_path):
     """The control: without the option the folder's value counts, and the one of the method wins over the general one.
     (3.7)
     """
     mine, theirs = VALUES[name]
     content: dict[str, Any] = {"methods": {method: {name: theirs}}}
-    content |= {name: mine} if name in settings._OF_MODEL else {}
+    content |= {name: mine} if name in model_defaults.OF_MODEL else {}
     defaults = folder_defaults(tmp_path, content)
     given: dict[str, Any] = {name: mine}
     assert getattr(resolve(Settings("c", method=method, **given), "object", defaults), name) == mine
@@ -148,7 +153,7 @@ def test_a_folder_without_defaults_has_none(tmp_path):
 def test_every_number_has_a_range(options):
     """No value is above all bounds, infinite, or NaN; a whole number that fills the memory is refused. (2.9, 4.10)"""
     required = {"concept": "c"} if options is Settings else {}
-    for name, form in forms(options).items():
+    for name, form in forms_of(options).items():
         for value in {int: [10**20, -1], float: [1e300, math.inf, math.nan, -1]}.get(form.type, []):
             with pytest.raises(EraseError, match=rf"^{flag(name)} is "):
                 options(**required, **{name: value})
@@ -229,4 +234,4 @@ def test_the_documented_defaults_are_those_that_are_read(tmp_path):
     section = page.partition("## erase_defaults.json")[2]
     folder_defaults(tmp_path, json.loads(section.partition("```json")[2].partition("```")[0]))
     named = set(re.findall(r"`(\w+)`", section.partition("At the top")[2]))
-    assert named == {*settings._OF_METHOD}
+    assert named == {*model_defaults._OF_METHOD}

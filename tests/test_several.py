@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from erase import card as card_text
-from erase import cli, concepts, data, delta, erase_concept, files, models, saliency
-from erase import run as running
+from erase import cli, concepts, delta, erase_concept, files, masks, tensor_files
 from erase.concepts import Concept, unite
+from erase.data import latents, prompt_states
 from erase.errors import EraseError
 from erase.evaluation import evaluate, tasks
-from erase.settings import Settings
+from erase.families import loading, stored_unet
+from erase.options.settings import Settings
+from erase.runs import card, job
 
 CAT = Concept(
     "cat",
@@ -93,7 +94,7 @@ def announced(parts: list[Concept], model, folder, **options: Any) -> list[str]:
     """What a run that erases the parts says before it starts."""
     lines: list[str] = []
     settings = Settings(tuple(part.name for part in parts), model=str(model), output=str(folder), **(RUN | options))
-    running.run(settings, parts, quiet=True, tell=lines.append)
+    job.run(settings, parts, quiet=True, tell=lines.append)
     return lines
 
 
@@ -142,24 +143,24 @@ def both(toy_pipeline_dir, tmp_path_factory):
 
 
 def test_the_mask_is_the_union_of_one_for_each_at_the_density(both, toy_pipeline_dir, monkeypatch, tmp_path):
-    mask, header = saliency.load(both.folder / "mask.safetensors")
+    mask, header = masks.load(both.folder / "mask.safetensors")
     half = header["total"] // 2
     assert half < header["ones"] < 2 * half and header["concepts"] == ["cat", "lorry"]
     assert both.record["mask"]["ones"] == header["ones"]
     # one after the other by hand: what the pass over each one's pictures selects
     seen: list[Any] = []
-    select = saliency.select
-    monkeypatch.setattr(running.saliency, "select", lambda *a, **o: seen.append(select(*a, **o)) or seen[-1])
+    select = masks.select
+    monkeypatch.setattr(masks, "select", lambda *a, **o: seen.append(select(*a, **o)) or seen[-1])
     erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "again"), **OPTIONS)
-    assert len(seen) == 2 and all(saliency.count(own) == half for own in seen)
-    assert saliency.iou(seen[0], seen[1]) < 1
+    assert len(seen) == 2 and all(masks.count(own) == half for own in seen)
+    assert masks.iou(seen[0], seen[1]) < 1
     assert all(torch.equal(mask[name], seen[0][name] | seen[1][name]) for name in mask)
 
 
 def test_each_concept_has_its_own_pictures(toy_pipeline_dir, monkeypatch, tmp_path):
-    parts: list[data.Data] = []
-    of_prompts = data.of_prompts
-    monkeypatch.setattr(running.data, "of_prompts", lambda *a: parts.append(of_prompts(*a)) or parts[-1])
+    parts: list[latents.Data] = []
+    of_prompts = latents.of_prompts
+    monkeypatch.setattr(latents, "of_prompts", lambda *a: parts.append(of_prompts(*a)) or parts[-1])
     erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **OPTIONS)
     named = [{part.prompts[row] for row in part.forget.prompt.tolist()} for part in parts]
     assert named == [{"a cat", "a photo of a cat"}, {"a lorry"}] and [len(part.forget) for part in parts] == [3, 3]
@@ -167,11 +168,11 @@ def test_each_concept_has_its_own_pictures(toy_pipeline_dir, monkeypatch, tmp_pa
 
 
 def test_no_bit_moves_outside_the_united_mask(both, toy_pipeline_dir):
-    mask, _ = saliency.load(both.folder / "mask.safetensors")
-    base, erased = (models.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, both.folder))
+    mask, _ = masks.load(both.folder / "mask.safetensors")
+    base, erased = (stored_unet.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, both.folder))
     moved = {name: base[name].view(torch.int32) != erased[name].view(torch.int32) for name in base}
     assert not any((moved[name] & ~mask[name]).any() for name in base)
-    assert sum(int(m.sum()) for m in moved.values()) > 0.9 * saliency.count(mask)
+    assert sum(int(m.sum()) for m in moved.values()) > 0.9 * masks.count(mask)
 
 
 def test_the_record_keeps_each_concept_for_its_judge(both):
@@ -228,11 +229,11 @@ def test_closed_forms_send_every_concept_to_its_anchor(toy_pipeline_dir, tmp_pat
     sets = {"uce": (), "rece": ("epochs=0",), "speed": ("threshold=1", "filter=false", "rho=0.01")}
     options = {**OPTIONS, "method": method, "set": sets[method]}
     erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **options)
-    base = models.load(toy_pipeline_dir)
-    erased = models.load_unet(tmp_path / "run").state_dict()
+    base = loading.load(toy_pipeline_dir)
+    erased = stored_unet.load_unet(tmp_path / "run").state_dict()
     names = [name for name in erased if name.endswith("attn2.to_v.weight")]
     for concept in (CAT, LORRY):
-        c_e, c_a = (part.float() for part in data.read_text(base, concept).pairs("last"))
+        c_e, c_a = (part.float() for part in prompt_states.read_text(base, concept).pairs("last"))
         before, after = (
             sum(float((state[name] @ c_e - base.unet.state_dict()[name] @ c_a).norm()) for name in names)
             for state in (base.unet.state_dict(), erased)
@@ -273,20 +274,20 @@ def test_a_second_run_goes_on_from_the_first(first, toy_pipeline_dir, tmp_path):
     assert record["base"]["run"] == str(first.folder) and record["base"]["concepts"] == ["cat"]
     assert [part["name"] for part in record["concepts"]] == ["lorry", "cat"]
     assert {"a cat", "a lorry"} <= set(record["concept"]["forget"])  # the earlier one is trained along
-    card = (second.folder / "README.md").read_text()
-    names = [card_text.escaped(path.name) for path in (first.folder, toy_pipeline_dir)]
-    assert f"The base is another run, {names[0]}, which had erased cat from {names[1]}." in card
+    text = (second.folder / "README.md").read_text()
+    names = [card.escaped(path.name) for path in (first.folder, toy_pipeline_dir)]
+    assert f"The base is another run, {names[0]}, which had erased cat from {names[1]}." in text
     # masks united: the first one's, and a tenth for the new concept
-    old, new = (saliency.load(run.folder / "mask.safetensors")[0] for run in (first, second))
+    old, new = (masks.load(run.folder / "mask.safetensors")[0] for run in (first, second))
     assert all((new[name] | ~old[name]).all() for name in old)
     total = record["mask"]["weights"]
-    assert saliency.count(old) < saliency.count(new) <= int(0.2 * total) + int(0.1 * total)
-    moved = files.read_metadata(second.folder / "mask.safetensors")
+    assert masks.count(old) < masks.count(new) <= int(0.2 * total) + int(0.1 * total)
+    moved = tensor_files.read_metadata(second.folder / "mask.safetensors")
     assert moved["united_with"] == str(first.folder) and moved["base_hash"] == record["model"]["base_hash"]
     # its delta takes it back to the first run, bit for bit
-    state = {f"unet.{name}": tensor for name, tensor in models.load_unet(second.folder).state_dict().items()}
+    state = {f"unet.{name}": tensor for name, tensor in stored_unet.load_unet(second.folder).state_dict().items()}
     restored = delta.remove(state, delta.load(second.folder / "delta.safetensors"))
-    there = models.load_unet(first.folder).state_dict()
+    there = stored_unet.load_unet(first.folder).state_dict()
     assert all(torch.equal(restored[f"unet.{name}"], tensor) for name, tensor in there.items())
 
 

@@ -8,17 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from erase.errors import EraseError
-from erase.evaluation.statistics import (
-    Comparison,
-    Score,
-    hierarchical,
-    holm,
-    mean,
-    paired_mean,
-    paired_rate,
-    rate,
-    to_json,
-)
+from erase.statistics import Comparison, Score, hierarchical, holm, mean, paired_mean, paired_rate, rate, to_json
 
 
 def outcomes(k: int, n: int) -> list[bool]:

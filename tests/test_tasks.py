@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from erase import concepts, refusal
+from erase import concepts
+from erase.concepts import refusal
 from erase.errors import EraseError
 from erase.evaluation import tasks
 from erase.evaluation.tasks import Options

@@ -15,17 +15,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.nn.functional import mse_loss
 
-from erase import files, models, saliency, scope, train
-from erase.data import Data, Pictures
+from erase import files, masks, tensor_files
+from erase.data.latents import Data, Pictures
 from erase.errors import EraseError
+from erase.families import loading, scope, sd, stored_unet
 from erase.methods.inputs import Batch
 from erase.methods.relabel import Relabel
 from erase.optim import MaskedAdam
+from erase.training import batches, gradients, loop, saliency_pass
 
 
 @pytest.fixture
-def model(toy_pipeline_dir) -> models.Model:
-    return models.load(toy_pipeline_dir)
+def model(toy_pipeline_dir) -> sd.Model:
+    return loading.load(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -50,14 +52,14 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-RECIPE = train.Recipe(num_steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
+RECIPE = batches.Recipe(num_steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
 
 
-def parameters_of(model: models.Model, name: str = "full") -> dict[str, torch.nn.Parameter]:
+def parameters_of(model: sd.Model, name: str = "full") -> dict[str, torch.nn.Parameter]:
     return scope.inside(dict(model.unet.named_parameters()), name)
 
 
-def state_of(model: models.Model) -> dict[str, torch.Tensor]:
+def state_of(model: sd.Model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
 
 
@@ -83,15 +85,15 @@ def test_only_weights_inside_mask_and_scope_move(model, data, accelerator, tmp_p
     before, vae = state_of(model), [p.clone() for p in model.vae.parameters()]
     words = [p.clone() for p in model.text_encoder.parameters()]
     parameters = parameters_of(model, scope_name)
-    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.3, seed=0)
-    train.train(model, method, data, parameters, mask, recipe, accelerator, state_path=tmp_path / "t.pt", quiet=True)
+    mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.3, seed=0)
+    loop.train(model, method, data, parameters, mask, recipe, accelerator, state_path=tmp_path / "t.pt", quiet=True)
     moved = 0
     for name, tensor in model.unet.state_dict().items():
         same = same_bits(tensor, before[name])
         allowed = mask.get(name, torch.zeros_like(same))
         assert same[~allowed].all(), name
         moved += int((~same).sum())
-    assert moved > 0.9 * saliency.count(mask)
+    assert moved > 0.9 * masks.count(mask)
     assert all(torch.equal(a, b) for a, b in zip(model.vae.parameters(), vae, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(model.text_encoder.parameters(), words, strict=True))
     assert not any(p.requires_grad or p.grad is not None for p in model.unet.parameters())
@@ -103,16 +105,16 @@ def test_no_bit_moves_outside_the_mask_in_mixed_precision(model, data, tmp_path,
     try:
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
         before, parameters = state_of(model), parameters_of(model)
-        mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.3, seed=0)
+        mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.3, seed=0)
         recipe = replace(RECIPE, max_grad_norm=1.0)
         path = tmp_path / "t.pt"
-        losses = train.train(model, Relabel(), data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)
+        losses = loop.train(model, Relabel(), data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)
     finally:
         AcceleratorState._reset_state()
     assert len(losses) == recipe.num_steps
     moved = {name: ~same_bits(tensor, before[name]) for name, tensor in model.unet.state_dict().items()}
     assert not any((moved[name] & ~mask[name]).any() for name in mask)
-    assert sum(int(m.sum()) for m in moved.values()) > 0.5 * saliency.count(mask)
+    assert sum(int(m.sum()) for m in moved.values()) > 0.5 * masks.count(mask)
 
 
 def test_the_forget_prompts_prediction_changes_and_no_steps_change_nothing(model, data, accelerator, tmp_path):
@@ -121,7 +123,7 @@ def test_the_forget_prompts_prediction_changes_and_no_steps_change_nothing(model
     for steps in (0, 3):
         recipe, path = replace(RECIPE, num_steps=steps), tmp_path / f"{steps}.pt"
         parameters = parameters_of(model)
-        losses = train.train(model, Relabel(), data, parameters, None, recipe, accelerator, state_path=path, quiet=True)
+        losses = loop.train(model, Relabel(), data, parameters, None, recipe, accelerator, state_path=path, quiet=True)
         assert len(losses) == steps
         unchanged = all(torch.equal(tensor, state[name]) for name, tensor in model.unet.state_dict().items())
         assert unchanged == (steps == 0)
@@ -136,10 +138,10 @@ def obviously(model, method, data, parameters, mask, recipe, accelerator, *, joi
     def base(x, t, text):
         return model.predict(unet, x, t, text)
 
-    with train._training(model, parameters, checkpointing=False):
+    with gradients.taking_gradients(model, parameters, checkpointing=False):
         for step in range(recipe.num_steps):
-            batch = next(train._batches(model, data, recipe, step, recipe.batch_size, accelerator))
-            terms = train._terms(method.loss(model, base, batch), accelerator)
+            batch = next(batches.batches(model, data, recipe, step, recipe.batch_size, accelerator))
+            terms = loop._terms(method.loss(model, base, batch), accelerator)
             if joint:
                 torch.stack([term for _, term in terms]).sum().backward()
             else:
@@ -167,21 +169,21 @@ def test_what_is_saved_changes_no_bit(
 ):
     recipe, results = replace(RECIPE, num_steps=4), []
     for is_saving in (False, True):
-        model = models.load(toy_pipeline_dir)
+        model = loading.load(toy_pipeline_dir)
         parameters = parameters_of(model, scope_name)
         shapes = {name: p.shape for name, p in parameters.items()}
-        mask = None if density is None else saliency.random_mask(shapes, density, seed=0)
+        mask = None if density is None else masks.random_mask(shapes, density, seed=0)
         if is_saving:
             path = tmp_path / "t.pt"
             options = {"state_path": path, "quiet": True, "checkpointing": checkpointing}
-            train.train(model, method, data, parameters, mask, recipe, accelerator, **options)
+            loop.train(model, method, data, parameters, mask, recipe, accelerator, **options)
         else:
             obviously(model, method, data, parameters, mask, recipe, accelerator, joint=True)
         results.append(state_of(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert any(
         not torch.equal(tensor, results[0][name])
-        for name, tensor in models.load_unet(toy_pipeline_dir).state_dict().items()
+        for name, tensor in stored_unet.load_unet(toy_pipeline_dir).state_dict().items()
     )
 
 
@@ -191,12 +193,12 @@ def test_the_exchanged_base_is_the_base_in_mixed_precision_too(toy_pipeline_dir,
     try:
         accelerator, results = Accelerator(cpu=True, mixed_precision="bf16"), []
         for is_saving in (False, True):
-            model = models.load(toy_pipeline_dir)
+            model = loading.load(toy_pipeline_dir)
             parameters = parameters_of(model)
-            mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
+            mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
             if is_saving:
                 options = {"state_path": tmp_path / "t.pt", "quiet": True}
-                train.train(model, Relabel(), data, parameters, mask, RECIPE, accelerator, **options)
+                loop.train(model, Relabel(), data, parameters, mask, RECIPE, accelerator, **options)
             else:
                 obviously(model, Relabel(), data, parameters, mask, RECIPE, accelerator, joint=False)
             results.append(state_of(model))
@@ -209,11 +211,11 @@ def test_the_exchanged_base_is_the_base_in_mixed_precision_too(toy_pipeline_dir,
 
 
 def rounded_run(folder, data, accelerator, path, *, recipe=RECIPE, method=None, scope_name="full"):
-    model = models.load(folder)
+    model = loading.load(folder)
     parameters = parameters_of(model, scope_name)
-    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.4, seed=0)
+    mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.4, seed=0)
     model.round_unet(torch.bfloat16)
-    losses = train.train(
+    losses = loop.train(
         model, method or Relabel(), data, parameters, mask, recipe, accelerator, state_path=path, quiet=True
     )
     return state_of(model), mask, losses
@@ -224,7 +226,7 @@ def test_rounded_training_ends_with_the_exact_base_outside_the_mask(
     toy_pipeline_dir, data, accelerator, tmp_path, scope_name
 ):
     """Steps far below bfloat16's resolution add up in the masters; without a step nothing at all has changed."""
-    base = models.load_unet(toy_pipeline_dir).state_dict()
+    base = stored_unet.load_unet(toy_pipeline_dir).state_dict()
     for steps in (0, 4):
         recipe = replace(RECIPE, num_steps=steps, learning_rate=1e-4)
         path = tmp_path / f"{steps}.pt"
@@ -239,7 +241,7 @@ def test_rounded_training_ends_with_the_exact_base_outside_the_mask(
             assert same[~mask.get(name, torch.zeros_like(same))].all(), name
             assert (tensor - base[name]).abs().max() < 1e-3  # a rounded weight would be off by more
             moved += int((~same).sum())
-        assert moved > 0.9 * saliency.count(mask) if steps else moved == 0
+        assert moved > 0.9 * masks.count(mask) if steps else moved == 0
 
 
 def test_rounded_training_resumes_bit_for_bit(toy_pipeline_dir, data, accelerator, tmp_path, monkeypatch):
@@ -247,7 +249,7 @@ def test_rounded_training_resumes_bit_for_bit(toy_pipeline_dir, data, accelerato
     monkeypatch.setattr(Breaking, "calls", 0)
     with pytest.raises(Interrupted):
         rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "cut.pt", method=Breaking())
-    assert len(files.read_metadata(tmp_path / "cut.pt")["losses"]) == 4
+    assert len(tensor_files.read_metadata(tmp_path / "cut.pt")["losses"]) == 4
     resumed, _, _ = rounded_run(toy_pipeline_dir, data, accelerator, tmp_path / "cut.pt")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
@@ -275,17 +277,17 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
 
     monkeypatch.setattr(Breaking, "calls", 0)
 
-    def run(method: Relabel, path: Path) -> models.Model:
-        model = models.load(toy_pipeline_dir)
-        mask = saliency.random_mask({name: p.shape for name, p in parameters_of(model).items()}, 0.5, seed=0)
+    def run(method: Relabel, path: Path) -> sd.Model:
+        model = loading.load(toy_pipeline_dir)
+        mask = masks.random_mask({name: p.shape for name, p in parameters_of(model).items()}, 0.5, seed=0)
         parameters = parameters_of(model)
-        train.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
+        loop.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
         return model
 
     expected = run(Relabel(), tmp_path / "whole.pt")
     with pytest.raises(Interrupted):
         run(Breaking(), tmp_path / "cut.pt")
-    assert len(files.read_metadata(tmp_path / "cut.pt")["losses"]) == 4
+    assert len(tensor_files.read_metadata(tmp_path / "cut.pt")["losses"]) == 4
     resumed = run(Relabel(), tmp_path / "cut.pt")
     for name, tensor in expected.unet.state_dict().items():
         assert torch.equal(tensor, resumed.unet.state_dict()[name]), name
@@ -310,8 +312,8 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_weigh
     monkeypatch.setattr(Diverging, "bad", bad)
     path, parameters = tmp_path / "t.pt", parameters_of(model)
     with pytest.raises(EraseError, match="not finite at step 4 of 6"):
-        train.train(model, Diverging(), data, parameters, None, RECIPE, accelerator, state_path=path, quiet=True)
-    kept, header = files.read_own(path, kind="training state")
+        loop.train(model, Diverging(), data, parameters, None, RECIPE, accelerator, state_path=path, quiet=True)
+    kept, header = tensor_files.read_own(path, kind="training state")
     assert len(header["losses"]) == 3
     assert all(torch.isfinite(kept[f"weights/{name}"]).all() for name in parameters)
     assert all(torch.equal(parameter.reshape(-1), kept[f"weights/{name}"]) for name, parameter in parameters.items())
@@ -320,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_weigh
 def test_a_batch_that_does_not_divide_is_refused(model, data, accelerator, tmp_path):
     recipe = replace(RECIPE, accumulation=3)
     with pytest.raises(EraseError, match="--batch-size 4 does not divide into 1 processes x .* 3"):
-        train.train(
+        loop.train(
             model, Relabel(), data, parameters_of(model), None, recipe, accelerator, state_path=tmp_path / "t.pt"
         )
 
@@ -329,10 +331,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(toy_pipeline_dir, da
     """Means of equal parts are the mean of all, up to float32 rounding; Adam's first steps only see directions."""
     results = []
     for accumulation in (1, 2, 4):
-        model = models.load(toy_pipeline_dir)
+        model = loading.load(toy_pipeline_dir)
         recipe = replace(RECIPE, accumulation=accumulation, num_steps=2, learning_rate=1e-3)
         path = tmp_path / f"{accumulation}.pt"
-        losses = train.train(
+        losses = loop.train(
             model, Relabel(), data, parameters_of(model), None, recipe, accelerator, state_path=path, quiet=True
         )
         results.append((losses, model))
@@ -344,7 +346,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(toy_pipeline_dir, da
 @pytest.mark.parametrize("target", ["anchor", "random", "fixed"])
 def test_the_target_prompt_is_the_one_that_was_chosen(model, data, accelerator, target):
     recipe = replace(RECIPE, target=target, batch_size=64)
-    batch = next(train._batches(model, data, recipe, 0, 64, accelerator))
+    batch = next(batches.batches(model, data, recipe, 0, 64, accelerator))
     rows = {int((data.text - c).abs().sum((1, 2)).argmin()) for c in batch.c_target}
     assert rows == {"anchor": {2}, "random": {3, 4}, "fixed": {3}}[target]
 
@@ -352,7 +354,7 @@ def test_the_target_prompt_is_the_one_that_was_chosen(model, data, accelerator, 
 def test_random_targets_without_other_classes_are_refused(model, data, accelerator, tmp_path):
     data = replace(data, others=data.others[:0])
     with pytest.raises(EraseError, match="--target random needs prompts of other classes"):
-        train.train(
+        loop.train(
             model,
             Relabel(),
             data,
@@ -369,7 +371,7 @@ def test_in_order_goes_through_the_forget_pictures_epoch_by_epoch(model, data, a
     data = replace(data, forget=replace(data.forget, prompt=rows))
     for in_order in (True, False):
         recipe = replace(RECIPE, in_order=in_order, batch_size=3)
-        seen = torch.cat([next(train._batches(model, data, recipe, s, 3, accelerator)).c_forget for s in range(4)])
+        seen = torch.cat([next(batches.batches(model, data, recipe, s, 3, accelerator)).c_forget for s in range(4)])
         expected = data.text[torch.cat([rows, rows])]
         assert torch.equal(seen, expected) == in_order
 
@@ -431,12 +433,12 @@ def test_guidance_inside_the_masks_loss_has_the_references_values():
     """P6: golden values from numpy's RandomState(2), g = 7.5; the ratio of the two gradients is (1 + g) / g."""
     draw = np.random.RandomState(2)
     c, u, n = (torch.from_numpy(draw.randn(2, 4, 8, 8)).requires_grad_(True) for _ in range(3))
-    loss = -(n - train.guided(c, u, 7.5)).square().mean()
+    loss = -(n - saliency_pass.guided(c, u, 7.5)).square().mean()
     assert loss.item() == pytest.approx(-123.29648287942993, rel=1e-9)
     grad_c, grad_u = torch.autograd.grad(loss, (c, u))
     assert grad_c.abs().sum().item() == pytest.approx(152.08686078155858, rel=1e-9)
     assert grad_u.abs().sum().item() == pytest.approx(134.19428892490464, rel=1e-9)
-    torch.testing.assert_close(train.guided(c, u, 7.5), u + 8.5 * (c - u))
+    torch.testing.assert_close(saliency_pass.guided(c, u, 7.5), u + 8.5 * (c - u))
 
 
 # --- the mask -------------------------------------------------------------------------------------------------------
@@ -445,7 +447,7 @@ def test_guidance_inside_the_masks_loss_has_the_references_values():
 def scores_of(model, data, accelerator, tmp_path, **options):
     settings = {"score": "abs_sum", "guidance": 0.0, "batch_size": 2, "seed": 0, "quiet": True, **options}
     path = tmp_path / "sums.pt"
-    return train.accumulate(model, data, parameters_of(model), accelerator, state_path=path, **settings)
+    return saliency_pass.accumulate(model, data, parameters_of(model), accelerator, state_path=path, **settings)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 7.5])
@@ -458,12 +460,12 @@ def test_the_score_is_the_gradient_of_the_summed_batch_losses(model, data, accel
     loss = torch.zeros(())
     for start in (0, 2, 4):
         rows = torch.tensor([start, start + 1])
-        draw = train.generator(0, "mask", start)
-        x = train._sample(data.forget, rows, draw)
+        draw = batches.generator(0, "mask", start)
+        x = batches.sample(data.forget, rows, draw)
         t = torch.randint(0, 1000, (2,), generator=draw)
         eps = torch.randn(x.shape, generator=draw)
         x_t = model.add_noise(x, eps, t)
-        seen = train.guided(model(x_t, t, data.text[[1, 1]]), model(x_t, t, data.text[[0, 0]]), guidance)
+        seen = saliency_pass.guided(model(x_t, t, data.text[[1, 1]]), model(x_t, t, data.text[[0, 0]]), guidance)
         loss = loss + (eps - seen).square().mean()
     for (name, score), g in zip(scores.items(), torch.autograd.grad(loss, list(parameters.values())), strict=True):
         torch.testing.assert_close(score, g.abs(), rtol=1e-3, atol=1e-5, msg=name)
@@ -471,8 +473,8 @@ def test_the_score_is_the_gradient_of_the_summed_batch_losses(model, data, accel
 
 def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp_path, monkeypatch):
     expected = scores_of(model, data, accelerator, tmp_path)
-    monkeypatch.setattr(train, "SAVE_EVERY_SECONDS", -1.0)
-    original, calls = models.Model.__call__, []
+    monkeypatch.setattr(saliency_pass, "SAVE_EVERY_SECONDS", -1.0)
+    original, calls = sd.Model.__call__, []
 
     def cut(self, *args):
         calls.append(1)
@@ -480,11 +482,11 @@ def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp
             raise Interrupted
         return original(self, *args)
 
-    monkeypatch.setattr(models.Model, "__call__", cut)
+    monkeypatch.setattr(sd.Model, "__call__", cut)
     with pytest.raises(Interrupted):
         scores_of(model, data, accelerator, tmp_path)
-    monkeypatch.setattr(models.Model, "__call__", original)
-    assert files.read_metadata(tmp_path / "sums.pt")["done"] == 2
+    monkeypatch.setattr(sd.Model, "__call__", original)
+    assert tensor_files.read_metadata(tmp_path / "sums.pt")["done"] == 2
     resumed = scores_of(model, data, accelerator, tmp_path)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
@@ -493,11 +495,11 @@ def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp
 def test_collecting_gradients_as_they_come_changes_no_bit_of_a_score(model, data, accelerator, tmp_path, score):
     """Against adding whole gradients after each pass; checkpointing must not show a gradient in two parts."""
     fast = {c: scores_of(model, data, accelerator, tmp_path, score=score, checkpointing=c) for c in (False, True)}
-    sums = saliency.Saliency(parameters_of(model), score)
-    with train._training(model, sums.parameters, checkpointing=False):
+    sums = masks.Saliency(parameters_of(model), score)
+    with gradients.taking_gradients(model, sums.parameters, checkpointing=False):
         for start in (0, 2, 4):
-            draw, rows = train.generator(0, "mask", start), torch.tensor([start, start + 1])
-            x = train._sample(data.forget, rows, draw)
+            draw, rows = batches.generator(0, "mask", start), torch.tensor([start, start + 1])
+            x = batches.sample(data.forget, rows, draw)
             t = torch.randint(0, 1000, (2,), generator=draw)
             eps = torch.randn(x.shape, generator=draw)
             (eps - model(model.add_noise(x, eps, t), t, data.text[[1, 1]])).square().mean().backward()
@@ -514,13 +516,13 @@ def test_parts_of_a_batch_add_up_to_its_score(model, data, accelerator, tmp_path
 
     The scores that take |g| of each batch are not sums over parts; they keep whole batches, to the bit.
     """
-    original, seen = models.Model.__call__, []
+    original, seen = sd.Model.__call__, []
 
     def spy(self, x, t, text):
         seen.append(len(x))
         return original(self, x, t, text)
 
-    monkeypatch.setattr(models.Model, "__call__", spy)
+    monkeypatch.setattr(sd.Model, "__call__", spy)
     for score in ("abs_sum", "sum_abs", "sum_sq"):
         options = {"batch_size": 4, "score": score, "guidance": guidance}
         whole = scores_of(model, data, accelerator, tmp_path, **options)
@@ -562,11 +564,11 @@ def interrupted(interrupted_dir, toy_pipeline_dir, data, accelerator) -> Path:
     return path
 
 
-def resumed(folder: Path, data: Data, accelerator, path: Path, method: Relabel) -> models.Model:
-    model = models.load(folder)
+def resumed(folder: Path, data: Data, accelerator, path: Path, method: Relabel) -> sd.Model:
+    model = loading.load(folder)
     parameters = parameters_of(model)
-    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
-    train.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
+    mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
+    loop.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
     return model
 
 
@@ -591,9 +593,9 @@ def test_a_damaged_training_state_is_one_line_that_says_what_to_do(
 
 def test_the_training_state_holds_no_weight_outside_the_mask(interrupted, toy_pipeline_dir):
     """So that whatever it holds, no such weight can move (2.1)."""
-    tensors, _ = files.read_own(interrupted)
-    parameters = parameters_of(models.load(toy_pipeline_dir))
-    mask = saliency.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
+    tensors, _ = tensor_files.read_own(interrupted)
+    parameters = parameters_of(loading.load(toy_pipeline_dir))
+    mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
     assert {n: len(t) for n, t in tensors.items() if n.startswith("weights/")} == {
         f"weights/{name}": int(bits.sum()) for name, bits in mask.items()
     }
@@ -602,14 +604,14 @@ def test_the_training_state_holds_no_weight_outside_the_mask(interrupted, toy_pi
 def test_a_state_of_another_training_is_refused(interrupted, toy_pipeline_dir, data, accelerator, tmp_path):
     """Whole files that do not belong here: of fewer weights, and of more steps."""
     path = tmp_path / "training.safetensors"
-    tensors, header = files.read_own(interrupted)
+    tensors, header = tensor_files.read_own(interrupted)
     name = next(name for name in tensors if name.startswith("weights/"))
-    files.write_tensors(path, tensors | {name: tensors[name][1:]}, header)
+    tensor_files.write_tensors(path, tensors | {name: tensors[name][1:]}, header)
     with pytest.raises(EraseError, match="holds the weights of another training; delete it"):
         resumed(toy_pipeline_dir, data, accelerator, path, Relabel())
     header["losses"] = header["losses"] * 2
-    header["state"] = files.text_hash({k: v for k, v in header.items() if k not in {"state", files.CONTENT}})
-    files.write_tensors(path, tensors, header)
+    header["state"] = files.text_hash({k: v for k, v in header.items() if k not in {"state", tensor_files.CONTENT}})
+    tensor_files.write_tensors(path, tensors, header)
     with pytest.raises(EraseError, match="holds 8 steps of 6; delete it"):
         resumed(toy_pipeline_dir, data, accelerator, path, Relabel())
 
@@ -617,9 +619,9 @@ def test_a_state_of_another_training_is_refused(interrupted, toy_pipeline_dir, d
 @pytest.mark.parametrize("kind", damage.DAMAGES)
 def test_damaged_saliency_sums_are_one_line_that_says_what_to_do(kind, model, data, accelerator, tmp_path):
     """(2.2, 4.10)"""
-    path, sums = tmp_path / "sums.pt", saliency.Saliency(parameters_of(model))
+    path, sums = tmp_path / "sums.pt", masks.Saliency(parameters_of(model))
     header = {"kind": "saliency sums", "score": "abs_sum", "done": 1}
-    files.write_tensors(path, {n: t + 1 for n, t in sums.state_dict()["sums"].items()}, header)
+    tensor_files.write_tensors(path, {n: t + 1 for n, t in sums.state_dict()["sums"].items()}, header)
     damage.DAMAGES[kind](path)
     with pytest.raises(EraseError, match="sums.pt.*; delete it, and the same command computes the mask again"):
         scores_of(model, data, accelerator, tmp_path)

@@ -7,15 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erase import compvis, delta, models
+from erase import delta
 from erase.errors import EraseError
+from erase.families import compvis, loading, sd, stored_unet
 
 SOME = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.fixture(scope="module")
-def base(toy_pipeline_dir) -> models.Model:
-    return models.load(toy_pipeline_dir)
+def base(toy_pipeline_dir) -> sd.Model:
+    return loading.load(toy_pipeline_dir)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def written(folder: Path, tensors: dict[str, torch.Tensor], name: str = "unet.sa
     return path
 
 
-def named(weights: dict[str, torch.Tensor], base: models.Model, naming: str) -> dict[str, torch.Tensor]:
+def named(weights: dict[str, torch.Tensor], base: sd.Model, naming: str) -> dict[str, torch.Tensor]:
     if "input_blocks" in naming:
         names = compvis.unet_names(weights, base.unet.config)
         return {naming.removesuffix("input_blocks") + names[name]: tensor for name, tensor in weights.items()}
@@ -55,7 +56,7 @@ def named(weights: dict[str, torch.Tensor], base: models.Model, naming: str) -> 
 def test_every_published_naming_gives_the_same_unet(naming, base, weights, tmp_path):
     """diffusers' names, CompVis' names, and the prefixes of wrappers around them (4.3)."""
     path = written(tmp_path, named(weights, base, naming))
-    model = models.load(base.folder, unet=path)
+    model = loading.load(base.folder, unet=path)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.unet.state_dict().items())
     assert model.notes == (f"{path} replaces {len(weights)} of the UNet's {len(weights)} tensors",)
     assert model.unet_file == str(path) and model.folder == base.folder and "unet.safetensors" in model.name
@@ -68,7 +69,7 @@ def test_every_published_naming_gives_the_same_unet(naming, base, weights, tmp_p
 def test_a_part_of_the_weights_replaces_that_part_and_says_so(base, weights, tmp_path):
     """ESD publishes the layers that it trained (4.3)."""
     path = written(tmp_path, {f"unet.{SOME}": weights[SOME].half()})
-    model = models.load(base.folder, unet=path)
+    model = loading.load(base.folder, unet=path)
     different = [
         name for name, t in model.unet.state_dict().items() if not torch.equal(t, base.unet.state_dict()[name])
     ]
@@ -82,8 +83,8 @@ def test_a_pickle_needs_permission(base, weights, tmp_path, suffix):
     """Permission opens the file without running its code, and what was left out is said (2.5, 4.3)."""
     path = written(tmp_path, {"state_dict": weights, "trainer": Trainer()}, f"unet{suffix}")  # pyright: ignore
     with pytest.raises(EraseError, match="is a pickle, .*--allow-pickle"):
-        models.load(base.folder, unet=path)
-    model = models.load(base.folder, unet=path, allow_pickle=True)
+        loading.load(base.folder, unet=path)
+    model = loading.load(base.folder, unet=path, allow_pickle=True)
     assert torch.equal(model.unet.conv_in.weight, weights["conv_in.weight"])
     assert "Trainer" in model.notes[0] and "none of their code ran" in model.notes[0]
 
@@ -108,24 +109,24 @@ def test_what_does_not_fit_is_refused_by_name(base, weights, tmp_path):
     for name, (tensors, message) in bad.items():
         path = written(tmp_path, tensors, f"{name}.safetensors")
         with pytest.raises(EraseError, match=message) as error:
-            models.load_unet(base.folder, unet=path)
+            stored_unet.load_unet(base.folder, unet=path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(EraseError, match="no such file"):
-        models.load(base.folder, unet=tmp_path / "gone.safetensors")
+        loading.load(base.folder, unet=tmp_path / "gone.safetensors")
     with pytest.raises(EraseError, match="is no file of weights"):
         (tmp_path / "weights.txt").write_text("")
-        models.load(base.folder, unet=tmp_path / "weights.txt")
+        loading.load(base.folder, unet=tmp_path / "weights.txt")
     change = delta.difference({SOME: weights[SOME]}, {SOME: weights[SOME] + 1})
     delta.save(tmp_path / "delta.safetensors", change)
     with pytest.raises(EraseError, match="is a delta or a mask"):
-        models.load(base.folder, unet=tmp_path / "delta.safetensors")
+        loading.load(base.folder, unet=tmp_path / "delta.safetensors")
 
 
 def test_a_unet_that_does_not_fit_leaves_the_weights_as_they_were(base, weights, tmp_path):
-    from erase import unet_file
+    from erase.families import unet_file
 
     path = written(tmp_path, {"conv_in.weight": weights["conv_in.weight"], SOME: torch.full((4, 8), torch.inf)})
-    unet = models.load_unet(base.folder)
+    unet = stored_unet.load_unet(base.folder)
     with pytest.raises(EraseError, match="not finite"):
         unet_file.put_into(unet, path, allow_pickle=False)
     assert torch.equal(unet.conv_in.weight, base.unet.conv_in.weight)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from scipy.stats import t
 
+from erase.classification import cli as classifier_cli
 from erase.classification import data, run
+from erase.classification.compare import compare, over_seeds, rows
 from erase.classification.data import Dataset, Images
 from erase.classification.settings import PRESETS, Settings
 from erase.errors import EraseError
-from erase.evaluation import unlearn_cli
-from erase.evaluation.unlearning import compare, over_seeds, rows
 
 
 def toy_images(n: int, seed: int) -> Images:
@@ -155,12 +155,12 @@ def options(tmp_path: Path, name: str) -> list[str]:
 
 
 def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
-    unlearn_cli.main(["train", *options(tmp_path, "original")])
-    unlearn_cli.main(["train", "--without-forget", *options(tmp_path, "retrained")])
-    unlearn_cli.main(["--method", "rl", "--model", str(tmp_path / "original"), *options(tmp_path, "rl")])
+    classifier_cli.main(["train", *options(tmp_path, "original")])
+    classifier_cli.main(["train", "--without-forget", *options(tmp_path, "retrained")])
+    classifier_cli.main(["--method", "rl", "--model", str(tmp_path / "original"), *options(tmp_path, "rl")])
     scores = json.loads((tmp_path / "rl" / "scores.json").read_text())
     assert scores["before"]["UA"]["n"] == scores["after"]["UA"]["n"] == 6
-    unlearn_cli.main(["compare", "--methods", "ft", "ga", "--seeds", "2", *options(tmp_path, "compared")])
+    classifier_cli.main(["compare", "--methods", "ft", "ga", "--seeds", "2", *options(tmp_path, "compared")])
     text = capsys.readouterr().out
     assert "test accuracy" in text and "6 images forgotten by rl" in text and "| ga |" in text
 
@@ -183,7 +183,7 @@ def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        unlearn_cli.main([*arguments, "--output", str(tmp_path / "run")])
+        classifier_cli.main([*arguments, "--output", str(tmp_path / "run")])
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert message in text and text.count("\n") == 1

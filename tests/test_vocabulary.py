@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from erase import models, vocabulary
 from erase.errors import EraseError
+from erase.families import loading, vocabulary
 
 
 @pytest.fixture(scope="module")
 def text_encoder() -> Any:
-    return models.load("mini").text_encoder
+    return loading.load("mini").text_encoder
 
 
 @pytest.fixture(params=["both", "older files", "tokenizer.json"])
 def folder(request, tmp_path) -> Path:
     """The embedded model's tokenizer, 195 merges, in the files of transformers 4, of 5, or of both."""
-    found = Path(shutil.copytree(models.MINI_DIR / "tokenizer", tmp_path / "tokenizer"))
+    found = Path(shutil.copytree(loading.MINI_DIR / "tokenizer", tmp_path / "tokenizer"))
     if request.param == "older files":
         (found / "tokenizer.json").unlink()
     if request.param == "tokenizer.json":
@@ -89,14 +89,14 @@ def test_a_changed_vocabulary_is_refused(damage, folder, text_encoder):
 def test_files_that_disagree_are_refused(tmp_path, text_encoder):
     """transformers 5 reads tokenizer.json and transformers 4 the other two: they must say the same (3.6)."""
     for name, change in (("vocab.json", '"in":'), ("merges.txt", "i n\n")):
-        folder = Path(shutil.copytree(models.MINI_DIR / "tokenizer", tmp_path / name))
+        folder = Path(shutil.copytree(loading.MINI_DIR / "tokenizer", tmp_path / name))
         text = (folder / name).read_text()
         assert change in text
         (folder / name).write_text(text.replace(change, '"ni":' if name == "vocab.json" else "n i\n", 1))
         with pytest.raises(EraseError, match="different|which is not in its vocabulary|cannot load"):
             vocabulary.load(folder, text_encoder)
-    content = json.loads((models.MINI_DIR / "tokenizer" / "tokenizer.json").read_text())
-    folder = Path(shutil.copytree(models.MINI_DIR / "tokenizer", tmp_path / "case"))
+    content = json.loads((loading.MINI_DIR / "tokenizer" / "tokenizer.json").read_text())
+    folder = Path(shutil.copytree(loading.MINI_DIR / "tokenizer", tmp_path / "case"))
     content["normalizer"] = None
     (folder / "tokenizer.json").write_text(json.dumps(content))
     try:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from erase import files
+from erase import tensor_files
 from erase.classification.settings import MOST_SIZE
+from erase.data.images import SUFFIXES, BadImage, image_files, is_system
+from erase.data.images import read as read_image
 from erase.errors import EraseError, missing
-from erase.images import SUFFIXES, BadImage, image_files, is_system
-from erase.images import read as read_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +204,8 @@ def drawings(cache_dir: str | Path, num: tuple[int, int] = NUM_DRAWINGS) -> Data
 
     path = Path(cache_dir) / f"drawings-{num[0]}-{num[1]}.safetensors"
     if not path.is_file():
-        files.write_tensors(path, {key: value for part in _draw(num) for key, value in part.items()})
-    tensors = files.read_tensors(path)
+        tensor_files.write_tensors(path, {key: value for part in _draw(num) for key, value in part.items()})
+    tensors = tensor_files.read_tensors(path)
     for part, each in zip(_TRAIN_TEST, num, strict=True):
         x, y = (tensors.get(f"{part}.{kind}", torch.zeros(0)) for kind in "xy")
         known = x.dtype == torch.uint8 and x.shape == (10 * each, 3, 32, 32)

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from erase import saliency
+from erase import masks
 from erase.classification.data import Images, augment
 from erase.classification.methods import Plan, Progress, Values
-from erase.classification.sgd import MaskedSGD
 from erase.device import LOSS_SCALE, Compute
 from erase.errors import EraseError
 from erase.optim import MaskedAdam
+from erase.optim.sgd import MaskedSGD
 from erase.progress import each
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -81,7 +81,7 @@ def descend(
     """
     named = dict(model.named_parameters())
     if mask is not None:
-        saliency.check(mask, {}, named)
+        masks.check(mask, {}, named)
     moving = named if mask is None else {name: named[name] for name in mask}
     if recipe.epochs == 0 or not moving:
         return
@@ -129,25 +129,25 @@ def saliency_mask(
     model: nn.Module,
     forget: Images,
     density: float,
-    score: saliency.Score = "abs_sum",
+    score: masks.Score = "abs_sum",
     *,
     per_tensor: bool = False,
     largest: bool = True,
     batch_size: int = 256,
     precision: Precision = "fp32",
-) -> saliency.Mask:
+) -> masks.Mask:
     """The weights that matter most for the pictures to forget: |grad CE|, one pass in eval mode without augmentation.
 
     largest: see `saliency.select`. batch_size, precision: see `saliency_scores`.
     """
     scores = saliency_scores(model, forget, score, batch_size=batch_size, precision=precision)
-    return saliency.select(scores, density, per_tensor=per_tensor, largest=largest)
+    return masks.select(scores, density, per_tensor=per_tensor, largest=largest)
 
 
 def saliency_scores(
     model: nn.Module,
     forget: Images,
-    score: saliency.Score = "abs_sum",
+    score: masks.Score = "abs_sum",
     *,
     batch_size: int = 256,
     precision: Precision = "fp32",
@@ -158,7 +158,7 @@ def saliency_scores(
         only. precision: see `computing`.
     """
     with in_eval(model), computing(model, precision):
-        accumulated = saliency.Saliency(dict(model.named_parameters()), score)
+        accumulated = masks.Saliency(dict(model.named_parameters()), score)
         with accumulated.collecting():
             for batch in forget.batches(batch_size):
                 loss = F.cross_entropy(model(batch.pixels), batch.y, reduction="sum") / len(forget)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from erase import saliency
+from erase import masks
 from erase.classification.data import Images
 from erase.errors import EraseError
 
@@ -280,7 +280,7 @@ class Scissorhands:
         named = task.parameters()
         gradients = _by_name(_gradient_sum(task.model, task.forget), named)
         scores = {name: (gradients[name] * w.detach()).abs() for name, w in named.items()}
-        chosen = saliency.select(scores, self.share) if self.share else {}
+        chosen = masks.select(scores, self.share) if self.share else {}
         start: Values = {}
         for name, places in chosen.items():
             old = named[name].detach()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erase import files
+from erase import tensor_files
 from erase.classification.settings import NETWORKS
 from erase.delta import layout_of, require_layout
 from erase.errors import EraseError
@@ -69,7 +69,7 @@ def save(path: str | Path, model: Classifier, shape: Shape, header: dict[str, An
 
     header: JSON-serialisable; how the weights were made.
     """
-    files.write_tensors(path, model.state_dict(), {**header, "kind": "classifier", "shape": asdict(shape)})
+    tensor_files.write_tensors(path, model.state_dict(), {**header, "kind": "classifier", "shape": asdict(shape)})
 
 
 def load(path: str | Path) -> tuple[Classifier, Shape, dict[str, Any]]:
@@ -80,11 +80,11 @@ def load(path: str | Path) -> tuple[Classifier, Shape, dict[str, Any]]:
     """
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
-    header = files.read_metadata(path)
+    header = tensor_files.read_metadata(path)
     if header.get("kind") != "classifier":
         raise EraseError(f"{path} is not a classifier: its header does not say which network it is")
     shape = _shape(header.get("shape"), path)
-    model, state = build(shape, seed=0), files.read_tensors(path)
+    model, state = build(shape, seed=0), tensor_files.read_tensors(path)
     expected = f"a {shape.network} for {shape.num_classes} classes"
     try:
         require_layout(layout_of(state), layout_of(model.state_dict()), expected)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erase import __version__, delta, device, files, saliency
+from erase import __version__, delta, device, files, masks
 from erase.classification import data, methods, networks, salun_checkpoint, split
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, in_eval, saliency_mask, write
@@ -19,7 +19,7 @@ from erase.classification.networks import Classifier, Shape
 from erase.classification.settings import Settings, make_method, require_use
 from erase.classification.split import Split
 from erase.errors import EraseError
-from erase.settings import MIXED_PRECISION
+from erase.options.declare import MIXED_PRECISION
 
 MODEL, DELTA, MASK = "model.safetensors", "delta.safetensors", "mask.safetensors"
 SPLIT, RECORD = "split.json", "run.json"
@@ -78,7 +78,7 @@ def unlearn(
             descend(model, method.plan(task), recipe, task.generator, mask, label="unlearn", quiet=quiet)
         else:
             if mask is not None:
-                saliency.check(mask, {}, task.parameters())
+                masks.check(mask, {}, task.parameters())
             write(model, method.solve(task), mask)
 
 
@@ -138,12 +138,12 @@ def make_mask(
     named = dict(model.named_parameters())
     if kind == "random":
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        mask = saliency.random_mask(shapes, settings.density, settings.seed, per_tensor=settings.per_tensor)
+        mask = masks.random_mask(shapes, settings.density, settings.seed, per_tensor=settings.per_tensor)
         return mask, {**header, "mask": kind, "seed": settings.seed}
     if not Path(kind).is_file():
         raise EraseError(f"--mask is {kind!r}; choose saliency, random, inverse, none, or a mask file")
-    stored, found = saliency.load(kind)
-    saliency.check(stored, found, named, base_hash=base_hash)
+    stored, found = masks.load(kind)
+    masks.check(stored, found, named, base_hash=base_hash)
     return {name: stored[name] for name in stored}, found
 
 
@@ -210,8 +210,8 @@ def run(
         delta.save(folder / DELTA, change)
         record["weights"]["changed"] = sum(change.changed.values())
     if done.mask is not None:
-        saliency.save(folder / MASK, done.mask, done.header)
-        record["weights"]["may_move"] = saliency.count(done.mask)
+        masks.save(folder / MASK, done.mask, done.header)
+        record["weights"]["may_move"] = masks.count(done.mask)
     _save(folder, done.model, shape, chosen, record)
     return Run(folder, original, done.model, dataset, chosen, record)
 

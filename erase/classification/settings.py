@@ -10,7 +10,7 @@ from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
 
 from erase.errors import EraseError
-from erase.settings import agreed_precision, flag, make_plain, option
+from erase.options.declare import agreed_precision, flag, make_plain, option
 
 NETWORKS = ("mlp", "small", "resnet18", "resnet18_imagenet", "resnet50", "vgg16_bn", "vit", "swin_t")
 MOST_SIZE = 4096  # pixels a side

@@ -24,7 +24,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from erase import captions, files, images
+from erase import files
+from erase.data import captions, images
 from erase.errors import EraseError
 from erase.evaluation import shapes
 from erase.evaluation.tasks import Sample
@@ -166,7 +167,7 @@ def adopt(pictures: Path, folder: Path, options: Mapping[str, Any] | None = None
     Raises:
         EraseError: no such folder, no image, or files in it that are no images.
     """
-    from erase.data import list_images
+    from erase.data.sources import list_images
 
     if not pictures.is_dir():
         raise EraseError(f"{pictures}: no such folder of images")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from erase import __version__, concepts
-from erase.cli import Parser, add_options, reporting, silence_libraries
+from erase.commandline import Parser, add_options, reporting, silence_libraries
 from erase.errors import EraseError
 from erase.evaluation.options import JUDGES, Drawing, Options
 from erase.evaluation.tasks import ABOUT, VERSIONS
-from erase.settings import Settings, forms
+from erase.options.declare import forms_of
+from erase.options.settings import Settings
 
 DESCRIPTION = "Evaluate concept erasure: the same prompts and seeds for the base and the erased model, with intervals."
 EPILOG = """\
@@ -70,7 +71,7 @@ def _task_options(parser: Parser, *, several: bool = False) -> None:
 
 def _concept_options(parser: Parser) -> None:
     parser.add_argument("--concept", help="preset, .toml, or free text with --kind [the run folder's own]")
-    parser.add_argument("--kind", choices=forms(Settings)["kind"].choices, help="what a free-text concept is")
+    parser.add_argument("--kind", choices=forms_of(Settings)["kind"].choices, help="what a free-text concept is")
 
 
 def _judge_options(parser: Parser, chosen: str = "") -> None:

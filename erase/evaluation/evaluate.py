@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from erase import concepts, files, guards
+from erase import concepts, files, guards, words
 from erase.concepts import Concept
 from erase.device import choose
 from erase.errors import EraseError
 from erase.evaluation import arm, generate, measure, quality, report, score
 from erase.evaluation.options import Drawing, Options
 from erase.evaluation.tasks import VERSIONS, Task, build, judged
-from erase.models import Model
+from erase.families.sd import Model
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def source_of(model: str, drawing: Drawing, guard: Any) -> Source:
 
 def label_of(model: str) -> str:
     """A file name for a model or a folder."""
-    return concepts.slug(Path(model).resolve().name if os.path.exists(model) else model)
+    return words.slug(Path(model).resolve().name if os.path.exists(model) else model)
 
 
 # --- before the first image -----------------------------------------------------------------------------------------

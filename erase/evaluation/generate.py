@@ -11,16 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erase import delta, files, images, models
-from erase.data import to_pixels
+from erase import delta, files
+from erase.data import images
+from erase.data.pixels import to_pixels
 from erase.device import DTYPES, choose
 from erase.errors import EraseError
 from erase.evaluation import arm
 from erase.evaluation.tasks import Sample, Task
+from erase.export.states import unet_state
+from erase.families import loading
+from erase.families.sd import Model
 from erase.guards import Guard
-from erase.models import Model
 from erase.progress import progress
-from erase.run import unet_state, versions
+from erase.runs.machine import versions
 
 
 def load_model(
@@ -30,17 +33,17 @@ def load_model(
     device: str | None = None,
     precision: str | None = None,
     guard: Guard | None = None,
-    **loading: Any,
+    **options: Any,
 ) -> Model:
     """A model to generate with, and a delta and a guard if they are given.
 
-    loading: arguments of `erase.models.load`.
+    options: arguments of `erase.families.loading.load`.
 
     Raises:
         EraseError: the model cannot be loaded, the delta was made for another one, or there is no such device.
     """
     compute = choose(device, precision)
-    model = models.load(source, **loading)
+    model = loading.load(source, **options)
     if delta_path:
         state = delta.apply(unet_state(model.unet), delta.load(delta_path))
         model.unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from erase import files
+from erase import files, statistics
 from erase.errors import EraseError
-from erase.evaluation import arm, classes, drift, nudity, report, score, shapes, statistics
+from erase.evaluation import arm, classes, drift, nudity, report, score, shapes
 from erase.evaluation.tasks import Sample
 from erase.mini.judge import HEADS
-from erase.run import versions
+from erase.runs.machine import versions
 
 Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # of every judge, one a sample
 

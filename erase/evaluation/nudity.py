@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from erase.data.images import check
 from erase.errors import EraseError, missing, no_file
 from erase.files import file_hash
-from erase.images import check
 
 LABELS = (  # in the order of the network's channels
     "FEMALE_GENITALIA_COVERED",

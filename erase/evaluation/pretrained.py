@@ -10,10 +10,10 @@ from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
 
+from erase.data.images import check
 from erase.delta import content_hash
 from erase.errors import EraseError
 from erase.files import text_hash
-from erase.images import check
 from erase.progress import loading
 
 _BATCH = 16

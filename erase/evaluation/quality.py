@@ -24,7 +24,7 @@ from erase.errors import EraseError, missing
 from erase.evaluation.classes import MiniJudge
 from erase.evaluation.inception import SIZE, Inception
 from erase.evaluation.pretrained import Clip, batches
-from erase.files import read_metadata, read_tensors, write_tensors
+from erase.tensor_files import read_metadata, read_tensors, write_tensors
 
 MIN_KID = 4
 MIN_FID = 2048  # below it the covariance of 2,048 features has no full rank

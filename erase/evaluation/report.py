@@ -15,12 +15,12 @@ from typing import Any
 
 from PIL import Image
 
+from erase.data.images import BadImage
+from erase.data.images import read as read_image
 from erase.errors import EraseError
 from erase.evaluation import plots, shapes
-from erase.evaluation.statistics import Comparison, Score, holm
 from erase.files import read_json, text_hash, write_json, write_text
-from erase.images import BadImage
-from erase.images import read as read_image
+from erase.statistics import Comparison, Score, holm
 
 THUMBNAIL = 192  # pixels
 BLURRED = 8  # pixels a side that are left of a flagged picture

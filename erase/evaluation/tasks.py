@@ -11,8 +11,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from erase import files, prompt_files, refusal
-from erase.concepts import Concept
+from erase import files
+from erase.concepts import Concept, refusal
+from erase.data import prompt_files
 from erase.errors import EraseError
 from erase.evaluation.options import Options
 

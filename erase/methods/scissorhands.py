@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from erase.masks import select
 from erase.methods.balance import nash, projected
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.terms import denoised, relabelled
-from erase.saliency import select
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from erase.masks import kth_largest
 from erase.methods.relabel import Relabel
-from erase.saliency import kth_largest
 
 
 @dataclass(frozen=True)

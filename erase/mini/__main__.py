@@ -58,11 +58,13 @@ def _train(given: argparse.Namespace) -> None:
 def _measure(given: argparse.Namespace) -> None:
     from PIL import Image
 
-    from erase import card, files, models
+    from erase import files
+    from erase.data import sheet
+    from erase.families import loading
     from erase.mini import card as mini_card
     from erase.mini import judge, quality
 
-    model = models.load(given.model)
+    model = loading.load(given.model)
     wishes = quality.balanced(given.num_each)
     pictures = quality.draw(model, [w.prompt for w in wishes], list(range(len(wishes))), quiet=False)
     scores = quality.score(judge.name(judge.load(model.folder / "judge.safetensors"), pictures), wishes)
@@ -76,7 +78,7 @@ def _measure(given: argparse.Namespace) -> None:
             for i in range(0, len(wishes), each)
         ]
         with files.replacing(given.sheet) as temporary:
-            card.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
+            sheet.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
     if given.card:
         settings = {name: model.defaults[name] for name in ("num_inference_steps", "guidance_scale")}
         record = {"num_pictures": len(pictures), **settings, "scores": scores}
@@ -88,7 +90,8 @@ def _world(given: argparse.Namespace) -> None:
     import numpy as np
     from PIL import Image
 
-    from erase import card, files
+    from erase import files
+    from erase.data import sheet
     from erase.mini import world
 
     rng = np.random.default_rng(0)
@@ -102,7 +105,7 @@ def _world(given: argparse.Namespace) -> None:
                 pictures.append(Image.fromarray(world.draw(scene, rng)))
         rows.append((name, pictures, False))
     with files.replacing(given.output) as temporary:
-        card.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
+        sheet.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
     print(f"{given.output}: written")
 
 

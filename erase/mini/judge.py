@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from erase.files import read_metadata, read_tensors
 from erase.mini import world
+from erase.tensor_files import read_metadata, read_tensors
 
 NONE = "none"  # a picture that shows no single object of the world
 HEADS: dict[str, tuple[str, ...]] = {

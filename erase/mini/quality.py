@@ -6,10 +6,10 @@ from itertools import cycle, islice, product
 
 import numpy as np
 
-from erase.data import to_pixels
+from erase.data.pixels import to_pixels
+from erase.families.sd import Model
 from erase.mini import judge as judging
 from erase.mini import world
-from erase.models import Model
 from erase.progress import each
 
 

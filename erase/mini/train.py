@@ -22,8 +22,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from erase import export, files
+from erase import files, tensor_files
 from erase.errors import EraseError
+from erase.families import pipeline_folder
 from erase.mini import judge as judging
 from erase.mini import world
 from erase.progress import each, progress
@@ -105,7 +106,7 @@ def _take_parts(folder: Path, work: Path) -> None:
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, local_files_only=True)
     metadata = {"scaling_factor": vae.config["scaling_factor"], "taken_from": str(folder)}
     for part in ("vae", "decoder"):
-        files.write_tensors(work / f"{part}.safetensors", vae.state_dict(), metadata)
+        tensor_files.write_tensors(work / f"{part}.safetensors", vae.state_dict(), metadata)
     files.copy(folder / "judge.safetensors", work / "judge.safetensors")
 
 
@@ -204,7 +205,7 @@ def _train_judge(work: Path, seed: int, budget: Budget, device: torch.device, wi
         for head in judging.HEADS
     }
     metadata = {"accuracy": {**accuracy, "num_drawings": len(truth)}, "seed": seed, "seconds": seconds}
-    files.write_tensors(work / "judge.safetensors", judge.state_dict(), metadata)
+    tensor_files.write_tensors(work / "judge.safetensors", judge.state_dict(), metadata)
     path.unlink(missing_ok=True)
 
 
@@ -271,7 +272,7 @@ def _train_vae(work: Path, seed: int, budget: Budget, device: torch.device, with
     with torch.no_grad():
         latents = vae.encode(pictures.to(device)).latent_dist.mean
     metadata = {"seconds": seconds, "scaling_factor": 1 / latents.std().item()}
-    files.write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
+    tensor_files.write_tensors(work / "vae.safetensors", vae.state_dict(), metadata)
     path.unlink(missing_ok=True)
 
 
@@ -279,8 +280,8 @@ def _load_vae(work: Path, name: str = "vae") -> AutoencoderKL:
     if not (work / "vae.safetensors").exists():
         raise EraseError(f"{work} has no trained VAE yet; run the stage 'vae' first")
     vae = make_vae()
-    vae.load_state_dict(files.read_tensors(work / f"{name}.safetensors"))
-    vae.register_to_config(scaling_factor=files.read_metadata(work / "vae.safetensors")["scaling_factor"])
+    vae.load_state_dict(tensor_files.read_tensors(work / f"{name}.safetensors"))
+    vae.register_to_config(scaling_factor=tensor_files.read_metadata(work / "vae.safetensors")["scaling_factor"])
     return vae.eval().requires_grad_(False)
 
 
@@ -311,7 +312,7 @@ def _train_decoder(
         latents = vae.eval().encode(pictures.to(device)).latent_dist.mean
         mse = F.mse_loss(vae.decode(latents).sample.clamp(-1, 1), pictures.to(device)).item()
     metadata = {"seconds": seconds, "psnr": 10 * math.log10(4 / mse)}
-    files.write_tensors(work / "decoder.safetensors", vae.state_dict(), metadata)
+    tensor_files.write_tensors(work / "decoder.safetensors", vae.state_dict(), metadata)
     path.unlink(missing_ok=True)
 
 
@@ -402,7 +403,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 def _load_unet(work: Path) -> dict[str, Any]:
     modules: dict[str, Any] = {"unet": make_unet(), "text_encoder": make_text_encoder(make_tokenizer())}
-    nn.ModuleDict(modules).load_state_dict(files.read_tensors(work / "unet.safetensors"))
+    nn.ModuleDict(modules).load_state_dict(tensor_files.read_tensors(work / "unet.safetensors"))
     return modules
 
 
@@ -444,8 +445,8 @@ def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, wit
     for cycle, (steps, lr, gamma) in enumerate(budget.unet_cycles, start=1):
         finished = work / f"unet-{cycle}.safetensors"
         if finished.exists():
-            nn.ModuleDict(modules).load_state_dict(files.read_tensors(finished))
-            seconds += files.read_metadata(finished)["seconds"]
+            nn.ModuleDict(modules).load_state_dict(tensor_files.read_tensors(finished))
+            seconds += tensor_files.read_metadata(finished)["seconds"]
         else:
             path, first = work / f"unet-{cycle}.pt", done
             spent = _fit(
@@ -459,12 +460,12 @@ def _train_unet(work: Path, seed: int, budget: Budget, device: torch.device, wit
                 warmup=100,
                 quiet=quiet,
             )
-            files.write_tensors(finished, nn.ModuleDict(modules).state_dict(), {"seconds": spent})
+            tensor_files.write_tensors(finished, nn.ModuleDict(modules).state_dict(), {"seconds": spent})
             path.unlink(missing_ok=True)
             seconds += spent
         done += steps
     metadata = {"seconds": seconds, "samples": done * num}
-    files.write_tensors(work / "unet.safetensors", nn.ModuleDict(modules).state_dict(), metadata)
+    tensor_files.write_tensors(work / "unet.safetensors", nn.ModuleDict(modules).state_dict(), metadata)
 
 
 # --- assembly -------------------------------------------------------------------------------------------------------
@@ -486,12 +487,12 @@ def assemble(output: str | Path) -> Path:
     )
     pipeline.to(torch.float16)
     pipeline.text_encoder.float()  # stock diffusers loads its own parts in float32, transformers as they are stored
-    export.write_pipeline(pipeline, output)
+    pipeline_folder.write_pipeline(pipeline, output)
     files.copy(work / "judge.safetensors", output / "judge.safetensors")
     files.write_json(output / "erase_defaults.json", DEFAULTS)
     recipe: dict[str, Any] = {
         "identity": json.loads((work / "identity.json").read_text()),
-        "stages": {stage: files.read_metadata(work / f"{stage}.safetensors") for stage in STAGES},
+        "stages": {stage: tensor_files.read_metadata(work / f"{stage}.safetensors") for stage in STAGES},
         "torch": str(torch.__version__),
         "num_threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

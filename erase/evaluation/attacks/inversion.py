@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erase import refusal
+from erase.concepts import refusal
 from erase.errors import EraseError
-from erase.models import Model
+from erase.families.sd import Model
 from erase.progress import progress
-from erase.train import generator
+from erase.training.batches import generator
 
 WORD = "~"  # one token of every CLIP vocabulary, and in nobody's prompts
 

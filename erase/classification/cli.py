@@ -1,0 +1,161 @@
+"""`unlearn-classifier`: arguments in, one call, a few lines out."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from erase import __version__
+from erase.classification.settings import PRESETS, Settings
+from erase.commandline import Parser, add_options, reporting, silence_libraries
+from erase.errors import printable
+from erase.files import default_cache_dir
+
+WHAT, TRAINING = {"what": "what to forget, from what"}, {"training": "training"}
+QUIET: dict[str, Any] = {"action": "store_true", "help": "no progress on stderr"}
+GROUPS = {**WHAT, "method": "method", "how": "how: which weights may move", **TRAINING}
+DESCRIPTION = """\
+Make an image classifier forget some of its training pictures: find the weights that matter for them, retrain only
+those, and say how far the result is from a model that never saw them."""
+EPILOG = f"""\
+methods: {", ".join(PRESETS)}
+
+examples:
+  unlearn-classifier --data digits --forget 10% --method salun --output runs/digits
+  unlearn-classifier train --data digits --output runs/digits-original
+  unlearn-classifier --data digits --forget class:3 --method ft --model runs/digits-original --output runs/digits-ft
+  unlearn-classifier compare --data digits --methods all --seeds 5 --output runs/digits-compared
+
+other commands (each has its own --help):
+  train    the original model, or the retrained one: --without-forget
+  compare  methods on several seeds against retraining: table, figures and plot
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exit code 0 done, 2 for what the user can mend, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    silence_libraries(quiet="--quiet" in arguments)
+    continues = arguments[:1] == ["compare"]
+    what = "the same command continues after the last finished line" if continues else "the same command starts again"
+    with reporting("unlearn-classifier", f"interrupted; {what}"):
+        if arguments and arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+        else:
+            _unlearn(arguments)
+
+
+def _unlearn(arguments: list[str]) -> None:
+    parser = Parser(
+        "unlearn-classifier",
+        DESCRIPTION,
+        epilog=EPILOG,
+        usage="unlearn-classifier [--data DATA] [--forget WHAT] [--method METHOD] [--output DIR] [options]",
+    )
+    parser.add_argument("--version", action="version", version=f"unlearn-classifier {__version__}")
+    add_options(parser, Settings, GROUPS)
+    parser.add_argument("--quiet", **QUIET)
+    given = vars(parser.parse_args(arguments))
+    quiet = given.pop("quiet")
+    settings = _settings(given)
+
+    from erase import files
+    from erase.classification import split
+    from erase.classification.membership import measure
+    from erase.classification.run import run
+
+    result = run(settings, default_cache_dir(), quiet=quiet, tell=_tell)
+    parts = split.parts(result.dataset, result.split)
+    both = {"before": result.original, "after": result.model}
+    scores = {when: measure(model, *parts, seed=settings.seed) for when, model in both.items() if model is not None}
+    plain = {when: {name: vars(score) for name, score in of.items()} for when, of in scores.items()}
+    files.write_json(result.folder / "scores.json", plain)
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.record["seconds"].items())
+    print(f"{printable(result.folder)}: {len(result.split.forget):,} images forgotten by {settings.method} ({seconds})")
+    for name in scores["after"]:
+        values = " -> ".join(f"{100 * of[name].value:5.1f} %" for of in scores.values())
+        print(f"{name:22} {values}  (n = {scores['after'][name].n:,})")
+
+
+def _train(arguments: list[str]) -> None:
+    parser = Parser(
+        "unlearn-classifier train",
+        "Train the original model, or the one that never sees the forget set.",
+        example="--data digits --train-epochs 5 --output runs/digits-original",
+    )
+    parser.add_argument("--without-forget", action="store_true", help="train without what --forget names")
+    parser.add_argument("--quiet", **QUIET)
+    add_options(parser, Settings, WHAT | TRAINING)
+    given = vars(parser.parse_args(arguments))
+    without_forget, quiet = given.pop("without_forget"), given.pop("quiet")
+    settings = _settings(given | {"method": "retrain"})
+
+    from erase.classification import split
+    from erase.classification.membership import correctness, outputs
+    from erase.classification.run import run_training
+
+    result = run_training(settings, default_cache_dir(), without_forget=without_forget, quiet=quiet)
+    test = outputs(result.model, split.parts(result.dataset, result.split)[2])
+    accuracy = correctness(test).mean()
+    print(f"{printable(result.folder)}: trained in {result.record['seconds']['train']:.0f} s")
+    print(f"test accuracy {accuracy:.2%} (n = {len(test):,})")
+
+
+def _compare(arguments: list[str]) -> None:
+    parser = Parser(
+        "unlearn-classifier compare",
+        "Methods on several seeds against retraining. Continues where it stopped; each cell is run once.",
+        example="--data digits --methods ft salun --seeds 2 --output runs/digits-compared",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=["all"], metavar="METHOD", help="methods, or all [default: all]"
+    )
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds, from --seed on [default: 5]")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", default=[], metavar="X", help="more lines: SalUn at these"
+    )
+    parser.add_argument("--controls", action="store_true", help="more lines: SalUn with other masks and scores")
+    parser.add_argument(
+        "--shadows", type=int, default=0, metavar="N", help="pairs of shadow models for LiRA [default: 0]"
+    )
+    parser.add_argument("--quiet", **QUIET)
+    add_options(parser, Settings, GROUPS)
+    given = vars(parser.parse_args(arguments))
+    asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows")}
+    quiet = given.pop("quiet")
+    if not 1 <= asked["seeds"] <= 10_000:
+        parser.error(f"--seeds is {asked['seeds']}; it must be at least 1 and at most 10000")
+    if not 0 <= asked["shadows"] <= 10_000:
+        parser.error(f"--shadows is {asked['shadows']}; it must be 0 or more and at most 10000")
+    if given["model"] is not None:
+        parser.error("--model does not go with compare, which trains an original model for every seed")
+    for density in asked["densities"]:
+        if not 0 < density <= 1:
+            parser.error(f"--densities has {density}; each must be above 0 and at most 1")
+    unknown = [name for name in asked["methods"] if name not in ("all", *PRESETS)]
+    if unknown:
+        parser.error(f"unknown method {unknown[0]!r}; choose all, {', '.join(PRESETS)}")
+    settings = _settings(given)
+
+    from erase.classification.compare import compare, rows, table
+
+    folder = given["output"] or f"{settings.resolved().output}-compared"
+    lines = rows(settings, asked["methods"], densities=asked["densities"], controls=asked["controls"])
+    seeds = range(settings.seed, settings.seed + asked["seeds"])
+    how: dict[str, Any] = {"shadows": asked["shadows"], "tell": _tell, "quiet": quiet}
+    print(table(compare(settings, lines, seeds, folder, default_cache_dir(), **how)))
+    print(f"{printable(folder)}: results.json, table.md, plot.png")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "compare": _compare}
+
+
+def _tell(line: str) -> None:
+    print(printable(line), flush=True)
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The parts that all commands share: options from dataclasses, help, errors in one line."""
+
+import argparse
+import difflib
+import errno
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import Field, fields
+from typing import Any, NoReturn
+
+from erase import progress
+from erase.errors import EraseError, printable
+from erase.options.declare import MIXED_PRECISION, flag, forms_of
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help texts that are broken between words only: a model's name has hyphens of its own."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=32, **options)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations whose errors are one line, and which takes --num_forget for --num-forget."""
+
+    def __init__(
+        self, prog: str, description: str, *, example: str = "", commands: Iterable[str] = (), **options: Any
+    ) -> None:
+        """example: arguments that work, shown at the end of the help. commands: for did-you-mean."""
+        self.commands = commands
+        options.setdefault("formatter_class", Help)
+        if example:
+            options["epilog"] = f"example:\n  {prog} {example}"
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = [_dashes(arg) for arg in (sys.argv[1:] if args is None else args)]
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            guess = difflib.get_close_matches(unknown[0].partition("=")[0], [*known, *self.commands], n=1)
+            hint = f"did you mean {guess[0]}? " if guess else ""
+            self.error(f"unknown argument {unknown[0]!r}; {hint}(see {self.prog} --help)")
+        return given
+
+
+@contextmanager
+def reporting(prog: str, interrupted: str = "interrupted") -> Iterator[None]:
+    """Turn what the user can mend into one line and exit code 2, and an interrupt into 130.
+
+    A file or folder that cannot be read or written is the user's to mend; other exceptions stay tracebacks.
+    """
+    try:
+        yield
+    except EraseError as error:
+        reason = str(error)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        reason = f"{where}{error.strerror}"
+    except KeyboardInterrupt:
+        print(f"{prog}: {interrupted}", file=sys.stderr)
+        raise SystemExit(130) from None
+    else:
+        return
+    print(f"{prog}: {one_line(reason)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[str, str]) -> None:
+    """One argument for each field of a dataclass of options, in its group; nothing is written down twice.
+
+    titles: of the groups; fields of other groups are left out.
+    """
+    groups = {name: parser.add_argument_group(title) for name, title in titles.items()}
+    for item in (item for item in fields(options) if item.metadata["group"] in groups):
+        form = forms_of(options)[item.name]
+        shown = _shown_default(item)
+        help_text = item.metadata["help"] + (f" [default: {shown}]" if shown else "")
+        argument: dict[str, Any] = {"dest": item.name, "help": help_text.replace("%", "%%"), "default": None}
+        if form.type is bool:
+            argument["action"] = "store_true"
+        else:
+            word = {int: "N", float: "X"}.get(form.type, item.name.split("_")[-1].upper())
+            choices = "{" + ",".join(form.choices) + "}" if form.choices else None
+            argument["metavar"] = item.metadata.get("metavar") or choices or word
+            argument["action"] = "append" if form.is_repeated else "store"
+            argument["type"] = form.type
+        groups[item.metadata["group"]].add_argument(flag(item.name), *item.metadata.get("aliases", ()), **argument)
+        if item.name == "precision":
+            add_mixed_precision(groups[item.metadata["group"]])
+
+
+def add_mixed_precision(group: Any) -> None:
+    """--precision under the name that diffusers' scripts give it."""
+    group.add_argument("--mixed-precision", metavar="{" + ",".join(MIXED_PRECISION) + "}", help="another name for it")
+
+
+def _shown_default(item: Field[Any]) -> str:
+    """The default as `--help` shows it; "" if there is none, or only the absence of a flag."""
+    default = item.default
+    if isinstance(default, tuple):
+        default = ", ".join(default)
+    return item.metadata.get("shown") or ("" if default is None or isinstance(default, bool) else str(default))
+
+
+def one_line(message: str) -> str:
+    """A message on one line, without control characters that names and files may have brought into it."""
+    return printable(" ".join(line.strip() for line in message.splitlines()))
+
+
+def _dashes(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def silence_libraries(quiet: bool = False) -> None:
+    """No warnings about image processors that this project does not use; with `quiet` no bars for downloads either."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # matplotlib warns where it has no folder for its settings, bitsandbytes of kernels that are not used here
+    for name in ("matplotlib", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if quiet:
+        progress.hide_downloads()

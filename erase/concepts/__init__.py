@@ -1,0 +1,13 @@
+"""What to erase, as data: prompts to forget, what to say instead, what to keep, and how to tell that it worked."""
+
+from erase.concepts.concept import Concept as Concept
+from erase.concepts.concept import FreeKind as FreeKind
+from erase.concepts.concept import advice as advice
+from erase.concepts.concept import apart as apart
+from erase.concepts.concept import mapping as mapping
+from erase.concepts.concept import override as override
+from erase.concepts.concept import unite as unite
+from erase.concepts.describe import describe as describe
+from erase.concepts.presets import find as find
+from erase.concepts.presets import load as load
+from erase.concepts.presets import names as names

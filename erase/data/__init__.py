@@ -1,0 +1,1 @@
+"""Images, prompts and latents: what a run trains on."""

@@ -1,0 +1,299 @@
+"""What a run trains on: forget and retain pictures as cached latents, each with its prompt's text states."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erase import files
+from erase.concepts import Concept, refusal
+from erase.data import images
+from erase.data.cache import Source, Workers, cached
+from erase.data.pixels import to_pixels
+from erase.data.prompt_states import anchors_of, distinguishing
+from erase.data.sources import list_images
+from erase.delta import content_hash
+from erase.errors import EraseError
+from erase.families.sd import Model, Sampler
+
+SEEDS_PER_RUN = 1_000_000  # a run draws its forget pictures with the seeds from seed * this on
+RETAIN_SEED = 500_000_000  # and its retain pictures from there plus this
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Latents of n pictures as the VAE's posterior, and what each one was drawn from or is called.
+
+    mean: [n, 4, h, w], scaled for the UNet. std: the same shape; zero where the model drew the latent itself.
+    prompt: int64, [n], rows of `Data.text`.
+    t: int64, [n], where `mean` is not a picture but a point on the way from noise to one: the timestep there.
+    """
+
+    mean: Tensor
+    std: Tensor
+    prompt: Tensor
+    t: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that the mask and the training see; the VAE and the text encoder are not needed any more.
+
+    text: text states of `prompts`, [p, tokens, d]; row 0 is the empty prompt.
+    anchor: int64, [len(forget)], what to say instead of each forget picture's prompt.
+    others: int64, [k], rows of other classes' prompts for random labels.
+    words: bool, [len(forget), tokens], where the forget prompt's own words stand: those that its anchor lacks.
+    end: bool, [len(forget), tokens], where the forget prompt is over.
+    fingerprint: hash of all that determines these tensors.
+    """
+
+    forget: Pictures
+    retain: Pictures
+    anchor: Tensor
+    others: Tensor
+    words: Tensor
+    end: Tensor
+    prompts: tuple[str, ...]
+    text: Tensor
+    fingerprint: str
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How pictures are drawn or read.
+
+    round_trip: send drawn latents through decoder, 8-bit pixels and encoder, as a folder of saved images would be;
+        gives the posterior's spread, which the reference recipe samples.
+    pictures: what the forget set holds: pictures of the "concept", pictures of its "anchor" under the forget prompt's
+        name, points of the "trajectory" from noise to the concept, a random one of each picture's, or names alone,
+        where the method begins from "noise".
+    retains: False where nothing is kept by pictures; the retain set is then one empty picture.
+    way_guidance: of the trajectories; 3 in ESD.
+    """
+
+    num_forget: int
+    num_retain: int
+    steps: int
+    guidance: float
+    size: int
+    batch_size: int
+    seed: int
+    sampler: Sampler = "model"
+    round_trip: bool = False
+    pictures: str = "concept"
+    retains: bool = True
+    way_guidance: float = 3.0
+    forget_images: str | None = None
+    retain_images: str | None = None
+
+
+def gather(
+    model: Model,
+    concept: Concept,
+    plan: Plan,
+    *,
+    model_hash: str,
+    cache_dir: Path,
+    workers: Workers | None = None,
+    quiet: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Data:
+    """Draw or read the concept's forget and retain sets; what is in the cache already is taken from there.
+
+    model_hash: content hash of the UNet; pictures of another model are never taken for its own.
+    tell: hears where captions come from, and of damaged files in the cache, which are made again.
+
+    Raises:
+        EraseError: no retain prompts, an empty image folder, an image that cannot be read.
+    """
+    if plan.size % max(8, model.vae_scale):
+        raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {max(8, model.vae_scale)}")
+    workers = workers or Workers()
+    if plan.forget_images and plan.pictures in {"trajectory", "noise"}:
+        raise EraseError("this method follows the model's own drawing and sees no pictures; leave out --forget-images")
+    if plan.retain_images and not plan.retains:
+        raise EraseError("this method has no retain term; leave out --retain-images")
+    pairs = concept.pairs()
+    first_seed = plan.seed * SEEDS_PER_RUN
+    first_retain_seed = first_seed + RETAIN_SEED
+    # both sources are listed before anything is drawn, so that a wrong folder is an error at once
+    names = [forget for forget, _ in pairs]
+    shown = [anchor for _, anchor in pairs] if plan.pictures == "anchor" else names
+    forget_source = _source(model, plan, plan.forget_images, names, plan.num_forget, first_seed, shown=shown, tell=tell)
+    retain_source = _source(
+        model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed, tell=tell
+    )
+    _refuse_captions(plan, concept, forget_source.prompts, retain_source.prompts)
+    given = (
+        *(forget_source.prompts if plan.forget_images else ()),
+        *(retain_source.prompts if plan.retain_images else ()),
+    )
+    cut = [caption for caption in dict.fromkeys(given) if caption and model.truncates(caption)]
+    if cut:
+        tell(f"captions longer than the text encoder reads, and cut: {len(cut)}, the first {cut[0][:60] + '...'!r}")
+    if plan.pictures == "trajectory":
+        forget_source = _followed(model, plan, forget_source.prompts, first_seed)
+    elif plan.pictures == "noise":
+        forget_source = _blank(model, plan, forget_source.prompts)
+    if not plan.retains:
+        retain_source = _blank(model, plan, [""])
+    if None in retain_source.prompts:
+        unnamed = f"; --retain-images {plan.retain_images} names no prompts either" if plan.retain_images else ""
+        raise EraseError(f"concept {concept.name!r} has no retain prompts{unnamed}; give --retain PROMPT")
+    hashes = [model_hash, *(content_hash(part.state_dict()) for part in (model.vae, model.text_encoder))]
+
+    def read(source: Source, label: str) -> tuple[Pictures, str]:
+        key = files.text_hash([hashes, plan.batch_size, source.identity])
+        folder = cache_dir / "latents" / key[:32]
+        return Pictures(
+            **cached(folder, source, plan.batch_size, workers, label, quiet, tell), prompt=row(source.prompts)
+        ), key
+
+    rows: dict[str, int] = {"": 0}
+
+    def row(prompts: Iterable[str]) -> Tensor:
+        return torch.tensor([rows.setdefault(prompt, len(rows)) for prompt in prompts], dtype=torch.int64)
+
+    if plan.retain_images and not plan.forget_images:
+        row(forget_source.prompts)  # numbers them first, as below
+        read(retain_source, "retain images")  # now in the cache: a bad image is an error before any is generated
+    forget, forget_key = read(forget_source, "forget images")
+    retain, retain_key = read(retain_source, "retain images")
+    anchors = anchors_of(forget_source.prompts, pairs)
+    anchor = row(anchors)
+    others = row(concept.others)
+    record = {
+        "num_forget": len(forget),
+        "num_retain": len(retain),
+        "first_seed": None if plan.forget_images else first_seed,
+        "first_retain_seed": None if plan.retain_images else first_retain_seed,
+        "forget_key": forget_key,
+        "retain_key": retain_key,
+        "truncated_captions": cut,
+    }
+    fingerprint = files.text_hash([forget_key, retain_key, list(rows), anchor.tolist(), others.tolist()])
+    text = model.encode_text(list(rows))
+    words, end = (torch.zeros(len(forget), text.shape[1], dtype=torch.bool) for _ in range(2))
+    for number, (prompt, instead) in enumerate(zip(forget_source.prompts, anchors, strict=True)):
+        own, _ = distinguishing(model.tokens(prompt), model.tokens(instead))
+        words[number, own] = True
+        end[number, len(model.tokens(prompt)) + 1 :] = True
+    return Data(forget, retain, anchor, others, words, end, tuple(rows), text, fingerprint, record)
+
+
+def _refuse_captions(plan: Plan, concept: Concept, forget: Sequence[Any], retain: Sequence[Any]) -> None:
+    """Raise an EraseError for captions and names of class folders that involve minors.
+
+    Forget images are a target. Retain images may show a child, but not beside a concept that has to do with nudity.
+    """
+    sexual = concept.is_sexual or any(map(refusal.has_sexual_words, filter(None, forget)))
+    if plan.forget_images:
+        where = f"a caption or folder name of --forget-images {plan.forget_images}"
+        refusal.refuse(filter(None, forget), where, sexual=sexual, target=True)
+    if plan.retain_images:
+        where = f"a caption or folder name of --retain-images {plan.retain_images}"
+        refusal.refuse(filter(None, retain), where, sexual=sexual)
+
+
+def of_prompts(data: Data, prompts: Sequence[str]) -> Data:
+    """The data with only those forget pictures that have one of these prompts."""
+    wanted = {row for row, prompt in enumerate(data.prompts) if prompt in set(prompts)}
+    rows = torch.tensor([i for i, row in enumerate(data.forget.prompt.tolist()) if row in wanted], dtype=torch.int64)
+    if not len(rows):
+        raise EraseError(f"--num-forget {len(data.forget)} leaves no picture for {prompts[0]!r}; draw more")
+    f = data.forget
+    part = Pictures(f.mean[rows], f.std[rows], f.prompt[rows], None if f.t is None else f.t[rows])
+    fingerprint = files.text_hash([data.fingerprint, rows.tolist()])
+    places = {name: getattr(data, name)[rows] for name in ("anchor", "words", "end")}
+    return replace(data, forget=part, fingerprint=fingerprint, **places)
+
+
+def _source(
+    model: Model,
+    plan: Plan,
+    folder: str | None,
+    prompts: Sequence[str],
+    num: int,
+    first_seed: int,
+    *,
+    shown: Sequence[str] | None = None,
+    tell: Callable[[str], None],
+) -> Source:
+    """`num` pictures that the model draws of the prompts in turn, or all pictures of a folder.
+
+    prompts: also for images that have none of their own. shown: what is drawn, where that is not what it is called.
+    """
+    if folder is None:
+        called, drawn = (
+            [texts[i % len(texts)] if texts else None for i in range(num)] for texts in (prompts, shown or prompts)
+        )
+        return _drawn(model, plan, called, drawn, first_seed)
+    entries = [entry for entry in list_images(folder, tell) for _ in range(entry[0].repeats)]
+    own = [text or (prompts[i % len(prompts)] if prompts else None) for i, (_, text) in enumerate(entries)]
+
+    def make(rows: range) -> dict[str, Tensor]:
+        unique = list(dict.fromkeys(entries[i][0] for i in rows))  # repeats of an image lie side by side
+        parts = model.encode_images(torch.stack([image.pixels(plan.size) for image in unique]))
+        places = torch.tensor([unique.index(entries[i][0]) for i in rows])
+        return _posterior((parts[0][places], parts[1][places]))
+
+    identity = [[entry.digest() for entry, _ in entries], plan.size, f"reader {images.READER}", *_precision(model)]
+    return Source(own, make, identity)
+
+
+def _drawn(model: Model, plan: Plan, called: Sequence[Any], drawn: Sequence[Any], first_seed: int) -> Source:
+    def make(rows: range) -> dict[str, Tensor]:
+        seeds, texts = [first_seed + i for i in rows], [drawn[i] for i in rows]
+        how: dict[str, Any] = {"steps": plan.steps, "guidance": plan.guidance, "sampler": plan.sampler}
+        latents = model.draw(texts, seeds, size=plan.size, **how)
+        if not plan.round_trip:
+            return _posterior((latents, torch.zeros_like(latents)))
+        return _posterior(model.encode_images(to_pixels(model.decode(latents)).float() / 127.5 - 1))
+
+    # names with an underscore are diffusers' notes, and one of them is a list in random order
+    scheduler: Any = model.sampler(plan.sampler)
+    sampler = {name: repr(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+    identity = [drawn, first_seed, plan.steps, plan.guidance, plan.size, plan.round_trip, type(scheduler).__name__]
+    return Source(called, make, [*identity, sampler, *_precision(model)])
+
+
+def _precision(model: Model) -> list[str]:
+    """For the identity of images that the model makes or encodes; float32 goes without saying."""
+    return [] if model.precision == "fp32" else [model.precision]
+
+
+def _followed(model: Model, plan: Plan, prompts: Sequence[str], first_seed: int) -> Source:
+    """Points on the ways from noise to pictures of the prompts, each after a random number of the plan's steps."""
+    side = plan.size // model.vae_scale
+
+    def make(rows: range) -> dict[str, Tensor]:
+        draws = [torch.Generator().manual_seed(first_seed + i) for i in rows]
+        noise = torch.stack([torch.randn(4, side, side, generator=draw) for draw in draws])
+        index = torch.stack([torch.randint(plan.steps, (), generator=draw) for draw in draws])
+        text, empty = model.encode_text([prompts[i] for i in rows]), model.encode_text([""])
+        x, t = model.trajectory(noise, index, text, empty, steps=plan.steps, guidance=plan.way_guidance)
+        return {**_posterior((x.cpu(), torch.zeros_like(noise))), "t": t.cpu()}
+
+    identity = ["trajectory", prompts, first_seed, plan.steps, plan.way_guidance, plan.size, *_precision(model)]
+    return Source(prompts, make, identity)
+
+
+def _blank(model: Model, plan: Plan, prompts: Sequence[str]) -> Source:
+    """Names of pictures that nobody looks at."""
+    side = plan.size // model.vae_scale
+
+    def make(rows: range) -> dict[str, Tensor]:
+        return _posterior((torch.zeros(len(rows), 4, side, side), torch.zeros(len(rows), 4, side, side)))
+
+    return Source(prompts, make, ["blank", prompts, side])
+
+
+def _posterior(parts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("mean", "std"), parts, strict=True))

@@ -1,0 +1,76 @@
+"""Prompts as text-encoder states, and where the concept's own words are in them."""
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+
+from erase.concepts import Concept
+from erase.errors import EraseError
+from erase.families.sd import Model
+from erase.methods.inputs import Text
+
+
+def truncated(model: Model, concept: Concept) -> list[str]:
+    """The concept's prompts that are longer than the text encoder reads, in order and once each.
+
+    Raises:
+        EraseError: what tells a forget prompt from its anchor, or the concept's name in it, is cut off.
+    """
+    names = [model.all_tokens(word) for word in (concept.name, *concept.synonyms)]
+    limit = model.tokenizer.model_max_length - 2
+    for forget, anchor in concept.pairs():
+        whole, read = model.all_tokens(forget), model.tokens(forget)
+        same = read == model.tokens(anchor) and forget != anchor
+        if len(whole) > limit and (same or any(_holds(whole, name) and not _holds(read, name) for name in names)):
+            raise EraseError(
+                f"the forget prompt {forget[:60] + '...'!r} has {len(whole)} tokens; the text encoder reads {limit}, "
+                "and the concept is behind them; write it shorter, the concept first"
+            )
+    prompts = dict.fromkeys((*concept.forget, *concept.anchor, *concept.retain, *concept.others))
+    return [prompt for prompt in prompts if model.truncates(prompt)]
+
+
+def _holds(tokens: Sequence[int], part: Sequence[int]) -> bool:
+    return any(list(tokens[i : i + len(part)]) == list(part) for i in range(len(tokens) - len(part) + 1))
+
+
+def distinguishing(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Places of the tokens that a has and b lacks, and the other way round; all of one that has nothing of its own.
+
+    The start token has place 0, so that the first of `a` has 1.
+    """
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    shared_a = {block.a + i for block in blocks for i in range(block.size)}
+    shared_b = {block.b + i for block in blocks for i in range(block.size)}
+    own_a = [i + 1 for i in range(len(a)) if i not in shared_a] or list(range(1, len(a) + 1))
+    own_b = [i + 1 for i in range(len(b)) if i not in shared_b] or list(range(1, len(b) + 1))
+    return own_a, own_b
+
+
+def read_text(model: Model, concept: Concept) -> Text:
+    """The concept as closed forms see it; needs no picture.
+
+    An empty anchor stands at its start token, the only place that is the same in every prompt.
+    """
+    pairs = concept.pairs()
+    ends = [distinguishing(model.tokens(forget), model.tokens(anchor)) for forget, anchor in pairs]
+    return Text(
+        forget=model.encode_text([forget for forget, _ in pairs]),
+        anchor=model.encode_text([anchor for _, anchor in pairs]),
+        retain=model.encode_text(concept.retain) if concept.retain else model.encode_text([""])[:0],
+        empty=model.encode_text([""]),
+        forget_at=torch.tensor([max(own, default=0) for own, _ in ends]),
+        anchor_at=torch.tensor([max(own, default=0) for _, own in ends]),
+        retain_at=torch.tensor([len(model.tokens(prompt)) for prompt in concept.retain], dtype=torch.int64),
+    )
+
+
+def anchors_of(prompts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """What to say instead of each prompt; instead of one that the concept does not know, its first anchor."""
+    known = dict(reversed(pairs))
+    anchors = []
+    for number, prompt in enumerate(prompts):
+        own, anchor = pairs[number % len(pairs)]  # one prompt may have several anchors, in turn
+        anchors.append(anchor if prompt == own else known.get(prompt, pairs[0][1]))
+    return anchors

@@ -1,0 +1,1 @@
+"""All knowledge of diffusion model architectures."""

@@ -1,0 +1,166 @@
+"""Which weights may move: accumulate gradients into scores, select exactly k weights, keep the mask in a file.
+
+A mask is plain data: a bool tensor for every parameter in the scope, under the parameter's name, in parameter order.
+While it lies about it is `Packed`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from erase.errors import EraseError
+from erase.masks.store import Mask
+
+SAMPLE = 1 << 18  # scores that are sorted to guess where the threshold lies
+BUCKETS = 1 << 18  # that a bracket is divided into when its scores are counted
+CHUNK = 1 << 20  # scores that are looked at together; 32 times as many on a GPU
+LARGEST = 0x7FFFFFFF  # int32
+INFINITY = 0x7F800000  # bit pattern of float32's infinity; those of NaN are above it
+SMALLEST_NORMAL = 0x00800000
+
+
+def select(
+    scores: Mapping[str, torch.Tensor], density: float, *, per_tensor: bool = False, largest: bool = True
+) -> Mask:
+    """The mask of the int(N * density) largest of all N scores; among equals those of lower index come first.
+
+    Bitwise what a stable descending argsort gives, on any device and with any number of threads. Scores are compared
+    as float32. Besides the mask it needs only some megabytes.
+
+    density: share of the weights to choose, in (0, 1].
+    per_tensor: choose int(n * density) in each tensor of n weights instead.
+    largest: False chooses the *least* salient weights, the control of every ablation.
+
+    Raises:
+        EraseError: density is no share, or a score is negative, NaN or infinite.
+    """
+    _check_density(density)
+    patterns = {name: bit_patterns(name, score) for name, score in scores.items()}
+    flip = 0 if largest else LARGEST
+    mask: Mask = {}
+    for names in [[name] for name in scores] if per_tensor else [list(scores)]:
+        chosen = _top([patterns[name] for name in names], density, flip)
+        mask |= {name: bits.view(scores[name].shape) for name, bits in zip(names, chosen, strict=True)}
+    return mask
+
+
+def kth_largest(scores: Mapping[str, torch.Tensor], k: int) -> float:
+    """The k-th largest of all scores, compared as float32, without sorting them; k from 1."""
+    pattern, _, _ = _kth_largest([bit_patterns(name, score) for name, score in scores.items()], k, 0)
+    return torch.tensor(pattern, dtype=torch.int32).view(torch.float32).item()
+
+
+def random_mask(shapes: Mapping[str, Sequence[int]], density: float, seed: int, *, per_tensor: bool = False) -> Mask:
+    """As many ones as `select` chooses, at random places: every choice is as likely as any other, same seed, same mask.
+
+    Needs four bytes a weight meanwhile. (Draws are among 2e9 values; a tie at the threshold favours one weight in 1e9.)
+    """
+    _check_density(density)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: Sequence[int]) -> torch.Tensor:
+        bits = torch.empty(tuple(shape), dtype=torch.int32)  # random bits tie less often than uniform floats
+        return bits.random_(SMALLEST_NORMAL, INFINITY, generator=generator).view(torch.float32)
+
+    return select({name: draw(shape) for name, shape in shapes.items()}, density, per_tensor=per_tensor)
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise EraseError(f"density {density} is no share of the weights; it must lie in (0, 1]")
+
+
+def bit_patterns(name: str, score: torch.Tensor) -> torch.Tensor:
+    """The scores' float32 bit patterns as int32, [n]: they order like the numbers, as none is negative."""
+    score = score.detach().float().reshape(-1)
+    patterns = score.view(torch.int32)
+    if score.numel() and patterns.min() < 0:
+        patterns = (score + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    if score.numel() and not (0 <= patterns.min() and patterns.max() < INFINITY):
+        worst = score[(patterns < 0) | (patterns >= INFINITY)][0].item()
+        raise EraseError(
+            f"'{name}' has a score of {worst}; scores must be finite and not negative. "
+            "Did a loss or a gradient overflow? try float32 or bfloat16"
+        )
+    return patterns
+
+
+def _top(tensors: Sequence[torch.Tensor], density: float, flip: int) -> list[torch.Tensor]:
+    """Where the int(N * density) largest patterns are, bool, [n] for every [n]."""
+    masks = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in tensors]
+    k = int(sum(tensor.numel() for tensor in tensors) * density)
+    if k == 0:
+        return masks
+    threshold, wanted, present = _kth_largest(tensors, k, flip)
+    compare, ties = (torch.ge, 0) if wanted == present else (torch.gt, wanted)
+    for chunk, mask in zip(_chunks(tensors, flip), _chunks(masks), strict=True):
+        compare(chunk, threshold, out=mask)
+        if ties:
+            first = (chunk == threshold).nonzero()[:ties, 0]
+            mask[first] = True
+            ties -= len(first)
+    return masks
+
+
+def _kth_largest(tensors: Sequence[torch.Tensor], k: int, flip: int) -> tuple[int, int, int]:
+    """The k-th largest pattern, how many of its equals are among the k largest, and how many equals there are.
+
+    Each round counts the patterns in a bracket, bucket by bucket, and goes on inside the bucket that holds the k-th;
+    with a good first bracket one round is enough, without any luck it takes four.
+    """
+    low, high = _bracket(tensors, k, flip)
+    while True:
+        shift = max(0, (high - low).bit_length() - (BUCKETS - 1).bit_length())
+        counts = torch.zeros(((high - low) >> shift) + 1, dtype=torch.int64, device=tensors[0].device)
+        above = 0
+        for chunk in _chunks(tensors, flip):
+            over = chunk > high
+            above += int(over.count_nonzero())
+            inside = (chunk >= low) ^ over
+            if low == high:  # as with many zeros: nothing to tell apart, and far too many to gather
+                counts += inside.count_nonzero()
+            else:
+                bucket = ((chunk[inside] - low) >> shift).long()
+                counts.scatter_add_(0, bucket, torch.ones_like(bucket))
+        at_least = above + counts.flip(0).cumsum(0)  # [i]: patterns in the i + 1 highest buckets or above them
+        if k <= above:  # the sample misled: look on the other side
+            low, high = high + 1, LARGEST
+        elif k > at_least[-1]:
+            low, high = 0, low - 1
+        else:
+            place = int((at_least < k).count_nonzero())
+            bucket = len(counts) - 1 - place
+            present = int(counts[bucket])
+            if shift == 0:
+                return low + bucket, k - (int(at_least[place]) - present), present
+            low += bucket << shift
+            high = min(high, low + (1 << shift) - 1)
+
+
+def _bracket(tensors: Sequence[torch.Tensor], k: int, flip: int) -> tuple[int, int]:
+    """Bounds, both included, that hold the k-th largest pattern almost surely: three deviations of a sample's rank."""
+    total = sum(tensor.numel() for tensor in tensors)
+    if total <= SAMPLE:
+        kth = int((torch.cat(list(tensors)) ^ flip).sort(descending=True).values[k - 1])
+        return kth, kth
+    share = SAMPLE / total
+    parts = [tensor[_spread(tensor.numel(), math.ceil(tensor.numel() * share), tensor.device)] for tensor in tensors]
+    sample = (torch.cat(parts) ^ flip).sort(descending=True).values
+    rank, margin = len(sample) * k / total, 1.5 * len(sample) ** 0.5
+    first, last = int(rank - margin), int(rank + margin)
+    low = int(sample[last]) if last < len(sample) else 0
+    high = int(sample[first]) if first > 0 else LARGEST
+    return low, high
+
+
+def _spread(total: int, num: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """`num` indices below `total`, even, yet in step with no stride of the tensor (Weyl's golden-ratio sequence)."""
+    return (torch.arange(num, dtype=torch.float64, device=device) * 0.6180339887498949 % 1 * total).long()
+
+
+def _chunks(tensors: Sequence[torch.Tensor], flip: int = 0) -> Iterator[torch.Tensor]:
+    """Views of the tensors that fit a cache, in order; `flip` turns the order of int32 patterns around."""
+    for tensor in tensors:
+        for chunk in tensor.split(CHUNK if tensor.device.type == "cpu" else 32 * CHUNK):
+            yield chunk ^ flip if flip else chunk

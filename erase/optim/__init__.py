@@ -1,0 +1,3 @@
+"""Optimizers that move masked weights only."""
+
+from erase.optim.adam import MaskedAdam as MaskedAdam

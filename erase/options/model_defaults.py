@@ -1,0 +1,56 @@
+"""erase_defaults.json: settings that a model folder brings."""
+
+from pathlib import Path
+from typing import Any
+
+from erase.errors import EraseError
+from erase.files import read_json
+from erase.methods import METHODS
+from erase.options.declare import checked, forms_of
+from erase.options.settings import SD_DEFAULTS, Settings
+
+OF_MODEL = (*SD_DEFAULTS, "num_train_steps", "num_inference_steps", "sampler")
+_OF_METHOD = (*OF_MODEL, "scope", "target", "alpha", "mask_guidance", "rank", "max_grad_norm", "set")
+
+
+def read_defaults(path: Path) -> dict[str, Any]:
+    """What a model's erase_defaults.json says of settings; empty where there is no such file.
+
+    It holds "family", settings of `_OF_MODEL`, and under "methods" settings of `_OF_METHOD` by method.
+
+    Raises:
+        EraseError: an unknown name, or a value that the setting does not take.
+    """
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    own = {key: value for key, value in found.items() if key not in {"family", "methods"}}
+    _check_defaults(own, OF_MODEL, f"{path}")
+    of_methods = found.get("methods", {})
+    if not isinstance(of_methods, dict) or not all(isinstance(values, dict) for values in of_methods.values()):
+        raise EraseError(f"{path}: methods must hold an object of settings for each method")
+    if not isinstance(found.get("family", ""), str):
+        raise EraseError(f"{path}: family is {found['family']!r}; it must be a text")
+    for method, values in of_methods.items():
+        if method not in METHODS:
+            raise EraseError(f"{path}: unknown method {method!r}; choose from {', '.join(METHODS)}")
+        _check_defaults(values, _OF_METHOD, f"{path}, {method}")
+    return found
+
+
+def _check_defaults(values: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for name, value in values.items():
+        if name not in known:
+            raise EraseError(f"{where}: unknown setting {name!r}; choose from {', '.join(known)}")
+        item = Settings.__dataclass_fields__[name]
+        if isinstance(value, bool) or value is None or (name == "set") != isinstance(value, list):
+            raise EraseError(
+                f"{where}: {name} is {value!r}; it must be {'a list of texts' if name == 'set' else 'a value'}"
+            )
+        try:
+            checked(value, item, forms_of(Settings)[name])
+        except EraseError as error:
+            raise EraseError(f"{where}: {str(error).removeprefix('--').replace('-', '_', name.count('_'))}") from error
+        for text in value if name == "set" else ():
+            if "=" not in text:
+                raise EraseError(f"{where}: set has {text!r}; it must be NAME=VALUE")

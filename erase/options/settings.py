@@ -1,0 +1,345 @@
+"""What one run is asked to do: every option with its meaning and default.
+
+Standard library only, so that the command line can be built from it without loading torch.
+"""
+
+from dataclasses import InitVar, dataclass, replace
+from typing import Any, Literal
+
+from erase.concepts import FreeKind
+from erase.errors import EraseError
+from erase.methods import METHODS, find
+from erase.options.declare import agreed_precision, make_plain, option
+
+Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
+SD_DEFAULTS: dict[str, Any] = {
+    "num_forget": 800,
+    "num_retain": 800,
+    "guidance_scale": 7.5,
+    "generation_batch_size": 8,
+    "learning_rate": 1e-5,
+    "batch_size": 8,
+    "weight_decay": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `erase_concept` and of the command line, in the order of `--help`.
+
+    None means: what the model's `erase_defaults.json` says, else the recipe, else what `--help` shows.
+    """
+
+    # what
+    concept: str | tuple[str, ...] = option(  # one is a tuple of one, as soon as it is here
+        (), "preset (see --list), path of a .toml, or free text together with --kind; may be repeated", group="what"
+    )
+    model: str = option(
+        "CompVis/stable-diffusion-v1-4",
+        "'mini' (embedded), a diffusers folder, a hub id, or a .safetensors/.ckpt file",
+        group="what",
+    )
+    unet: str | None = option(
+        None,
+        "file of UNet weights, all or some, that replace the model's: .safetensors, or a pickle with --allow-pickle; "
+        "diffusers' or CompVis' names",
+        group="what",
+        shown="none",
+        metavar="FILE",
+    )
+    base: str | None = option(
+        None,
+        "run folder to go on from in place of a model: what it erased stays erased, its mask is united with this one's",
+        group="what",
+        shown="none",
+        metavar="DIR",
+    )
+    output: str | None = option(None, "run folder to write", group="what", shown="runs/<concept>", metavar="DIR")
+    kind: FreeKind | None = option(None, "what a free-text concept is", group="what")
+    forget: tuple[str, ...] = option(
+        (), "forget prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
+    )
+    anchor: tuple[str, ...] = option(
+        (),
+        "prompt that replaces the forget prompt; one for all or one per forget prompt",
+        group="what",
+        metavar="PROMPT",
+    )
+    retain: tuple[str, ...] = option(
+        (), "retain prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
+    )
+    save: tuple[Save, ...] = option(("pipeline",), "what to write beside delta and mask; may be repeated", group="what")
+
+    # how
+    method: str = option(
+        "salun",
+        f"erasure method: {', '.join(METHODS)}; 'salun' is relabel x full x saliency",
+        group="how",
+        choices=tuple(METHODS),
+        also="module:Class",
+        metavar="METHOD",
+    )
+    recipe: Literal["default", "paper", "reference"] = option(
+        "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
+    )
+    set: tuple[str, ...] = option(
+        (),
+        "hyperparameter of the method; may be repeated (a wrong name lists them)",
+        group="how",
+        shown="the paper's",
+        metavar="NAME=VALUE",
+    )
+    scope: Literal["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"] | None = option(
+        None, "parameters that may move at all", group="how", shown="the method's own, full for salun"
+    )
+    mask: str | None = option(
+        None,
+        "weights that may move inside the scope: saliency, random, inverse, none, or a mask file",
+        group="how",
+        shown="saliency for salun, none for other methods",
+    )
+    density: float = option(0.5, "share of the scope's weights that may move, above 0 and at most 1", group="how")
+    score: Literal["abs_sum", "sum_abs", "sum_sq"] = option(
+        "abs_sum", "saliency score: |sum g| (the SalUn code's), sum |g| or sum g^2", group="how"
+    )
+    per_tensor: bool = option(False, "same density in every tensor instead of one global threshold", group="how")
+    mask_guidance: float | None = option(
+        None,
+        "guidance g inside the mask's loss, (1+g) cond - g uncond",
+        group="how",
+        least=0,
+        most=1000,
+        shown="0; recipe reference 7.5",
+    )
+    target: Literal["anchor", "random", "fixed"] | None = option(
+        None,
+        "what the forget prompt becomes: its anchor, a random other class per sample, or one fixed other class",
+        group="how",
+        shown="anchor; other recipes fixed, except for nudity",
+    )
+    alpha: float | None = option(
+        None,
+        "weight of the retain loss",
+        group="how",
+        least=0,
+        most=1e6,
+        shown="1; other recipes 0.5, for nudity 0.1",
+    )
+
+    # data
+    forget_images: str | None = option(
+        None,
+        "folder of images (or datasets name) that show the concept",
+        group="data",
+        shown="generated",
+        metavar="DIR",
+    )
+    retain_images: str | None = option(
+        None, "folder of images (or datasets name) to keep", group="data", shown="generated", metavar="DIR"
+    )
+    num_forget: int | None = option(
+        None, "forget images to generate", group="data", least=1, most=1_000_000, shown=str(SD_DEFAULTS["num_forget"])
+    )
+    num_retain: int | None = option(
+        None, "retain images to generate", group="data", least=1, most=1_000_000, shown=str(SD_DEFAULTS["num_retain"])
+    )
+    num_inference_steps: int | None = option(
+        None,
+        "denoising steps of a generated image",
+        group="data",
+        least=1,
+        most=1000,
+        aliases=("--steps",),
+        shown="20; 50 with the model's own scheduler",
+    )
+    sampler: Literal["model", "dpm++"] | None = option(
+        None,
+        "scheduler that generates training images and samples.png: the model's own, or DPM++ 2M Karras, which needs "
+        "fewer steps (10 to 20); the scheduler that is written stays the model's",
+        group="data",
+        shown="dpm++; other recipes, and models that bring their own number of steps: model",
+    )
+    guidance_scale: float | None = option(
+        None,
+        "guidance of generated images, diffusers' convention: 1 or less is none",
+        group="data",
+        least=0,
+        most=1000,
+        aliases=("--guidance",),
+        shown=str(SD_DEFAULTS["guidance_scale"]),
+    )
+    resolution: int | None = option(
+        None,
+        "side of the images in pixels",
+        group="data",
+        least=1,
+        most=8192,
+        shown="the model's own, 512 for SD v1.4",
+    )
+    generation_batch_size: int | None = option(
+        None,
+        "images generated at a time",
+        group="data",
+        least=1,
+        most=100_000,
+        shown=str(SD_DEFAULTS["generation_batch_size"]),
+    )
+    cache_dir: str | None = option(
+        None, "cache of the generated images' latents", group="data", shown="$ERASE_CACHE, or ~/.cache/erase-concept"
+    )
+
+    # training
+    learning_rate: float | None = option(
+        None, "Adam's step size", group="training", least=0, most=1000, shown=str(SD_DEFAULTS["learning_rate"])
+    )
+    num_train_steps: int | None = option(
+        None, "optimizer steps", group="training", least=0, most=10_000_000, shown="500; 100 for nudity"
+    )
+    batch_size: int | None = option(
+        None,
+        "forget images a step, and as many retain images",
+        group="training",
+        least=1,
+        most=100_000,
+        shown=str(SD_DEFAULTS["batch_size"]),
+    )
+    rank: int | None = option(
+        None,
+        "train no weights, but a change of this rank of each attention and feed-forward matrix in the scope, all of "
+        "which --save lora then holds",
+        group="training",
+        least=1,
+        most=10_000,
+        shown="4 for leco, else none",
+    )
+    weight_decay: float | None = option(
+        None,
+        "decoupled decay, inside the mask only",
+        group="training",
+        least=0,
+        most=1e6,
+        shown=str(SD_DEFAULTS["weight_decay"]),
+    )
+    max_grad_norm: float | None = option(
+        None,
+        "clip the masked gradient's norm to this",
+        group="training",
+        least=0,
+        most=1e12,
+        shown="the method's own, or none",
+    )
+    gradient_accumulation_steps: int = option(
+        1, "parts that each step's batch is cut into, to save memory", group="training", least=1, most=100_000
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory", group="training")
+    weights: Literal["fp32", "bf16"] | None = option(
+        None,
+        "storage of the UNet during mask and training; bf16 halves it, with float32 masters of the weights that may "
+        "move, and all others end as they were",
+        group="training",
+        shown="fp32; with --low-memory on a GPU bf16",
+    )
+    moments: Literal["fp32", "8bit"] = option(
+        "fp32", "storage of Adam's moments; 8bit takes a quarter, approximately (bitsandbytes)", group="training"
+    )
+    low_memory: bool = option(
+        False,
+        "checkpointing, parts of one image (a small model: of more), on a GPU bf16 weights; slower, and says first how "
+        "much it needs",
+        group="training",
+    )
+    precision: Literal["fp32", "fp16", "bf16"] | None = option(
+        None,
+        "precision of all passes through UNet and VAE: generation, mask, training and samples.png; weights are trained "
+        "and written in float32 all the same",
+        group="training",
+        shown="on a GPU bf16, or fp16 if the card lacks it; else fp32",
+    )
+    attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels", group="training")
+    seed: int = option(0, "seed of data, mask and training", group="training", least=0, most=2**32 - 1)
+    device: str | None = option(
+        None, "cpu, cuda, cuda:N or mps (untested)", group="training", shown="a GPU if there is one", metavar="DEVICE"
+    )
+    checkpointing_steps: int = option(
+        50, "optimizer steps between checkpoints", group="training", least=1, most=10_000_000
+    )
+    report_to: Literal["tensorboard", "wandb"] | None = option(
+        None, "tracker for the losses", group="training", shown="none"
+    )
+    resume: bool = option(
+        False, "insist that there is an unfinished run to continue (continuing itself is automatic)", group="training"
+    )
+
+    # files
+    allow_pickle: bool = option(
+        False, "load .ckpt/.bin checkpoints, which can run code; trust their source", group="files"
+    )
+    config: str | None = option(
+        None,
+        "diffusers folder with the configs and tokenizer for a single-file model, when offline",
+        group="files",
+        metavar="DIR",
+    )
+    revision: str | None = option(None, "branch, tag or commit on the hub", group="files", shown="main")
+    num_samples: int = option(6, "images in each row of samples.png; 0 for none", group="files", least=0, most=100)
+    lora_rank: int | None = option(
+        None,
+        "rank of --save lora, an approximation",
+        group="files",
+        least=1,
+        most=10_000,
+        shown="that of --rank, else 64",
+    )
+    overwrite: bool = option(False, "delete what is in the output folder first", group="files")
+    mixed_precision: InitVar[str | None] = None  # `precision` under the name that diffusers' scripts give it
+
+    def __post_init__(self, mixed_precision: str | None) -> None:
+        """Make every value plain, and raise an EraseError for one that is not allowed."""
+        object.__setattr__(self, "precision", agreed_precision(self.precision, mixed_precision))
+        make_plain(self)
+        if not 0 < self.density <= 1:
+            raise EraseError(f"--density is {self.density}; it must be above 0 and at most 1")
+        if self.max_grad_norm == 0:
+            raise EraseError("--max-grad-norm is 0, which stops all training; leave it out for no clipping")
+        if self.weights == "bf16" and self.precision == "fp16":
+            raise EraseError("--weights bf16 does not go with --precision fp16; choose bf16 or fp32")
+        if not self.concept or not all(name.strip() for name in self.concept):
+            raise EraseError("no concept given; for example --concept nudity (see --list)")
+        if len(self.concept) > 1 and (self.forget or self.anchor):
+            raise EraseError("--forget and --anchor go with one --concept; describe several in .toml files")
+
+    def filled(self, defaults: dict[str, Any]) -> "Settings":
+        """These settings with None replaced by `defaults`."""
+        given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return replace(self, **given)
+
+
+def _of_recipe(settings: Settings) -> set[str]:
+    """Settings that the user chose by the name of a recipe; a method that has its own value keeps that."""
+    return set() if settings.recipe == "default" else {*_OF_RECIPE} - find(settings.method).defaults().keys()
+
+
+def hyperparameter_name(text: str) -> str:
+    """The name in "name=value"."""
+    return text.partition("=")[0].strip().replace("-", "_")
+
+
+def require_consistent(settings: Settings) -> None:
+    """Check what the user gave, before anything is filled in.
+
+    Raises:
+        EraseError: two options contradict each other, or one would do nothing.
+    """
+    if settings.resume and settings.overwrite:
+        raise EraseError("--resume continues what --overwrite deletes; leave one out")
+    if settings.lora_rank is not None and "lora" not in settings.save:
+        raise EraseError(f"--lora-rank {settings.lora_rank} is for --save lora, which is not asked for; add it")
+    for kind in ("forget", "retain"):
+        num, folder = getattr(settings, f"num_{kind}"), getattr(settings, f"{kind}_images")
+        if num is not None and folder is not None:
+            raise EraseError(f"--num-{kind} {num} has no effect with --{kind}-images; leave one out")
+    if settings.alpha is not None and "alpha" in map(hyperparameter_name, settings.set):
+        raise EraseError(f"--alpha {settings.alpha:g} and --set alpha are both given; leave one out")
+
+
+_OF_RECIPE = ("target", "alpha", "mask_guidance", "sampler")

@@ -1,0 +1,106 @@
+"""The face of a run folder: a before/after sheet on the same seeds, and the model card."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from erase.concepts import Concept
+from erase.delta import Delta
+from erase.errors import printable
+from erase.options.settings import Settings
+
+
+def model_card(
+    settings: Settings, concept: Concept, change: Delta, *, loading: str, after: Mapping[str, Any] | None = None
+) -> str:
+    """Markdown with the hub's YAML header: what was erased from what, how to load it, what it does not promise.
+
+    Names and prompts are escaped, and of local paths only the last part is named: cards get published.
+
+    loading: Python that loads the folder. after: the run that it continued from, as run.json says.
+    """
+    from huggingface_hub import ModelCardData
+
+    header = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=settings.model if _is_hub_id(settings.model) else None,
+        license="creativeml-openrail-m" if settings.model.startswith("CompVis/stable-diffusion") else None,
+        tags=["stable-diffusion", "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
+    ).to_yaml()
+    exactly = "bit for bit" if change.provenance.get("base_dtype") else "value for value"
+    changed, total = sum(change.changed.values()), _weights(change)
+    options = {key: value for key, value in asdict(settings).items() if _is_set(key, value)}
+    listed = "\n".join(f"| {key} | {_listed(key, value)} |" for key, value in options.items())
+    pairs = concept.pairs()[:4]
+    examples = "\n".join(f"- '{escaped(forget)}' now means '{escaped(anchor)}'" for forget, anchor in pairs)
+    before = ""
+    if after:
+        before = f"\nThe base is another run, {escaped(_place(after['run']))}, which had erased "
+        before += f"{escaped(', '.join(after['concepts']))} from {escaped(_place(after['model']))}.\n"
+    return f"""---
+{header}
+---
+
+# {escaped(concept.name)} erased from {escaped(_place(settings.model))}
+
+Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mask {escaped(_place(str(settings.mask)))}.
+{changed:,} of {total:,} UNet weights changed ({changed / total:.1%}); all else is the base model, byte for byte.
+{before}
+```python
+{"import torch" + chr(10) if "torch" in loading else ""}from diffusers import StableDiffusionPipeline
+pipeline = {loading}
+```
+
+{examples}
+
+`delta.safetensors` holds the change alone: `erase-concept remove` restores the base with it, {exactly}.
+Base {change.base_hash[:12]}, result {change.result_hash[:12]} (content hashes of the UNet).
+
+## Limits
+
+Erasure makes a concept hard to reach by prompts; fine-tuning, learned embeddings or adversarial prompts can bring it
+back. This card makes no claim about such attacks. The base model's licence applies to this folder too.
+
+## Settings
+
+| setting | value |
+| --- | --- |
+{listed}
+"""
+
+
+_PATHS = {"model", "base", "unet", "config", "mask", "forget_images", "retain_images"}  # or names of other kinds
+_HERE_ONLY = {"output", "cache_dir", "overwrite", "resume"}
+
+
+def escaped(text: object) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>&|#~$])", r"\\\1", printable(text))
+
+
+def _is_set(key: str, value: Any) -> bool:
+    return key not in _HERE_ONLY and value is not None and value is not False and value != ()
+
+
+def _listed(key: str, value: Any) -> str:
+    """A setting's value as the card shows it."""
+    values = [str(one) for one in (value if isinstance(value, tuple) else (value,))]
+    names = [_place(one) if key in _PATHS or key == "concept" and one.endswith(".toml") else one for one in values]
+    return escaped(", ".join(names))
+
+
+def _is_hub_id(text: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)) and not Path(text).exists()
+
+
+def _place(text: str) -> str:
+    """A hub id or a name as it is; of a local path the last part."""
+    return text if _is_hub_id(text) else Path(text).expanduser().resolve().name
+
+
+def _weights(change: Delta) -> int:
+    return sum(math.prod(shape) for _, shape in change.layout.values())

@@ -1,0 +1,121 @@
+"""The forms in which a result is published, at the end of a run or later: folder, UNet alone, single file, LoRA."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from erase import delta, files, tensor_files
+from erase.delta import State
+from erase.errors import EraseError
+from erase.export import ldm, lora, pipeline
+from erase.export.states import plain, unet_state
+from erase.families import loading, pipeline_folder, stored_unet
+from erase.runs import records
+
+FORMS = ("pipeline", "unet", "single-file", "lora")
+
+
+def names(form: str, run_folder: Path, source: Path) -> list[str]:
+    """The files of a form, relative to the folder that it is written to.
+
+    source: diffusers folder that the parts other than the UNet come from.
+    """
+    if form == "pipeline":
+        return pipeline_folder.published_names(source)
+    return {"unet": [records.UNET], "lora": [records.LORA], "single-file": [single_file(run_folder)], "delta": []}[form]
+
+
+def single_file(run_folder: Path) -> str:
+    """The name of the single file: that of the run folder, unless another file has it."""
+    name = f"{run_folder.resolve().name}.safetensors"
+    return f"checkpoint-{name}" if name in records.KNOWN else name
+
+
+def held(run_folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """The forms that a finished run's folder holds."""
+    known = {"pipeline": "model_index.json", "unet": records.UNET, "lora": records.LORA}
+    forms = [form for form, name in known.items() if name in record["files"]]
+    others = [name for name in record["files"] if "/" not in name and name.endswith(".safetensors")]
+    return forms + (["single-file"] if set(others) - set(records.KNOWN) else [])
+
+
+def write(
+    form: str,
+    target: Path,
+    *,
+    run_folder: Path,
+    source: Path,
+    base: State,
+    new: State,
+    rank: int,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write one form to the folder `target`.
+
+    base, new: the UNet's weights before and after, named as diffusers names them. rank: of a LoRA.
+    """
+    if form == "pipeline" and source.resolve() != target.resolve():
+        pipeline.save_pipeline(source, target, new)
+    elif form == "unet":
+        tensor_files.write_tensors(target / records.UNET, new)
+    elif form == "lora":
+        lora.save_lora(target / records.LORA, base, new, rank=rank)
+    elif form == "single-file":
+        ldm.save_single_file(target / single_file(run_folder), source, unet=new, provenance=provenance)
+
+
+def add(
+    run_folder: Path,
+    forms: Sequence[str],
+    *,
+    output: Path | None = None,
+    rank: int | None = None,
+    model: str | None = None,
+    config: str | None = None,
+    allow_pickle: bool = False,
+) -> dict[str, Path]:
+    """Write other forms of a finished run, verified first; returns the folder or file of each.
+
+    output: folder for them instead of the run folder, whose record names them otherwise.
+    rank: of a LoRA; None is the run's setting. model: the base, if it is no longer where the run found it.
+
+    Raises:
+        EraseError: no finished run, files that are missing or altered, or a base that cannot be loaded.
+    """
+    if not (run_folder / records.RECORD).is_file():
+        raise EraseError(f"{run_folder} is not a run folder (it has no {records.RECORD}); give the output of a run")
+    record = records.read(run_folder)
+    if record["status"] != "done":
+        raise EraseError(f"{run_folder} holds an unfinished run; repeat its command first")
+    records.verify(run_folder, record)
+    files.refuse_links(run_folder)
+    change, settings = delta.load(run_folder / records.DELTA), record["settings"]
+    if "pipeline" in held(run_folder, record):
+        source, after = run_folder, unet_state(stored_unet.load_unet(run_folder))
+        before = delta.remove(after, change) if "lora" in forms else after
+    else:
+        source = loading.locate(
+            model or record["model"]["name"],
+            allow_pickle=allow_pickle or bool(settings.get("allow_pickle")),
+            config=config or settings.get("config"),
+            revision=settings.get("revision") if model is None else None,
+        )
+        pickles = allow_pickle or bool(settings.get("allow_pickle"))
+        before = unet_state(stored_unet.load_unet(source, pickles, settings.get("unet") if model is None else None))
+        after = delta.apply(before, change)
+    target = output or run_folder
+    for form in forms:
+        write(
+            form,
+            target,
+            run_folder=run_folder,
+            source=source,
+            base=plain(before),
+            new=plain(after),
+            rank=rank or settings.get("lora_rank") or 64,
+            provenance=change.provenance,
+        )
+    written = [name for form in forms for name in names(form, run_folder, source)]
+    if target.resolve() == run_folder.resolve():
+        records.finish(run_folder, record, [*record["files"], *written])
+    return {form: target if form == "pipeline" else target / names(form, run_folder, source)[0] for form in forms}

@@ -1,0 +1,73 @@
+"""The processes and the machine of a run: accelerator, versions, peak memory."""
+
+import platform
+import sys
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_tensorboard_available, is_wandb_available
+
+import erase
+from erase import device
+from erase.errors import EraseError, missing
+from erase.options.settings import Settings
+from erase.runs.planning import world_size
+
+# Processes generate fixed shares of the images and wait for one another afterwards. A slower GPU may need hours longer
+# than a faster one, and a process group gives up after 10 minutes by default.
+WAIT = timedelta(hours=24)
+
+
+def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) -> Accelerator:
+    """accelerate's view of the machine; refuses when a launcher asked for more processes than it started."""
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if settings.report_to and not available[settings.report_to]():
+        raise missing(settings.report_to)
+    AcceleratorState._reset_state()  # a process may make several runs, each with its own precision
+    accelerator = Accelerator(
+        cpu=compute.device.type == "cpu",
+        mixed_precision=compute.mixed_precision,
+        log_with=settings.report_to,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+        project_config=ProjectConfiguration(logging_dir=str(folder / "logs")),
+        step_scheduler_with_optimizer=False,
+    )
+    wanted = world_size()
+    if wanted != accelerator.num_processes:
+        raise EraseError(
+            f"the launcher asked for {wanted} processes but accelerate runs {accelerator.num_processes}; "
+            "on CPUs start with: torchrun --nproc_per_node N -m erase.cli ... --device cpu"
+        )
+    return accelerator
+
+
+def versions() -> dict[str, str]:
+    return {
+        "erase-concept": erase.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: of the process, except on Windows, and of the GPU if there is one."""
+    peak = {}
+    if find_spec("resource"):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak

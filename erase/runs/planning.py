@@ -1,0 +1,130 @@
+"""From settings to the objects that carry them out: data plan, training recipe, method."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erase import methods
+from erase.data import latents
+from erase.errors import EraseError
+from erase.families import sd
+from erase.options.recipes import RECIPES
+from erase.options.settings import Settings
+from erase.training import batches, memory
+
+
+def make_plan(settings: Settings, model: sd.Model) -> latents.Plan:
+    """Which pictures the run trains on, and how they are drawn."""
+    assert settings.sampler is not None  # `resolve` has filled it in
+    return latents.Plan(
+        num_forget=whole(settings.num_forget),
+        num_retain=whole(settings.num_retain),
+        steps=whole(settings.num_inference_steps),
+        guidance=real(settings.guidance_scale),
+        size=settings.resolution or model.resolution,
+        batch_size=whole(settings.generation_batch_size),
+        seed=settings.seed,
+        sampler=settings.sampler,
+        round_trip=not RECIPES[settings.recipe].shared_latent,
+        forget_images=settings.forget_images,
+        retain_images=settings.retain_images,
+    )
+
+
+def make_recipe(settings: Settings, plan: latents.Plan) -> batches.Recipe:
+    """How the run trains; methods without training never ask."""
+    recipe = RECIPES[settings.recipe]
+    return batches.Recipe(
+        num_steps=whole(settings.num_train_steps),
+        batch_size=whole(settings.batch_size),
+        learning_rate=real(settings.learning_rate),
+        weight_decay=real(settings.weight_decay),
+        max_grad_norm=settings.max_grad_norm,
+        accumulation=settings.gradient_accumulation_steps,
+        target=str(settings.target),
+        in_order=recipe.in_order,
+        independent_latents=not recipe.shared_latent,
+        seed=settings.seed,
+        checkpoint_every=settings.checkpointing_steps,
+        eight_bit=settings.moments == "8bit",
+        way_steps=plan.steps,
+        way_guidance=plan.way_guidance,
+    )
+
+
+def make_method(settings: Settings) -> Any:
+    """The method with its hyperparameters, as recipe and options say."""
+    recipe = RECIPES[settings.recipe]
+    general: dict[str, Any] = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    general["seed"] = settings.seed
+    if settings.alpha is not None:
+        general["alpha"] = settings.alpha
+    return methods.make(settings.method, general, settings.set)
+
+
+def can_scale(settings: Settings, method: Any) -> bool:
+    """Whether fp16 can do: its gradients are scaled, which a method that compares them does not know of."""
+    compares = getattr(method, "balance", None) is not None or hasattr(method, "prepare")
+    return not compares and settings.weights != "bf16"
+
+
+def require_precision(settings: Settings, method: Any) -> None:
+    """Raise an EraseError where fp16, which scales gradients, meets a method that compares them."""
+    if settings.precision == "fp16" and not can_scale(settings, method):
+        raise EraseError(f"{settings.method} compares gradients, which --precision fp16 scales; use bf16 or fp32")
+
+
+def require_rank(settings: Settings, method: Any) -> None:
+    """Raise an EraseError where --rank, which puts factors in the place of weights, meets what handles weights."""
+    if settings.rank is None:
+        return
+    if settings.mask != "none":
+        raise EraseError(
+            f"--rank {settings.rank} does not go with a mask: a masked change is of no low rank; leave one out"
+        )
+    if not hasattr(method, "loss") or hasattr(method, "prepare") or hasattr(method, "shrink"):
+        raise EraseError(f"--rank {settings.rank} does not go with {settings.method}, which changes weights directly")
+    if settings.weights == "bf16":
+        raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
+
+
+def needed_memory(settings: Settings, model: sd.Model, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
+    accumulates, method = settings.mask in {"saliency", "inverse"}, make_method(settings)
+    mask_batch = part_size(settings) if settings.score == "abs_sum" else whole(settings.batch_size)
+    mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
+    return memory.estimate(
+        model.unet,
+        parameters,
+        density=1.0 if settings.mask == "none" else settings.density,
+        eight_bit=settings.moments == "8bit",
+        latent_size=(settings.resolution or model.resolution) // model.vae_scale,
+        tokens=model.tokenizer.model_max_length,
+        mask_batch=mask_batch if accumulates else None,
+        part=None if hasattr(method, "solve") else part_size(settings),
+        dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
+        checkpointing=settings.gradient_checkpointing,
+        needs_base=getattr(method, "needs_base", False),
+    )
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def part_size(settings: Settings) -> int:
+    """Pictures of one branch that go through the UNet together."""
+    return max(1, whole(settings.batch_size) // (settings.gradient_accumulation_steps * world_size()))
+
+
+def whole(value: int | None) -> int:
+    assert value is not None  # `resolve` has filled it in
+    return value
+
+
+def real(value: float | None) -> float:
+    assert value is not None
+    return value

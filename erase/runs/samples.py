@@ -1,0 +1,73 @@
+"""samples.png: the same prompts and seeds before and after erasure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from erase.concepts import Concept, refusal
+from erase.data.pixels import to_pixels
+from erase.data.sheet import grid
+from erase.families.sd import Model
+from erase.files import replacing
+from erase.options.settings import Settings
+
+FIRST_SEED = 900_000_000  # far from the seeds that training data are drawn from
+
+
+def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, settings: Settings) -> None:
+    """A PNG with two blocks, forget and retain prompts, each with a row of the base model and a row of the erased one.
+
+    Same prompt and same seed above each other. Rows of nudity, or of prompts with sexual words, are blurred, except
+    those of the embedded model.
+    model: the erased one; afterwards its UNet has the weights of `base_unet`.
+    """
+    num = settings.num_samples
+    forget = spread_over(concept.forget, num)
+    retain = spread_over(concept.retain or ("",), num)
+    prompts = [*forget, *retain]
+    seeds = [FIRST_SEED + settings.seed * 1000 + i for i in range(len(prompts))]
+    steps, guidance, together = settings.num_inference_steps, settings.guidance_scale, settings.generation_batch_size
+    assert steps is not None and guidance is not None and together is not None and settings.sampler is not None
+    rows: list[Tensor] = []
+    for role in ("erased", "base"):
+        if role == "base":
+            model.put_unet(base_unet)  # so that the device never holds two UNets
+        drawn = []
+        for start in range(0, len(prompts), together):
+            part = slice(start, start + together)
+            drawn += model.draw(
+                prompts[part],
+                seeds[part],
+                steps=steps,
+                guidance=guidance,
+                size=settings.resolution or model.resolution,
+                sampler=settings.sampler,
+            ).unsqueeze(1)
+        rows.insert(0, to_pixels(model.decode(torch.cat(drawn))))
+    texts = (concept.name, *concept.synonyms, *concept.forget, *concept.anchor)
+    forget_blurred = not model.is_mini and (concept.kind == "nudity" or any(map(refusal.has_sexual_words, texts)))
+    retain_blurred = not model.is_mini and any(map(refusal.has_sexual_words, retain))
+    pictures = [[Image.fromarray(np.asarray(p.permute(1, 2, 0))) for p in row] for row in rows]
+    sheet = grid(
+        [
+            ("base", pictures[0][:num], forget_blurred),
+            (f"'{concept.name}' erased", pictures[1][:num], forget_blurred),
+            ("base", pictures[0][num:], retain_blurred),
+            ("erased", pictures[1][num:], retain_blurred),
+        ],
+        captions={1: forget, 3: retain},
+    )
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def spread_over(prompts: Sequence[str], num: int) -> list[str]:
+    """`num` prompts, evenly from the whole list, repeated when it is shorter."""
+    if len(prompts) >= num:
+        return [prompts[i * len(prompts) // num] for i in range(num)]
+    return [prompts[i % len(prompts)] for i in range(num)]

@@ -1,0 +1,63 @@
+"""The concepts of a run, in the model's language, and how they are announced."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from erase import concepts
+from erase.concepts import Concept
+from erase.errors import EraseError
+from erase.families import sd
+from erase.mini import world
+from erase.options.settings import Settings
+
+
+def announcement(concept: Concept, settings: Settings, method: Any) -> str:
+    """What becomes what, for the user to see before the work begins."""
+    forget, more = concept.forget[0], len(concept.forget) - 1
+    rest = f" (and {more} more prompt{'s' if more > 1 else ''})" if more else ""
+    if not getattr(method, "anchors", True):
+        return f"{concept.name}: {forget!r}{rest} is unlearned; {settings.method} uses no anchor"
+    if settings.target == "random" and concept.others:
+        return f"{concept.name}: {forget!r}{rest} -> a random one of {len(concept.others)} other classes"
+    if settings.target == "fixed" and concept.others:
+        return f"{concept.name}: {forget!r}{rest} -> {concept.others[0]!r}"
+    hints = [concepts.advice(concept), "--anchor chooses another" if settings.kind and not settings.anchor else ""]
+    return "; ".join([f"{concept.name}: {concepts.mapping(concept)}", *filter(None, hints)])
+
+
+def find_concepts(settings: Settings, given: Sequence[Concept | None], model: sd.Model | None) -> list[Concept]:
+    """The concepts that the settings name or that are given, in the model's language (None: any), with overrides."""
+    return [find_concept(settings, name, one, model) for name, one in zip(settings.concept, given, strict=True)]
+
+
+def find_concept(settings: Settings, name: str, concept: Concept | None, model: sd.Model | None) -> Concept:
+    """One of them."""
+    given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
+    if concept is None:
+        family = "mini" if model and model.is_mini else None
+        concept = concepts.find(name, settings.kind, model_family=family, **given)
+    else:
+        concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
+    if model and model.is_mini:
+        require_known(concept, settings)
+    if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
+        raise EraseError(
+            f"the preset {concept.name!r} is of the embedded model's world; "
+            f'for {settings.model} describe it: --concept "{concept.name}" --kind {concept.kind}'
+        )
+    return concept
+
+
+def require_known(concept: Concept, settings: Settings) -> None:
+    """Raise an EraseError for a forget prompt or anchor with a word that the embedded model was never shown."""
+    known = {*world.WORDS, *world.COLOURS}
+    for part, prompts in (("forget", concept.forget), ("anchor", concept.anchor)):
+        for prompt in prompts:
+            strange = [word for word in re.findall(r"\w+", prompt.lower()) if word not in known]
+            if strange:
+                other = "" if part == "forget" else "; give --anchor, such as 'a photo of a square'"
+                raise EraseError(
+                    f"the embedded model does not know {strange[0]!r} (in the {part} prompt {prompt!r}){other}; "
+                    f"it knows {', '.join(world.SHAPES)} and persons"
+                )

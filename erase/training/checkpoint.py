@@ -1,0 +1,99 @@
+"""The state of an interrupted training, written and restored."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from erase import files, tensor_files
+from erase.errors import EraseError
+from erase.optim import MaskedAdam
+from erase.training.exchanged import Exchanged
+
+
+@contextmanager
+def damage_named(path: Path, what: str) -> Iterator[None]:
+    """Add to an error about a file of intermediate state what to do about it."""
+    try:
+        yield
+    except EraseError as error:
+        told = str(error).replace("; copy or download it again", "")
+        raise EraseError(
+            f"{told if str(path) in told else f'{path}: {told}'}; delete it, and the same command {what}"
+        ) from error
+
+
+def keep(
+    path: Path,
+    optimizer: MaskedAdam,
+    accelerator: Accelerator,
+    losses: list[dict[str, float]],
+    teacher: Exchanged | None,
+) -> None:
+    """Write all that the next step depends on: of the weights those inside the mask, since no other one moves."""
+    tensors = {f"weights/{name}": weights for name, weights in optimizer.masked_weights().items()}
+    moments: dict[str, dict[str, Any]] = {}
+    for number, state in optimizer.state_dict()["state"].items():
+        moments[str(number)] = {key: value for key, value in state.items() if not torch.is_tensor(value)}
+        tensors |= {f"optimizer/{number}/{key}": value for key, value in state.items() if torch.is_tensor(value)}
+    if teacher is not None:
+        tensors |= {f"teacher/{name}": weights for name, weights in teacher.values.items()}
+    header: dict[str, Any] = {"kind": "training state", "losses": losses, "optimizer": moments}
+    if accelerator.scaler is not None:
+        header["scaler"] = accelerator.scaler.state_dict()
+    tensor_files.write_tensors(path, tensors, header | {"state": files.text_hash(header)})
+
+
+def restore(
+    path: Path,
+    optimizer: MaskedAdam,
+    accelerator: Accelerator,
+    teacher: Exchanged | None,
+    num_steps: int,
+) -> list[dict[str, float]]:
+    """Put a stored state in place; returns the losses of the steps that led to it.
+
+    Raises:
+        EraseError: the file is damaged, or belongs to another training.
+    """
+    with damage_named(path, "trains from the first step"):
+        tensors, header = tensor_files.read_own(path, kind="training state")
+        told = header.pop("state", None)
+        header.pop(tensor_files.CONTENT)
+        if told != files.text_hash(header):
+            raise EraseError(f"{path} is damaged: its header does not have the hash that it states")
+        if len(header["losses"]) > num_steps:
+            raise EraseError(f"{path} holds {len(header['losses'])} steps of {num_steps}")
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "teacher": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        weights = optimizer.masked_weights()
+        _require_like(path, parts["weights"], weights)
+        if teacher is not None:
+            _require_like(path, parts["teacher"], weights)
+        state: dict[int, dict[str, Any]] = {int(number): dict(of) for number, of in header["optimizer"].items()}
+        for name, tensor in parts["optimizer"].items():
+            number, _, key = name.partition("/")
+            state[int(number)][key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.exchange({name: parts["weights"][name].to(now.device) for name, now in weights.items()})
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(header["scaler"])
+    if teacher is not None:
+        teacher.values = {name: parts["teacher"][name].to(now.device) for name, now in weights.items()}
+    return header["losses"]
+
+
+def _require_like(path: Path, stored: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+    """Raise an EraseError unless two sets of weights have the same names, shapes and dtypes."""
+
+    def layout(state: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+
+    if layout(stored) != layout(here):
+        raise EraseError(f"{path} holds the weights of another training")

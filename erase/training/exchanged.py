@@ -1,0 +1,41 @@
+"""The model with other values in its masked weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from erase.families.sd import Model
+from erase.optim import MaskedAdam
+
+
+class Exchanged:
+    """The model with other values in its masked weights, for the time of a call; at first those that it has now."""
+
+    def __init__(self, model: Model, optimizer: MaskedAdam):
+        self._model, self._optimizer, self.values = model, optimizer, optimizer.masked_weights()
+
+    @contextmanager
+    def inside(self) -> Iterator[Model]:
+        self._optimizer.exchange(self.values)
+        try:
+            yield self._model
+        finally:
+            self._optimizer.exchange(self.values)
+
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        with self.inside() as model:
+            return model(x, t, text)
+
+    def moved(self) -> dict[str, Tensor]:
+        """How far the masked weights are from these values, by parameter, [masked weights]."""
+        return {name: now.sub_(self.values[name]) for name, now in self._optimizer.masked_weights().items()}
+
+    def move(self, moved: Mapping[str, Tensor]) -> None:
+        """Set the masked weights so far from these values."""
+        self._optimizer.exchange({name: value + moved[name] for name, value in self.values.items()})
+
+    def follow(self, decay: float) -> None:
+        """Let these values go after the model's: decay * value + (1 - decay) * now."""
+        for name, now in self._optimizer.masked_weights().items():
+            self.values[name].lerp_(now, 1 - decay)

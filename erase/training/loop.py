@@ -1,0 +1,204 @@
+"""Masked fine-tuning; it resumes bit for bit."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import Parameter
+
+from erase.data.latents import Data
+from erase.errors import EraseError
+from erase.families.sd import Model
+from erase.optim import MaskedAdam
+from erase.progress import progress
+from erase.training.batches import Recipe, batches, generator
+from erase.training.checkpoint import keep, restore
+from erase.training.exchanged import Exchanged
+from erase.training.gradients import taking_gradients
+
+
+def train(
+    model: Model,
+    method: Any,
+    data: Data,
+    parameters: Mapping[str, Parameter],
+    mask: Mapping[str, Tensor] | None,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    state_path: Path,
+    checkpointing: bool = False,
+    quiet: bool = False,
+) -> list[dict[str, float]]:
+    """Fine-tune the masked weights in place; returns the losses of every step.
+
+    Besides weights, moments and one branch's activations this needs masked weights only: their gradients, and their
+    values in the base when a target comes from there. A UNet that was rounded to bfloat16 trains so, with float32
+    masters of the masked weights, and is the exact float32 base with those masters in it afterwards.
+
+    parameters: those in the scope, by name. mask: of the same names; None moves them all.
+    state_path: the last checkpoint; when it exists, training continues from there.
+
+    Raises:
+        EraseError: a loss that is not finite (the last good checkpoint stays), or a batch that does not divide.
+    """
+    share, rest = divmod(recipe.batch_size, accelerator.num_processes * recipe.accumulation)
+    if rest:
+        raise EraseError(
+            f"--batch-size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
+            f"--gradient-accumulation-steps {recipe.accumulation}; choose a multiple of their product"
+        )
+    if recipe.target != "anchor" and getattr(method, "pictures", "") == "anchor":
+        raise EraseError(f"--target is {recipe.target}, but this method's pictures show the anchor; leave it out")
+    if recipe.target != "anchor" and not len(data.others):
+        raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
+    is_rounded = model.unet.dtype != torch.float32
+    balance, shrinks = getattr(method, "balance", None), hasattr(method, "shrink")
+    if accelerator.scaler is not None and (balance or hasattr(method, "prepare")):
+        raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
+    if is_rounded and any(hasattr(method, step) for step in ("prepare", "shrink", "teacher_decay")):
+        raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
+    optimizer = MaskedAdam(
+        parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, eight_bit=recipe.eight_bit
+    )
+    if is_rounded:
+        optimizer.keep_masters(dict(model.stored_unet().named_parameters()))
+    frozen = Exchanged(model, optimizer) if getattr(method, "needs_base", False) else None
+    teacher = Exchanged(model, optimizer) if hasattr(method, "teacher_decay") else None
+    prepared = accelerator.prepare_optimizer(optimizer)
+    # a scaler wants to see the gradients themselves
+    gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
+    losses: list[dict[str, float]] = []
+    if state_path.exists():
+        losses = restore(state_path, optimizer, accelerator, teacher, recipe.num_steps)
+    silent = quiet or not accelerator.is_main_process
+    reporting = progress(recipe.num_steps, "train", "steps", done=len(losses), quiet=silent)
+    with taking_gradients(model, parameters, checkpointing), gathering, reporting as bar:
+        if hasattr(method, "prepare") and not losses and recipe.num_steps:
+            _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
+        for step in range(len(losses), recipe.num_steps):
+            values: dict[str, float] = {}
+            gradients: dict[str, list[Tensor]] = {}
+            for batch in batches(model, data, recipe, step, share, accelerator, teacher):
+                for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
+                    values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
+                    accelerator.backward(term / recipe.accumulation)
+                    if balance:
+                        _set_aside(optimizer, gradients, name)
+            if balance:
+                _weigh(balance, optimizer, gradients, accelerator)
+            elif accelerator.num_processes > 1:
+                for gradient in optimizer.gradients():
+                    mean: Any = accelerator.reduce(gradient, reduction="mean")
+                    gradient.copy_(mean)
+            if accelerator.num_processes > 1:
+                names = list(values)
+                mean = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
+                values = dict(zip(names, mean.tolist(), strict=True))
+            if not all(math.isfinite(value) for value in values.values()):
+                if accelerator.is_main_process and step > 0:
+                    keep(state_path, optimizer, accelerator, losses, teacher)
+                raise EraseError(
+                    f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
+                    f"kept in {state_path}; lower --learning-rate or use --precision fp32 or bf16"
+                )
+            if recipe.max_grad_norm is not None:
+                accelerator.unscale_gradients(prepared)
+                optimizer.clip_grad_norm_(recipe.max_grad_norm)
+            prepared.step()
+            prepared.zero_grad()
+            if shrinks:
+                assert frozen is not None
+                moved = frozen.moved()
+                method.shrink(moved, step, recipe.num_steps)
+                frozen.move(moved)
+            if teacher is not None:
+                teacher.follow(method.teacher_decay)
+            losses.append(values)
+            accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=step + 1)
+            bar.note(**{name: f"{value:.4f}" for name, value in values.items()})
+            bar.update()
+            if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
+                if accelerator.is_main_process:
+                    keep(state_path, optimizer, accelerator, losses, teacher)
+                accelerator.wait_for_everyone()
+    if teacher is not None:
+        optimizer.exchange(teacher.values)
+    if is_rounded:
+        masters = optimizer.give_masters()
+        model.reload_unet()
+        optimizer.exchange(masters)
+    return losses
+
+
+def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: str) -> None:
+    """Add what the last backward pass left to the gradients of this term, and leave zeros."""
+    found = list(optimizer.gradients())
+    if name not in gradients:
+        gradients[name] = [torch.zeros_like(gradient) for gradient in found]
+    for total, gradient in zip(gradients[name], found, strict=True):
+        total.add_(gradient)
+        gradient.zero_()
+
+
+def _weigh(
+    balance: Callable[[float, float, float], tuple[float, float]],
+    optimizer: MaskedAdam,
+    gradients: Mapping[str, list[Tensor]],
+    accelerator: Accelerator,
+) -> None:
+    """Put w_f g_f + w_r g_r in the place of the gradients; `balance` derives w_f and w_r from the inner products."""
+    if accelerator.num_processes > 1:
+        for gradient in (gradient for each in gradients.values() for gradient in each):
+            mean: Any = accelerator.reduce(gradient, reduction="mean")
+            gradient.copy_(mean)
+    forget, retain = gradients["forget"], gradients["retain"]
+
+    def product(a: list[Tensor], b: list[Tensor]) -> float:
+        return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
+
+    w_f, w_r = balance(product(forget, forget), product(forget, retain), product(retain, retain))
+    for gradient, f, r in zip(optimizer.gradients(), forget, retain, strict=True):
+        gradient.copy_(w_f * f + w_r * r)
+
+
+def _prepare(
+    model: Model,
+    method: Any,
+    data: Data,
+    parameters: Mapping[str, Parameter],
+    recipe: Recipe,
+    share: int,
+    accelerator: Accelerator,
+    optimizer: MaskedAdam,
+) -> None:
+    """Let the method change masked weights before the first step, from sum_b |grad L_forget| over `prepare_batches`."""
+    sums = {name: torch.zeros_like(weights) for name, weights in optimizer.masked_weights().items() if len(weights)}
+    for number in range(method.prepare_batches):
+        for batch in batches(model, data, recipe, ("prepare", number), share, accelerator):
+            terms = _terms(method.loss(model, model, batch), accelerator)
+            accelerator.backward(dict([next(terms)])["forget"] / recipe.accumulation)
+        for total, gradient in zip(sums.values(), optimizer.gradients(), strict=True):
+            mean: Any = accelerator.reduce(gradient, reduction="mean")
+            total.add_(mean.abs().reshape(-1))
+        optimizer.zero_grad()
+    weights = optimizer.masked_weights()
+    method.prepare(
+        weights, sums, {name: tuple(p.shape) for name, p in parameters.items()}, generator(recipe.seed, "prepare")
+    )
+    optimizer.exchange(weights)
+
+
+def _terms(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
+    """The terms one after the other, each computed under autocast when it is asked for; nothing in between is."""
+    while True:
+        with accelerator.autocast():
+            term = next(loss, None)
+        if term is None:
+            return
+        yield term

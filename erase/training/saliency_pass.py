@@ -1,0 +1,110 @@
+"""Gradients of the forget loss, summed into saliency scores; the pass resumes bit for bit."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import Parameter
+
+from erase import masks, tensor_files
+from erase.data.latents import Data
+from erase.device import LOSS_SCALE
+from erase.errors import EraseError
+from erase.families.sd import Model
+from erase.progress import progress
+from erase.training.batches import generator, sample
+from erase.training.checkpoint import damage_named
+from erase.training.gradients import taking_gradients
+
+SAVE_EVERY_SECONDS = 300.0
+
+
+def accumulate(
+    model: Model,
+    data: Data,
+    parameters: Mapping[str, Parameter],
+    accelerator: Accelerator,
+    *,
+    score: masks.Score,
+    guidance: float,
+    batch_size: int,
+    seed: int,
+    state_path: Path,
+    part: int | None = None,
+    checkpointing: bool = False,
+    quiet: bool = False,
+) -> dict[str, Tensor]:
+    """Scores of SalUn's mask: one pass over the forget pictures, the gradient of each batch's mean loss summed.
+
+    L = mean((eps - guided(eps(x_t | c), eps(x_t | ""), g))^2), t uniform, one draw a picture. The paper has g = 0, its
+    code 7.5. With several processes each takes every n-th batch and the sums are added.
+
+    state_path: the running sums, kept every five minutes, so that an interrupted pass goes on.
+    part: pictures that go through the UNet together, to save memory; None is the whole batch. The sum is the same up
+        to rounding. Only for abs_sum: |g| and g^2 are of whole batches, whose gradients would have to be kept.
+    """
+    sums = masks.Saliency(parameters, score)
+    together = batch_size if part is None or score != "abs_sum" else part
+    starts = list(range(0, len(data.forget), batch_size))
+    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    if accelerator.num_processes > 1:
+        state_path = state_path.with_suffix(f".{accelerator.process_index}.safetensors")
+    done = 0
+    if state_path.exists():
+        done = _restore_sums(state_path, sums, len(mine))
+    saved = time.monotonic()
+    device = model.device
+    scale = LOSS_SCALE["fp16" if accelerator.mixed_precision == "fp16" else "fp32"]  # the order of scores is the same
+    with (
+        taking_gradients(model, parameters, checkpointing),
+        sums.collecting(),
+        progress(len(mine), "mask", "batches", done=done, quiet=quiet or not accelerator.is_main_process) as bar,
+    ):
+        for number, start in list(enumerate(mine))[done:]:
+            rows = torch.arange(start, min(start + batch_size, len(data.forget)))
+            draw = generator(seed, "mask", start)
+            x = sample(data.forget, rows, draw)
+            t = torch.randint(0, 1000, (len(rows),), generator=draw)
+            eps = torch.randn(x.shape, generator=draw)
+            c = data.text[data.forget.prompt[rows]]
+            parts = [whole.to(device).split(together) for whole in (x, t, eps, c)]
+            for x, t, eps, c in zip(*parts, strict=True):
+                x_t = model.add_noise(x, eps, t)
+                with accelerator.autocast():
+                    predicted = model(x_t, t, c)
+                    if guidance:
+                        empty = data.text[:1].to(device).expand(len(x), -1, -1)
+                        predicted = guided(predicted, model(x_t, t, empty), guidance)
+                    loss = (eps - predicted).square().mean() * (len(x) / len(rows))
+                (loss * scale).backward()
+            bar.update()
+            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                state = sums.state_dict()
+                header = {"kind": "saliency sums", "score": state["score"], "done": number + 1}
+                tensor_files.write_tensors(state_path, state["sums"], header)
+                saved = time.monotonic()
+    if accelerator.num_processes > 1:
+        for total in sums.state_dict()["sums"].values():
+            total.copy_(accelerator.reduce(total, reduction="sum"))
+    scores = sums.scores()
+    state_path.unlink(missing_ok=True)
+    return scores
+
+
+def _restore_sums(path: Path, sums: masks.Saliency, num_batches: int) -> int:
+    """Put stored sums in place; returns the number of batches that are in them."""
+    with damage_named(path, "computes the mask again"):
+        stored, header = tensor_files.read_own(path, kind="saliency sums")
+        done = header.get("done")
+        if not isinstance(done, int) or not 0 <= done <= num_batches:
+            raise EraseError(f"{path} is damaged: it says that {done} of {num_batches} batches are done")
+        sums.load_state_dict({"score": header.get("score"), "sums": stored})
+    return done
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """(1 + g) e_c - g e_0, SalUn's way to count guidance: g = 7.5 is diffusers' guidance_scale 8.5."""
+    return (1 + guidance) * conditional - guidance * unconditional

@@ -1,0 +1,1 @@
+"""Side-by-side benches: ours beside plain implementations of the same."""
