@@ -904,12 +904,13 @@ def test_an_option_that_a_method_does_not_have_is_one_line(method, option, messa
 def test_an_option_that_the_method_does_not_use_is_refused_before_the_data_is_read(given, message, tmp_path):
     with pytest.raises(EraseError, match=message):
         run.run(Settings(data="no such data", output=str(tmp_path / "run"), **given), tmp_path)
-    for ours in (
+    allowed: tuple[dict[str, Any], ...] = (
         {},
         {"method": "ft", "epochs": 3},
         {"density": 0.1},
         {"method": "ft", "mask": "random", "density": 0.1},
-    ):
+    )
+    for ours in allowed:
         with pytest.raises(EraseError, match="is no data set"):  # the control: used, so the data is what is wrong
             run.run(Settings(data="no such data", output=str(tmp_path / "run"), **ours), tmp_path)
 

@@ -135,7 +135,7 @@ def test_nothing_but_evaluation_imports_evaluation():
 def test_what_stands_below_the_families_knows_neither_diffusers_nor_transformers():
     libraries = {"diffusers", "transformers", "accelerate"}
     for name, path in modules().items():
-        if layer(name) < layer("erase.families"):
+        if layer(name) < layer("erase.families") and name != "erase.progress":  # which hides the libraries' bars
             assert not imported(path.read_text(encoding="utf-8"), name, libraries), name
 
 

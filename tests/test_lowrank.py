@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from erase import erase_concept, files
+from erase import erase_concept, files, tensor_files
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.families import stored_unet
@@ -59,7 +59,7 @@ def test_no_step_changes_nothing_and_a_continued_run_ends_the_same(toy_pipeline_
         return keep(path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files, "replacing", interrupted)
+        patch.setattr(tensor_files, "replacing", interrupted)
         erase(toy_pipeline_dir, tmp_path / "continued")
     continued = erase(toy_pipeline_dir, tmp_path / "continued")
     assert continued.record["model"]["result_hash"] == whole.record["model"]["result_hash"]

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from erase import files, masks, tensor_files
 from erase.errors import EraseError
-from erase.masks import Mask, Saliency, select
+from erase.masks import Mask, Saliency, selection
 
 MEGABYTE = 2**20
 
@@ -261,7 +261,7 @@ def test_selection_equals_a_stable_double_argsort(kind, largest, sizes, monkeypa
     """With the true sizes, and with a sample, chunks and buckets so small that every refinement is walked."""
     if sizes:
         for constant, size in zip(("SAMPLE", "CHUNK", "BUCKETS"), sizes, strict=True):
-            monkeypatch.setattr(select, constant, size)
+            monkeypatch.setattr(selection, constant, size)
     scores, densities = awkward_scores()[kind], (0.01, 0.1, 0.5, 0.77, 1.0)
     expected = by_double_argsort(scores, *densities, largest=largest)
     for density, mask in zip(densities, expected, strict=True):
@@ -280,7 +280,7 @@ def test_selection_of_many_chunks_equals_a_stable_double_argsort(kind):
     elif kind == "wide":
         score = torch.exp(15 * torch.randn(score.shape, generator=random))
     elif kind == "the sample is misled":
-        score[select._spread(len(score), select.SAMPLE)] *= 100
+        score[selection._spread(len(score), selection.SAMPLE)] *= 100
     scores = {"a": score[:7].view(7, 1), "b": score[7:1_200_001].view(-1, 2), "c": score[1_200_001:]}
     for density, mask in zip((0.02, 0.5, 0.9), by_double_argsort(scores, 0.02, 0.5, 0.9), strict=True):
         assert_same(masks.select(scores, density), mask)

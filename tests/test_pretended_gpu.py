@@ -27,7 +27,7 @@ from erase.evaluation.tasks import ABOUT
 from erase.families import loading, sd, stored_unet
 from erase.methods import METHODS
 from erase.runs import samples
-from erase.training import loop
+from erase.training import loop, saliency_pass
 
 CONCEPT = Concept(
     "cat", "object", forget=("a cat",), anchor=("a dog",), retain=("a tree", "a boat"), others=("a bird", "a car")
@@ -239,8 +239,9 @@ def seen(monkeypatch) -> Iterator[dict[str, set[torch.dtype]]]:
 
         monkeypatch.setattr(owner, function, named)
 
+    within("load", loading, "load")  # looks whether the parts compute anything, in the precision of the files
     within("images", latents, "gather")
-    within("mask", loop, "accumulate")
+    within("mask", saliency_pass, "accumulate")
     within("training", loop, "train")
     within("samples", samples, "write_samples")
     within("trajectory", sd.Model, "trajectory")
@@ -263,6 +264,7 @@ def test_every_pass_of_a_run_computes_in_its_precision(seen, toy_pipeline_dir, t
     options: dict[str, Any] = {**OPTIONS, "device": "cpu", "precision": precision, "method": method}
     record = erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **options).record
     assert record["compute"] == {"device": "cpu", "precision": precision}
+    assert seen.pop("load") == {torch.float32}
     assert seen == {phase: {DTYPES[precision]} for phase in phases}
     assert {t.dtype for t in stored_unet.load_unet(tmp_path / "run").state_dict().values()} == {torch.float32}
 
@@ -274,6 +276,6 @@ def test_evaluation_images_compute_in_their_precision_and_the_hash_is_of_the_sto
     """(1.2)"""
     model = generate.load_model(str(toy_pipeline_dir), device="cpu", precision=precision)
     model.draw(["a dog"], [0], steps=1, guidance=2.0, size=8)
-    assert seen == {"outside": {DTYPES[precision]}}
+    assert seen == {"load": {torch.float32}, "outside": {DTYPES[precision]}}
     plain = generate.load_model(str(toy_pipeline_dir), device="cpu")
     assert generate.model_hashes(model) == generate.model_hashes(plain)

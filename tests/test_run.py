@@ -23,7 +23,7 @@ from erase.data import latents
 from erase.errors import EraseError
 from erase.families import stored_unet
 from erase.options.settings import Settings
-from erase.runs import job, planning, records, subjects
+from erase.runs import job, machine, records, subjects
 from erase.training import loop
 
 CONCEPT = Concept(
@@ -726,7 +726,7 @@ def test_resume_without_an_unfinished_run_is_an_error(toy_pipeline_dir, tmp_path
 
 
 def test_a_launcher_that_started_too_few_processes_is_noticed(toy_pipeline_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "world_size", lambda: 2)
+    monkeypatch.setattr(machine, "world_size", lambda: 2)
     with pytest.raises(EraseError, match="asked for 2 processes but accelerate runs 1"):
         erase(toy_pipeline_dir, tmp_path / "run")
 

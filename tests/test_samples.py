@@ -10,12 +10,12 @@ from PIL import Image
 
 from erase import erase_concept
 from erase.concepts import Concept
-from erase.data import latents, sheet
+from erase.data import latents, pixels, sheet
 from erase.errors import EraseError
 from erase.families import loading, sd, stored_unet
 from erase.options.recipes import RECIPES, resolve
 from erase.options.settings import Settings
-from erase.runs import planning, samples
+from erase.runs import job, planning, samples
 from erase.training import batches, loop, saliency_pass
 
 CAT = Concept("cat", "object", forget=("a cat",), anchor=("a dog",), retain=("a tree", "a boat"))
@@ -137,7 +137,7 @@ def test_the_guidance_and_the_steps_reach_the_trajectories(toy_pipeline_dir, tmp
     asked, plain = [], sd.Model.trajectory
     monkeypatch.setattr(sd.Model, "trajectory", lambda self, *a, **how: asked.append(how) or plain(self, *a, **how))
     make = planning.make_plan
-    monkeypatch.setattr(planning, "make_plan", lambda *a: replace(make(*a), way_guidance=4.5))
+    monkeypatch.setattr(job, "make_plan", lambda *a: replace(make(*a), way_guidance=4.5))
     erase_concept(CAT, str(toy_pipeline_dir), output=str(tmp_path / "run"), method=method, **QUICK)
     assert asked and all(how == {"steps": 2, "guidance": 4.5} for how in asked)
 
@@ -150,7 +150,7 @@ def rows(monkeypatch) -> list[tuple[str, list[Image.Image], bool]]:
     """The rows of the sheet that is written: title, images, whether they are blurred."""
     found: list[Any] = []
     plain = sheet.grid
-    monkeypatch.setattr(sheet, "grid", lambda rows, captions: found.extend(rows) or plain(rows, captions))
+    monkeypatch.setattr(samples, "grid", lambda rows, captions: found.extend(rows) or plain(rows, captions))
     return found
 
 
@@ -174,8 +174,8 @@ def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows
     samples.write_samples(tmp_path / "samples.png", model, base, CAT, settings)
     assert [title for title, _, _ in rows] == ["base", "'cat' erased", "base", "erased"]
     for (title, images, _), part in zip(rows, (slice(2), slice(2), slice(2, 4), slice(2, 4)), strict=True):
-        for image, pixels in zip(images, expected["base" if title == "base" else "erased"][part], strict=True):
-            assert (np.asarray(image) == pixels).all(), title
+        for image, own in zip(images, expected["base" if title == "base" else "erased"][part], strict=True):
+            assert (np.asarray(image) == own).all(), title
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from erase.errors import EraseError
-from erase.masks.select import bit_patterns
+from erase.masks.selection import bit_patterns
 
 Score = Literal["abs_sum", "sum_abs", "sum_sq"]
 
