@@ -198,6 +198,17 @@ def test_images_in_half_precision_are_near_those_in_float32(toy_pipeline_dir, pr
     assert "forward" not in vars(model.unet)
 
 
+def test_a_process_may_run_on_a_gpu_and_then_on_a_cpu(tmp_path):
+    """accelerate keeps the device of the first run unless it is told to forget it. (1.1)"""
+    settings = Settings("church")
+    with pretend_device.gpu():
+        assert machine.make_accelerator(settings, tmp_path, device.choose("cuda", None)).device.type == "cuda"
+    accelerator = machine.make_accelerator(settings, tmp_path, device.choose("cpu", "bf16"))
+    assert accelerator.device.type == "cpu"
+    with accelerator.autocast():
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_fp16_gradients_of_the_mask_do_not_vanish():
     """Halves below 6e-8 are zero; the scale lifts them by 12 bits."""
     assert torch.tensor(1e-8, dtype=torch.float16) == 0
