@@ -30,7 +30,8 @@ def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) 
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if settings.report_to and not available[settings.report_to]():
         raise missing(settings.report_to)
-    AcceleratorState._reset_state(world_size() == 1)  # a process may make several runs, each with its own device, precision
+    # a process may make several runs, each with its own device and precision
+    AcceleratorState._reset_state(reset_partial_state=world_size() == 1)
     accelerator = Accelerator(
         cpu=compute.device.type == "cpu",
         mixed_precision=compute.mixed_precision,
