@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # A module may import those of its own layer and of the layers before it; files of a folder are in the folder's layer.
 LAYERS = (
     {"errors", "locks", "progress"},
-    {"device", "files", "optim", "pickles", "statistics"},
+    {"device", "files", "optim", "pickles", "registry", "statistics"},
     {"tensor_files", "words"},
     {"concepts", "delta", "masks"},
     {"guards", "methods"},
