@@ -246,7 +246,7 @@ def _inspect(arguments: list[str]) -> None:
         shares = delta.summary(change, lambda name: layers.block_of(name.removeprefix("unet.")))
         concept = change.provenance.get("concept", {})
         described = {
-            "kind": f"delta ({change.kind})",
+            "kind": "delta (exact)",
             "base": change.provenance.get("base"),
             "base_hash": change.base_hash,
             "result_hash": change.result_hash,

@@ -1,6 +1,6 @@
 """What erasure changed: new values of the changed weights, in one file that says how it was made.
 
-An exact delta keeps, of every tensor that changed, one bit a weight (did it change?) and the XOR of the old and the
+A delta keeps, of every tensor that changed, one bit a weight (did it change?) and the XOR of the old and the
 new bit patterns of those that did. XOR undoes itself: the delta that makes the new model from the base also brings
 the base back, without a copy of it. (`base + (new - base)` would not be `new` in floating point.)
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ State = Mapping[str, Tensor]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 _FORMAT = "erase delta 1"
+_KIND = "exact"  # the header's word for a delta that restores every bit
 _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 _PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a weight: integers as wide
 
@@ -31,15 +32,13 @@ _PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 class Delta:
     """A change from one model to another.
 
-    kind: "exact" restores bit for bit; "additive" carries the change to a related model, approximately.
     tensors: for each changed tensor `name.bitmap`, uint8, [ceil(n / 8)], lowest bit first, one where a weight changed,
-        and `name.values`, [changed], in order: integers as wide as the weights (exact) or floats to add (additive).
+        and `name.values`, [changed], in order: integers as wide as the weights.
     layout: dtype and shape of every tensor of the base model, changed or not.
     base_hash, result_hash: `content_hash` of the model before and after.
     provenance: how it was made (JSON-serialisable); "made_for" names the base model in error messages.
     """
 
-    kind: Literal["exact", "additive"]
     tensors: State
     layout: Layout
     base_hash: str
@@ -54,7 +53,7 @@ class Delta:
 
 
 def difference(base: State, new: State, provenance: Mapping[str, Any] | None = None) -> Delta:
-    """The exact delta from `base` to `new`.
+    """The delta from `base` to `new`.
 
     Bit patterns are compared, not values: 0.0 and -0.0 differ, and a NaN equals itself.
 
@@ -65,14 +64,14 @@ def difference(base: State, new: State, provenance: Mapping[str, Any] | None = N
     tensors: dict[str, Tensor] = {}
     for name in sorted(base):
         _put(tensors, name, _patterns(base[name]) ^ _patterns(new[name]))
-    return Delta("exact", tensors, layout_of(base), content_hash(base), content_hash(new), dict(provenance or {}))
+    return Delta(tensors, layout_of(base), content_hash(base), content_hash(new), dict(provenance or {}))
 
 
 def apply(state: State, delta: Delta) -> dict[str, Tensor]:
     """The erased model, bit for bit. Tensors that did not change are those of `state`, not copies.
 
     Raises:
-        EraseError: `state` is not the very model that the delta was made from, or the delta is additive or damaged.
+        EraseError: `state` is not the very model that the delta was made from, or the delta is damaged.
     """
     return _switch(state, delta, delta.base_hash, delta.result_hash, "starts from", "the delta is applied already")
 
@@ -81,85 +80,14 @@ def remove(state: State, delta: Delta) -> dict[str, Tensor]:
     """The base model, bit for bit, from the erased one. Tensors that did not change are those of `state`, not copies.
 
     Raises:
-        EraseError: `state` is not the very model that the delta leads to, or the delta is additive or damaged.
+        EraseError: `state` is not the very model that the delta leads to, or the delta is damaged.
     """
     return _switch(state, delta, delta.result_hash, delta.base_hash, "leads to", "the delta is not applied")
 
 
-def merge(first: Delta, second: Delta) -> Delta:
-    """One exact delta that does what `first` and then `second` do; a weight that came back is no longer in it.
-
-    Raises:
-        EraseError: one of them is additive, or `second` was not made from what `first` leads to.
-    """
-    for delta in (first, second):
-        if delta.kind != "exact":
-            raise EraseError("only exact deltas can be merged; carry an additive delta over to a model instead")
-    if second.base_hash != first.result_hash:
-        raise EraseError(
-            f"the first delta leads to the model {first.result_hash[:12]} but the second starts from "
-            f"{second.base_hash[:12]}; merge deltas in the order in which they were made"
-        )
-    require_layout(second.layout, first.layout, "the first delta")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(first.changed | second.changed):
-        _put(tensors, name, _dense(first, name) ^ _dense(second, name))
-    made_for = first.provenance.get("made_for", first.base_hash[:12])
-    provenance = {"made_for": made_for, "merged": [dict(first.provenance), dict(second.provenance)]}
-    return Delta("exact", tensors, first.layout, first.base_hash, second.result_hash, provenance)
-
-
-def additive(
-    base: State,
-    new: State,
-    provenance: Mapping[str, Any] | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> Delta:
-    """The difference `new - base` of the floating-point weights that changed, for `carry`.
-
-    dtype: of the stored differences: float32, bfloat16 (within 0.2 % of each difference) or float16 (within 0.05 %
-        above 6e-5; below 3e-8 they vanish).
-
-    Raises:
-        EraseError: names, shapes or dtypes differ.
-    """
-    require_layout(layout_of(new), layout_of(base), "the base model")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(base):
-        old, wide = base[name].detach().cpu().reshape(-1), _wide(base[name].dtype)
-        changed = _patterns(base[name]) != _patterns(new[name])
-        if old.is_floating_point() and changed.any():
-            step = new[name].detach().cpu().reshape(-1)[changed].to(wide) - old[changed].to(wide)
-            tensors[f"{name}.bitmap"], tensors[f"{name}.values"] = _pack(changed), step.to(dtype)
-    return Delta("additive", tensors, layout_of(base), content_hash(base), content_hash(new), dict(provenance or {}))
-
-
-def carry(state: State, delta: Delta) -> dict[str, Tensor]:
-    """Another fine-tune of the same base with the additive delta added, rounded to its own dtypes.
-
-    This is an approximation: nothing says that the erasure holds in a model that it was not made for, so measure it.
-    Weights that the delta does not name keep their bits.
-
-    Raises:
-        EraseError: names or shapes differ from the delta's, or the delta is exact.
-    """
-    if delta.kind != "additive":
-        raise EraseError("this delta is exact and fits one model only; use apply, or make an additive delta to carry")
-    require_layout(layout_of(state), delta.layout, _origin(delta), dtypes=False)
-    carried = dict(state)
-    for name in delta.changed:
-        old, changed = state[name].detach().cpu().reshape(-1), _unpack(delta, name)
-        wide = _wide(old.dtype)
-        new = old.clone()
-        new[changed] = (old[changed].to(wide) + delta.tensors[f"{name}.values"].to(wide)).to(old.dtype)
-        carried[name] = new.reshape(state[name].shape).to(state[name].device)
-    return carried
-
-
 def save(path: str | Path, delta: Delta) -> None:
     """Write the delta as one safetensors file; the same delta gives the same bytes."""
-    header = {"format": _FORMAT, "kind": delta.kind, "layout": delta.layout, "provenance": delta.provenance}
+    header = {"format": _FORMAT, "kind": _KIND, "layout": delta.layout, "provenance": delta.provenance}
     write_tensors(path, delta.tensors, header | {"base_hash": delta.base_hash, "result_hash": delta.result_hash})
 
 
@@ -176,7 +104,7 @@ def load(path: str | Path) -> Delta:
         raise EraseError(f"{path} is damaged: its header {problem}; copy it again or make it anew")
     layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in header["layout"].items()}
     hashes = header["base_hash"], header["result_hash"]
-    delta = Delta(header["kind"], read_tensors(path), layout, *hashes, header["provenance"])
+    delta = Delta(read_tensors(path), layout, *hashes, header["provenance"])
     for problem in _problems(delta):
         raise EraseError(f"{path} is damaged: {problem}; copy it again or make it anew")
     return delta
@@ -219,8 +147,6 @@ def require_layout(here: Layout, there: Layout, where: str, *, dtypes: bool = Tr
 
 
 def _switch(state: State, delta: Delta, start: str, end: str, verb: str, hint: str) -> dict[str, Tensor]:
-    if delta.kind != "exact":
-        raise EraseError("this delta is additive, so it neither applies nor comes off exactly; use carry")
     require_layout(layout_of(state), delta.layout, _origin(delta))
     found = content_hash(state)
     if found != start:
@@ -273,19 +199,14 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is computed in float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _origin(delta: Delta) -> str:
     return f"the delta, which was made for {delta.provenance.get('made_for', delta.base_hash[:12])}"
 
 
 def _header_problems(header: Mapping[str, Any]) -> Iterator[str]:
     """What is missing or of another type in the header of a delta's file."""
-    if header.get("kind") not in ("exact", "additive"):
-        yield f"says that the delta is {header.get('kind')!r:.40}, not exact or additive"
+    if header.get("kind") != _KIND:
+        yield f"says that the delta is {header.get('kind')!r:.40}, not {_KIND}"
     for name in ("base_hash", "result_hash"):
         value = header.get(name)
         if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
@@ -329,7 +250,5 @@ def _problems(delta: Delta) -> Iterator[str]:
             yield f"{name!r} has a bitmap of {bitmap.numel()} bytes for {math.prod(shape)} weights"
         elif (marked := int(_unpack(delta, name).sum())) != values.numel():
             yield f"{name!r} marks {marked} changed weights but has {values.numel()} values"
-        elif delta.kind == "exact" and values.dtype != _PATTERNS[_dtype(dtype).itemsize]:
+        elif values.dtype != _PATTERNS[_dtype(dtype).itemsize]:
             yield f"{name!r} is {dtype} but its values are {str(values.dtype).removeprefix('torch.')}"
-        elif delta.kind == "additive" and not (values.is_floating_point() and values.isfinite().all()):
-            yield f"{name!r} has differences that are no finite numbers"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erase.delta import additive, apply, carry, content_hash, difference, load, merge, remove, save, summary
+from erase.delta import apply, content_hash, difference, load, remove, save, summary
 from erase.errors import EraseError
 from erase.tensor_files import read_metadata, read_tensors, write_tensors
 
@@ -157,56 +157,6 @@ def test_the_same_delta_gives_the_same_bytes(tmp_path):
         save(file, difference(base, edited(base), provenance))
     save(files[2], difference(model(), edited(model(), seed=2), PROVENANCE))  # control
     assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
-
-
-def test_two_deltas_made_one_after_the_other_merge_into_one():
-    base = model()
-    middle, new = edited(base, 1), edited(edited(base, 1), 2)
-    first, second = difference(base, middle, PROVENANCE), difference(middle, new)
-    merged = merge(first, second)
-    assert same_bits(apply(base, merged), new)
-    assert same_bits(remove(new, merged), base)
-    assert merged.provenance == {"made_for": "sd14", "merged": [PROVENANCE, {}]}
-    assert merge(first, difference(middle, base)).tensors == {}  # there and back
-    with pytest.raises(EraseError, match=f"leads to the model {second.result_hash[:12]} but the second starts from"):
-        merge(second, first)
-    with pytest.raises(EraseError, match="only exact deltas"):
-        merge(first, additive(middle, new))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_additive_delta_carries_the_change_to_another_fine_tune(dtype, tmp_path):
-    base, tuned = model(), model(seed=3)
-    new = edited(base)
-    save(tmp_path / "delta.safetensors", additive(base, new, PROVENANCE, dtype=dtype))
-    carried = carry(tuned, load(tmp_path / "delta.safetensors"))
-    for name in base:
-        step = carried[name].double() - tuned[name].double()
-        # one rounding of the difference to `dtype` and one of the sum to float32
-        tolerance = torch.finfo(dtype).eps * 8 + 1e-6
-        assert torch.allclose(step, new[name].double() - base[name].double(), rtol=0, atol=tolerance)
-        unmoved = base[name] == new[name]
-        assert torch.equal(carried[name][unmoved], tuned[name][unmoved])
-    assert not torch.equal(carried["unet.attn2.to_k.weight"], tuned["unet.attn2.to_k.weight"])
-
-
-def test_carry_keeps_the_dtype_of_the_other_model_and_the_sign_of_its_zeros():
-    base, new = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.5])}
-    carried = carry({"w": torch.tensor([-0.0, 1.0], dtype=torch.float16)}, additive(base, new))
-    assert carried["w"].dtype == torch.float16
-    assert torch.equal(carried["w"].view(torch.int16), torch.tensor([-0.0, 1.5]).half().view(torch.int16))
-
-
-def test_each_kind_of_delta_refuses_the_other_kinds_use():
-    base = model()
-    new = edited(base)
-    for use, start in ((apply, base), (remove, new)):
-        with pytest.raises(EraseError, match="use carry"):
-            use(start, additive(base, new))
-    with pytest.raises(EraseError, match="use apply"):
-        carry(base, difference(base, new))
-    with pytest.raises(EraseError, match="'scale' is missing here but in the delta, which was made for sd14"):
-        carry({name: base[name] for name in base if name != "scale"}, additive(base, new, PROVENANCE))
 
 
 def test_a_damaged_file_is_refused(tmp_path):
