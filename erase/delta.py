@@ -51,6 +51,11 @@ class Delta:
         values = {name: self.tensors.get(f"{name}.values") for name in self.layout}
         return {name: tensor.numel() for name, tensor in values.items() if tensor is not None}
 
+    @property
+    def total(self) -> int:
+        """How many weights the base model has."""
+        return sum(math.prod(shape) for _, shape in self.layout.values())
+
 
 def difference(base: State, new: State, provenance: Mapping[str, Any] | None = None) -> Delta:
     """The delta from `base` to `new`.

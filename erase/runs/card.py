@@ -1,6 +1,5 @@
 """The face of a run folder: a before/after sheet on the same seeds, and the model card."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -32,7 +31,7 @@ def model_card(
         tags=["stable-diffusion", "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
     ).to_yaml()
     exactly = "bit for bit" if change.provenance.get("base_dtype") else "value for value"
-    changed, total = sum(change.changed.values()), _weights(change)
+    changed, total = sum(change.changed.values()), change.total
     options = {key: value for key, value in asdict(settings).items() if _is_set(key, value)}
     listed = "\n".join(f"| {key} | {_listed(key, value)} |" for key, value in options.items())
     pairs = concept.pairs()[:4]
@@ -100,7 +99,3 @@ def _is_hub_id(text: str) -> bool:
 def _place(text: str) -> str:
     """A hub id or a name as it is; of a local path the last part."""
     return text if _is_hub_id(text) else Path(text).expanduser().resolve().name
-
-
-def _weights(change: Delta) -> int:
-    return sum(math.prod(shape) for _, shape in change.layout.values())

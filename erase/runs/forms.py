@@ -10,6 +10,7 @@ from erase.errors import EraseError
 from erase.export import ldm, lora, pipeline
 from erase.export.states import plain, unet_state
 from erase.families import loading, pipeline_folder, stored_unet
+from erase.options.settings import Settings
 from erase.runs import records
 
 FORMS = ("pipeline", "unet", "single-file", "lora")
@@ -23,6 +24,22 @@ def names(form: str, run_folder: Path, source: Path) -> list[str]:
     if form == "pipeline":
         return pipeline_folder.published_names(source)
     return {"unet": [records.UNET], "lora": [records.LORA], "single-file": [single_file(run_folder)], "delta": []}[form]
+
+
+def published(settings: Settings) -> list[str]:
+    """The forms to write; a single file comes with the folder that it is made from."""
+    return ["pipeline", *settings.save] if "single-file" in settings.save else list(settings.save)
+
+
+def planned(settings: Settings, folder: Path, source: Path) -> list[str]:
+    """The files that the run will write, run.json apart, relative to its folder.
+
+    source: diffusers folder of the base model.
+    """
+    files = [records.DELTA, records.CARD]
+    files += [records.MASK] if settings.mask != "none" or settings.base else []
+    files += [records.SAMPLES] if settings.num_samples else []
+    return files + [name for form in published(settings) for name in names(form, folder, source)]
 
 
 def single_file(run_folder: Path) -> str:

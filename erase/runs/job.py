@@ -4,42 +4,23 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
 
-import erase
-from erase import concepts, delta, device, files, masks, methods, words
+from erase import delta, files, masks, methods
 from erase.concepts import Concept
-from erase.data import cache, latents, prompt_states
-from erase.errors import EraseError, missing
-from erase.export.states import unet_state
-from erase.families import loading, pipeline_folder, scope, sd, single_file
-from erase.options.recipes import resolve
-from erase.options.settings import Settings, require_consistent
-from erase.runs import forms, records
-from erase.runs.earlier import Base, read_base
-from erase.runs.machine import make_accelerator, peak_memory, versions
-from erase.runs.masking import load_mask, make_mask, saliency_hash
-from erase.runs.outputs import clean, outside_of, planned, write_outputs
-from erase.runs.planning import (
-    can_scale,
-    make_method,
-    make_plan,
-    make_recipe,
-    needed_memory,
-    require_precision,
-    require_rank,
-)
-from erase.runs.subjects import announcement, find_concepts
-from erase.training import batches, closed_form, loop, lowrank, memory
+from erase.errors import EraseError
+from erase.families import single_file
+from erase.options.settings import Settings
+from erase.runs import forms, outputs, phases, records
+from erase.runs.decisions import Decisions, announce, decide
+from erase.runs.machine import peak_memory, versions
+from erase.runs.masking import choose_mask
 
 
 @dataclass(frozen=True)
@@ -110,110 +91,19 @@ def run(
     concept: what the settings' names stand for, where these are no presets; None where they are.
     """
     started = time.time()
-    require_consistent(settings)
-    method = make_method(settings)
-    if settings.alpha is not None and not hasattr(method, "alpha"):
-        raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
     given = [concept] if isinstance(concept, Concept) else list(concept or [None] * len(settings.concept))
-    found = find_concepts(settings, given, None)  # unknown or refused: an error before a model is loaded
-    name = " and ".join(one.name for one in found)
-    folder = Path(settings.output or Path("runs") / words.slug(name))
-    earlier = read_base(settings, folder)
-    if earlier is not None:
-        settings = replace(settings, model=str(settings.base))
-    compute = device.choose(settings.device, settings.precision)
-    if settings.precision is None and compute.precision == "fp16" and not can_scale(settings, method):
-        compute = replace(compute, precision="fp32")
-        tell("this GPU has no bf16, and fp16 does not go with these settings: computing in fp32")
-    settings = replace(settings, precision=compute.precision)
-    require_precision(settings, method)
-    if settings.moments == "8bit" and hasattr(method, "loss") and find_spec("bitsandbytes") is None:
-        raise missing("bitsandbytes")
-    accelerator = make_accelerator(settings, folder, compute)
-    cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else files.default_cache_dir()
-    model = loading.load(
-        settings.model,
-        device=compute.device,
-        allow_pickle=settings.allow_pickle,
-        unet=settings.unet,
-        config=settings.config,
-        revision=settings.revision,
-        cache_dir=cache_dir,
-    )
-    for note in model.notes:
-        tell(note)
-    model.precision = compute.precision
-    model.use_attention(settings.attention)
-    parts = find_concepts(settings, given, model)
-    everything = [*parts, *(earlier.concepts if earlier else [])]
-    united = concepts.unite(everything)
-    together = 1
-    if settings.low_memory:
-        size = (settings.resolution or model.resolution) // model.vae_scale
-        together = memory.part_of_batch(model.unet, size, model.tokenizer.model_max_length)
-
-    def resolved(settings: Settings) -> Settings:
-        return resolve(
-            settings,
-            united.kind,
-            model.defaults,
-            num_processes=accelerator.num_processes,
-            part=together,
-            on_gpu=compute.device.type == "cuda",
-        )
-
-    def default(name: str) -> Any:
-        return getattr(resolved(replace(asked, **{name: Settings.__dataclass_fields__[name].default})), name)
-
-    asked, settings = settings, resolved(settings)
-    require_rank(settings, method)
-    truncated = prompt_states.truncated(model, united)
-    parameters = scope.inside(dict(model.unet.named_parameters()), str(settings.scope))
-    base_hash = delta.content_hash(unet_state(model.unet))
-    given_mask = load_mask(settings, model, parameters, base_hash)
-    identity = records.identity(
-        settings,
-        [united, *everything],
-        base_hash=base_hash,
-        mask_hash=None if given_mask is None else saliency_hash(given_mask),
-        base=earlier and earlier.record,
-    )
-    outputs = planned(settings, folder, model)
+    decided = decide(settings, given, quiet=quiet, tell=tell)
+    folder, accelerator = decided.folder, decided.accelerator
     if accelerator.is_main_process:
         how = {"overwrite": settings.overwrite, "resume": settings.resume}
-        records.begin(folder, identity, outputs=outputs, default=default, **how)
+        records.begin(folder, decided.identity, outputs=decided.outputs, default=decided.default, **how)
     accelerator.wait_for_everyone()
     record = records.read(folder)
     if record["status"] == "done":
-        return finished(folder, record, settings, accelerator.is_main_process)
-    for part in concepts.apart(everything)[: len(parts)]:
-        tell(announcement(replace(part, others=united.others), settings, method))
-    if truncated:
-        some = f"{truncated[0][:60]!r}" + (f" and {len(truncated) - 1} more" if len(truncated) > 1 else "")
-        tell(f"longer than the {model.tokenizer.model_max_length} tokens that the text encoder reads, and cut: {some}")
-    if settings.low_memory:
-        needs = needed_memory(settings, model, parameters)
-        phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
-        tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
+        return finished(folder, record, decided.settings, accelerator.is_main_process)
+    announce(decided)
     try:
-        return _carry_out(
-            settings,
-            united,
-            parts,
-            earlier,
-            model,
-            parameters,
-            given_mask,
-            folder,
-            identity,
-            outputs,
-            compute,
-            accelerator,
-            cache_dir,
-            started,
-            quiet,
-            tell,
-        )
+        return _carry_out(decided, started)
     except EraseError:
         if accelerator.is_main_process and [path.name for path in folder.iterdir()] == [records.RECORD]:
             (folder / records.RECORD).unlink()  # nothing to continue from: bad input leaves nothing behind
@@ -221,150 +111,75 @@ def run(
         raise
 
 
-def _carry_out(
-    settings: Settings,
-    concept: Concept,
-    parts: Sequence[Concept],
-    earlier: "Base | None",
-    model: sd.Model,
-    parameters: Mapping[str, torch.nn.Parameter],
-    given_mask: masks.Packed | None,
-    folder: Path,
-    identity: Mapping[str, Any],
-    outputs: Sequence[str],
-    compute: device.Compute,
-    accelerator: Accelerator,
-    cache_dir: Path,
-    started: float,
-    quiet: bool,
-    tell: Callable[[str], None],
-) -> Run:
-    """The run itself: data, mask, training, files; each part is skipped or continued when `folder` holds it."""
-    base_hash, work = identity["base_hash"], folder / "work"
-    method, plan = make_method(settings), make_plan(settings, model)
-    if settings.report_to:
-        accelerator.init_trackers("erase-concept", config={k: str(v) for k, v in asdict(settings).items()})
-    clock, seconds = time.perf_counter(), {"load": time.time() - started}
+def _carry_out(decided: Decisions, started: float) -> Run:
+    """Data, mask, training, files; each part is skipped or continued when the run folder holds it."""
+    accelerator, seconds = decided.accelerator, {"load": time.time() - started}
+    if decided.settings.report_to:
+        told = {name: str(value) for name, value in asdict(decided.settings).items()}
+        accelerator.init_trackers("erase-concept", config=told)
 
-    def lap(name: str) -> None:
-        nonlocal clock
-        seconds[name] = round(time.perf_counter() - clock, 2)
-        clock = time.perf_counter()
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - start, 2)
 
-    def gather(kind: str) -> latents.Data:
-        return latents.gather(
-            model,
-            concept,
-            replace(plan, pictures=kind, retains=getattr(method, "retains", True)),
-            model_hash=base_hash,
-            cache_dir=cache_dir,
-            workers=cache.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
-            quiet=quiet or not accelerator.is_main_process,
-            tell=tell,
-        )
-
-    is_scored = given_mask is None and settings.mask in {"saliency", "inverse"}
-    shown = gather("concept") if is_scored else None
-    pictures = None
-    if hasattr(method, "loss"):
-        kind = getattr(method, "pictures", "concept")
-        pictures = shown if shown is not None and kind == "concept" else gather(kind)
-    text = prompt_states.read_text(model, concept)
-    model.release()
-    if settings.weights == "bf16":
-        model.round_unet(torch.bfloat16)
-    lap("data")
-    mask = given_mask
-    if mask is None and settings.mask != "none":
-        mask = make_mask(settings, model, shown, parts, parameters, accelerator, work, base_hash, quiet)
-    if mask is not None and earlier is not None and earlier.mask is not None:
-        mask = masks.pack(masks.union(mask, earlier.mask))
-    lap("mask")
-    losses: list[dict[str, float]] = []
-    notes: dict[str, Any] = {}
-    if pictures is None:
-        if settings.weights == "bf16":  # rounded for the mask's sake only
-            model.reload_unet()
-        notes = closed_form.solve(method, text, parameters, mask)
-    else:
-        losses = _train(
-            model,
-            method,
-            pictures,
-            parameters,
-            mask,
-            settings.rank,
-            make_recipe(settings, plan),
-            accelerator,
-            state_path=work / "training.safetensors",
-            checkpointing=settings.gradient_checkpointing,
-            quiet=quiet,
-        )
-    lap("train")
+    with timed("data"):
+        data = phases.gather(decided)
+    with timed("mask"):
+        mask = choose_mask(decided, data.shown)
+    with timed("train"):
+        trained = phases.train(decided, data, mask)
     accelerator.end_training()
     if not accelerator.is_main_process:
-        return Run(folder, {})
+        return Run(decided.folder, {})
     gc.collect()
-    fingerprint = pictures.fingerprint if pictures else files.text_hash([concept.fingerprint(), base_hash])
-    provenance = {
-        "erase_version": erase.__version__,
-        "base": settings.model,
-        "concept": asdict(concept),
-        "method": settings.method,
-        "hyperparameters": asdict(method),
-        "settings": identity["settings"],
-        "data": fingerprint,
-        "made_for": settings.model,
-        "base_dtype": None if settings.unet else pipeline_folder.stored_dtype(model.folder / "unet"),
-    }
-    if earlier is not None:
-        provenance["after"] = earlier.record
-    new_state = unet_state(model.unet)
-    base_unet = model.stored_unet()
-    change = delta.difference(unet_state(base_unet), new_state, provenance)
-    if change.base_hash != base_hash:
-        raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")
-    if outside := outside_of(change, parameters, mask):
-        raise EraseError(
-            f"{outside[0]!r} changed outside the mask or the scope; nothing was published. Delete {work}, and the same "
-            "command starts again"
-        )
-    write_outputs(folder, settings, model, base_unet, new_state, change, mask, concept, earlier)
-    lap("output")
-    moved = sum(change.changed.values())
-    record = {
+    with timed("output"):
+        change = outputs.write(decided, data.images, mask)
+    record = _record(decided, data, mask, trained, change) | {"seconds": seconds}
+    record = records.finish(decided.folder, record, decided.outputs)
+    outputs.clean(decided.folder)
+    return Run(decided.folder, record)
+
+
+def _record(
+    decided: Decisions, data: phases.Gathered, mask: masks.Packed | None, trained: phases.Trained, change: delta.Delta
+) -> dict[str, Any]:
+    """What run.json says of a run that is done, its times and files apart."""
+    settings, identity, images, earlier = decided.settings, decided.identity, data.images, decided.earlier
+    return {
         "identity": identity,
         "identity_hash": files.text_hash(identity),
-        "concept": asdict(concept),
-        "concepts": [asdict(part) for part in [*parts, *(earlier.concepts if earlier else [])]],
+        "concept": asdict(decided.concept),
+        "concepts": [asdict(part) for part in decided.all_concepts],
         "base": earlier and earlier.record,
         "settings": asdict(settings),
-        "compute": compute.record(),
+        "compute": decided.compute.record(),
         "model": {
             "name": settings.model,
             "origin": earlier.record["model"] if earlier else settings.model,
-            "origin_hash": earlier.record["model_hash"] if earlier else base_hash,
-            "base_hash": base_hash,
+            "origin_hash": earlier.record["model_hash"] if earlier else decided.base_hash,
+            "base_hash": decided.base_hash,
             "result_hash": change.result_hash,
-            "base_dtype": provenance["base_dtype"],
+            "base_dtype": change.provenance["base_dtype"],
         },
         "mask": None if mask is None else {"weights": _total(mask), "ones": masks.count(mask)},
-        "weights": {"total": sum(t.numel() for t in new_state.values()), "changed": moved},
+        "weights": {"total": change.total, "changed": sum(change.changed.values())},
         "data": {
-            **(pictures.record if pictures else {}),
-            "fingerprint": fingerprint,
-            "truncated_prompts": prompt_states.truncated(model, concept),
+            **(images.record if images else {}),
+            "fingerprint": outputs.data_hash(decided, images),
+            "truncated_prompts": decided.truncated,
         },
-        "method": {"name": settings.method, **asdict(method), **notes},
-        "losses": losses,
-        "seconds": seconds,
+        "method": {"name": settings.method, **asdict(decided.method), **trained.notes},
+        "losses": trained.losses,
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
-    record = records.finish(folder, record, outputs)
-    clean(folder)
-    return Run(folder, record)
+
+
+def _total(mask: masks.Packed) -> int:
+    return sum(bits.numel() for bits in mask.values())
 
 
 def finished(folder: Path, record: dict[str, Any], settings: Settings, is_main_process: bool) -> Run:
@@ -372,31 +187,9 @@ def finished(folder: Path, record: dict[str, Any], settings: Settings, is_main_p
     if not is_main_process:
         return Run(folder, {}, is_new=False)
     records.verify(folder, record)
-    clean(folder)
+    outputs.clean(folder)
     there = {"delta", *forms.held(folder, record)}
     added = tuple(form for form in settings.save if form not in there)
     if added:
         forms.add(folder, added, rank=settings.lora_rank)
     return Run(folder, records.read(folder), is_new=False, added=added)
-
-
-def _train(
-    model: sd.Model,
-    method: Any,
-    pictures: latents.Data,
-    parameters: Mapping[str, torch.nn.Parameter],
-    mask: Mapping[str, Tensor] | None,
-    rank: int | None,
-    recipe: batches.Recipe,
-    accelerator: Accelerator,
-    **how: Any,
-) -> list[dict[str, float]]:
-    """`train.train` of the parameters themselves, or of a change of low rank."""
-    if rank is None:
-        return loop.train(model, method, pictures, parameters, mask, recipe, accelerator, **how)
-    with lowrank.factors(model.unet, parameters, rank, batches.generator(recipe.seed, "rank")) as factors:
-        return loop.train(model, method, pictures, factors, None, recipe, accelerator, **how)
-
-
-def _total(mask: Mapping[str, Tensor]) -> int:
-    return sum(bits.numel() for bits in mask.values())

@@ -1,27 +1,104 @@
-"""The files of a run folder, planned and written."""
+"""The files of a run folder: delta, mask, published forms, samples, model card."""
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+import erase
 from erase import delta, files, masks
-from erase.concepts import Concept
+from erase.data import latents
+from erase.errors import EraseError
 from erase.export import states
-from erase.families import pipeline_folder, sd
-from erase.options.settings import Settings
+from erase.export.states import unet_state
+from erase.families import pipeline_folder
 from erase.runs import card, forms, records, samples
-from erase.runs.earlier import Base
+from erase.runs.decisions import Decisions
 from erase.runs.planning import whole
 
 
-def clean(folder: Path) -> None:
-    """Delete intermediate state, which a finished run does not need any more."""
-    if (folder / "work").is_dir():
-        files.refuse_links(folder)
-        shutil.rmtree(folder / "work")
+def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | None) -> delta.Delta:
+    """Write everything in the run folder but run.json; returns the change from the base model.
+
+    images: those that were trained on. The model has the weights of its base again if samples were generated.
+
+    Raises:
+        EraseError: the base changed on the disk meanwhile, or a weight outside the mask or the scope changed; nothing
+            is written then.
+    """
+    model = decided.model
+    new, base_unet = unet_state(model.unet), model.stored_unet()
+    change = delta.difference(unet_state(base_unet), new, provenance(decided, images))
+    if change.base_hash != decided.base_hash:
+        raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")
+    if outside := outside_of(change, decided.parameters, mask):
+        raise EraseError(
+            f"{outside[0]!r} changed outside the mask or the scope; nothing was published. Delete {decided.work}, and "
+            "the same command starts again"
+        )
+    delta.save(decided.folder / records.DELTA, change)
+    write_mask(decided, change, mask)
+    write_forms(decided, base_unet, new, change)
+    if decided.settings.num_samples:
+        samples.write_samples(decided.folder / records.SAMPLES, model, base_unet, decided.concept, decided.settings)
+    dtype = ", dtype=torch.float32" if pipeline_folder.needs_dtype(model.folder) else ""
+    loading = f'StableDiffusionPipeline.from_pretrained("this folder"{dtype})'
+    after = decided.earlier and decided.earlier.record
+    text = card.model_card(decided.settings, decided.concept, change, loading=loading, after=after)
+    files.write_text(decided.folder / records.CARD, text)
+    return change
+
+
+def provenance(decided: Decisions, images: latents.Data | None) -> dict[str, Any]:
+    """How the change was made, for the delta's header."""
+    settings = decided.settings
+    made = {
+        "erase_version": erase.__version__,
+        "base": settings.model,
+        "concept": asdict(decided.concept),
+        "method": settings.method,
+        "hyperparameters": asdict(decided.method),
+        "settings": decided.identity["settings"],
+        "data": data_hash(decided, images),
+        "made_for": settings.model,
+        "base_dtype": None if settings.unet else pipeline_folder.stored_dtype(decided.model.folder / "unet"),
+    }
+    return made if decided.earlier is None else made | {"after": decided.earlier.record}
+
+
+def data_hash(decided: Decisions, images: latents.Data | None) -> str:
+    """Hash of what was trained on; of the concept and the model alone where no images were used."""
+    return images.fingerprint if images else files.text_hash([decided.concept.fingerprint(), decided.base_hash])
+
+
+def write_mask(decided: Decisions, change: delta.Delta, mask: masks.Packed | None) -> None:
+    """mask.safetensors, if there is a mask; one that was united with an earlier run's says so."""
+    made, earlier = decided.work / records.MASK, decided.earlier
+    if made.exists() and earlier is None:
+        files.copy(made, decided.folder / records.MASK)
+    elif mask is not None:
+        header = masks.load(made)[1] if made.exists() else {}
+        header |= {"base": decided.settings.model, "base_hash": change.base_hash}
+        header |= {"united_with": earlier.record["run"]} if earlier and earlier.mask else {}
+        masks.save(decided.folder / records.MASK, mask, header)
+
+
+def write_forms(decided: Decisions, base_unet: Any, new: delta.State, change: delta.Delta) -> None:
+    """The forms that --save asks for."""
+    for form in dict.fromkeys(forms.published(decided.settings)):
+        forms.write(
+            form,
+            decided.folder,
+            run_folder=decided.folder,
+            source=decided.model.folder,
+            base={name: tensor.detach() for name, tensor in base_unet.state_dict().items()},
+            new=states.plain(new),
+            rank=whole(decided.settings.lora_rank),
+            provenance=change.provenance,
+        )
 
 
 def outside_of(change: delta.Delta, parameters: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None) -> list[str]:
@@ -38,54 +115,8 @@ def outside_of(change: delta.Delta, parameters: Mapping[str, Tensor], mask: Mapp
     return found
 
 
-def planned(settings: Settings, folder: Path, model: sd.Model) -> list[str]:
-    """The files that the run will write, run.json apart, relative to its folder."""
-    names = [records.DELTA, records.CARD]
-    names += [records.MASK] if settings.mask != "none" or settings.base else []
-    names += [records.SAMPLES] if settings.num_samples else []
-    return names + [name for form in published(settings) for name in forms.names(form, folder, model.folder)]
-
-
-def published(settings: Settings) -> list[str]:
-    """The forms to write; a single file comes with the folder that it is made from."""
-    return ["pipeline", *settings.save] if "single-file" in settings.save else list(settings.save)
-
-
-def write_outputs(
-    folder: Path,
-    settings: Settings,
-    model: sd.Model,
-    base_unet: Any,
-    new_state: Mapping[str, Tensor],
-    change: delta.Delta,
-    mask: masks.Packed | None,
-    concept: Concept,
-    earlier: "Base | None" = None,
-) -> None:
-    """Everything in the run folder but run.json."""
-    delta.save(folder / records.DELTA, change)
-    made = folder / "work" / records.MASK
-    if made.exists() and earlier is None:
-        files.copy(made, folder / records.MASK)
-    elif mask is not None:
-        header = masks.load(made)[1] if made.exists() else {}
-        header |= {"base": settings.model, "base_hash": change.base_hash}
-        header |= {"united_with": earlier.record["run"]} if earlier and earlier.mask else {}
-        masks.save(folder / records.MASK, mask, header)
-    for form in dict.fromkeys(published(settings)):
-        forms.write(
-            form,
-            folder,
-            run_folder=folder,
-            source=model.folder,
-            base={name: tensor.detach() for name, tensor in base_unet.state_dict().items()},
-            new=states.plain(new_state),
-            rank=whole(settings.lora_rank),
-            provenance=change.provenance,
-        )
-    if settings.num_samples:
-        samples.write_samples(folder / records.SAMPLES, model, base_unet, concept, settings)
-    dtype = ", dtype=torch.float32" if pipeline_folder.needs_dtype(model.folder) else ""
-    loading = f'StableDiffusionPipeline.from_pretrained("this folder"{dtype})'
-    text = card.model_card(settings, concept, change, loading=loading, after=earlier and earlier.record)
-    files.write_text(folder / records.CARD, text)
+def clean(folder: Path) -> None:
+    """Delete intermediate state, which a finished run does not need any more."""
+    if (folder / "work").is_dir():
+        files.refuse_links(folder)
+        shutil.rmtree(folder / "work")

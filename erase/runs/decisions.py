@@ -1,0 +1,203 @@
+"""What a run has decided before its first image: settings, concepts, model, parameters, folder, device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.nn import Parameter
+
+from erase import concepts, delta, device, files, masks, words
+from erase.concepts import Concept
+from erase.data import prompt_states
+from erase.errors import EraseError, missing
+from erase.export.states import unet_state
+from erase.families import loading, scope, sd
+from erase.options.recipes import resolve
+from erase.options.settings import Settings, require_consistent
+from erase.runs import forms, records
+from erase.runs.earlier import Base, read_base
+from erase.runs.machine import make_accelerator
+from erase.runs.mask_files import load_mask, saliency_hash
+from erase.runs.planning import can_scale, make_method, needed_memory, require_precision, require_rank
+from erase.runs.subjects import announcement, find_concepts
+from erase.training import memory
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """Everything that the phases of a run share; nothing in it changes but the weights of the model.
+
+    settings: resolved, so that no value is left to a default. method: with its hyperparameters.
+    concept: what is trained on: the union of `parts`, which this run erases, and of what `earlier` erased.
+    parameters: those in the scope, by name. given_mask: the mask of a file; None if it is to be made or there is none.
+    identity: what decides the weights. outputs: the files that the run will write.
+    default: the resolved value of a setting when its option is not given.
+    truncated: prompts that are longer than the text encoder reads.
+    """
+
+    settings: Settings
+    method: Any
+    concept: Concept
+    parts: Sequence[Concept]
+    earlier: Base | None
+    model: sd.Model
+    parameters: Mapping[str, Parameter]
+    given_mask: masks.Packed | None
+    folder: Path
+    cache_dir: Path
+    identity: Mapping[str, Any]
+    outputs: Sequence[str]
+    default: Callable[[str], Any]
+    truncated: Sequence[str]
+    compute: device.Compute
+    accelerator: Accelerator
+    quiet: bool
+    tell: Callable[[str], None]
+
+    @property
+    def all_concepts(self) -> list[Concept]:
+        """What this run erases, then what the run that it goes on from has erased."""
+        return [*self.parts, *(self.earlier.concepts if self.earlier else [])]
+
+    @property
+    def work(self) -> Path:
+        """Folder of intermediate state."""
+        return self.folder / "work"
+
+    @property
+    def base_hash(self) -> str:
+        return self.identity["base_hash"]
+
+
+def decide(
+    settings: Settings, given: Sequence[Concept | None], *, quiet: bool, tell: Callable[[str], None]
+) -> Decisions:
+    """Check the settings, load the model, and fill in every default; nothing is written to the run folder.
+
+    given: the concepts that the settings' names stand for; None where a name is a preset's or free text.
+
+    Raises:
+        EraseError: options that contradict each other, an unknown or refused concept, a model or mask that does not
+            load.
+    """
+    require_consistent(settings)
+    method = make_method(settings)
+    if settings.alpha is not None and not hasattr(method, "alpha"):
+        raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
+    found = find_concepts(settings, given, None)  # unknown or refused: an error before a model is loaded
+    folder = Path(settings.output or Path("runs") / words.slug(" and ".join(one.name for one in found)))
+    earlier = read_base(settings, folder)
+    if earlier is not None:
+        settings = replace(settings, model=str(settings.base))
+    settings, compute = _with_precision(settings, method, tell)
+    accelerator = make_accelerator(settings, folder, compute)
+    cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else files.default_cache_dir()
+    model = _load(settings, compute, cache_dir, tell)
+    parts = find_concepts(settings, given, model)
+    everything = [*parts, *(earlier.concepts if earlier else [])]
+    concept = concepts.unite(everything)
+    settings, default = _filled(settings, concept, model, compute, accelerator.num_processes)
+    require_rank(settings, method)
+    truncated = prompt_states.truncated(model, concept)
+    parameters = scope.inside(dict(model.unet.named_parameters()), str(settings.scope))
+    base_hash = delta.content_hash(unet_state(model.unet))
+    given_mask = load_mask(settings, model, parameters, base_hash)
+    identity = records.identity(
+        settings,
+        [concept, *everything],
+        base_hash=base_hash,
+        mask_hash=None if given_mask is None else saliency_hash(given_mask),
+        base=earlier and earlier.record,
+    )
+    return Decisions(
+        settings,
+        make_method(settings),
+        concept,
+        parts,
+        earlier,
+        model,
+        parameters,
+        given_mask,
+        folder,
+        cache_dir,
+        identity,
+        outputs=forms.planned(settings, folder, model.folder),
+        default=default,
+        truncated=truncated,
+        compute=compute,
+        accelerator=accelerator,
+        quiet=quiet,
+        tell=tell,
+    )
+
+
+def announce(decided: Decisions) -> None:
+    """Tell what becomes what, which prompts are cut, and how much memory is needed."""
+    settings, model, tell = decided.settings, decided.model, decided.tell
+    for part in concepts.apart(decided.all_concepts)[: len(decided.parts)]:
+        tell(announcement(replace(part, others=decided.concept.others), settings, decided.method))
+    if cut := decided.truncated:
+        some = f"{cut[0][:60]!r}" + (f" and {len(cut) - 1} more" if len(cut) > 1 else "")
+        tell(f"longer than the {model.tokenizer.model_max_length} tokens that the text encoder reads, and cut: {some}")
+    if settings.low_memory:
+        needs = needed_memory(settings, model, decided.parameters)
+        phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
+        tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
+
+
+def _with_precision(settings: Settings, method: Any, tell: Callable[[str], None]) -> tuple[Settings, device.Compute]:
+    """The settings with a precision, and where the run computes."""
+    compute = device.choose(settings.device, settings.precision)
+    if settings.precision is None and compute.precision == "fp16" and not can_scale(settings, method):
+        compute = replace(compute, precision="fp32")
+        tell("this GPU has no bf16, and fp16 does not go with these settings: computing in fp32")
+    settings = replace(settings, precision=compute.precision)
+    require_precision(settings, method)
+    if settings.moments == "8bit" and hasattr(method, "loss") and find_spec("bitsandbytes") is None:
+        raise missing("bitsandbytes")
+    return settings, compute
+
+
+def _load(settings: Settings, compute: device.Compute, cache_dir: Path, tell: Callable[[str], None]) -> sd.Model:
+    """The model on its device, ready to compute."""
+    model = loading.load(
+        settings.model,
+        device=compute.device,
+        allow_pickle=settings.allow_pickle,
+        unet=settings.unet,
+        config=settings.config,
+        revision=settings.revision,
+        cache_dir=cache_dir,
+    )
+    for note in model.notes:
+        tell(note)
+    model.precision = compute.precision
+    model.use_attention(settings.attention)
+    return model
+
+
+def _filled(
+    settings: Settings, concept: Concept, model: sd.Model, compute: device.Compute, num_processes: int
+) -> tuple[Settings, Callable[[str], Any]]:
+    """The settings with every default filled in, and the value that each would have without its option."""
+    together = 1
+    if settings.low_memory:
+        size = (settings.resolution or model.resolution) // model.vae_scale
+        together = memory.part_of_batch(model.unet, size, model.tokenizer.model_max_length)
+    fill = partial(
+        resolve,
+        kind=concept.kind,
+        model_defaults=model.defaults,
+        num_processes=num_processes,
+        part=together,
+        on_gpu=compute.device.type == "cuda",
+    )
+
+    def default(name: str) -> Any:
+        return getattr(fill(replace(settings, **{name: Settings.__dataclass_fields__[name].default})), name)
+
+    return fill(settings), default

@@ -1,0 +1,87 @@
+"""Data and training of a run; each continues where an interrupted command stopped."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from erase import masks
+from erase.data import cache, latents, prompt_states
+from erase.methods.inputs import Text
+from erase.runs.decisions import Decisions
+from erase.runs.planning import make_plan, make_recipe
+from erase.training import batches, closed_form, loop, lowrank
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """What the mask and the training see.
+
+    shown: images of the concept, which a saliency mask is computed from; None if none is.
+    images: those that the method trains on; None for a closed form. text: text states, which a closed form reads.
+    """
+
+    shown: latents.Data | None
+    images: latents.Data | None
+    text: Text
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the training reports: the losses of every step, or a closed form's notes on its solution."""
+
+    losses: list[dict[str, float]]
+    notes: dict[str, Any]
+
+
+def gather(decided: Decisions) -> Gathered:
+    """Generate or read the images; afterwards the model is its UNet alone, in the precision of its weights."""
+    settings, method, model = decided.settings, decided.method, decided.model
+    is_scored = decided.given_mask is None and settings.mask in {"saliency", "inverse"}
+    shown = images_of(decided, "concept") if is_scored else None
+    images = None
+    if hasattr(method, "loss"):
+        kind = getattr(method, "pictures", "concept")
+        images = shown if shown is not None and kind == "concept" else images_of(decided, kind)
+    text = prompt_states.read_text(model, decided.concept)
+    model.release()
+    if settings.weights == "bf16":
+        model.round_unet(torch.bfloat16)
+    return Gathered(shown, images, text)
+
+
+def images_of(decided: Decisions, kind: str) -> latents.Data:
+    """Forget and retain images; `kind` says what the forget images show, see `erase.data.latents.Plan`."""
+    accelerator, method = decided.accelerator, decided.method
+    plan = make_plan(decided.settings, decided.model)
+    return latents.gather(
+        decided.model,
+        decided.concept,
+        replace(plan, pictures=kind, retains=getattr(method, "retains", True)),
+        model_hash=decided.base_hash,
+        cache_dir=decided.cache_dir,
+        workers=cache.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+        quiet=decided.quiet or not accelerator.is_main_process,
+        tell=decided.tell,
+    )
+
+
+def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trained:
+    """Change the weights inside the mask, by training or by a closed form; --rank trains a change of low rank."""
+    settings, model, method = decided.settings, decided.model, decided.method
+    if data.images is None:
+        if settings.weights == "bf16":  # rounded for the mask's sake only
+            model.reload_unet()
+        return Trained([], closed_form.solve(method, data.text, decided.parameters, mask))
+    recipe = make_recipe(settings, make_plan(settings, model))
+    how: dict[str, Any] = {
+        "state_path": decided.work / "training.safetensors",
+        "checkpointing": settings.gradient_checkpointing,
+        "quiet": decided.quiet,
+    }
+    if settings.rank is None:
+        losses = loop.train(model, method, data.images, decided.parameters, mask, recipe, decided.accelerator, **how)
+        return Trained(losses, {})
+    draw = batches.generator(recipe.seed, "rank")
+    with lowrank.factors(model.unet, decided.parameters, settings.rank, draw) as factors:
+        return Trained(loop.train(model, method, data.images, factors, None, recipe, decided.accelerator, **how), {})
