@@ -22,9 +22,11 @@ from erase import delta, files, masks, tensor_files
 from erase.classification import data, methods, networks, run, split
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, computing, descend, saliency_mask, saliency_scores
-from erase.classification.methods import Plan, Task
+from erase.classification.methods import Plan, Task, boundary, gradients, influence, l1_sparse, random_label
+from erase.classification.methods import soft_threshold as soft
 from erase.classification.networks import Shape
-from erase.classification.settings import NETWORKS, OWN_PRESETS, PRESETS, Settings, make_method
+from erase.classification.presets import PRESETS, TUNED
+from erase.classification.settings import NETWORKS, Settings
 from erase.errors import EraseError
 from erase.optim.sgd import MaskedSGD
 
@@ -67,7 +69,7 @@ def trained(state: dict[str, Tensor]) -> nn.Sequential:
 
 
 def method_of(name: str) -> Any:
-    return make_method(getattr(methods, PRESETS[name].method), name, {})
+    return methods.make(methods.find(PRESETS[name].method), name, {})
 
 
 def random_mask(model: nn.Module, density: float = 0.5) -> masks.Mask:
@@ -220,11 +222,11 @@ def test_random_labels_are_never_the_truth_and_all_others_are_as_likely():
     The tolerance is five standard deviations of a share in 9,000 draws.
     """
     y, generator = torch.arange(9000) % 10, torch.Generator().manual_seed(0)
-    labels = methods.random_labels(y, 10, generator)
+    labels = random_label.random_labels(y, 10, generator)
     assert not (labels == y).any()
     shares = torch.bincount((labels - y) % 10, minlength=10)[1:] / 9000
     assert torch.allclose(shares, torch.full((9,), 1 / 9), atol=5 * (1 / 9 * 8 / 9 / 9000) ** 0.5)
-    either = methods.random_labels(y, 10, generator, may_be_true=True)
+    either = random_label.random_labels(y, 10, generator, may_be_true=True)
     assert (either == y).float().mean().item() == pytest.approx(0.1, abs=5 * (0.09 / 9000) ** 0.5)
 
 
@@ -233,7 +235,7 @@ def test_the_vector_for_influence_is_its_closed_form():
     random = np.random.RandomState(0)
     x, y, w = random.randn(7, 4), random.randn(7), random.randn(4)
     gradients = torch.from_numpy((x @ w - y)[:, None] * x)
-    found = methods.influence_vector(gradients[:3].sum(0), gradients[3:].sum(0), 3, 4)
+    found = influence.influence_vector(gradients[:3].sum(0), gradients[3:].sum(0), 3, 4)
     expected = 3 / 7 * (gradients[:3].mean(0) - gradients[3:].mean(0))
     assert torch.allclose(found, expected, rtol=1e-12)
 
@@ -242,7 +244,7 @@ def test_woodfisher_is_the_published_recursion():
     """P22: |k| = 5.002377, k[:3], and almost no turn of the vector at N = 1000."""
     random = np.random.RandomState(4)
     gradients, v = torch.from_numpy(random.randn(20, 30)), torch.from_numpy(random.randn(30))
-    k = methods.woodfisher(iter(gradients), v, 1000)
+    k = influence.woodfisher(iter(gradients), v, 1000)
     assert k.norm().item() == pytest.approx(5.002377125958271, rel=1e-9)
     assert k[:3].tolist() == pytest.approx([1.277627491461031, 0.12671701722308218, -1.5776903492522463], rel=1e-9)
     assert torch.cosine_similarity(k, v, dim=0).item() == pytest.approx(0.9999975957759023, rel=1e-9)
@@ -250,7 +252,7 @@ def test_woodfisher_is_the_published_recursion():
 
 def test_the_sparsity_penalty_falls_to_zero_and_stays_there():
     """P24: alpha (1 - e / (E - E0)), 0 from epoch E - E0 on."""
-    found = [methods.l1_weight(0.2, epoch, 10, 2) for epoch in range(10)]
+    found = [l1_sparse.l1_weight(0.2, epoch, 10, 2) for epoch in range(10)]
     assert found == [0.2 * (1 - epoch / 8) for epoch in range(8)] + [0, 0]
 
 
@@ -265,20 +267,20 @@ def test_adversarial_labels_are_those_of_the_moved_picture():
     wrong = (x @ weight.T).softmax(1) - nn.functional.one_hot(images.y, NUM_CLASSES)
     moved = ((x + 0.1 * (wrong @ weight).sign()).clamp(0, 1) * 255).round() / 255
     logits = moved @ weight.T
-    assert torch.equal(methods.adversarial_labels(model, images, 0.1, may_be_true=True), logits.argmax(1))
+    assert torch.equal(boundary.adversarial_labels(model, images, 0.1, may_be_true=True), logits.argmax(1))
     assert (logits.argmax(1) == images.y).any()
     logits[torch.arange(50), images.y] = -torch.inf
-    assert torch.equal(methods.adversarial_labels(model, images, 0.1), logits.argmax(1))
+    assert torch.equal(boundary.adversarial_labels(model, images, 0.1), logits.argmax(1))
 
 
 def test_soft_threshold_is_the_published_one():
     """P15: tau = .8037660945765764 leaves 50 zeros and a sum of 27.93604359275173."""
     change = torch.from_numpy(np.random.RandomState(3).randn(101))
-    shrunk = methods.soft_threshold({"a": change[:40], "b": change[40:]}, 50)
+    shrunk = soft.soft_threshold({"a": change[:40], "b": change[40:]}, 50)
     everything = torch.cat([shrunk["a"], shrunk["b"]])
     assert (everything == 0).sum() == 50
     assert everything.abs().sum().item() == pytest.approx(27.93604359275173, rel=1e-12)
-    assert torch.equal(methods.soft_threshold({"a": change}, 0)["a"], change)
+    assert torch.equal(soft.soft_threshold({"a": change}, 0)["a"], change)
 
 
 def test_boundary_expanding_keeps_the_head_as_wide_as_it_was(trained_state):
@@ -293,7 +295,7 @@ def test_scissorhands_takes_from_a_step_what_would_lower_the_loss_of_the_forgott
     forget = images[slice(0, 1)]  # one picture, so that every drawn batch has the same gradient
     task = Task(model, forget, images[slice(9, 30)], NUM_CLASSES, torch.Generator().manual_seed(0))
     plan = methods.Scissorhands(share=0).plan(task)
-    against = torch.autograd.grad(methods.cross_entropy(model, forget), list(model.parameters()))
+    against = torch.autograd.grad(gradients.cross_entropy(model, forget), list(model.parameters()))
     for sign in (1, -1):
         for p, g in zip(model.parameters(), against, strict=True):
             p.grad = sign * g + 1e-3
@@ -859,9 +861,9 @@ def test_settings_that_make_no_sense_are_one_line(options, message):
     [("10%", "share"), ("29.9%", "share"), ("30%", "half"), ("50%", "half"), ("class:3", "class"), ("many%", "share")],
 )
 def test_the_preset_is_chosen_by_how_much_is_forgotten(request_, kind):
-    for method, preset in OWN_PRESETS["digits", kind].items():
+    for method, preset in TUNED["digits", kind].items():
         assert Settings(forget=request_, method=method).preset == preset
-    assert OWN_PRESETS["digits", kind].keys() == set(METHODS)
+    assert TUNED["digits", kind].keys() == set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -894,8 +896,8 @@ def test_an_option_that_a_method_does_not_have_is_one_line(method, option, messa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "retrain", "epochs": 3}, "--epochs has no effect when a model is trained anew; use --train-epochs"),
-        ({"method": "retrain", "optimizer": "adam"}, "--optimizer has no effect when a model is trained anew$"),
+        ({"method": "retrain", "epochs": 3}, "--epochs has no effect when a new model is trained; use --train-epochs"),
+        ({"method": "retrain", "optimizer": "adam"}, "--optimizer has no effect when a new model is trained$"),
         ({"method": "iu", "learning_rate": 0.1}, "--learning-rate has no effect with --method iu, which computes"),
         ({"method": "ft", "density": 0.1}, "--density has no effect without a mask; add --mask saliency"),
         ({"mask": "none", "score": "sum_sq"}, "--score has no effect without a mask"),
@@ -994,6 +996,6 @@ def test_a_model_for_other_classes_or_pictures_is_refused(toy_world, tmp_path):
 def test_the_loop_trains_with_any_plan():
     """A plan without a loss is the plain cross-entropy."""
     model, images = toy_model(), toy_images()
-    before = methods.cross_entropy(model, images).item()
+    before = gradients.cross_entropy(model, images).item()
     descend(model, Plan(passes=lambda: [images]), replace(RECIPE, epochs=20), torch.Generator().manual_seed(0))
-    assert methods.cross_entropy(model, images).item() < before / 2
+    assert gradients.cross_entropy(model, images).item() < before / 2

@@ -8,7 +8,8 @@ import pytest
 
 from erase import cli, commandline
 from erase.classification import cli as classifier_cli
-from erase.classification.settings import NETWORKS, PRESETS
+from erase.classification.presets import PRESETS
+from erase.classification.settings import NETWORKS
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.evaluation.options import Drawing, Options
 from erase.evaluation.tasks import ABOUT

@@ -17,7 +17,7 @@ from PIL import Image
 
 from erase import erase_concept, guards
 from erase.classification import cli as classifier_cli
-from erase.classification.settings import PRESETS
+from erase.classification.presets import PRESETS
 from erase.concepts import Concept
 from erase.data import latents
 from erase.device import DTYPES

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from erase import cli, methods
-from erase.classification import settings as classification_settings
-from erase.classification.methods import Influence
+from erase.classification import methods as classification_methods
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.errors import EraseError
 from erase.methods import METHODS
@@ -191,7 +190,7 @@ def test_hyperparameters_are_finite(value):
     with pytest.raises(EraseError, match=f"--set is 'alpha={value}'; it must be a number"):
         methods.make("ga", {}, (f"alpha={value}",))
     with pytest.raises(EraseError, match=f"alpha of IU is '{value}'; it must be a number"):
-        classification_settings.make_method(Influence, "IU", {"alpha": value})
+        classification_methods.make(classification_methods.Influence, "IU", {"alpha": value})
 
 
 # --- options that do nothing

@@ -12,7 +12,8 @@ from erase.classification import cli as classifier_cli
 from erase.classification import data, run
 from erase.classification.compare import compare, over_seeds, rows
 from erase.classification.data import Dataset, Images
-from erase.classification.settings import PRESETS, Settings
+from erase.classification.presets import PRESETS
+from erase.classification.settings import Settings
 from erase.errors import EraseError
 
 
@@ -175,7 +176,7 @@ def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
         (["compare", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["compare", "--model", "somewhere"], "--model does not go with compare"),
         (["train", "--density", "0.5"], "unknown argument '--density'"),
-        (["train", "--epochs", "3"], "--epochs has no effect when a model is trained anew; use --train-epochs"),
+        (["train", "--epochs", "3"], "--epochs has no effect when a new model is trained; use --train-epochs"),
         (["compare", "--densities", "0.1", "nan"], "--densities has nan; each must be above 0 and at most 1"),
         (["--forget", "class:" + 5000 * "9"], "the classes are 0 to"),
         (["--forget", "²%"], "a share is a number"),

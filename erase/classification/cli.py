@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from erase import __version__
-from erase.classification.settings import PRESETS, Settings
+from erase.classification.presets import PRESETS
+from erase.classification.settings import Settings
 from erase.commandline import Parser, add_options, reporting, silence_libraries
 from erase.errors import printable
 from erase.files import default_cache_dir

@@ -14,7 +14,8 @@ from erase.classification.data import Dataset
 from erase.classification.descent import Diverged
 from erase.classification.membership import GAP_OVER
 from erase.classification.networks import Classifier, Shape
-from erase.classification.settings import PRESETS, Settings
+from erase.classification.presets import PRESETS
+from erase.classification.settings import Settings
 from erase.classification.split import Split
 from erase.errors import EraseError
 from erase.statistics import CONFIDENCE, Score

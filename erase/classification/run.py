@@ -14,9 +14,9 @@ from erase import __version__, delta, device, files, masks
 from erase.classification import data, methods, networks, salun_checkpoint, split
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, in_eval, saliency_mask, write
-from erase.classification.methods import Descends, Plan, Solves, Task
+from erase.classification.methods import Descends, Method, Plan, Task
 from erase.classification.networks import Classifier, Shape
-from erase.classification.settings import Settings, make_method, require_use
+from erase.classification.settings import Settings, require_use
 from erase.classification.split import Split
 from erase.errors import EraseError
 from erase.options.declare import MIXED_PRECISION
@@ -52,7 +52,7 @@ def unlearn(
     model: nn.Module,
     forget: Images,
     retain: Images,
-    method: Descends | Solves,
+    method: Method,
     recipe: Recipe,
     *,
     num_classes: int,
@@ -90,10 +90,9 @@ def require_classes(model: nn.Module, images: Images, num_classes: int) -> None:
         raise EraseError(f"the network has {logits.shape[-1]} classes, but the data set has {num_classes}")
 
 
-def make(settings: Settings) -> Descends | Solves:
+def make(settings: Settings) -> Method:
     """The method that the settings name, with its options."""
-    class_of = getattr(methods, settings.preset.method)
-    return make_method(class_of, settings.method, settings.method_options())
+    return methods.make(methods.find(settings.preset.method), settings.method, settings.method_options())
 
 
 def recipes(settings: Settings, dataset: Dataset) -> tuple[Recipe, Recipe]:

@@ -1,0 +1,89 @@
+"""The contract of a method: what it receives (`Task`) and what it returns (`Plan`, or new values of the weights)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from erase.classification.data import Images
+from erase.errors import EraseError
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What every method receives.
+
+    model: in eval mode; returns logits for images in [0, 1].
+    generator: the only source of randomness of a method.
+    """
+
+    model: nn.Module
+    forget: Images
+    retain: Images
+    num_classes: int
+    generator: torch.Generator
+
+    def parameters(self) -> dict[str, Parameter]:
+        return dict(self.model.named_parameters())
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Position in the training: the epoch of `epochs` and the step of `steps`, counted from 0."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+
+
+Values = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor, Progress], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The training of a method that descends. Only `passes` is required.
+
+    passes: returns the image sets of one epoch, trained on in this order, each shuffled separately.
+    loss: loss of a batch of images and labels. None: the cross-entropy of the model's logits.
+    start: new values of weights, written before the first step.
+    extra: parameters outside the model; trained without a mask and discarded at the end.
+    bend: changes the gradients between the backward pass and the step.
+    settle: returns new values of weights, written after each step.
+    """
+
+    passes: Callable[[], list[Images]]
+    loss: Loss | None = None
+    start: Values = field(default_factory=dict)
+    extra: Mapping[str, Parameter] = field(default_factory=dict)
+    bend: Callable[[], None] | None = None
+    settle: Callable[[Progress], Values] | None = None
+
+
+class Descends(ABC):
+    """A method that trains by gradient descent. The loop in descent.py carries out its plan, inside the mask only."""
+
+    @abstractmethod
+    def plan(self, task: Task) -> Plan: ...
+
+
+class Solves(ABC):
+    """A method that computes new weights without training. Only values inside the mask are written."""
+
+    @abstractmethod
+    def solve(self, task: Task) -> Values: ...
+
+
+Method = Descends | Solves
+
+
+def require_bounds(method: Method, **bounds: tuple[float, float]) -> None:
+    """Raise an EraseError for an option of a method outside its bounds, which are included."""
+    for name, (low, high) in bounds.items():
+        value = getattr(method, name)
+        if not low <= value <= high:
+            raise EraseError(f"{name} is {value}; it must lie in [{low:g}, {high:g}]")
