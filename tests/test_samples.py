@@ -15,7 +15,7 @@ from erase.errors import EraseError
 from erase.families import loading, sd, stored_unet
 from erase.options.recipes import RECIPES, resolve
 from erase.options.settings import Settings
-from erase.runs import job, planning, samples
+from erase.runs import phases, planning, samples
 from erase.training import batches, loop, saliency_pass
 
 CAT = Concept("cat", "object", forget=("a cat",), anchor=("a dog",), retain=("a tree", "a boat"))
@@ -137,7 +137,7 @@ def test_the_guidance_and_the_steps_reach_the_trajectories(toy_pipeline_dir, tmp
     asked, plain = [], sd.Model.trajectory
     monkeypatch.setattr(sd.Model, "trajectory", lambda self, *a, **how: asked.append(how) or plain(self, *a, **how))
     make = planning.make_plan
-    monkeypatch.setattr(job, "make_plan", lambda *a: replace(make(*a), way_guidance=4.5))
+    monkeypatch.setattr(phases, "make_plan", lambda *a: replace(make(*a), way_guidance=4.5))
     erase_concept(CAT, str(toy_pipeline_dir), output=str(tmp_path / "run"), method=method, **QUICK)
     assert asked and all(how == {"steps": 2, "guidance": 4.5} for how in asked)
 
