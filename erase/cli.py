@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from erase import __version__, concepts
-from erase.commandline import Parser, add_options, one_line, reporting, silence_libraries
+from erase.commandline import Command, Parser, add_options, one_line, serve, silence_libraries
 from erase.errors import EraseError, no_file, printable
 from erase.options.declare import flag
 from erase.options.settings import Settings
@@ -40,12 +40,7 @@ other commands (each has its own --help):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 0 done, 2 for what the user can mend, 130 when interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    with reporting("erase-concept"):
-        if arguments and arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
-        else:
-            _erase(arguments)
+    serve("erase-concept", COMMANDS, _erase, argv)
 
 
 def _erase(arguments: list[str]) -> None:
@@ -262,7 +257,7 @@ def _inspect(arguments: list[str]) -> None:
         print(f"{printable(block):34} {some:12,} {of:12,} {some / max(of, 1):7.1%}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Command] = {
     "apply": _apply,
     "remove": _remove,
     "export": _export,

@@ -5,12 +5,13 @@ import difflib
 import errno
 import logging
 import os
+import select
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from erase import progress
 from erase.errors import EraseError, printable
@@ -54,12 +55,69 @@ class Parser(argparse.ArgumentParser):
         return given
 
 
+Command = Callable[[list[str]], None]
+
+
+def serve(
+    prog: str,
+    commands: Mapping[str, Command],
+    otherwise: Command,
+    argv: Sequence[str] | None,
+    *,
+    interrupted: str = "interrupted",
+) -> None:
+    """Run the command that the first argument names, else `otherwise` with all of them; see `reporting`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with reporting(prog, interrupted):
+        if arguments and arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
+        else:
+            otherwise(arguments)
+
+
 @contextmanager
 def reporting(prog: str, interrupted: str = "interrupted") -> Iterator[None]:
-    """Turn what the user can mend into one line and exit code 2, and an interrupt into 130.
+    """Turn what the user can mend into one line and exit code 2, an interrupt into 130, a closed pipe into 1.
 
-    A file or folder that cannot be read or written is the user's to mend; other exceptions stay tracebacks.
+    A file or folder that cannot be read or written is the user's to mend; other exceptions stay tracebacks. A reader
+    that closes the pipe, as `| head` does, ends the command without a message.
     """
+    try:
+        with _errors_in_one_line(prog, interrupted):
+            yield
+    except BrokenPipeError:
+        if not any([_flush_fails(stream) or _has_no_reader(stream) for stream in (sys.stdout, sys.stderr)]):
+            raise  # another pipe, such as one to a helper process
+        raise SystemExit(1) from None
+    except SystemExit as end:
+        if any([_flush_fails(stream) for stream in (sys.stdout, sys.stderr)]):
+            raise SystemExit(end.code or 1) from None
+        raise
+    if any([_flush_fails(stream) for stream in (sys.stdout, sys.stderr)]):
+        raise SystemExit(1)
+
+
+def _flush_fails(stream: TextIO) -> bool:
+    """Whether the reader is gone; the stream then leads nowhere, so that its last flush is silent."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether the stream is a pipe that nobody reads; Windows cannot tell."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(stream, 0)  # errors are always reported
+    return bool(poll.poll(0))
+
+
+@contextmanager
+def _errors_in_one_line(prog: str, interrupted: str) -> Iterator[None]:
     try:
         yield
     except EraseError as error:

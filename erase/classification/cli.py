@@ -1,13 +1,13 @@
 """`unlearn-classifier`: arguments in, one call, a few lines out."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from erase import __version__
 from erase.classification.presets import PRESETS
 from erase.classification.settings import Settings
-from erase.commandline import Parser, add_options, reporting, silence_libraries
+from erase.commandline import Command, Parser, add_options, serve, silence_libraries
 from erase.errors import printable
 from erase.files import default_cache_dir
 
@@ -38,11 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     silence_libraries(quiet="--quiet" in arguments)
     continues = arguments[:1] == ["compare"]
     what = "the same command continues after the last finished line" if continues else "the same command starts again"
-    with reporting("unlearn-classifier", f"interrupted; {what}"):
-        if arguments and arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
-        else:
-            _unlearn(arguments)
+    serve("unlearn-classifier", COMMANDS, _unlearn, arguments, interrupted=f"interrupted; {what}")
 
 
 def _unlearn(arguments: list[str]) -> None:
@@ -147,7 +143,7 @@ def _compare(arguments: list[str]) -> None:
     print(f"{printable(folder)}: results.json, table.md, plot.png")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "compare": _compare}
+COMMANDS: dict[str, Command] = {"train": _train, "compare": _compare}
 
 
 def _tell(line: str) -> None:

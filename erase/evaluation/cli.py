@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from erase import __version__, concepts
-from erase.commandline import Parser, add_options, reporting, silence_libraries
+from erase.commandline import Command, Parser, add_options, serve, silence_libraries
 from erase.errors import EraseError
 from erase.evaluation.options import JUDGES, Drawing, Options
 from erase.evaluation.tasks import ABOUT, VERSIONS
@@ -39,16 +39,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 0 done, 2 for what the user can mend, 3 for a requirement not met, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     silence_libraries(quiet="--quiet" in arguments)
-    with reporting("eval-concept", "interrupted; the same command continues"):
-        if arguments and arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
-            return
-        parser = Parser("eval-concept", DESCRIPTION, epilog=EPILOG, usage="eval-concept COMMAND [options]")
-        parser.add_argument("--version", action="version", version=f"eval-concept {__version__}")
-        parser.add_argument("command", nargs="?", metavar="COMMAND", help=", ".join(COMMANDS))
-        given = parser.parse_args(arguments)
-        parser.error(f"unknown command {given.command!r}; choose {', '.join(COMMANDS)}" if given.command else
-                     f"no command given; choose {', '.join(COMMANDS)}")  # fmt: skip
+    serve("eval-concept", COMMANDS, _no_command, arguments, interrupted="interrupted; the same command continues")
+
+
+def _no_command(arguments: list[str]) -> None:
+    """--help, --version, or an error that names the commands."""
+    parser = Parser("eval-concept", DESCRIPTION, epilog=EPILOG, usage="eval-concept COMMAND [options]")
+    parser.add_argument("--version", action="version", version=f"eval-concept {__version__}")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help=", ".join(COMMANDS))
+    given = parser.parse_args(arguments)
+    problem = f"unknown command {given.command!r}" if given.command else "no command given"
+    parser.error(f"{problem}; choose {', '.join(COMMANDS)}")
 
 
 # --- options that several commands share ----------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def _list(arguments: list[str]) -> None:
         print(f"{name}@{VERSIONS[name]:<3} {about}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Command] = {
     "run": _run,
     "generate": _generate,
     "score": _score,
