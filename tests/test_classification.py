@@ -519,7 +519,7 @@ def test_a_binary_file_of_no_whole_pictures_and_a_missing_one_are_named(tmp_path
     write_cifar(tmp_path / "cifar", 10, "binary")
     path = tmp_path / "cifar" / "test_batch.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(EraseError, match="test_batch.bin .* no whole number of pictures"):
+    with pytest.raises(EraseError, match="test_batch.bin .* is not a whole number of images"):
         data.load(str(tmp_path / "cifar"), tmp_path)
     path.unlink()
     with pytest.raises(EraseError, match="test_batch.bin cannot be read"):
@@ -553,12 +553,12 @@ def test_a_broken_folder_is_one_line(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "b" / "train" / "dark" / "1.png")
     with pytest.raises(EraseError, match="1.png is 9x9 pixels, but 0.png is 8x8; give --size"):
         data.load(str(tmp_path / "b"), tmp_path)
-    (tmp_path / "b" / "train" / "dark" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "b" / "train" / "dark" / "1.png").write_bytes(b"no image")
     with pytest.raises(EraseError, match=r"1\.png cannot be read as an image \(not an image\)"):
         data.load(str(tmp_path / "b"), tmp_path)
     for path in (tmp_path / "b" / "train" / "dark").iterdir():
         path.unlink()
-    with pytest.raises(EraseError, match=r"class 0 \(dark\) of .* has no training picture"):
+    with pytest.raises(EraseError, match=r"class 0 \(dark\) of .* has no training image"):
         data.load(str(tmp_path / "b"), tmp_path)
     with pytest.raises(EraseError, match="neither CIFAR's files"):
         data.load(str(tmp_path / "b" / "test"), tmp_path)
@@ -817,11 +817,11 @@ def test_what_cannot_be_unlearned_is_one_line(trained_state):
     images, nothing = toy_images(), Images(torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(0).long())
     how: dict[str, Any] = {"num_classes": NUM_CLASSES, "seed": 0}
     model, method = trained(trained_state), method_of("salun")
-    with pytest.raises(EraseError, match="no pictures among those to forget"):
+    with pytest.raises(EraseError, match="the images to forget are missing"):
         run.unlearn(model, nothing, images, method, RECIPE, **how)
-    with pytest.raises(EraseError, match="no pictures among those to keep"):
+    with pytest.raises(EraseError, match="the images to retain are missing"):
         run.unlearn(model, images, nothing, method, RECIPE, **how)
-    with pytest.raises(EraseError, match="is 7; with 3 classes it must be 0 to 2"):
+    with pytest.raises(EraseError, match="have a label 7; with 3 classes it must be 0 to 2"):
         run.unlearn(model, images.with_labels(images.y + 5), images, method, RECIPE, **how)
     with pytest.raises(EraseError, match="the network has 3 classes, but the data set has 4"):
         run.unlearn(model, images, images, method, RECIPE, num_classes=4, seed=0)
@@ -835,7 +835,7 @@ def test_what_cannot_be_unlearned_is_one_line(trained_state):
 
 
 def test_a_class_without_samples_is_one_line():
-    with pytest.raises(EraseError, match=r"class 2 \(c\) of toy has no training picture"):
+    with pytest.raises(EraseError, match=r"class 2 \(c\) of toy has no training image"):
         images = toy_images()
         replace(toy_dataset(), train=images[images.y != 2])
     with pytest.raises(EraseError, match="must be 0 to 2"):

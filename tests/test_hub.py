@@ -111,7 +111,7 @@ def test_a_damaged_parquet_file_and_pictures_of_two_sizes_are_one_line(tmp_path)
         data.load(str(tmp_path / "a"), tmp_path)
     write_parquet(tmp_path / "b", {"train": 3})
     write_parquet(tmp_path / "b", {"test": 3}, size=9)
-    with pytest.raises(EraseError, match="test of .*b has pictures of 9x9 pixels, but the first is 8x8; give --size"):
+    with pytest.raises(EraseError, match="test of .*b has images of 9x9 pixels, but the first is 8x8; give --size"):
         data.load(str(tmp_path / "b"), tmp_path)
 
 

@@ -42,7 +42,7 @@ class Run:
 
 def train(model: nn.Module, images: Images, recipe: Recipe, seed: int, *, num_classes: int, quiet: bool = True) -> None:
     """Train any classifier on labelled pictures, in place; the statistics of batch normalisation follow."""
-    data.require_labels(images, num_classes, "the training pictures")
+    data.require_labels(images, num_classes, "the training images")
     require_classes(model, images, num_classes)
     plan = Plan(passes=lambda: [images])
     descend(model, plan, replace(recipe, batch_norm="moving"), torch.Generator().manual_seed(seed), quiet=quiet)
@@ -69,8 +69,8 @@ def unlearn(
         EraseError: nothing to forget or to keep, a label out of range, other classes than the model's, a mask for
             another model, or a loss that is no number.
     """
-    data.require_labels(forget, num_classes, "those to forget")
-    data.require_labels(retain, num_classes, "those to keep")
+    data.require_labels(forget, num_classes, "the images to forget")
+    data.require_labels(retain, num_classes, "the images to retain")
     require_classes(model, forget, num_classes)
     with in_eval(model):
         task = Task(model, forget, retain, num_classes, torch.Generator().manual_seed(seed))
