@@ -1,0 +1,214 @@
+"""Fill the tables of results in README.md and docs/ from eval/results/*.json.
+
+    python eval/result_tables.py            # rewrite every block between <!-- table NAME --> and <!-- /table -->
+    python eval/result_tables.py --list     # names of the tables, and the pages that show them
+
+The text around a table is written by hand; the table never is. `tests/test_docs.py` compares.
+"""
+
+import argparse
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mini_methods
+import sampler_effect
+
+from erase import files
+from erase.classification import compare
+from erase.classification.membership import GAP_OVER
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "eval" / "results"
+BLOCK = re.compile(r"(<!-- table (.+?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+# Headings as readers know them; the scripts that measure have shorter ones.
+CELLS = {
+    "drawn": "still generated",
+    "less that of": "minus",
+    "recovered by a word": "recovered by a learned word",
+    "KID to base x 1000": "KID to base, x 1000",
+    "KID to retrained x 1000": "KID to retrained, x 1000",
+    "s": "seconds",
+}
+SUMMARY = ("base", "gold", "salun", "esd-x", "ca", "uce", "speed")  # README shows these
+
+
+def pages() -> list[Path]:
+    """All pages that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str, wanted: Callable[[str], bool] = lambda name: True) -> str:
+    """The page with every wanted table as the JSON files have it.
+
+    Raises:
+        KeyError: the page names a table that is unknown.
+    """
+
+    def replaced(block: re.Match[str]) -> str:
+        start, name, old, end = block.groups()
+        return f"{start}{TABLES[name]()}\n{end}" if wanted(name) else f"{start}{old}{end}"
+
+    return BLOCK.sub(replaced, text)
+
+
+def stored(name: str) -> dict[str, Any]:
+    return files.read_json(RESULTS / name)
+
+
+def renamed(table: str) -> str:
+    """The table with the headings of CELLS."""
+    return re.sub(r"(?<=\| )[^|]+?(?= \|)", lambda cell: CELLS.get(cell[0], cell[0]), table)
+
+
+@functools.cache
+def method_cells() -> tuple[dict[str, Any], ...]:
+    return tuple(stored("mini-methods/results.json")["cells"])
+
+
+@functools.cache
+def method_rows() -> tuple[dict[str, Any], ...]:
+    """Takes half a minute: the intervals are over seeds and prompts."""
+    return tuple(mini_methods.summary(list(method_cells())))
+
+
+def of_concept(rows: Sequence[dict[str, Any]], concept: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["concept"] == concept]
+
+
+def without_title(text: str) -> str:
+    """The table of one concept, whose page has its own heading."""
+    return text.split("\n\n", 1)[1]
+
+
+def methods(concept: str) -> str:
+    """Every method, guard, the base and the model that was trained without the concept."""
+    rows = [row for row in of_concept(method_rows(), concept) if row["variant"] not in mini_methods.MASKED]
+    return renamed(without_title(mini_methods.table(rows)))
+
+
+def scores(concept: str) -> str:
+    rows = [row for row in of_concept(method_rows(), concept) if row["variant"] in mini_methods.SCORED]
+    return renamed(without_title(mini_methods.table(rows)))
+
+
+def masks(concept: str) -> str:
+    return renamed(without_title(mini_methods.densities(of_concept(method_rows(), concept))))
+
+
+def differences(concept: str) -> str:
+    return renamed(without_title(mini_methods.differences(of_concept(method_cells(), concept))))
+
+
+def summary() -> str:
+    """README's few rows: how often the concept is still generated, and how often a learned word recovers it."""
+    cells = [cell for cell in method_cells() if cell["variant"] in SUMMARY]
+    rows = {(row["concept"], row["variant"]): row for row in mini_methods.summary(cells)}
+    columns = ("drawn", "objects kept", "recovered by a word")
+
+    def line(variant: str) -> list[str]:
+        name = {"base": "base model", "gold": "trained without the concept"}.get(variant, f"`{variant}`")
+        of = [rows[concept, variant] for concept in mini_methods.CONCEPTS]
+        return [name, *(" / ".join(said(row, column) for row in of) for column in columns)]
+
+    def said(row: dict[str, Any], column: str) -> str:
+        return mini_methods.COLUMNS[column](row).split(" ")[0]
+
+    return mini_methods.markdown(["", *(CELLS.get(name, name) for name in columns)], [line(name) for name in SUMMARY])
+
+
+def samplers() -> str:
+    results = stored("sampler-effect/results.json")
+    return sampler_effect.table(results["cells"], results["distances"])
+
+
+def classifier(name: str, forget: str) -> str:
+    """The table of `unlearn-classifier compare`."""
+    return compare.table(stored(f"classification-{name}.json")[forget]).split("\n\n", 1)[1].rstrip()
+
+
+def without_mia(name: str, forget: str) -> str:
+    """Average gap to retraining with and without the membership attack; mean and half the interval over seeds."""
+    results = stored(f"classification-{name}.json")[forget]
+    retrained = {cell["seed"]: cell for cell in results["cells"] if cell["label"] == compare.RETRAIN}
+    lines = []
+    for label, row in results["rows"].items():
+        if "diverged" in row:
+            lines.append([label, f"diverged on {row['diverged']} of {len(results['seeds'])}", ""])
+            continue
+        cells = [cell for cell in results["cells"] if cell["label"] == label]
+        shown = []
+        for names in (GAP_OVER, [figure for figure in GAP_OVER if figure != "MIA"]):
+            gaps = [sum(abs(c[n] - retrained[c["seed"]][n]) for n in names) / len(names) for c in cells]
+            score = compare.over_seeds("gap", gaps, higher_is_better=False)
+            shown.append(f"{100 * score.value:.1f} ±{100 * (score.high - score.value):.1f}")
+        lines.append([label, *shown])
+    return mini_methods.markdown(["", "gap over UA, RA, TA, MIA", "gap over UA, RA, TA"], lines)
+
+
+def speed(name: str) -> str:
+    """Medians of a bench, side by side with plain implementations of the same job."""
+    results = stored(f"bench-{name}.json")
+    lines = []
+    for item in results["items"].values():
+        plain, ours = item.get("plain"), item["ours"]
+        if "note" in item:  # the plain steps are dense, so they were measured once
+            plain = results["items"]["steps-50"]["plain"]
+        sides = [
+            f"{one['cpu_seconds']:.3g} s, {one['peak_bytes'] / 1e9:.1f} GB" if one else "-" for one in (plain, ours)
+        ]
+        ratio = f"{plain['cpu_seconds'] / ours['cpu_seconds']:.3g}x" if plain else "-"
+        lines.append([item["title"].replace("pictures", "images"), *sides, ratio, str(item["rounds"])])
+    return mini_methods.markdown(["job", "plain", "this project", "times faster", "rounds"], lines)
+
+
+def growth() -> str:
+    """CPU seconds of each sweep at its smallest and largest x, and all between."""
+    lines = []
+    for row in stored("growth.json")["rows"]:
+        memory = f"{row['bytes_per_weight']:.3g} bytes a weight" if "bytes_per_weight" in row else ""
+        if not memory:
+            memory = f"{row.get('extra_bytes', row.get('peak_bytes')) / 1e9:.3g} GB"
+            memory += " more" if "extra_bytes" in row else " at the peak"
+        side = "this project" if row["side"] == "ours" else row["side"]
+        lines.append([row["sweep"], f"{row['x']:,}", side, f"{row['cpu_seconds']:.3g}", memory])
+    return mini_methods.markdown(["sweep", "x", "side", "CPU seconds", "memory"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"summary": summary, "samplers": samplers, "growth": growth}
+for _concept in mini_methods.CONCEPTS:
+    for _kind in (methods, masks, differences, scores):
+        TABLES[f"{_kind.__name__} {_concept}"] = functools.partial(_kind, _concept)
+for _name, _shares in {
+    "digits": ("10%", "50%", "class:3"),
+    "digits-densities": ("10%", "class:3"),
+    "drawings": ("10%", "50%", "class:3"),
+}.items():
+    for _share in _shares:
+        TABLES[f"{_name} {_share}"] = functools.partial(classifier, _name, _share)
+        if _name == "drawings":
+            TABLES[f"{_name} {_share} without MIA"] = functools.partial(without_mia, _name, _share)
+for _name in ("full", "classification"):
+    TABLES[f"speed {_name}"] = functools.partial(speed, _name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the names of the tables and their pages")
+    given = parser.parse_args()
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if given.list:
+            for block in BLOCK.finditer(text):
+                print(f"{page.relative_to(ROOT)}: {block[2]}")
+            continue
+        new = filled(text)
+        if new != text:
+            files.write_text(page, new)
+            print(f"rewrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
