@@ -1,17 +1,28 @@
-"""README cannot drift: its commands parse, its options, files and modules exist, and its table of methods is whole."""
+"""The documentation cannot drift: commands parse, options exist, links resolve, Python compiles and runs, and tables
+are whole.
+"""
 
+import ast
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import result_tables
 
-from erase import cli, commandline
+from erase import cli, commandline, concepts, guards
 from erase.classification import cli as classifier_cli
 from erase.classification.presets import PRESETS
 from erase.classification.settings import NETWORKS
 from erase.classification.settings import Settings as ClassifierSettings
-from erase.evaluation.options import Drawing, Options
+from erase.evaluation import cli as evaluation_cli
+from erase.evaluation.options import JUDGES, Drawing, Options
 from erase.evaluation.tasks import ABOUT
 from erase.families.scope import SCOPES
 from erase.methods import METHODS
@@ -19,20 +30,57 @@ from erase.options.recipes import RECIPES
 from erase.options.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-(LISTING,) = [block for language, block in BLOCKS if not language]
-COMMANDS = [
-    line.split("#")[0].strip()
-    for language, block in BLOCKS
-    if language == "bash"
-    for whole in block.splitlines()
-    for line in whole.split(" && ")
-    if line.strip()
-]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+}
+BLOCK = re.compile(r"(?:<!-- (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FILE, RUNS = "file ", "runs on the embedded model"  # marks before a block
+OTHERS = {"pip", "ruff", "pyright", "pytest", "accelerate", "python"}  # programs that are not ours
 
 
-def test_every_erase_command_is_accepted(monkeypatch):
+def blocks(page: str, language: str) -> list[tuple[str, str]]:
+    """(mark, text) of the page's blocks in a language."""
+    return [(mark, text) for mark, found, text in BLOCK.findall(PAGES[page]) if found == language]
+
+
+def commands(page: str) -> list[list[str]]:
+    """Words of every command in the page's shell blocks, without assignments in front."""
+    found = []
+    for _, text in blocks(page, "bash"):
+        for line in text.replace("\\\n", " ").splitlines():
+            words: list[str] = []
+            for word in [*shlex.split(line, comments=True), "&&"]:
+                if word != "&&":
+                    words.append(word)
+                elif words:
+                    found.append(words)
+                    words = []
+    return [[word for i, word in enumerate(one) if i or not re.match(r"[A-Z_]+=", word)] for one in found]
+
+
+def of_program(name: str) -> list[list[str]]:
+    return [one[1:] for page in PAGES for one in commands(page) if one[0] == name]
+
+
+def relative_links(page: str) -> list[str]:
+    text = BLOCK.sub("", PAGES[page])
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http://", "https://"))]
+
+
+def anchors(text: str) -> set[str]:
+    """Of the page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short_and_names_the_test_command():
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 200
+    assert sum(line.startswith("ruff check") for line in lines) == 1
+
+
+def test_every_erase_command_is_accepted(monkeypatch, tmp_path):
     """Up to the point where work would begin."""
     asked: list[Settings] = []
 
@@ -41,95 +89,253 @@ def test_every_erase_command_is_accepted(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("erase.runs.job.run", run)
-    commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("erase-concept ")]
-    jobs = [command for command in commands if command[0].startswith("--") and command[0] != "--list"]
+    for page in PAGES:
+        for mark, text in blocks(page, "python"):
+            if mark.startswith(FILE):
+                (tmp_path / mark.removeprefix(FILE)).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = of_program("erase-concept")
+    jobs = [command for command in given if command[0].startswith("--") and command[0] != "--list"]
     for command in jobs:
         with pytest.raises(SystemExit, match="130"):
             cli.main(command)
     assert len(asked) == len(jobs) >= 5
-    for command in commands:
-        assert command in jobs or command[0] in cli.COMMANDS
+    for command in given:
+        assert command in jobs or command[0] == "--list" or command[0] in cli.COMMANDS
 
 
-def test_every_eval_command_is_accepted(monkeypatch):
-    """Up to the point where work would begin."""
-    from erase.evaluation import cli as evaluation
+class Parsed(Exception):
+    """The command was accepted."""
 
-    class Stop(Exception):
-        pass
+
+@pytest.fixture
+def stop_after_parsing(monkeypatch):
+    parse = commandline.Parser.parse_args
 
     def stop(self: commandline.Parser, arguments: list[str]) -> None:
         parse(self, arguments)
-        raise Stop
+        raise Parsed
 
-    parse = commandline.Parser.parse_args
     monkeypatch.setattr(commandline.Parser, "parse_args", stop)
-    commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("eval-concept ")]
-    for command in commands:
-        with pytest.raises(Stop):
-            evaluation.main(command)
-    assert len(commands) >= 5
 
 
-def test_every_unlearn_command_is_accepted(monkeypatch):
-    """Up to the point where work would begin."""
-
-    class Stop(Exception):
-        pass
-
-    def stop(self: commandline.Parser, arguments: list[str]) -> None:
-        parse(self, arguments)
-        raise Stop
-
-    parse = commandline.Parser.parse_args
-    monkeypatch.setattr(commandline.Parser, "parse_args", stop)
-    commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("unlearn-classifier ")]
-    for command in commands:
-        with pytest.raises(Stop):
-            classifier_cli.main(command)
-    assert len(commands) >= 4
+@pytest.mark.parametrize(
+    ("program", "main", "least"),
+    [("eval-concept", evaluation_cli.main, 5), ("unlearn-classifier", classifier_cli.main, 4)],
+)
+def test_every_command_of_the_other_programs_is_accepted(program, main, least, stop_after_parsing):
+    found = of_program(program)
+    for command in found:
+        with pytest.raises(Parsed):
+            main(command)
+    assert len(found) >= least
 
 
-def test_every_option_in_the_text_exists():
-    known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
-    known |= {
-        "--list",
-        "--delta",
-        "--to",
-        "--output",
-        "--num_processes",
-        "--check",
-        "--size",
-        "--only",
-        "--without",
-    }
-    known |= {f"--{name.replace('_', '-')}" for name in ClassifierSettings.__dataclass_fields__}
-    for asked in (Options, Drawing):
-        known |= {f"--{name.replace('_', '-')}" for name in asked.__dataclass_fields__}
-    for name in ("evaluation", "classification"):
-        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "erase" / name / "cli.py").read_text(encoding="utf-8")))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= known
+def test_every_command_about_a_finished_run_is_accepted(stop_after_parsing):
+    found = [command for command in of_program("erase-concept") if command[0] in cli.COMMANDS]
+    for command in found:
+        with pytest.raises(Parsed):
+            cli.main(command)
+    assert {command[0] for command in found} == set(cli.COMMANDS)
 
 
-def test_every_file_that_the_text_names_exists():
-    named = re.findall(r"\]\(([\w/.-]+)\)|((?:eval|tests)/\w+\.(?:py|sh))", README)
-    for name in filter(None, (part for pair in named for part in pair)):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"\b(\w+\.py)\b", LISTING):
-        assert [*(ROOT / "erase").rglob(name), *(ROOT / "eval").glob(name)], name
+@pytest.mark.parametrize("page", PAGES)
+def test_every_other_command_names_a_known_program_and_files_that_exist(page):
+    for program, *arguments in commands(page):
+        assert program in OTHERS | {"erase-concept", "eval-concept", "unlearn-classifier"}, program
+        if program == "python" and arguments[0].endswith(".py"):
+            assert (ROOT / arguments[0]).is_file(), arguments[0]
 
 
-def test_every_room_is_on_the_file_map():
+def known_options() -> set[str]:
+    fields = [name for asked in (Settings, ClassifierSettings, Options, Drawing) for name in asked.__dataclass_fields__]
+    known = {f"--{name.replace('_', '-')}" for name in fields} | {"--list", "--num_processes"}
+    for path in [*(ROOT / "erase").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]:
+        known |= set(re.findall(r'"(--[a-z0-9-]+)"', path.read_text(encoding="utf-8")))
+    return known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_in_the_text_exists(page):
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", re.sub(r"<!-- | -->", "", PAGES[page])))
+    named -= {word for one in commands(page) if one[0] in OTHERS - {"python"} for word in one}
+    assert named <= known_options()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    """Links of the pages in docs/ stay inside it, so that MkDocs can follow them."""
+    here = (ROOT / page).parent
+    for link in relative_links(page):
+        name, _, anchor = link.partition("#")
+        target = (here / name).resolve() if name else ROOT / page
+        assert target.exists(), link
+        if page.startswith("docs/"):
+            assert target.is_relative_to(ROOT / "docs"), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_the_text_names_exists(page):
+    for name in re.findall(r"`((?:eval|erase|tests|prompts|docs)/[\w/.-]+)`", PAGES[page]):
+        if name != "eval/results/on-gpu.json":  # which eval/on_gpu.py writes
+            assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_can_be_read(page):
+    """Python compiles and what it imports is there; JSON and TOML parse."""
+    for mark, text in blocks(page, "python"):
+        tree = ast.parse(text)
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                exec(compile(ast.Module([node], []), page, "exec"), {})
+        assert not mark or mark == RUNS or mark.startswith(FILE), mark
+    for _, text in blocks(page, "json"):
+        json.loads(text)
+    for _, text in blocks(page, "toml"):
+        tomllib.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("README.md", METHODS),
+        ("README.md", SCOPES),
+        ("README.md", RECIPES),
+        ("README.md", ABOUT),
+        ("README.md", guards.PRESETS),
+        ("docs/methods.md", METHODS),
+        ("docs/methods.md", SCOPES),
+        ("docs/methods.md", RECIPES),
+        ("docs/methods.md", guards.PRESETS),
+        ("docs/evaluation.md", ABOUT),
+        ("docs/evaluation.md", JUDGES),
+        ("docs/classifiers.md", PRESETS),
+        ("docs/classifiers.md", NETWORKS),
+        (
+            "docs/stable-diffusion.md",
+            [name for name in concepts.names() if concepts.load(name).judge["type"] != "mini"],
+        ),
+        ("docs/embedded-model.md", [name for name in concepts.names() if concepts.load(name).judge["type"] == "mini"]),
+    ],
+)
+def test_every_name_is_in_a_table_of_its_page(page, names):
+    rows = [line for line in PAGES[page].splitlines() if line.startswith("|")]
+    for name in names:
+        assert any(f"`{name}`" in row for row in rows), name
+
+
+def test_every_room_is_on_the_map():
+    page = PAGES["docs/architecture.md"]
     for path in (ROOT / "erase").iterdir():
         if not path.name.startswith("_") and path.name != "py.typed":
-            assert path.name in LISTING, path.name
+            assert f"`{path.name}{'/' if path.is_dir() else ''}`" in page, path.name
 
 
-@pytest.mark.parametrize("names", [METHODS, RECIPES, SCOPES, ABOUT, PRESETS, NETWORKS])
-def test_every_method_recipe_scope_and_task_is_in_a_table(names):
-    for name in names:
-        assert f"`{name}`" in README, name
+def test_the_floors_are_those_of_the_imports():
+    from test_imports import LAYERS
+
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", PAGES["docs/architecture.md"], re.MULTILINE)
+    floors = [set(re.findall(r"`(\w+)(?:\.py|/)`", row)) for _, row in rows]
+    assert floors == [set(floor) for floor in LAYERS]
 
 
-def test_no_figure_is_left_to_be_filled_in():
-    assert "@@" not in README
+def test_every_page_is_in_the_navigation():
+    pages = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(pages) == sorted(page.removeprefix("docs/") for page in PAGES if page.startswith("docs/"))
+
+
+def test_the_changelog_names_this_version():
+    from erase import __version__
+
+    assert f"## {__version__}" in PAGES["CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_figure_is_left_to_be_filled_in_and_no_target_is_told(page):
+    assert not re.search(r"@@|TODO|TBD|\bwere wanted\b|\bmisses its target\b", PAGES[page])
+
+
+def takes_long(table: str) -> bool:
+    """The intervals of these are over seeds and images."""
+    return table.split()[0] in {"methods", "masks", "scores", "differences", "summary"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if result_tables.BLOCK.search(PAGES[page])])
+def test_tables_of_results_are_those_of_the_json_files(page):
+    assert result_tables.filled(PAGES[page], lambda name: not takes_long(name)) == PAGES[page]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("page", [page for page in PAGES if result_tables.BLOCK.search(PAGES[page])])
+def test_tables_with_intervals_are_those_of_the_json_files(page):
+    assert result_tables.filled(PAGES[page], takes_long) == PAGES[page]
+
+
+def test_a_table_that_was_edited_is_noticed():
+    page = PAGES["docs/results/samplers.md"]
+    edited = page.replace("0.0165", "0.0001")
+    assert edited != page
+    assert result_tables.filled(edited) == page
+
+
+def test_every_result_is_shown():
+    shown = {block[2] for text in PAGES.values() for block in result_tables.BLOCK.finditer(text)}
+    assert shown == set(result_tables.TABLES)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("page", [page for page in PAGES if any(mark == RUNS for mark, _ in blocks(page, "python"))])
+def test_python_of_the_pages_runs_on_the_embedded_model(page, tmp_path, monkeypatch):
+    """In a folder that holds runs/circle; each block by itself, in the page's order."""
+    from erase import erase_concept
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "cache"))
+    erase_concept("circle", "mini", output="runs/circle", method="uce", quiet=True)
+    for mark, text in blocks(page, "python"):
+        if mark == RUNS:
+            exec(compile(text, page, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_method_of_the_page_runs_from_the_command_line(tmp_path):
+    """As the page says, but for two steps on two images."""
+    ((name, text),) = [
+        (mark.removeprefix(FILE), text) for mark, text in blocks("docs/extending.md", "python") if "push" in mark
+    ]
+    (tmp_path / name).write_text(text)
+    (command,) = [one[1:] for one in commands("docs/extending.md") if one[0] == "erase-concept"]
+    few = ["--num-train-steps", "2", "--num-forget", "2", "--num-retain", "2", "--num-inference-steps", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "erase.cli", *command, *few, "--num-samples", "0"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "ERASE_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs/pushed/run.json").read_text())
+    assert record["method"]["strength"] == 0.5
+    assert record["weights"]["changed"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", sorted({one for page in PAGES for one in re.findall(r"`(erase(?:\.\w+)+)`", PAGES[page])})
+)
+def test_every_name_of_the_package_in_the_text_exists(name):
+    module, rest = name, []
+    while True:
+        try:
+            found = import_module(module)
+            break
+        except ModuleNotFoundError:
+            module, _, last = module.rpartition(".")
+            rest.insert(0, last)
+    for part in rest:
+        found = getattr(found, part)
