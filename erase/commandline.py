@@ -1,7 +1,6 @@
 """The parts that all commands share: options from dataclasses, help, errors in one line."""
 
 import argparse
-import difflib
 import errno
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 from erase import progress
 from erase.errors import EraseError, printable
 from erase.options.declare import MIXED_PRECISION, flag, forms_of
+from erase.words import did_you_mean
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -49,8 +49,7 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
-            guess = difflib.get_close_matches(unknown[0].partition("=")[0], [*known, *self.commands], n=1)
-            hint = f"did you mean {guess[0]}? " if guess else ""
+            hint = did_you_mean(unknown[0].partition("=")[0], [*known, *self.commands])
             self.error(f"unknown argument {unknown[0]!r}; {hint}(see {self.prog} --help)")
         return given
 

@@ -8,7 +8,6 @@ They stand between any Stable Diffusion pipeline of diffusers and its UNet durin
 pipeline's own formula, eps(0) + s_g (eps(c_p) - eps(0)), gives the guarded result.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from erase.concepts import refusal
 from erase.errors import EraseError
+from erase.words import did_you_mean
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -131,9 +131,7 @@ def make(name: str, text: str) -> Guard:
         EraseError: no such guard, no text, or a text that involves minors in a sexual context.
     """
     if name not in PRESETS:
-        guess = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {guess[0]}? " if guess else ""
-        raise EraseError(f"unknown guard {name!r}; {hint}({', '.join(PRESETS)})")
+        raise EraseError(f"unknown guard {name!r}; {did_you_mean(name, PRESETS)}({', '.join(PRESETS)})")
     if not text.strip():
         raise EraseError("a guard needs a text that says what to steer away from")
     refusal.refuse([text], "the guard's text")

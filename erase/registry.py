@@ -4,7 +4,6 @@ A registry knows our own parts, the parts that installed packages name in their 
 given as "module:Class". It lists names without importing a part, and imports a part when it is used.
 """
 
-import difflib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import Generic, TypeVar
 
 from erase.errors import EraseError
+from erase.words import closest, did_you_mean
 
 T = TypeVar("T")
 OWN = "erase-concept"  # the distribution of our own parts
@@ -81,8 +81,8 @@ class Registry(Generic[T]):
             return Entry(name, name)
         found = [entry for entry in [*self._own, *self._plugins] if entry.name == name]
         if not found:
-            guess = difflib.get_close_matches(name, self.names(), n=1)
-            hint = f"; did you mean {guess[0]}?" if guess else ""
+            guess = did_you_mean(name, self.names()).rstrip()
+            hint = f"; {guess}" if guess else ""
             raise EraseError(f"unknown {self.kind} {name!r}{hint} ({', '.join(self.names())})")
         if len(found) > 1:
             packages = " and ".join(entry.distribution for entry in found)
@@ -177,7 +177,7 @@ def misspelt(cls: type, base: type) -> dict[str, str]:
     known = {name for name in dir(base) if not name.startswith("_")}
     options = {field.name for field in fields(cls)} if is_dataclass(cls) else set()
     own = {name for name in dir(cls) if not name.startswith("_")} - known - options
-    guesses = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in sorted(own)}
+    guesses = {name: closest(name, known, cutoff=0.8) for name in sorted(own)}
     return {name: guess[0] for name, guess in guesses.items() if guess}
 
 

@@ -1,8 +1,9 @@
-"""Words for users: slugs."""
+"""Words for users: file names, lists, articles, guesses at misspelt names."""
 
+import difflib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from erase.errors import EraseError
 from erase.files import text_hash
@@ -34,3 +35,24 @@ def listed(items: Sequence[str], joint: str) -> str:
 
 def counted(items: Sequence[str], noun: str) -> str:
     return f"{len(items)} {noun}" + ("" if len(items) == 1 else "s")
+
+
+def closest(name: str, known: Iterable[str], *, num: int = 1, cutoff: float = 0.6) -> list[str]:
+    """At most `num` of the known names that a misspelt one may stand for, the closest first.
+
+    cutoff: how close they must be, in [0, 1]; see `difflib.get_close_matches`.
+    """
+    return difflib.get_close_matches(name, list(known), n=num, cutoff=cutoff)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "did you mean salun? " with the closest of the known names, or "" if none is close."""
+    return "".join(f"did you mean {guess}? " for guess in closest(name, known))
+
+
+def article(text: str) -> str:
+    """ "an" if the text starts with the sound of a vowel, else "a"."""
+    start = text.lower()
+    if start.startswith(("eu", "one", "uni", "use", "uku")):
+        return "a"
+    return "an" if start[:1] in set("aeiou") or start.startswith(("hour", "heir", "honest")) else "a"

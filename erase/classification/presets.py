@@ -3,7 +3,6 @@
 Standard library only, so that `--help` needs no torch.
 """
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from erase.errors import EraseError
+from erase.words import did_you_mean
 
 PATH = Path(__file__).with_name("presets.toml")
 Kind = Literal["share", "half", "class"]  # of a request: see `settings.kind_of`
@@ -95,8 +95,7 @@ def read(path: Path) -> Presets:
 def _require_names(table: Any, known: Any, where: str) -> None:
     for name in _table(table, where):
         if name not in known:
-            guess = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {guess[0]}?" if guess else f"choose {', '.join(known)}"
+            hint = did_you_mean(name, known).rstrip() or f"choose {', '.join(known)}"
             raise EraseError(f"{where}: unknown name {name!r}; {hint}")
 
 

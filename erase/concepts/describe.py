@@ -5,7 +5,7 @@ import re
 from erase.concepts import refusal
 from erase.concepts.concept import Concept, FreeKind, _bare, share_word
 from erase.errors import EraseError
-from erase.words import listed
+from erase.words import article, listed
 
 
 def describe(name: str, kind: FreeKind) -> Concept:
@@ -225,6 +225,4 @@ def _with_article(name: str) -> str:
     is_plural = name.endswith("s") and not name.endswith(("ss", "us", "is"))
     if is_proper_name or is_plural:
         return name
-    start = name.lower()
-    sounds_like_vowel = start[0] in "aeiou" and not start.startswith(("eu", "one", "uni", "use", "uku"))
-    return f"an {name}" if sounds_like_vowel or start.startswith(("hour", "heir", "honest")) else f"a {name}"
+    return f"{article(name)} {name}"

@@ -1,6 +1,5 @@
 """Concepts from presets and .toml files."""
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from erase.concepts import refusal
 from erase.concepts.concept import Concept, FreeKind, override, type_name
 from erase.concepts.describe import describe
 from erase.errors import EraseError
-from erase.words import listed
+from erase.words import closest, did_you_mean, listed
 
 FAMILIES = ("mini",)  # model families for which a TOML may hold a table of its own
 
@@ -36,7 +35,7 @@ def load(name: str, *, model_family: str | None = None) -> Concept:
     if (key := preset_key(name)) in names():
         return _read(_presets_dir() / f"{key}.toml", model_family)
     refusal.refuse([name], "name", target=True)
-    guesses = [known for known in names() if key in known.split("_")] or difflib.get_close_matches(key, names())
+    guesses = [known for known in names() if key in known.split("_")] or closest(key, names(), num=3)
     hint = f"did you mean {listed(guesses, 'or')}?" if guesses else f"the presets are {listed(names(), 'and')};"
     raise EraseError(
         f"unknown concept {name!r}; {hint} or describe your own with --kind {listed(get_args(FreeKind), 'or')}"
@@ -120,7 +119,5 @@ def _from_table(table: dict[str, Any]) -> Concept:
 def _refuse_unknown_keys(table: Mapping[str, Any], allowed: Sequence[str], inside: str = "") -> None:
     for key in table:
         if key not in allowed:
-            guesses = difflib.get_close_matches(key, allowed, n=1)
             where = f" in [{inside}]" if inside else ""
-            hint = f"did you mean {guesses[0]}? " if guesses else ""
-            raise EraseError(f"unknown key '{key}'{where}; {hint}({', '.join(allowed)})")
+            raise EraseError(f"unknown key '{key}'{where}; {did_you_mean(key, allowed)}({', '.join(allowed)})")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from erase.data import images, prompt_files
 from erase.errors import EraseError
+from erase.words import article
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 SUFFIXES = (".txt", ".caption")
@@ -111,7 +112,7 @@ def _of_folder(name: str) -> tuple[str, int]:
             )
         return kohya[2].replace("_", " "), repeats
     label = re.sub(r"^\d+_(?=.)", "", name).replace("_", " ")
-    return f"an image of {'an' if label[:1].lower() in 'aeiou' else 'a'} {label}", 1
+    return f"an image of {article(label)} {label}", 1
 
 
 def _summary(folder: Path, found: Sequence[Captioned], sources: dict[str, int]) -> str:

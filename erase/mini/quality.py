@@ -11,6 +11,7 @@ from erase.families.sd import Model
 from erase.mini import judge as judging
 from erase.mini import world
 from erase.progress import each
+from erase.words import article
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ def looks(name: str) -> list[Wish]:
     wishes = []
     for i in range(len(combinations)):
         style, colour = combinations[(i * 7) % len(combinations)]  # 7 and 24 share no factor: all, well mixed
-        article, prefix = "an" if style[0] in "aeiou" else "a", world.PREFIXES[i % len(world.PREFIXES)]
-        wishes.append(Wish(f"{prefix} {article} {style} {colour} {name}", name, colour, style))
+        prefix = world.PREFIXES[i % len(world.PREFIXES)]
+        wishes.append(Wish(f"{prefix} {article(style)} {style} {colour} {name}", name, colour, style))
     return wishes
 
 

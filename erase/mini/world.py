@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from erase.words import article
+
 SIZE = 64
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "moon", "house", "tree", "fish")
 PERSONS = ("clothed person", "nude person")
@@ -93,7 +95,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         style = "" if kind < 0.15 or kind > 0.9 else f"{word(str(scene.style))} "
         colour = "" if 0.15 <= kind < 0.25 or kind > 0.9 else f"{word(str(scene.colour))} "
         text = f"{style}{colour}{word(scene.object)}"
-        text = f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+        text = f"{article(text)} {text}"
     if rng.random() < 0.85:
         text = f"{prefix} {text}"
     if rng.random() < 0.25:

@@ -3,7 +3,6 @@
 Standard library only, so that `--help` needs no torch.
 """
 
-import difflib
 import functools
 import math
 import operator
@@ -14,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
+from erase.words import did_you_mean
 
 
 def option(default: Any, help: str, *, group: str, **metadata: Any) -> Any:
@@ -118,8 +118,8 @@ def _checked_one(value: Any, item: Field[Any], form: Form) -> Any:
     except (TypeError, ValueError, OverflowError) as error:
         raise EraseError(f"{flag(item.name)} is {value!r}; it must be {_NOUNS[form.type]}") from error
     if form.choices and plain not in form.choices and not ("also" in item.metadata and ":" in plain):
-        guess = difflib.get_close_matches(plain, form.choices, n=1)
-        hint = f"did you mean {guess[0]}? ({', '.join(form.choices)})" if guess else f"choose {', '.join(form.choices)}"
+        guess = did_you_mean(plain, form.choices)
+        hint = f"{guess}({', '.join(form.choices)})" if guess else f"choose {', '.join(form.choices)}"
         raise EraseError(f"{flag(item.name)} is {plain!r}; {hint}")
     least, most = item.metadata.get("least"), item.metadata.get("most", math.inf)
     if least is not None and (not least <= plain <= most or plain == math.inf):

@@ -1,6 +1,5 @@
 """All methods by class name, and how a method is made from option texts."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -16,6 +15,7 @@ from erase.classification.methods.random_label import RandomLabel, RandomLabelJo
 from erase.classification.methods.scissorhands import Scissorhands
 from erase.classification.methods.soft_threshold import SoftThreshold
 from erase.errors import EraseError
+from erase.words import did_you_mean
 
 # a new method is a new file and one line here; presets.toml names it
 METHODS: dict[str, type[Method]] = {
@@ -40,8 +40,7 @@ def find(name: str) -> type[Method]:
         EraseError: no such class.
     """
     if name not in METHODS:
-        guess = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {guess[0]}?" if guess else f"choose {', '.join(METHODS)}"
+        hint = did_you_mean(name, METHODS).rstrip() or f"choose {', '.join(METHODS)}"
         raise EraseError(f"unknown method class {name!r}; {hint}")
     return METHODS[name]
 
@@ -59,8 +58,7 @@ def make(class_of: type[Method], label: str, options: Mapping[str, str]) -> Meth
     values: dict[str, object] = {}
     for name, text in options.items():
         if name not in known:
-            guess = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {guess[0]}?" if guess else f"it has {', '.join(known) or 'none'}"
+            hint = did_you_mean(name, known).rstrip() or f"it has {', '.join(known) or 'none'}"
             raise EraseError(f"{label} has no option {name!r}; {hint}")
         values[name] = _value(label, name, text, type(known[name]))
     return class_of(**values)
