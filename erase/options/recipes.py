@@ -14,7 +14,7 @@ SAMPLER_STEPS = {"model": 50, "dpm++": 20}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where SalUn's paper, its code and this project differ (README has the table, measured).
+    """Where SalUn's paper, its code and this project differ (docs/methods.md has the table).
 
     shared_latent: both branches see one noisy latent; the code draws two from the VAE's posterior.
     frozen_target: the target comes from the untouched base; paper and code take the moving model itself.
