@@ -1,20 +1,31 @@
 """Take a concept out of a Stable Diffusion model, and show that it is gone and that the rest is still there."""
+# pyright: strict
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Concept", "EraseError", "Run", "erase_concept"]
+__all__ = ["Concept", "EraseError", "Run", "apply", "erase_concept", "load_delta", "remove"]
 
 if TYPE_CHECKING:
     from erase.concepts import Concept
+    from erase.delta import apply, remove
+    from erase.delta import load as load_delta
     from erase.errors import EraseError
     from erase.runs.job import Run, erase_concept
 
-_HOMES = {"Concept": "concepts", "EraseError": "errors", "Run": "runs.job", "erase_concept": "runs.job"}
+_HOMES = {  # module and name
+    "Concept": ("concepts", "Concept"),
+    "EraseError": ("errors", "EraseError"),
+    "Run": ("runs.job", "Run"),
+    "apply": ("delta", "apply"),
+    "erase_concept": ("runs.job", "erase_concept"),
+    "load_delta": ("delta", "load"),
+    "remove": ("delta", "remove"),
+}
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +34,5 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOMES:
         raise AttributeError(f"module 'erase' has no attribute {name!r}")
-    return getattr(import_module(f"erase.{_HOMES[name]}"), name)
+    module, name = _HOMES[name]
+    return getattr(import_module(f"erase.{module}"), name)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 
 import erase
-from erase import EraseError, methods
+from erase import EraseError, delta, methods
 from erase.families import loading, single_file
 from erase.methods.esd import ESD
 from erase.methods.relabel import Relabel
@@ -20,13 +21,29 @@ from erase.options.settings import Settings
 
 def test_the_public_names_are_listed_and_importing_them_all_works():
     """`dir(erase)`, `__all__` and `from erase import *` (4.9)."""
-    names = {"erase_concept", "Run", "Concept", "EraseError"}
-    assert names <= set(dir(erase)) and names == set(erase.__all__)
+    names = {"erase_concept", "Run", "Concept", "EraseError", "load_delta", "apply", "remove"}
+    assert dir(erase) == sorted(names) == sorted(erase.__all__)
     space: dict[str, Any] = {}
     exec("from erase import *", space)
     assert names <= space.keys()
     with pytest.raises(AttributeError, match="has no attribute 'erase_concpet'"):
         _ = erase.erase_concpet
+
+
+def test_a_delta_is_loaded_applied_and_removed_by_public_names(tmp_path):
+    base, new = {"unet.w": torch.zeros(9)}, {"unet.w": torch.arange(9.0)}
+    delta.save(tmp_path / "delta.safetensors", delta.difference(base, new))
+    change = erase.load_delta(tmp_path / "delta.safetensors")
+    erased = erase.apply(base, change)
+    assert torch.equal(erased["unet.w"], new["unet.w"])
+    assert torch.equal(erase.remove(erased, change)["unet.w"], base["unet.w"])
+
+
+def test_the_version_is_written_once_and_the_package_is_typed():
+    root = Path(erase.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and project["tool"]["hatch"]["version"]["path"] == "erase/__init__.py"
+    assert (root / "py.typed").is_file()
 
 
 def test_importing_the_package_imports_no_torch():

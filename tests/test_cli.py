@@ -180,7 +180,7 @@ def test_version_is_one_everywhere(command):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
     assert command("--version") == (0, f"erase-concept {erase.__version__}\n", "")
-    assert project["version"] == erase.__version__
+    assert project["dynamic"] == ["version"]  # read from erase/__init__.py
     assert f"\nversion: {erase.__version__}\n" in citation
 
 
