@@ -105,6 +105,24 @@ class Registry(Generic[T]):
             self._loaded[name] = self._checked(self._imported(entry), str(entry))
         return self._loaded[name]
 
+    def stated(self, name: str, where: str) -> type[T]:
+        """The class of a name that a file states. A file does not choose modules to import.
+
+        where: the file and the place in it, for the message.
+
+        Raises:
+            EraseError: see `load`; or the name is a "module:Class" that was not loaded before in this process.
+        """
+        if ":" in name and name not in self._given and name not in self._loaded:
+            raise EraseError(
+                f"{where}: the {self.kind} {name!r} is named by its class, which is not imported because a file says "
+                f"so; give {self.kind} {name} to the command, or install it with an entry point in {self.group}"
+            )
+        try:
+            return self.load(name)
+        except EraseError as error:
+            raise EraseError(f"{where}: {error}") from error
+
     def give(self, cls: type[T]) -> str:
         """The name, "module:Class", by which `load` finds this class from now on.
 

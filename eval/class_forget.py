@@ -9,7 +9,7 @@ from pathlib import Path
 
 from erase import erase_concept, words
 from erase.evaluation.cli import main
-from erase.evaluation.tasks import IMAGENETTE
+from erase.evaluation.tasks.class_forget import IMAGENETTE
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

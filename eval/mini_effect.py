@@ -43,15 +43,18 @@ def arm(
     num_images: of the concept; None for the task's.
     """
     from erase import concepts, guards
-    from erase.evaluation import generate, score, tasks
+    from erase.evaluation import generate, score
+    from erase.evaluation.judges import registry as judging
+    from erase.evaluation.options import Options
+    from erase.evaluation.tasks import registry
 
     wanted = concepts.load(concept, model_family="mini")
-    task = tasks.build("mini", wanted, tasks.Options(num_images=num_images))
+    task = registry.build("mini", wanted, Options(num_images=num_images))
     watching = guard and guards.make(guard, ", ".join([wanted.name, *wanted.synonyms]))
     loaded = generate.load_model(model, delta_path=delta and str(delta), device="cpu", guard=watching or None)
     generate.generate(loaded, task, folder, steps=STEPS, batch_size=32, quiet=True)
     for name in task.judges:
-        score.score(folder, score.make_judge(name, task.identity()), quiet=True)
+        score.score(folder, judging.make(name, task.identity()), quiet=True)
     return folder
 
 

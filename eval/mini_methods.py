@@ -49,10 +49,11 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHOD
 
 def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Path | None = None, **guard: Any) -> Path:
     """The mini task's pictures with their scores, and their features for KID."""
-    from erase.evaluation import quality, score
+    from erase.evaluation import score
+    from erase.evaluation.judges import features
 
     arm(folder, concept, delta, model=model, num_images=NUM_IMAGES, **guard)
-    score.score(folder, quality.Features("mini"), quiet=True)
+    score.score(folder, features.Features("mini"), quiet=True)
     return folder
 
 
@@ -85,19 +86,21 @@ def recovered(
 ) -> list[bool]:
     """Whether each picture of a word learnt on the model shows the concept."""
     from erase import concepts
-    from erase.evaluation import classes, generate, score, tasks
+    from erase.evaluation import generate, score
     from erase.evaluation.attacks import inversion
+    from erase.evaluation.judges import mini
+    from erase.evaluation.tasks import protocol
 
     judge, attack = concepts.load(concept, model_family="mini").judge, inversion.Inversion()
     attacked = generate.load_model(model, delta_path=delta and str(delta), device="cpu")
     inversion.teach(attacked, inversion.learn(attacked, latents, attack, quiet=True))
     samples = tuple(
-        tasks.Sample(f"word-{i:03d}", prompt, tasks.seed_of("inversion", concept, i), "forget")
+        protocol.Sample(f"word-{i:03d}", prompt, protocol.seed_of("inversion", concept, i), "forget")
         for i, prompt in enumerate(attack.prompts(NUM_RECOVERED))
     )
-    task = tasks.Task("mini", 1, {"attack": "inversion"}, samples, ("mini",))
+    task = protocol.SampleSet("mini", 1, {"attack": "inversion"}, samples, ("mini",))
     generate.generate(attacked, task, folder, steps=STEPS, batch_size=32, quiet=True)
-    score.score(folder, classes.MiniJudge(), quiet=True)
+    score.score(folder, mini.MiniJudge(), quiet=True)
     lines = score.load(folder, "mini")
     shutil.rmtree(folder)
     return [not line["invalid"] and line[str(judge["head"])] == judge["label"] for line in lines]
@@ -170,10 +173,11 @@ def keep_features(drawn: Path, path: Path) -> None:
     import numpy as np
 
     from erase.evaluation import arm, quality, score
+    from erase.evaluation.judges import features
 
     lines = zip(arm.samples(drawn), score.load(drawn, "features"), strict=True)
     kept = [line for sample, line in lines if sample.role == "retain"]
-    found = [None if line["invalid"] else quality.decode(line) for line in kept]
+    found = [None if line["invalid"] else features.decode(line) for line in kept]
     broken = np.full_like(next(one for one in found if one is not None), np.nan)
     quality.save_features(
         path, np.array([broken if one is None else one for one in found], np.float16), score.identity(drawn, "features")

@@ -8,13 +8,15 @@ import numpy as np
 from PIL import Image
 
 from erase import files
-from erase.evaluation import arm, drift, score
-from erase.evaluation.tasks import Sample, Task
+from erase.evaluation import arm, score
+from erase.evaluation.judges import thumbnails
+from erase.evaluation.judges.protocol import Judge
+from erase.evaluation.tasks.protocol import Sample, SampleSet
 
 BASE: dict[str, Any] = dict(forget=["circle"] * 19 + ["square"], retain=["square"] * 19 + ["none"])
 
 
-class Stub:
+class Stub(Judge):
     """A judge of name "mini" that says what the picture's red value stands for."""
 
     name = "mini"
@@ -42,7 +44,7 @@ def make_arm(folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet
         for i in range(len(words))
     ]
     options = {"concept": "circle", "head": "object", "target": "circle"}
-    task = Task("mini", 1, options, tuple(samples), ("mini", "thumbnails"))
+    task = SampleSet("mini", 1, options, tuple(samples), ("mini", "thumbnails"))
     identity = {"task": task.identity(), "model": {"unet": unet}, "generation": {"steps": 2, "batch_size": 3}}
     arm.open_arm(folder, identity, samples)
     lines = []
@@ -57,6 +59,6 @@ def make_arm(folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet
         lines.append(line)
     with arm.Appender(folder / "records-0-of-1.jsonl") as out:
         out.write(lines)
-    for judge in (Stub(), drift.Thumbnails()):
+    for judge in (Stub(), thumbnails.Thumbnails()):
         score.score(folder, judge, quiet=True)
     return folder

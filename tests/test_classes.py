@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from erase.errors import EraseError
-from erase.evaluation.classes import Classifier, ClipZeroShot, MiniJudge, shows
-from erase.evaluation.tasks import IMAGENETTE
+from erase.evaluation.judges.classifier import Classifier, shows
+from erase.evaluation.judges.clip import ClipZeroShot
+from erase.evaluation.judges.mini import MiniJudge
+from erase.evaluation.tasks.class_forget import IMAGENETTE
 from erase.mini import judge as mini
 from erase.mini import world
 

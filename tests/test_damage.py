@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from arms import Stub, make_arm
 
-from erase.evaluation import arm, cli, drift, score
+from erase.evaluation import arm, cli
+from erase.evaluation.judges import registry as judging
+from erase.evaluation.judges import thumbnails
 
 Damage = Callable[[bytes], bytes]
 
@@ -109,8 +111,8 @@ def linked(folder: Path, copy: Path) -> Path:
 @pytest.fixture
 def command(capsys, monkeypatch):
     """Runs a command and returns its code and what it wrote to stderr; the judges are those of `make_arm`."""
-    made = {"mini": Stub, "thumbnails": drift.Thumbnails}
-    monkeypatch.setattr(score, "make_judge", lambda name, *_, **__: made[name]())
+    made = {"mini": Stub, "thumbnails": thumbnails.Thumbnails}
+    monkeypatch.setattr(judging, "make", lambda name, *_, **__: made[name]())
 
     def run(*arguments: object) -> tuple[int, str]:
         code: Any = 0

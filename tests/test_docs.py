@@ -22,8 +22,9 @@ from erase.classification.presets import PRESETS
 from erase.classification.settings import NETWORKS
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.evaluation import cli as evaluation_cli
-from erase.evaluation.options import JUDGES, Drawing, Options
-from erase.evaluation.tasks import ABOUT
+from erase.evaluation.judges.registry import JUDGES
+from erase.evaluation.options import Drawing, Options
+from erase.evaluation.tasks.registry import TASKS
 from erase.families.scope import SCOPES
 from erase.methods import METHODS
 from erase.options.recipes import RECIPES
@@ -204,14 +205,14 @@ def test_every_block_can_be_read(page):
         ("README.md", METHODS),
         ("README.md", SCOPES),
         ("README.md", RECIPES),
-        ("README.md", ABOUT),
+        ("README.md", TASKS.names()),
         ("README.md", guards.PRESETS),
         ("docs/methods.md", METHODS),
         ("docs/methods.md", SCOPES),
         ("docs/methods.md", RECIPES),
         ("docs/methods.md", guards.PRESETS),
-        ("docs/evaluation.md", ABOUT),
-        ("docs/evaluation.md", JUDGES),
+        ("docs/evaluation.md", TASKS.names()),
+        ("docs/evaluation.md", JUDGES.names()),
         ("docs/classifiers.md", PRESETS),
         ("docs/classifiers.md", NETWORKS),
         (

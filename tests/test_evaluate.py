@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from erase import erase_concept, files
-from erase.evaluation import arm, cli, generate, measure, score
+from erase.evaluation import arm, cli, generate, pool, score
 from erase.export import ldm
 from erase.families import loading, sd
 
@@ -62,7 +62,7 @@ def arms(root: Path, task: str) -> dict[str, Path]:
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:
-    rows = {row["name"]: row for row in measure.read(folder)[0]["scores"]}
+    rows = {row["name"]: row for row in pool.read(folder)[0]["scores"]}
     assert name in rows, list(rows)
     return rows[name]
 
@@ -130,6 +130,7 @@ def test_object_and_style_end_in_clips_own_figures(command, pair, clip_dir, tmp_
 def test_quality_ends_in_clip_scores_and_kid(command, pair, clip_dir, tmp_path):
     """The CLIP score recomputed with transformers, and KID of its embeddings to a folder of real images (6.10)."""
     from erase.evaluation import quality
+    from erase.evaluation.judges import features
 
     rng = np.random.default_rng(0)
     (tmp_path / "real").mkdir()
@@ -146,7 +147,7 @@ def test_quality_ends_in_clip_scores_and_kid(command, pair, clip_dir, tmp_path):
         fit = 100 * (image * text).sum(1)
         row = result(folders["erased"], "quality.clip_score")
         assert row[role]["value"] == pytest.approx(fit.mean().item(), abs=1e-3)
-        there = [[quality.decode(line) for line in score.load(f, "features")] for f in (folder, real)]
+        there = [[features.decode(line) for line in score.load(f, "features")] for f in (folder, real)]
         kid, _ = quality.kid(*(np.stack(one) for one in there))
         assert result(folders["erased"], "quality.kid_real")[role]["value"] == pytest.approx(kid)
         assert np.allclose(normalize(torch.tensor(np.stack(there[0]))), image, atol=1e-4)
@@ -282,7 +283,7 @@ def test_anybodys_images_are_judged_by_nudenet(command, people, tmp_path):
     assert command("score", "--images", people, "--judge", "nudenet", "--output", tmp_path / "s", "--quiet")[0] == 0
     code, _, err = command("report", tmp_path / "s", "--name", "people")
     assert code == 0, err
-    both = [measure.read(one)[0]["scores"] for one in (folder, tmp_path / "s")]
+    both = [pool.read(one)[0]["scores"] for one in (folder, tmp_path / "s")]
     assert both[0] == both[1]
 
 
@@ -320,7 +321,7 @@ def test_the_embedded_judge_says_how_often_each_object_is_seen(command, tmp_path
     assert code == 0, err
     folder = tmp_path / "out" / "mine" / "images"
     assert result(folder, "mini.sees_circle")["erased"]["k"] == 2 and result(folder, "mini.ua")["erased"]["k"] == 2
-    shares = [row["erased"]["k"] for row in measure.read(folder)[0]["scores"] if "sees_" in row["name"]]
+    shares = [row["erased"]["k"] for row in pool.read(folder)[0]["scores"] if "sees_" in row["name"]]
     assert sum(shares) == 4
 
 

@@ -16,11 +16,11 @@ from PIL import Image
 from erase import delta
 from erase.errors import EraseError
 from erase.evaluation import arm, generate, measure
-from erase.evaluation.tasks import Sample, Task, seed_of
+from erase.evaluation.tasks.protocol import Sample, SampleSet, seed_of
 from erase.families import loading, sd, stored_unet
 
 
-def make_task(num: int = 7, **options: Any) -> Task:
+def make_task(num: int = 7, **options: Any) -> SampleSet:
     """Samples of two sizes and two guidances, with prompts that could never be file names."""
     prompts = ["a church", "", "nan", "Null", "a/b\\c", "\N{SMILING FACE WITH SUNGLASSES} x", "long " * 60]
     samples = [
@@ -34,7 +34,7 @@ def make_task(num: int = 7, **options: Any) -> Task:
         )
         for i in range(num)
     ]
-    return Task("mini", 1, options, tuple(samples), ("mini",), steps=2, guidance=3.0)
+    return SampleSet("mini", 1, options, tuple(samples), ("mini",), steps=2, guidance=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def test_a_record_says_whether_its_prompt_was_cut(model, tmp_path):
     """The toy's text encoder reads 75 letters, and the last prompt has 240 (3.2)."""
     generate.generate(model, make_task(), tmp_path / "arm", quiet=True)
     assert [record["truncated"] for record in arm.complete_records(tmp_path / "arm")] == [False] * 6 + [True]
-    assert measure._num_truncated(tmp_path / "arm") == 1
-    assert "1 images have prompts that are longer" in measure._limits(make_task().identity(), 1)[-1]
+    assert measure.num_truncated(tmp_path / "arm") == 1
+    assert "1 images have prompts that are longer" in measure.limits(make_task().identity(), (), 1)[-1]
 
 
 def test_pictures_are_the_same_for_any_batch_size_and_bit_equal_at_one(model, tmp_path):

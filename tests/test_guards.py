@@ -12,7 +12,7 @@ from erase import guards
 from erase.errors import EraseError
 from erase.evaluation import arm, cli, generate
 from erase.evaluation.options import GUARDS
-from erase.evaluation.tasks import Sample, Task
+from erase.evaluation.tasks.protocol import Sample, SampleSet
 from erase.families import loading
 from erase.guards import SLD, NegativePrompt
 
@@ -203,7 +203,7 @@ def test_a_guards_text_is_checked_as_a_prompt_is():
 
 def test_a_guarded_model_draws_other_pictures_and_is_another_model(toy_pipeline_dir, tmp_path):
     samples = tuple(Sample(f"s{i}", "a cat", i, "forget") for i in range(2))
-    task = Task("mini", 1, {}, samples, ("mini",), steps=3, guidance=4.0)
+    task = SampleSet("mini", 1, {}, samples, ("mini",), steps=3, guidance=4.0)
     plain = generate.load_model(str(toy_pipeline_dir), device="cpu")
     guarded = generate.load_model(str(toy_pipeline_dir), device="cpu", guard=SLD(TEXT, 0, **LOUD))
     for name, model in (("plain", plain), ("guarded", guarded)):

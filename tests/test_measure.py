@@ -14,8 +14,11 @@ from PIL import Image
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm, cli, measure, report, score, tasks
-from erase.evaluation.tasks import Sample, Task
+from erase.evaluation import arm, cli, gate, measure, pool, report, score
+from erase.evaluation.judges import registry as judging
+from erase.evaluation.options import Options
+from erase.evaluation.tasks import registry
+from erase.evaluation.tasks.protocol import Sample, SampleSet
 
 
 def row(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def test_the_distance_to_the_retrained_model_is_measured_where_one_is_given(tmp_
 )
 def test_a_requirement_is_met_or_its_line_says_what_is_instead(tmp_path, rule, holds):
     results = results_of(tmp_path, ["square"] * 20, BASE["retain"])
-    lines = measure.unmet(results, [rule])
+    lines = gate.unmet(results, [rule])
     assert not lines if holds else (len(lines) == 1 and "is not met" in lines[0])
 
 
@@ -102,14 +105,14 @@ def test_a_requirement_is_met_or_its_line_says_what_is_instead(tmp_path, rule, h
 )
 def test_a_requirement_that_means_nothing_is_an_error(tmp_path, rule, message):
     with pytest.raises(EraseError, match=message):
-        measure.unmet(results_of(tmp_path, **BASE), [rule])
+        gate.unmet(results_of(tmp_path, **BASE), [rule])
 
 
 # --- the other tasks, on scores by hand
 
 
 def plan_of(task: str, samples: Sequence[Sample], lines: dict[str, list[dict[str, Any]]], **options: Any) -> Any:
-    plan = measure.PLANS[task](samples, lines, options)
+    plan = registry.make(task).plan(samples, lines, options)
     return {column.name: list(column.values) for column in plan.columns}, plan
 
 
@@ -161,6 +164,7 @@ def test_nudity_needs_a_whole_picture_to_be_clean_and_counts_by_every_rule():
 
 def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_same(tmp_path, monkeypatch):
     from erase.evaluation import quality
+    from erase.evaluation.judges import features
 
     def noise(folder: Path, num: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -171,7 +175,7 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_sa
     noise(tmp_path / "drawn", 24, 0)
     noise(tmp_path / "real", 24, 1)
     samples = [Sample(f"c{i}", f"p{i}", i, "retain") for i in range(24)]
-    task = Task("quality", 1, {"features": "mini"}, tuple(samples), ("features",))
+    task = SampleSet("quality", 1, {"features": "mini"}, tuple(samples), ("features",))
     arms = [tmp_path / name for name in ("base", "erased")]
     for folder in arms:
         arm.open_arm(folder, {"task": task.identity(), "model": {"unet": "u"}, "generation": {}}, samples)
@@ -179,9 +183,9 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_sa
             for i in range(24):
                 path = tmp_path / "drawn" / f"{i:03d}.png"
                 out.write([{"id": f"c{i}", "file": str(path), "sha256": files.file_hash(path), "invalid": None}])
-        score.score(folder, quality.Features("mini"), quiet=True)
+        score.score(folder, features.Features("mini"), quiet=True)
     arm.adopt(tmp_path / "real", tmp_path / "scored")
-    score.score(tmp_path / "scored", quality.Features("mini"), quiet=True)
+    score.score(tmp_path / "scored", features.Features("mini"), quiet=True)
     monkeypatch.setattr(quality, "MIN_FID", 20)
     results, _ = measure.measure(arms[1], arms[0], real=tmp_path / "scored", name="it", command="")
     assert row(results, "quality.fid_base")["erased"]["value"] == pytest.approx(0, abs=1e-3)
@@ -190,7 +194,7 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_sa
     assert row(results, "quality.kid_real")["erased"]["n"] == 24 and results["verdict"] is None
     report.check(results)
 
-    kept = [quality.decode(line) for line in score.load(arms[0], "features")]
+    kept = [features.decode(line) for line in score.load(arms[0], "features")]
     quality.save_features(tmp_path / "gold", np.stack(kept), score.identity(arms[0], "features"))
     golds = [
         measure.measure(arms[1], arms[0], gold=one, name="it", command="")[0] for one in (arms[0], tmp_path / "gold")
@@ -281,14 +285,14 @@ def test_several_erasures_are_pooled_with_intervals_over_runs_and_prompts(tmp_pa
         base = make_arm(tmp_path / f"base{number}", **BASE)
         erased = make_arm(tmp_path / f"erased{number}", words, BASE["retain"], unet=f"v{number}")
         runs.append(measure.measure(erased, base, name=f"it-{number}", command=""))
-    pooled = measure.pool(runs, "it")
+    pooled = pool.pool(runs, "it")
     ua = row(pooled, "mini.ua")
     assert (ua["erased"]["k"], ua["erased"]["n"]) == (58, 60) and ua["erased"]["low"] < 58 / 60 < ua["erased"]["high"]
     assert ua["comparison"]["difference"] == pytest.approx(58 / 60 - 1 / 20)
     other = json.loads(json.dumps(runs[0]))
     other[0]["protocol"]["generation.steps"] = 9
     with pytest.raises(EraseError, match=r"runs of 'it' were measured differently \(generation.steps"):
-        measure.pool([runs[0], tuple(other)], "it")
+        pool.pool([runs[0], tuple(other)], "it")
 
 
 # --- the command
@@ -311,12 +315,12 @@ def command(capsys):
 @pytest.fixture
 def toy(toy_pipeline_dir, monkeypatch) -> Path:
     """The toy pipeline, whose pictures the stub judges: 8 x 8 pixels are too few for the real one."""
-    make = score.make_judge
+    make = judging.make
 
     def stub(name: str, *rest: Any, **options: Any) -> Any:
         return Stub() if name == "mini" else make(name, *rest, **options)
 
-    monkeypatch.setattr(score, "make_judge", stub)
+    monkeypatch.setattr(judging, "make", stub)
     monkeypatch.setattr(Stub, "WORDS", ("circle", "square", "none"))
     return toy_pipeline_dir
 
@@ -350,7 +354,7 @@ def test_stages_one_by_one_give_the_same_report(toy, tmp_path, command):
     assert command("score", tmp_path / "a")[0] == 0
     code, out, err = command("report", tmp_path / "a", "--base", tmp_path / "a", "--output", tmp_path / "r")
     assert code == 0, err
-    arms = measure.read(tmp_path / "r")[0]["arms"]
+    arms = pool.read(tmp_path / "r")[0]["arms"]
     assert arms["base"]["hashes"] == arms["erased"]["hashes"]
 
 
@@ -381,7 +385,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, command, t
 
 def test_list_shows_every_task_with_its_version(command):
     code, out, _ = command("list")
-    assert code == 0 and all(f"{name}@{tasks.VERSIONS[name]}" in out for name in measure.PLANS)
+    assert code == 0 and all(f"{name}@{registry.make(name).version}" in out for name in registry.TASKS.names())
 
 
 def test_help_answers_without_torch():
@@ -400,15 +404,16 @@ def test_i2p_through_nudenet_killed_twenty_times_ends_as_the_uninterrupted_run(t
     import signal
     import time
 
-    from erase.evaluation import generate, tasks
-    from erase.evaluation.nudity import NudeNet
+    from erase.evaluation import generate
+    from erase.evaluation.judges.nudenet import NudeNet
+    from erase.evaluation.tasks import registry
     from erase.families import loading
 
     pytest.importorskip("nudenet")
     lines = ["prompt,categories,nudity_percentage,sd_image_width,sd_image_height,sd_seed,sd_guidance_scale"]
     lines += [f"a church {i},{'sexual' if i % 2 else 'hate'},60.0,32,{32 + 16 * (i % 3)},{i},7" for i in range(64)]
     (tmp_path / "i2p.csv").write_text("\n".join(lines))
-    task = tasks.build("i2p", None, tasks.Options(prompts=str(tmp_path / "i2p.csv")))
+    task = registry.build("i2p", None, Options(prompts=str(tmp_path / "i2p.csv")))
     assert len(task.samples) == 64
 
     def work(folder: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from erase.errors import EraseError
-from erase.evaluation.nudity import CORE5, EIGHT, LABELS, NINE, PROFILES, NudeNet, Profile, count, flagged
+from erase.evaluation.judges.nudenet import NudeNet
+from erase.evaluation.nudity import CORE5, EIGHT, LABELS, NINE, PROFILES, Profile, count, flagged
 
 INSTALLED = importlib.util.find_spec("nudenet") is not None
 PORTRAITS = importlib.util.find_spec("skimage") is not None

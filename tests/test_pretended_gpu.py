@@ -23,7 +23,7 @@ from erase.data import latents
 from erase.device import DTYPES
 from erase.evaluation import cli as evaluation_cli
 from erase.evaluation import generate
-from erase.evaluation.tasks import ABOUT
+from erase.evaluation.tasks.registry import TASKS
 from erase.families import loading, sd, stored_unet
 from erase.methods import METHODS
 from erase.runs import samples
@@ -169,7 +169,7 @@ def test_an_evaluation_keeps_to_one_device(gpu, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize("task", sorted(ABOUT.keys() - {"mini"}))
+@pytest.mark.parametrize("task", sorted({*TASKS.names()} - {"mini"}))
 def test_every_evaluation_task_and_judge_keeps_to_one_device(
     gpu, toy_pipeline_dir, erased_dir, classifier_dir, clip_dir, tmp_path, task
 ):

@@ -10,9 +10,12 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from erase.errors import EraseError
-from erase.evaluation import inception, quality
-from erase.evaluation.inception import Inception, Network, resize
-from erase.evaluation.quality import ClipScore, Features, decode, fid, kid, load_features, metric_id, save_features
+from erase.evaluation import quality
+from erase.evaluation.judges.clip_score import ClipScore
+from erase.evaluation.judges.features import Features, decode
+from erase.evaluation.judges.networks import inception
+from erase.evaluation.judges.networks.inception import Inception, Network, resize
+from erase.evaluation.quality import fid, kid, load_features, metric_id, save_features
 
 
 def pictures(num: int, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> list[np.ndarray]:

@@ -12,7 +12,9 @@ from erase import cli, concepts, delta, erase_concept, files, masks, tensor_file
 from erase.concepts import Concept, unite
 from erase.data import latents, prompt_states
 from erase.errors import EraseError
-from erase.evaluation import evaluate, tasks
+from erase.evaluation import evaluate
+from erase.evaluation.options import Options
+from erase.evaluation.tasks import class_forget, registry
 from erase.families import loading, stored_unet
 from erase.options.settings import Settings
 from erase.runs import card, job
@@ -190,18 +192,18 @@ def test_the_record_keeps_each_concept_for_its_judge(both):
 def test_nothing_that_was_erased_is_asked_to_stay():
     """Judging the circle of a model without circle and moon must not call the missing moon a damage."""
     circle, moon, striped = (concepts.load(name, model_family="mini") for name in ("circle", "moon", "striped"))
-    alone, beside = tasks.build("mini", circle), tasks.build("mini", circle, also_erased=[moon, striped])
+    alone, beside = registry.build("mini", circle), registry.build("mini", circle, also_erased=[moon, striped])
     gone = {s.id for s in alone.samples} - {s.id for s in beside.samples}
     wanted = {s.id for s in alone.samples if s.role == "retain" and {"moon", "striped"} & set(s.facts.values())}
     assert gone == wanted and len(gone) > 16
     assert beside.options["also_erased"] == ["moon", "striped"] and "also_erased" not in alone.options
 
     church, tench = (concepts.load(name) for name in ("church", "tench"))
-    classes = tasks.build("class-forget", church, tasks.Options(num_images=2), [tench])
-    assert {s.label for s in classes.samples} == set(tasks.IMAGENETTE) - {"tench"}
+    classes = registry.build("class-forget", church, Options(num_images=2), [tench])
+    assert {s.label for s in classes.samples} == set(class_forget.IMAGENETTE) - {"tench"}
     clip = replace(CAT, judge={"type": "clip", "target": "a cat", "alternatives": ["a dog", "a lorry"]})
     lorry = replace(LORRY, judge={"type": "clip", "target": "a lorry", "alternatives": ["a dog", "a cat"]})
-    assert {s.label for s in tasks.build("object", clip, also_erased=[lorry]).samples} == {"a cat", "a dog"}
+    assert {s.label for s in registry.build("object", clip, also_erased=[lorry]).samples} == {"a cat", "a dog"}
 
 
 def test_each_concept_of_a_run_has_its_own_report(both, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from erase import concepts
 from erase.concepts import refusal
 from erase.errors import EraseError
-from erase.evaluation import tasks
-from erase.evaluation.tasks import Options
+from erase.evaluation.options import Options
+from erase.evaluation.tasks import i2p, protocol, registry
 
 I2P = Path(__file__).resolve().parents[2] / "shared" / "data" / "i2p" / "unsafe-prompts4703.csv"
 real_i2p = pytest.mark.skipif(not I2P.exists(), reason="the real I2P file is not here")
@@ -32,11 +32,11 @@ def write_i2p(path: Path, prompts: list[str], *, original: bool = False, without
 
 @real_i2p
 def test_the_real_i2p_has_its_rows_and_subsets():
-    rows, name, _ = tasks.read_i2p(I2P)
+    rows, name, _ = i2p.read_i2p(I2P)
     assert (len(rows), name) == (4703, "esd")
     assert rows[2260].prompt == "Null"  # lost by readers with NA parsing, restored here
-    assert sum(tasks._in_subset(row.facts, "sexual") for row in rows) == 931
-    assert sum(tasks._in_subset(row.facts, "nudity") for row in rows) == 95
+    assert sum(i2p.in_subset(row.facts, "sexual") for row in rows) == 931
+    assert sum(i2p.in_subset(row.facts, "nudity") for row in rows) == 95
     assert max(row.seed for row in rows) > 2**31 and {row.guidance for row in rows} > {7.0, 255.0}
     assert sum((row.height, row.width) != (512, 512) for row in rows) == 55
 
@@ -47,25 +47,25 @@ def test_a_benchmarks_rows_with_minors_are_counted_and_a_users_own_are_named(tmp
     text = write_i2p(tmp_path / "i2p.csv", prompts).read_text().replace('"sexual, violence"', "violence")
     for name, share in (("plain", "49.9"), ("nude", "50.0")):
         (tmp_path / f"{name}.csv").write_text(text.replace(",51.0,", f",{share},"))
-    plain = tasks.build("i2p", None, Options(prompts=str(tmp_path / "plain.csv")))
-    shown = tasks.build("i2p", None, Options(prompts=str(tmp_path / "nude.csv")))
+    plain = registry.build("i2p", None, Options(prompts=str(tmp_path / "plain.csv")))
+    shown = registry.build("i2p", None, Options(prompts=str(tmp_path / "nude.csv")))
     assert (len(plain.samples), plain.refused) == (4, 0)
     assert [sample.prompt for sample in shown.samples] == ["a 2 5 y o woman", "a dog"] and shown.refused == 2
     own = tmp_path / "own.csv"
     own.write_text("prompt\na girl with a dog\na nudе gіrl\n", encoding="utf-8")
     with pytest.raises(EraseError, match=r"minors in a sexual context \('girl' in .*own\.csv, line 3\)"):
-        tasks.build("quality", None, Options(prompts=str(own)))
+        registry.build("quality", None, Options(prompts=str(own)))
 
 
 def test_no_task_holds_a_prompt_with_minors_in_a_sexual_context():
     """Whoever makes the task: the samples themselves are checked."""
     with pytest.raises(EraseError, match=r"minors in a sexual context \('boy' in the task mine\)"):
-        tasks.Task("mine", 1, {}, (tasks.Sample("a", "a naked b0y", 0, "forget"),), ())
+        protocol.SampleSet("mine", 1, {}, (protocol.Sample("a", "a naked b0y", 0, "forget"),), ())
 
 
 @real_i2p
 def test_prompts_with_minors_beside_sexual_content_are_counted_and_not_drawn():
-    whole = tasks.build("i2p", None, Options(prompts=str(I2P)))
+    whole = registry.build("i2p", None, Options(prompts=str(I2P)))
     assert len(whole.samples) + whole.refused == 4703 and whole.refused > 100
     assert not any(refusal.shows_minors(s.prompt, "sexual" in s.facts["categories"]) for s in whole.samples)
     assert whole.identity()["refused"] == whole.refused
@@ -74,7 +74,7 @@ def test_prompts_with_minors_beside_sexual_content_are_counted_and_not_drawn():
 @pytest.mark.parametrize("original", [False, True])
 def test_both_published_layouts_are_read_without_na_parsing(tmp_path, original):
     prompts = ["Null", "NA", "nan", "None", "two\nlines", 'a "quote", a comma', "a/b"]
-    rows, name, _ = tasks.read_i2p(write_i2p(tmp_path / "i2p.csv", prompts, original=original))
+    rows, name, _ = i2p.read_i2p(write_i2p(tmp_path / "i2p.csv", prompts, original=original))
     assert [row.prompt for row in rows] == prompts and name == "unknown"
     assert rows[1].seed == 2**31 + 1 and (rows[0].height, rows[0].width) == (768, 512)
     assert rows[1].facts["categories"] == ["sexual", "violence"]
@@ -83,31 +83,31 @@ def test_both_published_layouts_are_read_without_na_parsing(tmp_path, original):
 @pytest.mark.parametrize("without", [*COLUMNS, "evaluation_seed", "evaluation_guidance"])
 def test_a_missing_column_is_named(tmp_path, without):
     with pytest.raises(EraseError, match=f"has no column .*{without}"):
-        tasks.read_i2p(write_i2p(tmp_path / "i2p.csv", ["x"], without=without))
+        i2p.read_i2p(write_i2p(tmp_path / "i2p.csv", ["x"], without=without))
 
 
 def test_what_is_no_i2p_is_one_clear_line(tmp_path):
     path = write_i2p(tmp_path / "i2p.csv", ["x"])
     path.write_text(path.read_text().replace("51.0", "many"))
     with pytest.raises(EraseError, match="line 2: .*many"):
-        tasks.read_i2p(path)
+        i2p.read_i2p(path)
     with pytest.raises(EraseError, match="unknown I2P subset 'sexy'"):
-        tasks.build("i2p", None, Options(prompts=str(write_i2p(tmp_path / "b.csv", ["x"])), subset="sexy"))
+        registry.build("i2p", None, Options(prompts=str(write_i2p(tmp_path / "b.csv", ["x"])), subset="sexy"))
     with pytest.raises(EraseError, match="No such file"):
-        tasks.build("i2p", None, Options(prompts=str(tmp_path / "absent.csv")))
+        registry.build("i2p", None, Options(prompts=str(tmp_path / "absent.csv")))
     with pytest.raises(EraseError, match="cannot be had from the hub .* give a local copy: --prompts FILE"):
-        tasks.build("i2p", None)
+        registry.build("i2p", None)
 
 
 def test_every_picture_of_a_prompt_has_its_own_seed_and_the_first_is_the_prompts(tmp_path):
     path = str(write_i2p(tmp_path / "i2p.csv", ["x", "y"]))
-    one, three = (tasks.build("i2p", None, Options(prompts=path, num_images=n)) for n in (1, 3))
+    one, three = (registry.build("i2p", None, Options(prompts=path, num_images=n)) for n in (1, 3))
     assert [s.seed for s in one.samples] == [s.seed for s in three.samples if s.id.endswith("-0")] == [2**31, 2**31 + 1]
     assert len({s.seed for s in three.samples}) == 6
 
 
 def test_the_embedded_world_is_asked_for_the_concept_its_synonyms_and_all_else():
-    task = tasks.build("mini", concepts.load("circle", model_family="mini"))
+    task = registry.build("mini", concepts.load("circle", model_family="mini"))
     by_role = {role: [s for s in task.samples if s.role == role] for role in ("forget", "synonym", "retain")}
     assert {role: len(found) for role, found in by_role.items()} == {"forget": 100, "synonym": 40, "retain": 12 * 16}
     assert all("circle" in s.prompt for s in by_role["forget"]) and all("disc" in s.prompt for s in by_role["synonym"])
@@ -116,37 +116,37 @@ def test_the_embedded_world_is_asked_for_the_concept_its_synonyms_and_all_else()
 
 
 def test_a_style_is_asked_for_on_every_object_and_articles_follow_the_word():
-    task = tasks.build("mini", concepts.load("outline", model_family="mini"))
+    task = registry.build("mini", concepts.load("outline", model_family="mini"))
     forget = [s for s in task.samples if s.role == "forget"]
     assert len({s.facts["object"] for s in forget}) == 11
     assert all(" a outline" not in s.prompt and " an out" in s.prompt for s in task.samples if s.role != "retain")
     assert {s.label for s in forget} == {"outline"}
-    nude = tasks.build("mini", concepts.load("nudity", model_family="mini"))
+    nude = registry.build("mini", concepts.load("nudity", model_family="mini"))
     assert {s.prompt.split(" a ")[1] for s in nude.samples if s.role == "forget"} == {"nude person"}
 
 
 def test_imagenettes_classes_have_as_many_pictures_each_and_are_known_by_index():
-    task = tasks.build("class-forget", concepts.load("church"), Options(num_images=20))
+    task = registry.build("class-forget", concepts.load("church"), Options(num_images=20))
     assert len(task.samples) == 200
     assert {s.facts["index"] for s in task.samples if s.role == "forget"} == {497}
     assert any(s.prompt == "a photo of an English springer" for s in task.samples)
 
 
 def test_a_style_is_told_from_its_alternatives():
-    task = tasks.build("style", concepts.load("van_gogh"), Options(num_images=4))
+    task = registry.build("style", concepts.load("van_gogh"), Options(num_images=4))
     assert task.options["target"] == "a painting in the style of Van Gogh"
     assert {s.label for s in task.samples if s.role == "retain"} == set(task.options["alternatives"])
 
 
 def test_captions_come_from_a_csv_with_their_own_seeds_or_from_the_concept(tmp_path):
     (tmp_path / "coco.csv").write_text("image_id,caption,evaluation_seed\n1,a cat,7\n2,a dog,\n")
-    task = tasks.build("quality", None, Options(prompts=str(tmp_path / "coco.csv")))
+    task = registry.build("quality", None, Options(prompts=str(tmp_path / "coco.csv")))
     assert [(s.prompt, s.seed == 7) for s in task.samples] == [("a cat", True), ("a dog", False)]
-    own = tasks.build("quality", concepts.load("church"), Options(num_images=5))
+    own = registry.build("quality", concepts.load("church"), Options(num_images=5))
     assert len(own.samples) == 5 and own.samples[0].prompt in concepts.load("church").retain
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(EraseError, match="no column prompt, text or caption; it has 'a', 'b'"):
-        tasks.build("quality", None, Options(prompts=str(tmp_path / "bad.csv")))
+        registry.build("quality", None, Options(prompts=str(tmp_path / "bad.csv")))
 
 
 def test_captions_have_their_files_seeds_guidance_and_sizes_and_each_is_said(tmp_path):
@@ -155,7 +155,7 @@ def test_captions_have_their_files_seeds_guidance_and_sizes_and_each_is_said(tmp
     path.write_text(
         "caption;seed;guidance_scale;width;height;source\na cat, asleep;42.0;0;64;128;web\na dog;7;2.5;;;web\n"
     )
-    task = tasks.build("quality", None, Options(prompts=str(path), num_images=4))
+    task = registry.build("quality", None, Options(prompts=str(path), num_images=4))
     assert [(s.prompt, s.seed, s.guidance, s.width, s.height) for s in task.samples[:2]] == [
         ("a cat, asleep", 42, 0.0, 64, 128),
         ("a dog", 7, 2.5, None, None),
@@ -166,7 +166,7 @@ def test_captions_have_their_files_seeds_guidance_and_sizes_and_each_is_said(tmp
     (tmp_path / "own.txt").write_text("a cat, asleep\n\na dog\n")
     (tmp_path / "own.jsonl").write_text('{"text": "a cat, asleep"}\n{"text": "a dog"}\n')
     for name in ("own.txt", "own.jsonl"):
-        task = tasks.build("quality", None, Options(prompts=str(tmp_path / name)))
+        task = registry.build("quality", None, Options(prompts=str(tmp_path / name)))
         assert [s.prompt for s in task.samples] == ["a cat, asleep", "a dog"]
 
 
@@ -175,7 +175,7 @@ def test_captions_that_show_minors_beside_sexual_content_are_refused_with_their_
     path = tmp_path / "own.csv"
     path.write_text("prompt\na girl on a swing\na nude girl\n")
     with pytest.raises(EraseError, match=r"minors.*own\.csv, line 3"):
-        tasks.build("quality", None, Options(prompts=str(path)))
+        registry.build("quality", None, Options(prompts=str(path)))
 
 
 def test_a_users_own_file_may_say_as_i2p_does_that_a_row_is_sexual(tmp_path):
@@ -184,9 +184,9 @@ def test_a_users_own_file_may_say_as_i2p_does_that_a_row_is_sexual(tmp_path):
     for rows in ("girl,,70", "girl,sexual,0"):
         path.write_text(f"prompt,categories,nudity_percentage\n{rows}\n")
         with pytest.raises(EraseError, match=r"minors.*own\.csv, line 2"):
-            tasks.build("quality", None, Options(prompts=str(path)))
+            registry.build("quality", None, Options(prompts=str(path)))
     path.write_text("prompt,categories,nudity_percentage\ngirl,violence,49\ngirl,,unknown\n")
-    assert len(tasks.build("quality", None, Options(prompts=str(path))).samples) == 2
+    assert len(registry.build("quality", None, Options(prompts=str(path))).samples) == 2
 
 
 @pytest.mark.parametrize("change", [("512", "500"), ("7\r\n", "-1\r\n"), ("x,", ",")])
@@ -195,12 +195,12 @@ def test_a_row_of_i2p_that_cannot_be_generated_is_named(change, tmp_path):
     path = write_i2p(tmp_path / "i2p.csv", ["x"])
     path.write_bytes(path.read_bytes().replace(*(part.encode() for part in change)))
     with pytest.raises(EraseError, match=r"i2p\.csv, line 2: (width is 500|guidance is -1|the prompt is blank)"):
-        tasks.read_i2p(path)
+        i2p.read_i2p(path)
 
 
 def test_a_limit_takes_samples_of_every_role_and_is_part_of_the_identity():
     concept = concepts.load("circle", model_family="mini")
-    whole, part = tasks.build("mini", concept), tasks.build("mini", concept, Options(limit=10))
+    whole, part = registry.build("mini", concept), registry.build("mini", concept, Options(limit=10))
     assert len(part.samples) == 10 and {s.role for s in part.samples} == {"forget", "synonym", "retain"}
     assert set(part.samples) < set(whole.samples)
     assert part.identity()["prompts_hash"] != whole.identity()["prompts_hash"]
@@ -209,7 +209,7 @@ def test_a_limit_takes_samples_of_every_role_and_is_part_of_the_identity():
 @pytest.mark.parametrize(
     ("task", "concept", "message"),
     [
-        ("minni", None, "unknown task 'minni'; choose mini, i2p"),
+        ("minni", None, "unknown task 'minni'; did you mean mini"),
         ("mini", None, "needs a concept"),
         ("mini", "church", "cannot judge 'church', whose judge is 'imagenet'"),
         ("class-forget", "nudity", "cannot judge 'nudity'"),
@@ -218,4 +218,4 @@ def test_a_limit_takes_samples_of_every_role_and_is_part_of_the_identity():
 )
 def test_a_task_that_cannot_be_made_says_why(task, concept, message):
     with pytest.raises(EraseError, match=message):
-        tasks.build(task, concepts.load(concept) if concept else None)
+        registry.build(task, concepts.load(concept) if concept else None)

@@ -28,7 +28,7 @@ from erase import files
 from erase.data import captions, images
 from erase.errors import EraseError
 from erase.evaluation import shapes
-from erase.evaluation.tasks import Sample
+from erase.evaluation.tasks.protocol import Sample
 
 MANIFEST = "manifest.json"
 _TASK = {"id": str, "version": int, "options": {"*": Any}, "num_samples": int, "prompts_hash": str}

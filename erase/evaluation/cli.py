@@ -11,8 +11,9 @@ from typing import Any
 from erase import __version__, concepts
 from erase.commandline import Command, Parser, add_options, serve, silence_libraries
 from erase.errors import EraseError
-from erase.evaluation.options import JUDGES, Drawing, Options
-from erase.evaluation.tasks import ABOUT, VERSIONS
+from erase.evaluation.judges import registry as judging
+from erase.evaluation.options import Drawing, Options
+from erase.evaluation.tasks.registry import TASKS
 from erase.options.declare import forms_of
 from erase.options.settings import Settings
 
@@ -78,8 +79,9 @@ def _concept_options(parser: Parser) -> None:
 def _judge_options(parser: Parser, chosen: str = "") -> None:
     """chosen: what judges there are without --judge; empty where it cannot be given."""
     if chosen:
-        parser.add_argument("--judge", action="append", default=[], choices=JUDGES, metavar="JUDGE",
-                            help=f"{', '.join(JUDGES)}; may be repeated [{chosen}]")  # fmt: skip
+        parser.add_argument("--judge", action="append", default=[], metavar="JUDGE",
+                            help=f"{', '.join(judging.JUDGES.names())}, or package.module:Class; "
+                                 f"may be repeated [{chosen}]")  # fmt: skip
     parser.add_argument("--judge-model", action="append", default=[], metavar="[JUDGE=]PATH",
                         help="hub id, folder or weights of a judge; may be repeated [its own default]")  # fmt: skip
 
@@ -160,21 +162,21 @@ def _score(arguments: list[str]) -> None:
     if bool(given.folder) == bool(given.images) or given.images and not (given.judge and given.output):
         raise EraseError("give a folder that generate wrote, or --images DIR with --judge and --output")
     from erase.device import choose
-    from erase.evaluation import arm, score, tasks
+    from erase.evaluation import arm, own_images, score
 
     where = str(choose(given.device, "fp32").device)
     folder = Path(given.output or given.folder)
     if given.images:
         wanted = concepts.find(given.concept, given.kind) if given.concept else None
-        options = tasks.judged(wanted, _of(Options, given).features)
+        options = own_images.judged(wanted, _of(Options, given).features)
         task = {"id": "images", "options": options}
     else:
         options, task = {}, arm.manifest(folder)["task"]
     names = list(dict.fromkeys(given.judge or task.get("judges", [])))
     if not names:
         raise EraseError(f"the task {task['id']} has no judges of its own; choose some with --judge")
-    sources = score.sources(given.judge_model)
-    judges = [score.make_judge(name, task, source=sources.get(name), device=where) for name in names]
+    sources = judging.sources(given.judge_model)
+    judges = [judging.make(name, task, source=sources.get(name), device=where) for name in names]
     if given.images:
         arm.adopt(Path(given.images), folder, options)
     for judge in judges:
@@ -294,14 +296,14 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("reports", nargs="+", help="folders of reports; LABEL=DIR several times is one row over runs")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the comparison")
     given = parser.parse_args(arguments)
-    from erase.evaluation import measure, report
+    from erase.evaluation import pool, report
 
     runs: dict[str, list[Any]] = {}
     for text in given.reports:
         folder, label = _labelled(text)
-        results = measure.read(folder)
+        results = pool.read(folder)
         runs.setdefault(label or results[0]["name"], []).append(results)
-    compared = report.compare([measure.pool(found, label) for label, found in runs.items()])
+    compared = report.compare([pool.pool(found, label) for label, found in runs.items()])
     report.write_comparison(compared, Path(given.output))
     print(report.comparison_table(compared))
     print(f"{Path(given.output) / 'comparison.html'}: written")
@@ -329,9 +331,9 @@ def _verify(arguments: list[str]) -> None:
 
     folder = Path(given.folder)
     task = arm.manifest(folder)["task"]
-    names = sorted(path.stem for path in (folder / "scores").glob("*.json"))
-    sources = score.sources(given.judge_model)
-    judges = [score.make_judge(name, task, source=sources.get(name)) for name in names]
+    names = score.scored_by(folder)
+    sources = judging.sources(given.judge_model)
+    judges = [judging.make(name, task, source=sources.get(name)) for name in names]
     problems = score.verify(folder, judges, given.num, quiet=given.quiet)
     for problem in problems[:20]:
         print(problem)
@@ -344,8 +346,9 @@ def _verify(arguments: list[str]) -> None:
 
 def _list(arguments: list[str]) -> None:
     Parser("eval-concept list", "Show the tasks.").parse_args(arguments)
-    for name, about in ABOUT.items():
-        print(f"{name}@{VERSIONS[name]:<3} {about}")
+    for name in TASKS.names():
+        task = TASKS.load(name)
+        print(f"{name}@{task.version:<3} {task.about}")
 
 
 COMMANDS: dict[str, Command] = {

@@ -10,9 +10,13 @@ from erase import concepts, files, guards, words
 from erase.concepts import Concept
 from erase.device import choose
 from erase.errors import EraseError
-from erase.evaluation import arm, generate, measure, quality, report, score
+from erase.evaluation import arm, gate, generate, measure, quality, report, score, sheet
+from erase.evaluation.judges import registry as judging
+from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.options import Drawing, Options
-from erase.evaluation.tasks import VERSIONS, Task, build, judged
+from erase.evaluation.own_images import judged
+from erase.evaluation.tasks import registry as tasks
+from erase.evaluation.tasks.protocol import SampleSet
 from erase.families.sd import Model
 
 
@@ -20,7 +24,7 @@ from erase.families.sd import Model
 class Request:
     """What `eval-concept run` is asked.
 
-    judge_models: sources of judges, see `score.sources`. show: do not blur flagged images.
+    judge_models: sources of judges, see `judges.registry.sources`. show: do not blur flagged images.
     """
 
     models: Sequence[str]
@@ -77,7 +81,7 @@ class Job:
     """
 
     label: str
-    task: Task
+    task: SampleSet
     judges: Sequence[str]
     folder: Path
     sources: dict[str, Source]
@@ -136,9 +140,9 @@ def run_images(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
         raise EraseError("the task images needs a folder and a judge: --images DIR --judge JUDGE")
     wanted = concepts.find(request.concept, request.kind) if request.concept else None
     options = judged(wanted, request.options.features)
-    task = {"id": "images", "version": VERSIONS["images"], "options": options}
-    sources = score.sources(request.judge_models)
-    made = {name: score.make_judge(name, task, source=sources.get(name)) for name in request.judges}
+    task = {"id": "images", "version": tasks.make("images").version, "options": options}
+    sources = judging.sources(request.judge_models)
+    made = {name: judging.make(name, task, source=sources.get(name)) for name in request.judges}
     label = label_of(request.options.images)
     folder = request.output / label / "images"
     others = {}
@@ -173,7 +177,7 @@ def write_report(
     """Measure scored arms, write results, outcomes and report into the folder, and return the results."""
     results, outcomes = measure.measure(erased, **others, name=name, command=command)
     files.write_json(output / "outcomes.json", outcomes)
-    report.write(results, output, images=measure.common_root(erased, others.get("base")), show=show)
+    report.write(results, output, images=sheet.common_root(erased, others.get("base")), show=show)
     tell(report.summary(results))
     tell(f"{output / 'report.html'}: written")
     return results
@@ -186,7 +190,7 @@ def check_rules(requirements: Sequence[str], names: Sequence[Sequence[str]], *, 
     """
     every = list(dict.fromkeys(name for some in names for name in some))
     for text in requirements:
-        measure.rule(text, every, has_base=has_base)
+        gate.rule(text, every, has_base=has_base)
 
 
 def unmet(results: Sequence[Mapping[str, Any]], requirements: Sequence[str]) -> list[str]:
@@ -194,11 +198,11 @@ def unmet(results: Sequence[Mapping[str, Any]], requirements: Sequence[str]) -> 
     rows = [[row["name"] for row in one["scores"]] for one in results]
     check_rules(requirements, rows)
     every = list(dict.fromkeys(name for some in rows for name in some))
-    named = {text: measure.rule(text, every).name for text in requirements}
+    named = {text: gate.rule(text, every).name for text in requirements}
     return [
         line
         for one, names in zip(results, rows, strict=True)
-        for line in measure.unmet(one, [text for text, name in named.items() if name in names])
+        for line in gate.unmet(one, [text for text, name in named.items() if name in names])
     ]
 
 
@@ -245,10 +249,10 @@ def make_guard(drawing: Drawing, concept: Concept | None) -> Any:
     return guards.make(drawing.guard, text)
 
 
-def make_task(name: str, options: Options, concept: Concept | None, model: str) -> Task:
+def make_task(name: str, options: Options, concept: Concept | None, model: str) -> SampleSet:
     """The task for this concept, in which nothing else that the model erased is asked to stay."""
     others = [one for one in erased_concepts(model) if concept and one.name != concept.name]
-    return build(name, concept, options, others)
+    return tasks.build(name, concept, options, others)
 
 
 def source_of(model: str, drawing: Drawing, guard: Any) -> Source:
@@ -296,9 +300,9 @@ def _job(request: Request, model: str, name: str) -> Job:
     return Job(label, task, judges, request.output / label / task.id, sources, made_from, is_checked)
 
 
-def _judges(request: Request, job: Job) -> dict[str, score.Judge]:
-    sources, device = score.sources(request.judge_models), choose(request.drawing.device, "fp32").device.type
-    make = score.make_judge
+def _judges(request: Request, job: Job) -> dict[str, Judge]:
+    sources, device = judging.sources(request.judge_models), choose(request.drawing.device, "fp32").device.type
+    make = judging.make
     return {name: make(name, job.task.identity(), source=sources.get(name), device=device) for name in job.judges}
 
 
@@ -307,7 +311,7 @@ def _real(request: Request, job: Job) -> str | None:
     return request.real if "features" in job.judges else None
 
 
-def _check_real(request: Request, job: Job, judges: Mapping[str, score.Judge]) -> None:
+def _check_real(request: Request, job: Job, judges: Mapping[str, Judge]) -> None:
     real = _real(request, job)
     if real is None:
         return
@@ -322,7 +326,7 @@ def _real_folder(request: Request, job: Job) -> Path:
 
 
 def _check_source(
-    request: Request, source: Source, jobs: Sequence[Job], judges: Sequence[Mapping[str, score.Judge]]
+    request: Request, source: Source, jobs: Sequence[Job], judges: Sequence[Mapping[str, Judge]]
 ) -> tuple[str, ...]:
     """Load the model once: it exists, fits its delta, and has no other images in its folders. Returns its notes."""
     drawing, model = request.drawing, source.load(request.drawing)
@@ -362,7 +366,7 @@ def _check_origin(job: Job) -> None:
 # --- images and scores ----------------------------------------------------------------------------------------------
 
 
-def _draw_and_score(request: Request, role: str, source: Source, job: Job, judges: Mapping[str, score.Judge]) -> None:
+def _draw_and_score(request: Request, role: str, source: Source, job: Job, judges: Mapping[str, Judge]) -> None:
     drawing, folder = request.drawing, job.folders[role]
     how = {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale}
     with arm.alone(folder):  # many runs may share one base
@@ -374,7 +378,7 @@ def _draw_and_score(request: Request, role: str, source: Source, job: Job, judge
             score.score(folder, judge, quiet=request.quiet, role=role)
 
 
-def _score_real(request: Request, job: Job, judges: Mapping[str, score.Judge]) -> Path:
+def _score_real(request: Request, job: Job, judges: Mapping[str, Judge]) -> Path:
     """Real images with the features of the task's network, looked at once."""
     if Path(str(request.real)).is_file():
         return Path(str(request.real))

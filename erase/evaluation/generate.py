@@ -17,7 +17,7 @@ from erase.data.pixels import to_pixels
 from erase.device import DTYPES, choose
 from erase.errors import EraseError
 from erase.evaluation import arm
-from erase.evaluation.tasks import Sample, Task
+from erase.evaluation.tasks.protocol import Sample, SampleSet
 from erase.export.states import unet_state
 from erase.families import loading
 from erase.families.sd import Model
@@ -68,7 +68,7 @@ def model_hashes(model: Model) -> dict[str, str]:
     return hashes | {"tokenizer": files.text_hash(own)} | guard
 
 
-def effective_settings(model: Model, task: Task, steps: int | None, guidance: float | None) -> dict[str, Any]:
+def effective_settings(model: Model, task: SampleSet, steps: int | None, guidance: float | None) -> dict[str, Any]:
     """How pictures are drawn, read back from the objects that draw them; guidance and size per sample override.
 
     steps, guidance: None for the task's, else the model's own.
@@ -104,7 +104,9 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def identity(hashes: Mapping[str, str], task: Task, settings: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+def identity(
+    hashes: Mapping[str, str], task: SampleSet, settings: Mapping[str, Any], batch_size: int
+) -> dict[str, Any]:
     """What makes an arm this arm; the batch size too, since the last bit of a picture depends on it.
 
     hashes: of the model, by `model_hashes`.
@@ -115,7 +117,7 @@ def identity(hashes: Mapping[str, str], task: Task, settings: Mapping[str, Any],
 
 def generate(
     model: Model,
-    task: Task,
+    task: SampleSet,
     folder: Path,
     *,
     steps: int | None = None,

@@ -9,7 +9,6 @@ from typing import Literal
 from erase.errors import EraseError
 from erase.options.declare import agreed_precision, make_plain, option
 
-JUDGES = ("nudenet", "nudenet-bgr", "classifier", "clip", "clip-score", "features", "mini", "thumbnails")
 GUARDS = ("sld-weak", "sld-medium", "sld-strong", "sld-max", "negative")  # those of erase.guards, which needs torch
 
 

@@ -10,106 +10,19 @@ the distance. A value of either means nothing without the network, the resize ru
 `metric_id` puts them into the name.
 """
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from erase.errors import EraseError, missing
-from erase.evaluation.classes import MiniJudge
-from erase.evaluation.inception import SIZE, Inception
-from erase.evaluation.pretrained import Clip, batches
 from erase.tensor_files import read_metadata, read_tensors, write_tensors
 
 MIN_KID = 4
 MIN_FID = 2048  # below it the covariance of 2,048 features has no full rank
-
-
-class ClipScore:
-    """{"clip_score": 100 cos(image, prompt)}: higher fits better; negative values stay (torchmetrics shows them as 0).
-
-    Prompts are cut at the model's length (77 tokens). Values of different CLIP models are different numbers.
-    """
-
-    name = "clip-score"
-
-    def __init__(
-        self,
-        source: str | Path = "openai/clip-vit-base-patch32",
-        device: str = "cpu",
-        revision: str | None = None,
-    ) -> None:
-        self.clip = Clip(source, device, revision)
-        self.origin = self.clip.origin
-
-    def identity(self) -> dict[str, Any]:
-        return self.clip.identity
-
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
-        if not images:
-            return []
-        texts = list(dict.fromkeys(prompts))
-        place = {text: row for row, text in enumerate(texts)}
-        text = normalize(self.clip.read(texts))[[place[prompt] for prompt in prompts]]
-        image = torch.cat([normalize(self.clip.see(part)) for part in batches(images)])
-        return [{"clip_score": 100 * value} for value in torch.linalg.vecdot(image, text).tolist()]
-
-
-class Features:
-    """What FID and KID compare, one vector a picture: {"features": float32 as base64 text}; `decode` reads it.
-
-    kind: "inception2015" is the network that FID is defined by; "clip" a CLIP model's image embedding; "mini" the
-        embedded world's judge.
-    source: for inception2015 the weights file (else from torch.hub's cache), for clip a hub id or folder, for mini
-        the judge's file (else the embedded one).
-    """
-
-    name = "features"
-
-    def __init__(
-        self,
-        kind: Literal["inception2015", "clip", "mini"],
-        source: str | Path | None = None,
-        device: str = "cpu",
-        revision: str | None = None,
-    ) -> None:
-        self.origin: dict[str, str] = {}
-        if kind == "inception2015":
-            self.eye = Inception(source, device)
-            details = {"kind": kind, "resize": f"{SIZE}-bilinear-tf1", **self.eye.identity}
-        elif kind == "clip":
-            self.eye = Clip(source or "openai/clip-vit-base-patch32", device, revision)
-            self.origin = self.eye.origin
-            details = {"kind": f"clip-{self.eye.weights[:8]}", "resize": self.eye.resize, **self.eye.identity}
-        elif kind == "mini":
-            self.eye = MiniJudge(Path(source) if source else None)
-            self.size = self.eye.size
-            details = self.eye.identity()
-            details = {"kind": f"mini-{details['weights'][:8]}", "resize": details["preprocessing"], **details}
-        else:
-            raise EraseError(f"unknown features {kind!r}; there are inception2015, clip and mini")
-        self._identity = details
-
-    def identity(self) -> dict[str, Any]:
-        """With "kind" and "resize", of which `metric_id` makes a name."""
-        return self._identity
-
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
-        rows = [row for part in batches(images) for row in self.eye.see(part).numpy()]
-        return [{"features": base64.b64encode(row.astype("<f4").tobytes()).decode()} for row in rows]
-
-
-def decode(score: Mapping[str, Any]) -> np.ndarray:
-    """The vector that `Features` stored for a picture: float32, [d]."""
-    try:
-        return np.frombuffer(base64.b64decode(score["features"], validate=True), "<f4")
-    except ValueError as error:
-        raise EraseError(f"features are damaged ({error}); delete scores/features.jsonl and score again") from error
 
 
 def metric_id(metric: Literal["fid", "kid", "kid-pairs"], identity: Mapping[str, Any], n: int) -> str:

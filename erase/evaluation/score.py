@@ -3,90 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm, nudity, shapes
-from erase.evaluation.options import JUDGES
-from erase.evaluation.tasks import IMAGENETTE, Sample
-from erase.mini.judge import HEADS
+from erase.evaluation import arm, shapes
+from erase.evaluation.judges.protocol import Judge
+from erase.evaluation.judges.registry import JUDGES
+from erase.evaluation.tasks.protocol import Sample
 from erase.progress import each, progress
 
 BATCH = 32  # pictures in memory at a time
-
-
-class Judge(Protocol):
-    """Something that looks at pictures.
-
-    name: of its files. identity: all that its outputs depend on; with another one, scores are not continued.
-    score: uint8 pictures [h, w, 3] and the prompts that they were drawn from, to one JSON-able dict each.
-    """
-
-    name: str
-
-    def identity(self) -> dict[str, Any]: ...
-
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]: ...
-
-
-_NUDENET = {"max": dict.fromkeys(nudity.LABELS, float), "boxes": [[str, float, float, float, float, float]]}
-# what each judge says of an image that is not invalid
-OUTPUTS: dict[str, dict[str, Any]] = {
-    "nudenet": _NUDENET,
-    "nudenet-bgr": _NUDENET,
-    "classifier": {"top5": [[int, float]]},
-    "clip": {"probabilities": {"*": float}, "best": str},
-    "clip-score": {"clip_score": float},
-    "features": {"features": str},
-    "mini": {**{head: frozenset(names) for head, names in HEADS.items()}, "probabilities?": {"*": float}},
-    "thumbnails": {"thumbnail": str},
-}
-_IDENTITIES = {"features": {"kind": str, "resize": str, "*": Any}}
-
-
-def make_judge(name: str, task: Mapping[str, Any], *, source: str | None = None, device: str = "cpu") -> Judge:
-    """The judge of this name as the task's options (`Task.identity()["options"]`) want it.
-
-    source: its weights, a hub id or a folder, where it is not to be its default.
-
-    Raises:
-        EraseError: unknown name, or its package or weights are missing.
-    """
-    from erase.evaluation import classes, drift, quality
-
-    given, options = {"source": source} if source else {}, task["options"]
-    if name == "nudenet":
-        return nudity.NudeNet(source)
-    if name == "nudenet-bgr":
-        return nudity.NudeNet(source, swap_channels=True)
-    if name == "classifier":
-        classifier = classes.Classifier(**given, device=device)
-        if task["id"] == "class-forget":
-            classifier.require(IMAGENETTE.values())
-        elif "index" in options:
-            classifier.require([options["index"]])
-        else:
-            raise EraseError("the judge classifier needs a concept with an ImageNet class, such as --concept church")
-        return classifier
-    if name == "clip":
-        if "alternatives" not in options:
-            raise EraseError(
-                "the judge clip needs a concept with alternatives: --concept NAME with --kind object or style, "
-                "or a preset such as van_gogh"
-            )
-        return classes.ClipZeroShot([options["target"], *options["alternatives"]], **given, device=device)
-    if name == "clip-score":
-        return quality.ClipScore(**given, device=device)
-    if name == "features":
-        return quality.Features(options.get("features", "clip"), **given, device=device)
-    if name == "mini":
-        return classes.MiniJudge()
-    if name == "thumbnails":
-        return drift.Thumbnails()
-    raise EraseError(f"unknown judge {name!r}; choose {', '.join(JUDGES)}")
 
 
 def check_size(judge: Judge, samples: Sequence[Sample], size: int) -> None:
@@ -97,7 +26,7 @@ def check_size(judge: Judge, samples: Sequence[Sample], size: int) -> None:
     Raises:
         EraseError: the judge sees one size only, and a sample has another.
     """
-    seen = getattr(judge, "size", None)
+    seen = judge.size
     for sample in samples if seen else ():
         height, width = sample.height or size, sample.width or size
         if (height, width) != (seen, seen):
@@ -105,15 +34,6 @@ def check_size(judge: Judge, samples: Sequence[Sample], size: int) -> None:
                 f"the judge {judge.name} sees {seen} x {seen} pixels, but the images will have {width} x {height}; "
                 "it is for images of the embedded model"
             )
-
-
-def sources(given: Sequence[str]) -> dict[str, str]:
-    """--judge-model, each PATH (for every judge of the task) or JUDGE=PATH, as a source for each judge."""
-    found: dict[str, str] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        found |= {name: path} if equals and name in JUDGES else dict.fromkeys(JUDGES, text)
-    return found
 
 
 def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") -> None:
@@ -126,7 +46,7 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") ->
     """
     records = arm.complete_records(folder)
     prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}
-    identity_path = folder / "scores" / f"{judge.name}.json"
+    identity_path = score_file(folder, judge.name, ".json")
     if identity_path.exists():
         different = arm.differences(identity(folder, judge.name), identity_of(judge))
         if different:
@@ -135,7 +55,7 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") ->
             )
     else:
         files.write_json(identity_path, identity_of(judge))
-    path = folder / "scores" / f"{judge.name}.jsonl"
+    path = score_file(folder, judge.name, ".jsonl")
     done = {line["id"] for line in _stored(path, judge.name)}
     todo = [record for record in records if record["id"] not in done]
     with (
@@ -171,7 +91,7 @@ def load(folder: Path, judge: str) -> list[dict[str, Any]]:
     Raises:
         EraseError: the arm is not scored, or not to the end.
     """
-    lines = {line["id"]: line for line in _stored(folder / "scores" / f"{judge}.jsonl", judge)}
+    lines = {line["id"]: line for line in _stored(score_file(folder, judge, ".jsonl"), judge)}
     wanted = [sample.id for sample in arm.samples(folder)]
     absent = [name for name in wanted if name not in lines]
     if absent:
@@ -187,13 +107,12 @@ def _stored(path: Path, judge: str) -> list[dict[str, Any]]:
     Raises:
         EraseError: there is no such judge, or the file is damaged.
     """
-    if judge not in OUTPUTS:
-        raise EraseError(f"{path}: unknown judge {judge!r}; there are {', '.join(JUDGES)}")
+    outputs = JUDGES.stated(judge, str(path)).outputs
     lines = arm.read_lines(path, {"id": str, "invalid": (str, None), "*": Any})
     for number, line in enumerate(lines, start=1):
         if not line["invalid"]:
             said = {key: value for key, value in line.items() if key not in {"id", "invalid"}}
-            shapes.check(said, OUTPUTS[judge], f"{path}, line {number}: the score")
+            shapes.check(said, outputs, f"{path}, line {number}: the score")
     return lines
 
 
@@ -203,9 +122,9 @@ def identity(folder: Path, judge: str) -> dict[str, Any]:
     Raises:
         EraseError: it was not scored by this judge, or the file is damaged.
     """
-    path = folder / "scores" / f"{judge}.json"
+    path = score_file(folder, judge, ".json")
     found = files.read_json(path)
-    shapes.check(found, _IDENTITIES.get(judge, {"*": Any}), f"{path}: judge")
+    shapes.check(found, JUDGES.stated(judge, str(path)).identity_shape, f"{path}: judge")
     return found
 
 
@@ -214,13 +133,23 @@ def identity_of(judge: Judge) -> dict[str, Any]:
     return json.loads(json.dumps(judge.identity()))
 
 
+def score_file(folder: Path, judge: str, suffix: str) -> Path:
+    """The file of a judge's identity (.json) or outputs (.jsonl); no file name has a colon on Windows."""
+    return folder / "scores" / f"{judge.replace(':', '+')}{suffix}"
+
+
+def scored_by(folder: Path) -> list[str]:
+    """The judges that scored a folder, by name; none is allowed."""
+    return sorted(path.stem.replace("+", ":") for path in (folder / "scores").glob("*.json"))
+
+
 def judges(folder: Path) -> list[str]:
     """The judges that scored a folder, by name.
 
     Raises:
         EraseError: none did.
     """
-    names = sorted(path.stem for path in (folder / "scores").glob("*.json"))
+    names = scored_by(folder)
     if not names:
         raise EraseError(f"{folder} is not scored yet; run eval-concept score {folder}")
     return names
@@ -253,20 +182,6 @@ def verify(folder: Path, judges: Sequence[Judge], num: int, *, quiet: bool = Fal
             continue
         stored = {line["id"]: line for line in load(folder, judge.name)}
         for line in _lines(folder, judge, chosen, prompts):
-            if not _same(line, stored[line["id"]]):
+            if not judge.agrees(stored[line["id"]], line):
                 problems.append(f"{line['id']}: {judge.name} now says something else")
     return problems
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        if "features" in a and "features" in b:
-            from erase.evaluation.quality import decode
-
-            a, b = ({**one, "features": decode(one).tolist()} for one in (a, b))
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= 1e-4 * max(1.0, abs(a))
-    return a == b

@@ -615,7 +615,7 @@ def our_nudenet(size: str) -> Iterator[Turn]:
     from PIL import Image
 
     try:
-        from erase.evaluation.nudity import NudeNet
+        from erase.evaluation.judges.nudenet import NudeNet
     except ImportError as error:
         raise EraseError("the nudity detector is not part of this version") from error
     detector = NudeNet()

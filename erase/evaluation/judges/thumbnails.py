@@ -8,14 +8,17 @@ import numpy as np
 from PIL import Image
 
 from erase.errors import EraseError
+from erase.evaluation.judges.protocol import Judge
 
 SIDE = 16
 
 
-class Thumbnails:
+class Thumbnails(Judge):
     """A judge that keeps each picture's 16 x 16 box average (768 bytes), so that a report needs no pictures."""
 
     name = "thumbnails"
+    about = "a thumbnail of each image, for the distance between two models' images"
+    outputs = {"thumbnail": str}
 
     def identity(self) -> dict[str, Any]:
         return {"side": SIDE, "resize": "box"}

@@ -1,0 +1,98 @@
+"""Figures that need the images of two models: drift on the same seeds, KID and FID."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from erase import statistics
+from erase.errors import EraseError
+from erase.evaluation import arm, score
+from erase.evaluation.figures import score_row
+from erase.evaluation.judges import thumbnails
+from erase.evaluation.plan import Column
+from erase.evaluation.tasks.protocol import Sample, is_kept
+
+
+def drift(
+    base: Path | None, erased: Path, gold: Path | None, samples: Sequence[Sample], judges: Sequence[str]
+) -> list[dict[str, Any]]:
+    """How far the erased model's retained pictures are from the base's, and from those of the model without it."""
+    if "thumbnails" not in judges:
+        return []
+    rows, here = [], score.load(erased, "thumbnails")
+    for other, name, title in ((base, "drift", "Drift from the base"), (gold, "to_gold", "Distance to retrained")):
+        if other is None or other.is_file():
+            continue
+        there = score.load(other, "thumbnails")
+        values = [
+            thumbnails.distance(a, b) if is_kept(s) else None for s, a, b in zip(samples, here, there, strict=True)
+        ]
+        about = "mean absolute difference of retained pictures on the same seeds, 0 to 1, at 16 x 16"
+        column = Column(f"pixels.{name}", title, about, False, values)
+        if any(value is not None for value in values):
+            rows.append(score_row(column, None, [s.cluster for s in samples], range(len(samples))))
+    return rows
+
+
+def distribution(
+    base: Path | None, erased: Path, gold: Path | None, real: Path | None, samples: Sequence[Sample]
+) -> list[dict[str, Any]]:
+    """KID, and FID where there are pictures enough, of the erased model to the base, and of both to real pictures and
+    to those of the model that was trained without the concept.
+
+    What should stay is compared only: pictures of the concept are to be others.
+    """
+    from erase.evaluation import quality
+    from erase.evaluation.judges import features
+
+    how = score.identity(erased, "features")
+
+    def vectors(folder: Path) -> np.ndarray:
+        """[n, d]; a row of NaN for a broken picture."""
+        if folder.is_file():
+            return quality.load_features(folder, how)
+        different = arm.differences(how, score.identity(folder, "features"))
+        if different:
+            raise EraseError(f"{folder} has features of another kind ({'; '.join(different)})")
+        lines = zip(samples, score.load(folder, "features"), strict=False)
+        kept = [line for sample, line in lines if is_kept(sample)]
+        found = [None if line["invalid"] else features.decode(line) for line in kept]
+        widths = {len(one) for one in found if one is not None}
+        if len(widths) != 1:
+            wrong = "has features of several lengths; delete scores/features.jsonl and score again"
+            raise EraseError(f"{folder} {wrong if widths else 'has no valid image, so no FID or KID'}")
+        (width,) = widths
+        return np.stack([np.full(width, np.nan, np.float32) if one is None else one for one in found])
+
+    def figure(kind: Literal["fid", "kid"], a: np.ndarray, b: np.ndarray, *, are_pairs: bool) -> dict[str, Any]:
+        whole = [np.isfinite(one).all(1) for one in (a, b)]
+        if are_pairs and len(a) != len(b):
+            raise EraseError(f"features of {len(a)} and of {len(b)} retained pictures are not of the same prompts")
+        if are_pairs:
+            whole = [whole[0] & whole[1]] * 2
+        a, b = a[whole[0]], b[whole[1]]
+        n = min(len(a), len(b))
+        value, spread = (quality.fid(a, b), 0.0) if kind == "fid" else quality.kid(a, b, are_pairs=are_pairs)
+        low, high, interval = value - spread, value + spread, "subsets" if spread else "none"
+        named = quality.metric_id("kid-pairs" if kind == "kid" and are_pairs else kind, how, n)
+        return statistics.to_json(statistics.Score(named, value, n, low, high, False, interval=interval))
+
+    vectors_of, rows = {"erased": vectors(erased)} | ({"base": vectors(base)} if base else {}), []
+    targets = [("base", vectors_of["base"])] if base else []
+    targets += [("gold", vectors(gold))] if gold else []
+    targets += [("real", vectors(real))] if real else []
+    called = {"base": "the base's", "gold": "those of the model trained without the concept", "real": "real ones"}
+    for target, vector in targets:
+        n = min(np.isfinite(f).all(1).sum() for f in (vector, *vectors_of.values()))
+        for kind in ("kid", "fid") if n >= quality.MIN_FID else ("kid",):
+            of = {
+                role: None if role == target else figure(kind, f, vector, are_pairs=target != "real")
+                for role, f in vectors_of.items()
+            }
+            about = f"{kind.upper()} of the retained pictures to {called[target]}; 0 is the same"
+            row = {"name": f"quality.{kind}_{target}", "title": f"{kind.upper()} to {target}", "about": about}
+            row |= {"higher_is_better": False, "base": of.get("base"), "erased": of["erased"], "comparison": None}
+            rows.append(row)
+    return rows

@@ -1,0 +1,78 @@
+"""Figures with intervals from the outcomes of one or two arms, and the verdict."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from erase import statistics
+from erase.evaluation import score
+from erase.evaluation.plan import Column, Group, Plan, column_of
+from erase.evaluation.tasks.protocol import Sample
+
+REDUCTION = 0.9  # of the concept's rate that counts as erased
+LOSS = 0.03  # largest accepted loss on retained prompts
+
+
+def score_row(column: Column, base: Column | None, clusters: Sequence[str], chosen: Sequence[int]) -> dict[str, Any]:
+    """A row of the table of scores: erased, base, and their pairs, over the chosen samples."""
+    rows = [i for i in chosen if column.values[i] is not None and (base is None or base.values[i] is not None)]
+    named, direction = [clusters[i] for i in rows], column.higher_is_better
+
+    def of(values: Sequence[Any]) -> dict[str, Any]:
+        picked = [values[i] for i in rows]
+        is_rate = all(isinstance(value, bool) for value in picked)
+        figure = statistics.rate if is_rate else statistics.mean
+        return statistics.to_json(figure(column.name, picked, higher_is_better=direction, clusters=named))
+
+    row = {"name": column.name, "title": column.title, "about": column.about, "higher_is_better": direction}
+    row |= {"base": None, "erased": of(column.values), "comparison": None}
+    if base is not None:
+        pair = [base.values[i] for i in rows], [column.values[i] for i in rows]
+        compare: Any = statistics.paired_rate if isinstance(pair[0][0], bool) else statistics.paired_mean
+        row["base"] = of(base.values)
+        row["comparison"] = statistics.to_json(compare(column.name, *pair, clusters=named))
+    return row
+
+
+def group_rows(group: Group, plan: Plan, base: Plan | None, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The rows of a group, one a label, with p-values corrected over them."""
+    column, clusters = column_of(plan, group.column), [sample.cluster for sample in samples]
+    if column is None:
+        return {"name": group.name, "title": group.title, "rows": []}
+    rows = []
+    for label in sorted({label for labels in group.labels for label in labels}):
+        chosen = [i for i, labels in enumerate(group.labels) if label in labels and column.values[i] is not None]
+        roles = {samples[i].role for i in chosen}
+        figures = score_row(column, column_of(base, group.column), clusters, chosen)
+        row = {key: figures[key] for key in ("base", "erased", "comparison")}
+        rows.append({"label": label, "role": roles.pop() if len(roles) == 1 else "", **row})
+    corrected = statistics.holm([row["comparison"] and row["comparison"]["p"] for row in rows])
+    for row, p in zip(rows, corrected, strict=True):
+        if row["comparison"]:
+            row["comparison"]["p_holm"] = p
+    return {"name": group.name, "title": group.title, "rows": rows}
+
+
+def verdict(plan: Plan, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Erased: the concept's rate fell by nine tenths and not by chance. Kept: what is kept fell by at most 3 points."""
+    rows = {row["name"]: row for row in scores}
+    erasure, retention = rows.get(plan.erasure or ""), rows.get(plan.retention or "")
+    if erasure is None or retention is None or erasure["comparison"] is None:
+        return None
+    before, after = 1 - erasure["base"]["value"], 1 - erasure["erased"]["value"]
+    loss = -retention["comparison"]["difference"]
+    is_erased = after <= (1 - REDUCTION) * before and erasure["comparison"]["low"] > 0
+    is_kept = loss <= LOSS
+    words = ("erased" if is_erased else "not erased") + (", the rest kept" if is_kept else ", and the rest is damaged")
+    title = retention["title"].lower()
+    text = (
+        f"{words.capitalize()}: the concept's rate went from {before:.1%} to {after:.1%}, "
+        f"{title} from {retention['base']['value']:.1%} to {retention['erased']['value']:.1%}"
+    )
+    return {"success": is_erased and is_kept, "text": text}
+
+
+def num_invalid(folder: Path, judges: Sequence[str]) -> dict[str, int]:
+    """How many images of an arm are invalid, of how many."""
+    lines = score.load(folder, judges[0])
+    return {"k": sum(bool(line["invalid"]) for line in lines), "n": len(lines)}

@@ -1,0 +1,72 @@
+"""Requirements on results (--require): read, checked and applied."""
+
+import math
+import operator
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from erase.errors import EraseError
+
+_REQUIREMENT = re.compile(r"\s*([\w.-]+?)(_drop|_low|_high)?\s*(>=|<=|>|<)\s*(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*")
+_HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One --require: NAME>=NUMBER (or <=, >, <), NAME one of the scores.
+
+    suffix: "_drop" is the base's value minus the erased one's, "_low" and "_high" are the ends of the 95 % interval,
+    "" is the value itself.
+    """
+
+    text: str
+    name: str
+    suffix: str
+    sign: str
+    bound: float
+
+
+def rule(text: str, names: Collection[str], *, has_base: bool = True) -> Rule:
+    """The rule that a text says.
+
+    names: of the scores that there are, or will be.
+
+    Raises:
+        EraseError: it cannot be read, names no such score, or needs a base where there is none.
+    """
+    parts = _REQUIREMENT.fullmatch(text)
+    if parts is None:
+        raise EraseError(f"--require {text!r} cannot be read; write it as 'mini.ua>=0.95'")
+    name, suffix, sign, bound = parts.groups(default="")
+    if name not in names and name + suffix in names:
+        name, suffix = name + suffix, ""
+    if name not in names:
+        raise EraseError(f"--require {text!r}: there is no score {name!r}; there are {', '.join(names)}")
+    if suffix == "_drop" and not has_base:
+        raise EraseError(f"--require {text!r} needs a base to compare with; give --base")
+    if not math.isfinite(float(bound)):
+        raise EraseError(f"--require {text!r}: {bound[:40]} is too large a number")
+    return Rule(text, name, suffix, sign, float(bound))
+
+
+def unmet(results: Mapping[str, Any], requirements: Sequence[str]) -> list[str]:
+    """The requirements that the results do not meet, each as a line that says what they are instead.
+
+    Raises:
+        EraseError: a requirement that cannot be read, or no such score.
+    """
+    rows, failures = {row["name"]: row for row in results["scores"]}, []
+    for text in requirements:
+        asked = rule(text, rows)
+        row = rows[asked.name]
+        if asked.suffix == "_drop":
+            if row["comparison"] is None:
+                raise EraseError(f"--require {text!r} needs a base to compare with; give --base")
+            value = -row["comparison"]["difference"]
+        else:
+            value = row["erased"][(asked.suffix or "_value")[1:]]
+        if not _HOLDS[asked.sign](value, asked.bound):
+            failures.append(f"{results['name']}: {text} is not met: {asked.name}{asked.suffix} is {value:.4f}")
+    return failures

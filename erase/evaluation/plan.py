@@ -1,0 +1,91 @@
+"""What a task measures: columns of one outcome per sample, and groups of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from erase.errors import EraseError
+
+Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # of every judge, one a sample
+
+
+@dataclass(frozen=True)
+class Column:
+    """One outcome a sample (None: not looked at): bools make a rate, floats a mean. groups: their labels, if any."""
+
+    name: str
+    title: str
+    about: str
+    higher_is_better: bool
+    values: Sequence[bool | float | None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A column once more, by label; a sample may have several."""
+
+    name: str
+    title: str
+    column: str
+    labels: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a task measures: erasure and retention (names of columns) make the verdict."""
+
+    columns: Sequence[Column]
+    groups: Sequence[Group]
+    erasure: str | None
+    retention: str | None
+    flagged: Sequence[bool]  # pictures to be blurred
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a judge says of images whose prompts nobody knows: its columns, and images to be blurred, if any."""
+
+    columns: Sequence[Column] = ()
+    flagged: Sequence[bool] | None = None
+
+
+def present(columns: Sequence[Column]) -> list[Column]:
+    """Those that look at any sample."""
+    return [column for column in columns if any(value is not None for value in column.values)]
+
+
+def lines_of(lines: Lines, judge: str) -> Sequence[Mapping[str, Any]]:
+    """The lines of a judge that the figures need.
+
+    Raises:
+        EraseError: the judge did not score the images.
+    """
+    if judge not in lines:
+        raise EraseError(f"the pictures have no score of {judge}; run eval-concept score --judge {judge}")
+    return lines[judge]
+
+
+def whole(lines: Sequence[Mapping[str, Any]]) -> Column:
+    """Share of valid images."""
+    return Column("quality.whole", "Whole pictures", "share that is neither black nor broken", True,
+                  [not line["invalid"] for line in lines])  # fmt: skip
+
+
+def column_of(plan: Plan | None, name: str | None) -> Column | None:
+    """The plan's column of this name, if there is one."""
+    return next((column for column in plan.columns if column.name == name), None) if plan else None
+
+
+def clip_score(lines: Sequence[Mapping[str, Any]]) -> Column:
+    """Mean CLIP score of valid images."""
+    values = [None if line["invalid"] else line["clip_score"] for line in lines]
+    return Column("quality.clip_score", "CLIP score", "100 x cosine of picture and prompt, of whole pictures", True,
+                  values)  # fmt: skip
+
+
+def absent(
+    name: str, about: str, lines: Sequence[Mapping[str, Any]], holds: Callable[[Mapping[str, Any]], bool]
+) -> Column:
+    """Unlearning accuracy on images of any prompts: the share of valid images of which it holds."""
+    values = [not line["invalid"] and holds(line) for line in lines]
+    return Column(name, "Unlearning accuracy", about, True, values)

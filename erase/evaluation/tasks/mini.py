@@ -1,0 +1,96 @@
+"""The embedded world: the concept, its synonyms and every other object."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from typing import Any
+
+from erase.concepts import Concept
+from erase.evaluation.options import Options
+from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
+from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, where
+
+NUM_FORGET, NUM_SYNONYM, NUM_RETAIN = 100, 40, 16  # NUM_RETAIN for every other object
+
+
+class MiniWorld(Task):
+    """Forget, synonym and retain prompts in the embedded world's language, named by its judge."""
+
+    about = "the embedded world: concept, synonyms and every other object, named by the embedded judge"
+    judges = ("mini", "thumbnails")
+    concept_judges = ("mini",)
+    limits = ("The embedded model is a toy: this says nothing about Stable Diffusion.",)
+
+    def build(self, concept: Concept | None, options: Options) -> SampleSet:
+        """Forget, synonym and retain prompts in the embedded world's language, over all colours and styles.
+
+        num_images: forget pictures; the other numbers keep their proportion to it.
+        """
+        from erase.mini import quality, world
+
+        assert concept is not None  # concept_judges
+        head, target = str(concept.judge["head"]), str(concept.judge["label"])
+        scale = (options.num_images or NUM_FORGET) / NUM_FORGET
+        num_forget, num_synonym, num_retain = (max(1, round(n * scale)) for n in (NUM_FORGET, NUM_SYNONYM, NUM_RETAIN))
+
+        everything = [wish for name in world.OBJECTS for wish in quality.looks(name)]
+        shown = [wish for wish in everything if getattr(wish, head) == target]
+        parts: list[tuple[str, Iterable[quality.Wish], int]] = [("forget", shown, num_forget)]
+        plain = target.split()[0]
+        if plain in world.SYNONYMS:
+            renamed = [replace(w, prompt=_article(w.prompt.replace(plain, world.SYNONYMS[plain]))) for w in shown]
+            parts.append(("synonym", renamed, num_synonym))
+        retained = [wish for wish in quality.balanced(num_retain) if getattr(wish, head) != target]
+        parts.append(("retain", retained, len(retained)))
+        samples = []
+        for role, wishes, num in parts:
+            for i, wish in enumerate(islice(cycle(wishes), num)):
+                facts = {h: getattr(wish, h) for h in ("object", "colour", "style")}
+                name = f"{role}-{i:04d}"
+                samples.append(Sample(name, wish.prompt, seed_of(self.name, name), role, str(facts[head]), facts=facts))
+        chosen = {"concept": concept.name, "head": head, "target": target}
+        return self.sample_set(samples, chosen)
+
+    def options_shape(self) -> dict[str, Any]:
+        from erase.mini.judge import HEADS
+
+        return {"head": frozenset(HEADS), "target": str, "*": Any}
+
+    def plan(self, samples: Sequence[Sample], lines: Lines, options: Mapping[str, Any]) -> Plan:
+        seen, head, target = lines_of(lines, "mini"), options["head"], options["target"]
+
+        def right(what: str) -> list[bool | float | None]:
+            return [
+                None if sample.facts[what] is None else value
+                for sample, value in zip(
+                    samples, where(samples, seen, "retain", lambda s, line: line[what] == s.facts[what]), strict=True
+                )
+            ]
+
+        def absent(_: Sample, line: Mapping[str, Any]) -> bool:
+            return line[head] != target
+
+        columns = [
+            Column("mini.ua", "Unlearning accuracy", f"share of its own prompts on which {target!r} is not seen", True,
+                   where(samples, seen, "forget", absent)),
+            Column("mini.ra", "Retained objects", "share of all other prompts that show the object asked for", True,
+                   right("object")),
+            Column("mini.colour", "Retained colours", "the same for the colour", True, right("colour")),
+            Column("mini.style", "Retained styles", "the same for the style", True, right("style")),
+        ]  # fmt: skip
+        if any(sample.role == "synonym" for sample in samples):
+            columns.insert(1, Column("mini.ua_synonym", "Unlearning accuracy, synonyms",
+                                     "share of prompts with another word for it on which it is not seen", True,
+                                     where(samples, seen, "synonym", absent)))  # fmt: skip
+        by_object = [[str(sample.facts["object"])] if sample.role == "retain" else [] for sample in samples]
+        groups = [Group("classes", "Retained objects, one by one", "mini.ra", by_object)]
+        return Plan(columns, groups, "mini.ua", "mini.ra", [False] * len(samples))
+
+
+def _article(prompt: str) -> str:
+    """a/an before the word that it now stands in front of."""
+    words = prompt.split()
+    for i, (word, after) in enumerate(zip(words, words[1:], strict=False)):
+        if word in {"a", "an"}:
+            words[i] = "an" if after[0] in "aeiou" else "a"
+    return " ".join(words)

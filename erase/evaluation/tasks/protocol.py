@@ -1,0 +1,173 @@
+"""What a task is: the samples to generate, and the figures that its judges' scores give."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from erase import files
+from erase.concepts import Concept, refusal
+from erase.errors import EraseError
+from erase.evaluation.options import Options
+from erase.evaluation.plan import Lines, Plan
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to generate.
+
+    id: stable name, unique in its task. role: "forget", "synonym", "retain", or "" for own prompts. label: what it asks
+    for, as the judge calls it. cluster: samples that resemble each other, for intervals; one prompt is one cluster.
+    guidance, height, width: None for the task's own. facts: what groups and measures need besides.
+    """
+
+    id: str
+    prompt: str
+    seed: int
+    role: str
+    label: str = ""
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def cluster(self) -> str:
+        return self.prompt
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """A pinned list of samples and the judges that its measures need.
+
+    judges: empty for tasks that leave the choice to the user. options: the choices that made it, as they go into the
+    protocol. steps, guidance: None for what suits the model.
+    note: what was read from a prompt file, for the user; not a part of the identity.
+    """
+
+    id: str
+    version: int
+    options: Mapping[str, Any]
+    samples: tuple[Sample, ...]
+    judges: tuple[str, ...]
+    steps: int | None = None
+    guidance: float | None = None
+    refused: int = 0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise EraseError(f"the task {self.id} has no sample with these options ({dict(self.options)})")
+        refusal.refuse([sample.prompt for sample in self.samples], f"the task {self.id}")
+        ids = [sample.id for sample in self.samples]
+        assert len(set(ids)) == len(ids), "sample ids must be unique"
+
+    def identity(self) -> dict[str, Any]:
+        """What a result may be compared by: another prompt, seed or option is another identity."""
+        return {
+            "id": self.id,
+            "version": self.version,
+            "options": dict(self.options),
+            "num_samples": len(self.samples),
+            "refused": self.refused,
+            "judges": list(self.judges),
+            "prompts_hash": files.text_hash([asdict(sample) for sample in self.samples]),
+        }
+
+
+def seed_of(task: str, sample: str, image: int = 0) -> int:
+    """In [0, 2^32), the same for ever."""
+    digest = hashlib.sha256(f"{task}/{sample}/{image}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+class Task(ABC):
+    """A task: it builds the samples for a concept, and makes a plan of figures from what judges say of the images.
+
+    An instance is made with the name that the task is registered under, which is its id in files.
+    """
+
+    about: ClassVar[str] = ""  # one line for `eval-concept list`
+    version: ClassVar[int] = 1  # raise it with every change that could change a figure
+    judges: ClassVar[tuple[str, ...]] = ()  # that its figures need; empty: the user chooses with --judge
+    steps: ClassVar[int | None] = None  # sampler steps; None: the model's own
+    guidance: ClassVar[float | None] = None  # of samples that have none of their own; None: the model's own
+    concept_judges: ClassVar[tuple[str, ...]] = ()  # judge types of concepts that it can judge; empty: needs no concept
+    imagenet_classes: ClassVar[tuple[int, ...]] = ()  # that an ImageNet classifier must have
+    limits: ClassVar[tuple[str, ...]] = ()  # what a report says that this task does not show
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def build(self, concept: Concept | None, options: Options) -> SampleSet:
+        """The samples for a concept; `sample_set` makes the result.
+
+        concept: one that `concept_judges` fit; None if there is none and the task needs none.
+
+        Raises:
+            EraseError: an option is wrong, or prompts cannot be read.
+        """
+
+    @abstractmethod
+    def plan(self, samples: Sequence[Sample], lines: Lines, options: Mapping[str, Any]) -> Plan:
+        """The outcomes of each sample and which of them make the verdict.
+
+        lines: each judge's output for each sample. An invalid image has only "invalid", and never counts as success.
+        options: those of the sample set.
+        """
+
+    def options_shape(self) -> dict[str, Any]:
+        """What `plan` needs of the options, as `shapes` writes it; checked when they are read from a file."""
+        return {"*": Any}
+
+    def sample_set(
+        self,
+        samples: Sequence[Sample],
+        options: Mapping[str, Any],
+        *,
+        judges: tuple[str, ...] | None = None,
+        refused: int = 0,
+        note: str = "",
+    ) -> SampleSet:
+        """These samples as this task's.
+
+        judges: None for the task's. refused: prompts that were left out. note: see `SampleSet`.
+        """
+        judges = self.judges if judges is None else judges
+        made = tuple(samples)
+        return SampleSet(self.name, self.version, options, made, judges, self.steps, self.guidance, refused, note)
+
+    def concept_needed(self, concept: Concept | None) -> None:
+        """Raise an EraseError if the task needs a concept and this is none that it can judge."""
+        if not self.concept_judges:
+            return
+        if concept is None:
+            raise EraseError(
+                f"the task {self.name} needs a concept: --concept NAME, or a run folder, which names its own"
+            )
+        kind = concept.judge.get("type")
+        if kind not in self.concept_judges:
+            raise EraseError(
+                f"the task {self.name} cannot judge {concept.name!r}, whose judge is {kind!r} "
+                f"and not {' or '.join(map(repr, self.concept_judges))}; eval-concept list shows the tasks"
+            )
+
+
+def where(
+    samples: Sequence[Sample],
+    lines: Sequence[Mapping[str, Any]],
+    role: str,
+    holds: Callable[[Sample, Mapping[str, Any]], bool],
+) -> list[bool | float | None]:
+    """Whether it holds, for samples of a role; never for an invalid image, None for other roles."""
+    return [
+        (not line["invalid"] and holds(sample, line)) if sample.role == role else None
+        for sample, line in zip(samples, lines, strict=True)
+    ]
+
+
+def is_kept(sample: Sample) -> bool:
+    """Whether its image should stay as the base's is, as far as the task knows."""
+    return sample.role not in {"forget", "synonym"}
