@@ -228,6 +228,13 @@ def test_every_name_is_in_a_table_of_its_page(page, names):
         assert any(f"`{name}`" in row for row in rows), name
 
 
+def test_every_public_name_is_in_the_table_of_the_api():
+    import erase
+
+    for name in erase.__all__:
+        assert re.search(rf"^\|[^|]*`{name}`", PAGES["docs/python-api.md"], re.MULTILINE), name
+
+
 def test_every_room_is_on_the_map():
     page = PAGES["docs/architecture.md"]
     for path in (ROOT / "erase").iterdir():
