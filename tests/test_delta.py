@@ -1,6 +1,8 @@
 """Laws of the delta: save, load, apply is the new model; remove is the base; no other model is accepted."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from erase.delta import apply, content_hash, difference, load, remove, save, sum
 from erase.errors import EraseError
 from erase.tensor_files import read_metadata, read_tensors, write_tensors
 
+OLD = Path(__file__).parent / "old"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PROVENANCE = {"made_for": "sd14", "concept": "circle", "method": "relabel", "seed": 0}
 
@@ -56,6 +59,36 @@ def test_save_load_apply_is_the_new_model_and_remove_is_the_base(dtype, tmp_path
     assert same_bits(remove(new, delta), base)
     assert same_bits(base, model(dtype))  # apply changed nothing in place
     assert delta.provenance == PROVENANCE
+
+
+def test_a_delta_of_version_0_1_0_is_read_and_written_again_in_the_same_words():
+    """The file was written by that version's code."""
+    path = OLD / "delta-0.1.0.safetensors"
+    base = {
+        "unet.attn2.to_k.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+        "unet.conv.bias": torch.arange(5, dtype=torch.float16),
+    }
+    delta = load(path)
+    assert delta.changed == {"unet.attn2.to_k.weight": 4} and delta.provenance["method"] == "salun"
+    new = apply(base, delta)
+    assert torch.equal(new["unet.attn2.to_k.weight"][1], base["unet.attn2.to_k.weight"][1] + 0.5)
+    assert same_bits(remove(new, delta), base)
+    assert json.loads(json.dumps(delta.header.as_json())) == read_metadata(path)
+
+
+def test_fields_of_a_later_version_are_kept_and_its_format_is_refused(tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    base = model()
+    save(first, difference(base, edited(base), PROVENANCE))
+    header = read_metadata(first) | {"licence": {"name": "MIT"}}
+    write_tensors(first, read_tensors(first), header)
+    delta = load(first)
+    assert delta.header.more == {"licence": {"name": "MIT"}}
+    save(second, delta)
+    assert second.read_bytes() == first.read_bytes()
+    write_tensors(first, read_tensors(first), header | {"format": "erase delta 2"})
+    with pytest.raises(EraseError, match="has delta format 2, which a later version wrote; this one reads up to 1"):
+        load(first)
 
 
 def test_patterns_are_compared_so_signed_zeros_nans_and_infinities_survive():

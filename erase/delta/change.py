@@ -1,4 +1,4 @@
-"""What erasure changed: new values of the changed weights, in one file that says how it was made.
+"""The exact change from one model to another: made, applied, removed, saved and loaded.
 
 A delta keeps, of every tensor that changed, one bit a weight (did it change?) and the XOR of the old and the
 new bit patterns of those that did. XOR undoes itself: the delta that makes the new model from the base also brings
@@ -6,9 +6,8 @@ the base back, without a copy of it. (`base + (new - base)` would not be `new` i
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from erase.delta.header import Header, Layout, header_from_json
 from erase.errors import EraseError
 from erase.tensor_files import content_hash, read_metadata, read_tensors, write_tensors
 
 State = Mapping[str, Tensor]
-Layout = dict[str, tuple[str, tuple[int, ...]]]
 
-_FORMAT = "erase delta 1"
-_KIND = "exact"  # the header's word for a delta that restores every bit
-_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 _PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes a weight: integers as wide
 
 
@@ -34,16 +30,27 @@ class Delta:
 
     tensors: for each changed tensor `name.bitmap`, uint8, [ceil(n / 8)], lowest bit first, one where a weight changed,
         and `name.values`, [changed], in order: integers as wide as the weights.
-    layout: dtype and shape of every tensor of the base model, changed or not.
-    base_hash, result_hash: `content_hash` of the model before and after.
-    provenance: how it was made (JSON-serialisable); "made_for" names the base model in error messages.
+    header: which model it was made from, which one it leads to, and how it was made.
     """
 
     tensors: State
-    layout: Layout
-    base_hash: str
-    result_hash: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    header: Header
+
+    @property
+    def layout(self) -> Layout:
+        return self.header.layout
+
+    @property
+    def base_hash(self) -> str:
+        return self.header.base_hash
+
+    @property
+    def result_hash(self) -> str:
+        return self.header.result_hash
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self.header.provenance
 
     @property
     def changed(self) -> dict[str, int]:
@@ -69,7 +76,7 @@ def difference(base: State, new: State, provenance: Mapping[str, Any] | None = N
     tensors: dict[str, Tensor] = {}
     for name in sorted(base):
         _put(tensors, name, _patterns(base[name]) ^ _patterns(new[name]))
-    return Delta(tensors, layout_of(base), content_hash(base), content_hash(new), dict(provenance or {}))
+    return Delta(tensors, Header(layout_of(base), content_hash(base), content_hash(new), dict(provenance or {})))
 
 
 def apply(state: State, delta: Delta) -> dict[str, Tensor]:
@@ -92,8 +99,7 @@ def remove(state: State, delta: Delta) -> dict[str, Tensor]:
 
 def save(path: str | Path, delta: Delta) -> None:
     """Write the delta as one safetensors file; the same delta gives the same bytes."""
-    header = {"format": _FORMAT, "kind": _KIND, "layout": delta.layout, "provenance": delta.provenance}
-    write_tensors(path, delta.tensors, header | {"base_hash": delta.base_hash, "result_hash": delta.result_hash})
+    write_tensors(path, delta.tensors, delta.header.as_json())
 
 
 def load(path: str | Path) -> Delta:
@@ -102,14 +108,8 @@ def load(path: str | Path) -> Delta:
     Raises:
         EraseError: the file is missing, not a delta, or its parts contradict each other.
     """
-    header = read_metadata(path)
-    if header.get("format") != _FORMAT:
-        raise EraseError(f"{path} is not a delta: its header does not say {_FORMAT!r}")
-    for problem in _header_problems(header):
-        raise EraseError(f"{path} is damaged: its header {problem}; copy it again or make it anew")
-    layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in header["layout"].items()}
-    hashes = header["base_hash"], header["result_hash"]
-    delta = Delta(read_tensors(path), layout, *hashes, header["provenance"])
+    header = header_from_json(read_metadata(path), path)
+    delta = Delta(read_tensors(path), header)
     for problem in _problems(delta):
         raise EraseError(f"{path} is damaged: {problem}; copy it again or make it anew")
     return delta
@@ -206,32 +206,6 @@ def _dtype(name: str) -> torch.dtype:
 
 def _origin(delta: Delta) -> str:
     return f"the delta, which was made for {delta.provenance.get('made_for', delta.base_hash[:12])}"
-
-
-def _header_problems(header: Mapping[str, Any]) -> Iterator[str]:
-    """What is missing or of another type in the header of a delta's file."""
-    if header.get("kind") != _KIND:
-        yield f"says that the delta is {header.get('kind')!r:.40}, not {_KIND}"
-    for name in ("base_hash", "result_hash"):
-        value = header.get(name)
-        if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-            yield f"has {name} {value!r:.40} instead of 64 hexadecimal digits"
-    provenance = header.get("provenance")
-    if not isinstance(provenance, dict) or not isinstance(provenance.get("concept", ""), dict | str):
-        yield "does not say how the delta was made (provenance)"
-    layout = header.get("layout")
-    if not isinstance(layout, dict) or not layout:
-        yield "has no layout of the base model"
-        return
-    for name, entry in layout.items():
-        if not isinstance(entry, list) or len(entry) != 2:
-            yield f"gives {name!r:.80} no dtype and shape"
-            continue
-        dtype, shape = entry
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            yield f"gives {name!r:.80} the dtype {dtype!r:.40}"
-        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
-            yield f"gives {name!r:.80} the shape {shape!r:.40}"
 
 
 def _problems(delta: Delta) -> Iterator[str]:
