@@ -87,7 +87,9 @@ def test_a_method_may_be_a_class_an_instance_or_its_name():
     name = f"{__name__}:Mine"
     assert methods.give(Mine) == (name, {})
     assert methods.give(Mine(2.5, "x")) == (name, {"scale": 2.5, "note": "x"})
-    assert methods.make(name, {}, ("scale=3",)) == Mine(3.0)
+    made = methods.make(name, {}, ("scale=3",))
+    assert made.hyperparameters() == {"scale": 3.0, "note": "none"} and isinstance(made, Mine)
+    assert made == methods.make(name, {}, ("scale=3",)) != methods.make(name, {}, ())
     assert methods.load("erase.methods.relabel:Relabel") is Relabel
     settings = Settings(concept="church", method="erase.methods.esd:ESD")
     assert isinstance(methods.make(settings.method, {}, ()), ESD)

@@ -15,15 +15,15 @@ from erase.data import prompt_states
 from erase.errors import EraseError
 from erase.families import loading, scope, stored_unet
 from erase.methods.inputs import Text
-from erase.methods.rece import RECE
+from erase.methods.rece import RECE, derive
 from erase.methods.ridge import ridge
-from erase.methods.speed import SPEED, k_means
+from erase.methods.speed import SPEED, k_means, null_space
 from erase.methods.uce import UCE
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.training import closed_form
 
-CLOSED = [name for name in methods.METHODS if hasattr(methods.load(name), "solve")]
+CLOSED = [name for name in methods.METHODS if issubclass(methods.load(name), methods.ClosedForm)]
 D, TOKENS = 8, 7
 
 
@@ -194,18 +194,18 @@ def test_the_filter_keeps_what_would_move_most_and_augmentation_follows_its_own_
     S_tt, away = c_e @ c_e.T / 3, (c_a - c_e) @ c_e.T / 3
     r = text.kept("all")
 
-    def null_space(seed: int, **options: Any) -> Tensor:
+    def space(seed: int, **options: Any) -> Tensor:
         draw = torch.Generator().manual_seed(seed)
-        return SPEED(**{"threshold": 0.7, **options}).null_space(W, away, S_tt, r, draw)
+        return null_space(SPEED(**{"threshold": 0.7, **options}), W, away, S_tt, r, draw)
 
-    assert torch.equal(null_space(0), null_space(0))
-    assert not torch.allclose(null_space(0), null_space(1))
-    assert torch.equal(null_space(0, augment=0), null_space(1, augment=0))
+    assert torch.equal(space(0), space(0))
+    assert not torch.allclose(space(0), space(1))
+    assert torch.equal(space(0, augment=0), space(1, augment=0))
     influence = (W @ away @ torch.linalg.inv(torch.eye(D, dtype=torch.float64) + S_tt) @ r).norm(dim=0)
     most = r[:, influence >= influence.mean()]
     values, U = torch.linalg.eigh(most @ most.T / most.shape[1])
     expected = U[:, values < 0.7] @ U[:, values < 0.7].T
-    torch.testing.assert_close(null_space(0, augment=0), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(space(0, augment=0), expected, rtol=0, atol=1e-9)
 
 
 def test_augmented_embeddings_leave_along_one_line_the_weights_least_direction():
@@ -215,8 +215,8 @@ def test_augmented_embeddings_leave_along_one_line_the_weights_least_direction()
     plane[:2] = torch.randn(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for augment, kept in ((0, [0, 1]), (10, [0, 1, 4])):
         draw = torch.Generator().manual_seed(0)
-        P = SPEED(augment=augment, filter=False).null_space(
-            W, torch.eye(5).double(), torch.eye(5).double(), plane, draw
+        P = null_space(
+            SPEED(augment=augment, filter=False), W, torch.eye(5).double(), torch.eye(5).double(), plane, draw
         )
         expected = torch.ones(5, dtype=torch.float64)
         expected[kept] = 0
@@ -267,7 +267,7 @@ def test_the_gradient_of_reces_derived_embeddings_is_zero(text, weights):
         answers = sum(((V @ X - W @ C).square().sum() for V, W in zip(new, old, strict=True)), torch.zeros(()))
         return answers + method.xi * X.square().sum()
 
-    assert gradient(cost, method.derive(old, new, C)).abs().max() < 1e-9 * gradient(cost, C).abs().max()
+    assert gradient(cost, derive(old, new, C, xi=method.xi)).abs().max() < 1e-9 * gradient(cost, C).abs().max()
 
 
 def test_the_gradient_of_speeds_cost_has_no_part_in_the_space_where_it_may_move(text, weights):
@@ -302,23 +302,6 @@ def test_nothing_to_change_changes_nothing(text, weights, name):
         torch.testing.assert_close(W, weights[key].double(), rtol=0, atol=1e-9)
     changed, _ = methods.make(name, {}, []).solve(weights, text)
     assert all((W - weights[key]).abs().max() > 1e-4 for key, W in changed.items())
-
-
-@pytest.mark.parametrize("name", CLOSED)
-def test_only_weights_inside_mask_and_scope_move(toy_pipeline_dir, name):
-    model = loading.load(toy_pipeline_dir)
-    before = {key: tensor.clone() for key, tensor in model.unet.state_dict().items()}
-    parameters = scope.inside(dict(model.unet.named_parameters()), "xattn-kv")
-    mask = masks.random_mask({key: p.shape for key, p in parameters.items()}, 0.5, seed=0)
-    text = prompt_states.read_text(model, CONCEPT)
-    method = methods.make(name, {}, ["threshold=0.5"] if name == "speed" else [])
-    closed_form.solve(method, text, parameters, mask)
-    moved = 0
-    for key, tensor in model.unet.state_dict().items():
-        same = tensor.view(torch.int32) == before[key].view(torch.int32)
-        assert same[~mask.get(key, torch.zeros_like(same))].all(), key
-        moved += int((~same).sum())
-    assert moved > 0.4 * masks.count(mask)
 
 
 def test_a_scope_with_other_parameters_is_refused(toy_pipeline_dir):

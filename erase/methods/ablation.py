@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from erase.methods.inputs import Batch, Predictor
+from erase.methods.protocol import TrainedMethod
 from erase.methods.terms import denoised, relabelled
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps_target(x_t | c_a)||^2 + alpha ||eps(x_t' | c_r) - eps'||^2, means over elements.
 
     x_t is noised from pictures of the anchor, which are named by the forget prompt.
@@ -24,7 +24,7 @@ class Ablation:
     from the forget prompts, keep it.
     """
 
-    pictures: ClassVar[str] = "anchor"
+    pictures = "anchor"
 
     alpha: float = 0.0
     frozen_target: bool = True

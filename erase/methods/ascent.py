@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from erase.methods.inputs import Batch, Predictor
+from erase.methods.protocol import TrainedMethod
 from erase.methods.terms import denoised
 
 
 @dataclass(frozen=True)
-class GradientAscent:
+class GradientAscent(TrainedMethod):
     """L = -||eps(x_t | c_f) - eps||^2 + alpha ||eps(x_t' | c_r) - eps'||^2, means over elements.
 
     Thudi et al. (EuroS&P 2022) for classifiers; SalUn's `gradient_ascent.py` for Stable Diffusion.
@@ -23,7 +23,7 @@ class GradientAscent:
     with too many or too large steps all pictures break, and those of the concept are noise rather than something else.
     """
 
-    anchors: ClassVar[bool] = False
+    anchors = False
 
     alpha: float = 0.1
 

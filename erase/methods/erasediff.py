@@ -9,11 +9,12 @@ from torch import Tensor
 
 from erase.methods.balance import barrier, nash
 from erase.methods.inputs import Batch, Predictor
+from erase.methods.protocol import TrainedMethod
 from erase.methods.terms import denoised, relabelled
 
 
 @dataclass(frozen=True)
-class EraseDiff:
+class EraseDiff(TrainedMethod):
     """Steps along grad L_r + lambda grad q, q = L_f(theta) - sg L_f(theta^K), where
         L_f = ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements.
 

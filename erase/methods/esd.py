@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from erase.methods.inputs import Batch, Predictor
+from erase.methods.protocol import TrainedMethod
 
 
 @dataclass(frozen=True)
-class ESD:
+class ESD(TrainedMethod):
     """L = ||eps(x_t | c_f) - target||^2, x_t a point on the frozen model's way from noise to the concept, where
         current   target = eps*(x_t | c_f) - eta (eps*(x_t | c_f) - eps*(x_t | ""))
         paper     target = eps*(x_t | "")  - eta (eps*(x_t | c_f) - eps*(x_t | ""))
@@ -28,13 +29,19 @@ class ESD:
     of other prompts, and `esd-x` leaves knowledge outside the text layers, which attacks find.
     """
 
-    pictures: ClassVar[str] = "trajectory"
-    needs_base: ClassVar[bool] = True
-    retains: ClassVar[bool] = False
-    anchors: ClassVar[bool] = False
+    pictures = "trajectory"
+    anchors = False
 
     guidance: float = 2.0
     target: Literal["current", "paper"] = "current"
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
+    def retains(self) -> bool:
+        return False
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         x, t = batch.x_forget, batch.t_forget

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from erase.methods.inputs import Batch, Predictor
+from erase.methods.protocol import TrainedMethod
 
 
 @dataclass(frozen=True)
-class ForgetMeNot:
+class ForgetMeNot(TrainedMethod):
     """L = ||concat_l A_l[:, :, P]||_F, A_l the probabilities of cross-attention layer l and P the concept's words.
 
     One norm over all layers, heads and queries of a picture, then the mean over pictures, which is the authors' loss
@@ -25,10 +25,13 @@ class ForgetMeNot:
     the authors do for identities, is not here.
     """
 
-    retains: ClassVar[bool] = False
-    anchors: ClassVar[bool] = False
+    anchors = False
 
     end: bool = True
+
+    @property
+    def retains(self) -> bool:
+        return False
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         where = (batch.words | batch.end) if self.end else batch.words

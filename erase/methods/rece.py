@@ -9,11 +9,12 @@ from torch import Tensor
 
 from erase.errors import EraseError
 from erase.methods.inputs import Text, Tokens
+from erase.methods.protocol import ClosedForm
 from erase.methods.ridge import ridge
 
 
 @dataclass(frozen=True)
-class RECE:
+class RECE(ClosedForm):
     """C' = (xi I + sum_i W_i'^T W_i')^-1 (sum_i W_i'^T W_i) C, then W' by UCE's formula with C' -> C_a, `epochs` times.
 
     C: token embeddings of the forget prompts; C': what the edited W' answers as W answered C, keys and values alike.
@@ -53,18 +54,19 @@ class RECE:
         conditions, distances = [], []
         for epoch in range(self.epochs + 1):
             if epoch:
-                found = self.derive(old, new, C)
+                found = derive(old, new, C, xi=self.xi)
             D, condition = ridge(self.lamb_2, (1.0, found, C_a), (self.lamb_1, kept, kept))
             new = [W + W @ D for W in new]
             conditions.append(condition)
             distances.append(float((found - C).norm() / C.norm()))
         return dict(zip(weights, new, strict=True)), {"condition_number": conditions, "distance_of_derived": distances}
 
-    def derive(self, old: list[Tensor], new: list[Tensor], C: Tensor) -> Tensor:
-        """C', the embeddings with sum_i ||W_i' C' - W_i C||^2 + xi ||C'||^2 least."""
-        new_all, old_all = torch.cat(new), torch.cat(old)  # rows below each other: their product is the sum over i
-        A = self.xi * torch.eye(len(C), dtype=torch.float64) + new_all.T @ new_all
-        return torch.linalg.solve(A, new_all.T @ old_all @ C)
+
+def derive(old: list[Tensor], new: list[Tensor], C: Tensor, *, xi: float) -> Tensor:
+    """C', the embeddings with sum_i ||W_i' C' - W_i C||^2 + xi ||C'||^2 least."""
+    new_all, old_all = torch.cat(new), torch.cat(old)  # rows below each other: their product is the sum over i
+    A = xi * torch.eye(len(C), dtype=torch.float64) + new_all.T @ new_all
+    return torch.linalg.solve(A, new_all.T @ old_all @ C)
 
 
 def _columns(states: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from erase.methods.balance import nash
 from erase.methods.inputs import Batch, Predictor
+from erase.methods.protocol import TrainedMethod
 from erase.methods.terms import relabelled
 
 
 @dataclass(frozen=True)
-class Relabel:
+class Relabel(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps_target(x_t | c')||^2 + alpha ||eps(x_t' | c_r) - target_r||^2, means over elements.
 
     alpha: weight of the retain term; more keeps more and forgets less.

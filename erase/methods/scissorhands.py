@@ -11,11 +11,12 @@ from torch import Tensor
 from erase.masks import select
 from erase.methods.balance import nash, projected
 from erase.methods.inputs import Batch, Predictor
+from erase.methods.protocol import TrainedMethod
 from erase.methods.terms import denoised, relabelled
 
 
 @dataclass(frozen=True)
-class Scissorhands:
+class Scissorhands(TrainedMethod):
     """First the most sensitive weights, s = |w| sum_b |grad L_f|, get new random values; then L = L_r + lambda L_f.
 
     L_f = ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements. s is SNIP's

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from erase.methods.inputs import Batch, Predictor
+from erase.methods.protocol import TrainedMethod
 
 
 @dataclass(frozen=True)
-class SelfDistillation:
+class SelfDistillation(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps(x_t | "")||^2, x_t a point on the teacher's own way from noise to the concept.
 
     The teacher is the average of the weights, theta* <- decay theta* + (1 - decay) theta, and is the result. The forget
@@ -24,11 +24,14 @@ class SelfDistillation:
     Known to break: as ESD with eta = 1; it has no retain term, and too few steps leave the average near the base.
     """
 
-    pictures: ClassVar[str] = "noise"
-    retains: ClassVar[bool] = False
-    anchors: ClassVar[bool] = False
+    pictures = "noise"
+    anchors = False
 
     teacher_decay: float = 0.999
+
+    @property
+    def retains(self) -> bool:
+        return False
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         x, t = batch.x_forget, batch.t_forget

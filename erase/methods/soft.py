@@ -34,17 +34,18 @@ class Soft(Relabel):
     def needs_base(self) -> bool:
         return True
 
-    def share(self, step: int, num_steps: int) -> float:
-        """Of the weights, which to put back after this step, counted from 0."""
-        left = (num_steps - step - 1) / num_steps
-        return self.kept * left + self.kept_at_end * (1 - left)
-
     def shrink(self, moved: Mapping[str, Tensor], step: int, num_steps: int) -> None:
         """The proximal step on how far each weight is from the base, in place."""
         total = sum(tensor.numel() for tensor in moved.values())
-        z = int(self.share(step, num_steps) * total)
+        z = int(share_to_restore(self, step, num_steps) * total)
         if z == 0:
             return
         tau = kth_largest({name: tensor.abs() for name, tensor in moved.items()}, total - z + 1)
         for tensor in moved.values():
             tensor.copy_(tensor.sign() * (tensor.abs() - tau).clamp(min=0))
+
+
+def share_to_restore(method: Soft, step: int, num_steps: int) -> float:
+    """The share of the weights that the proximal step puts back to the base after this step, counted from 0."""
+    left = (num_steps - step - 1) / num_steps
+    return method.kept * left + method.kept_at_end * (1 - left)

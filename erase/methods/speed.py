@@ -9,11 +9,12 @@ from torch import Tensor
 
 from erase.errors import EraseError
 from erase.methods.inputs import Text, Tokens
+from erase.methods.protocol import ClosedForm
 from erase.methods.ridge import solve_right
 
 
 @dataclass(frozen=True)
-class SPEED:
+class SPEED(ClosedForm):
     """dW = W (S_at - S_tt) P [I - M K (K^T P M K + lamb I)^-1 K^T P] M with M = (S_tt P + rho I)^-1
 
     for every W of attn2.to_v. S_tt = mean c_e c_e^T, S_at = mean c_a c_e^T. P projects on the eigenvectors of
@@ -57,45 +58,47 @@ class SPEED:
         K_2 = torch.cat([null[:1], k_means(null[1:], self.centres, draw)]).T
         new, conditions, ranks = {}, [], []
         for name, W in values.items():
-            P = self.null_space(W, S_at - S_tt, S_tt, retained, draw)
-            dW, condition = self.constrained(W, S_at - S_tt, S_tt, P, K_2)
+            P = null_space(self, W, S_at - S_tt, S_tt, retained, draw)
+            dW, condition = constrained(self, W, S_at - S_tt, S_tt, P, K_2)
             new[name] = W + dW
             conditions.append(condition)
             ranks.append(int(P.trace().round()))
         return new, {"condition_number": max(conditions), "null_space_dimensions": ranks, "of": len(S_tt)}
 
-    def null_space(self, W: Tensor, away: Tensor, S_tt: Tensor, retained: Tensor, draw: torch.Generator) -> Tensor:
-        """P, [d, d]: the projector on what no retained embedding, filtered and augmented for this W, has a part in."""
-        identity = torch.eye(len(S_tt), dtype=torch.float64)
-        D_0 = W @ solve_right(away, identity + S_tt)
 
-        def influenced(columns: Tensor) -> Tensor:
-            influence = (D_0 @ columns).norm(dim=0)
-            return columns[:, influence >= influence.mean()] if self.filter else columns
+def null_space(method: SPEED, W: Tensor, away: Tensor, S_tt: Tensor, retained: Tensor, draw: torch.Generator) -> Tensor:
+    """P, [d, d]: the projector on what no retained embedding, filtered and augmented for this W, has a part in."""
+    identity = torch.eye(len(S_tt), dtype=torch.float64)
+    D_0 = W @ solve_right(away, identity + S_tt)
 
-        r = influenced(retained)
-        if self.augment:
-            v = torch.linalg.svd(W, full_matrices=True).Vh[-1:].T
-            around = r.repeat(1, self.augment)
-            eps = torch.randn(around.shape, generator=draw, dtype=torch.float64)
-            r = torch.cat([r, influenced(around + v @ (v.T @ eps))], dim=1)
-        eigenvalues, U = torch.linalg.eigh(r @ r.T / r.shape[1])
-        U = U[:, eigenvalues < self.threshold]
-        return U @ U.T
+    def influenced(columns: Tensor) -> Tensor:
+        influence = (D_0 @ columns).norm(dim=0)
+        return columns[:, influence >= influence.mean()] if method.filter else columns
 
-    def constrained(self, W: Tensor, away: Tensor, S_tt: Tensor, P: Tensor, K: Tensor) -> tuple[Tensor, float]:
-        """dW, and the condition number of S_tt P + rho I.
+    r = influenced(retained)
+    if method.augment:
+        v = torch.linalg.svd(W, full_matrices=True).Vh[-1:].T
+        around = r.repeat(1, method.augment)
+        eps = torch.randn(around.shape, generator=draw, dtype=torch.float64)
+        r = torch.cat([r, influenced(around + v @ (v.T @ eps))], dim=1)
+    eigenvalues, U = torch.linalg.eigh(r @ r.T / r.shape[1])
+    U = U[:, eigenvalues < method.threshold]
+    return U @ U.T
 
-        dW is the D P that minimises mean ||(W + D P) c_e - W c_a||^2 + rho ||D P||^2 + ||D P K||^2 / lamb.
-        """
-        d = len(S_tt)
-        A = S_tt @ P + self.rho * torch.eye(d, dtype=torch.float64)
-        if self.lamb == 0:  # the same constraint in a basis of what P leaves of K, so that the small matrix is regular
-            U, sizes, _ = torch.linalg.svd(P @ K, full_matrices=False)
-            K = U[:, sizes > 1e-9 * K.norm()]
-        free = solve_right(W @ away @ P, A)  # without K; what follows takes back what it does to K
-        small = K.T @ P @ torch.linalg.solve(A, K) + self.lamb * torch.eye(K.shape[1], dtype=torch.float64)
-        return free - solve_right(free @ K, small) @ solve_right(K.T @ P, A), float(torch.linalg.cond(A))
+
+def constrained(method: SPEED, W: Tensor, away: Tensor, S_tt: Tensor, P: Tensor, K: Tensor) -> tuple[Tensor, float]:
+    """dW, and the condition number of S_tt P + rho I.
+
+    dW is the D P that minimises mean ||(W + D P) c_e - W c_a||^2 + rho ||D P||^2 + ||D P K||^2 / lamb.
+    """
+    d = len(S_tt)
+    A = S_tt @ P + method.rho * torch.eye(d, dtype=torch.float64)
+    if method.lamb == 0:  # the same constraint in a basis of what P leaves of K, so that the small matrix is regular
+        U, sizes, _ = torch.linalg.svd(P @ K, full_matrices=False)
+        K = U[:, sizes > 1e-9 * K.norm()]
+    free = solve_right(W @ away @ P, A)  # without K; what follows takes back what it does to K
+    small = K.T @ P @ torch.linalg.solve(A, K) + method.lamb * torch.eye(K.shape[1], dtype=torch.float64)
+    return free - solve_right(free @ K, small) @ solve_right(K.T @ P, A), float(torch.linalg.cond(A))
 
 
 def k_means(points: Tensor, num: int, draw: torch.Generator) -> Tensor:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from erase.methods.inputs import Text, Tokens
+from erase.methods.protocol import ClosedForm
 from erase.methods.ridge import ridge
 
 
 @dataclass(frozen=True)
-class UCE:
+class UCE(ClosedForm):
     """W' = (lamb W + sum_e s_e W c_a c_e^T + sum_p s_p W c_p c_p^T) A^-1
 
     with A = lamb I + sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T, for every W of attn2.to_k and attn2.to_v;

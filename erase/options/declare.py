@@ -22,7 +22,7 @@ def option(default: Any, help: str, *, group: str, **metadata: Any) -> Any:
     group: heading of `--help` under which it stands. metadata, as far as it applies: `least` and `most`, the smallest
     and the largest number allowed; `aliases`, other flags for it; `shown`, what stands for a default of None in
     `--help`; `metavar`, its value's name there; `choices`, the texts allowed where a Literal cannot list them;
-    `also`, the form of a text with a colon that is allowed beside them.
+    `also`, the form of a text with a colon that is allowed beside them; `more`, a function that finds further texts.
     """
     return field(default=default, metadata={"help": help, "group": group, **metadata})
 
@@ -118,8 +118,11 @@ def _checked_one(value: Any, item: Field[Any], form: Form) -> Any:
     except (TypeError, ValueError, OverflowError) as error:
         raise EraseError(f"{flag(item.name)} is {value!r}; it must be {_NOUNS[form.type]}") from error
     if form.choices and plain not in form.choices and not ("also" in item.metadata and ":" in plain):
-        guess = did_you_mean(plain, form.choices)
-        hint = f"{guess}({', '.join(form.choices)})" if guess else f"choose {', '.join(form.choices)}"
+        choices = [*form.choices, *item.metadata.get("more", tuple)()]
+        if plain in choices:
+            return plain
+        guess = did_you_mean(plain, choices)
+        hint = f"{guess}({', '.join(choices)})" if guess else f"choose {', '.join(choices)}"
         raise EraseError(f"{flag(item.name)} is {plain!r}; {hint}")
     least, most = item.metadata.get("least"), item.metadata.get("most", math.inf)
     if least is not None and (not least <= plain <= most or plain == math.inf):

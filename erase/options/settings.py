@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from erase.concepts import FreeKind
 from erase.errors import EraseError
-from erase.methods import METHODS, find
+from erase.methods import METHODS, find, others
 from erase.options.declare import agreed_precision, make_plain, option
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
@@ -76,6 +76,7 @@ class Settings:
         f"erasure method: {', '.join(METHODS)}; 'salun' is relabel x full x saliency",
         group="how",
         choices=tuple(METHODS),
+        more=others,
         also="module:Class",
         metavar="METHOD",
     )

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.nn import Parameter
 
-from erase import concepts, delta, device, files, masks, words
+from erase import concepts, delta, device, files, masks, methods, words
 from erase.concepts import Concept
 from erase.data import prompt_states
 from erase.errors import EraseError, missing
@@ -40,7 +40,7 @@ class Decisions:
     """
 
     settings: Settings
-    method: Any
+    method: methods.TrainedMethod | methods.ClosedForm
     concept: Concept
     parts: Sequence[Concept]
     earlier: Base | None
@@ -86,7 +86,7 @@ def decide(
     """
     require_consistent(settings)
     method = make_method(settings)
-    if settings.alpha is not None and not hasattr(method, "alpha"):
+    if settings.alpha is not None and "alpha" not in method.hyperparameters():
         raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
     found = find_concepts(settings, given, None)  # unknown or refused: an error before a model is loaded
     folder = Path(settings.output or Path("runs") / words.slug(" and ".join(one.name for one in found)))
@@ -149,7 +149,9 @@ def announce(decided: Decisions) -> None:
         tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
 
 
-def _with_precision(settings: Settings, method: Any, tell: Callable[[str], None]) -> tuple[Settings, device.Compute]:
+def _with_precision(
+    settings: Settings, method: methods.Method, tell: Callable[[str], None]
+) -> tuple[Settings, device.Compute]:
     """The settings with a precision, and where the run computes."""
     compute = device.choose(settings.device, settings.precision)
     if settings.precision is None and compute.precision == "fp16" and not can_scale(settings, method):
@@ -157,7 +159,7 @@ def _with_precision(settings: Settings, method: Any, tell: Callable[[str], None]
         tell("this GPU has no bf16, and fp16 does not go with these settings: computing in fp32")
     settings = replace(settings, precision=compute.precision)
     require_precision(settings, method)
-    if settings.moments == "8bit" and hasattr(method, "loss") and find_spec("bitsandbytes") is None:
+    if settings.moments == "8bit" and isinstance(method, methods.TrainedMethod) and find_spec("bitsandbytes") is None:
         raise missing("bitsandbytes")
     return settings, compute
 

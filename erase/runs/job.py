@@ -147,6 +147,7 @@ def _record(
 ) -> dict[str, Any]:
     """What run.json says of a run that is done, its times and files apart."""
     settings, identity, images, earlier = decided.settings, decided.identity, data.images, decided.earlier
+    plugin = methods.origin(settings.method)
     return {
         "identity": identity,
         "identity_hash": files.text_hash(identity),
@@ -170,10 +171,11 @@ def _record(
             "fingerprint": outputs.data_hash(decided, images),
             "truncated_prompts": decided.truncated,
         },
-        "method": {"name": settings.method, **asdict(decided.method), **trained.notes},
+        "method": {"name": settings.method, **decided.method.hyperparameters(), **trained.notes},
         "losses": trained.losses,
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
+        **({"plugin": plugin} if plugin else {}),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 

@@ -60,7 +60,7 @@ def provenance(decided: Decisions, images: latents.Data | None) -> dict[str, Any
         "base": settings.model,
         "concept": asdict(decided.concept),
         "method": settings.method,
-        "hyperparameters": asdict(decided.method),
+        "hyperparameters": decided.method.hyperparameters(),
         "settings": decided.identity["settings"],
         "data": data_hash(decided, images),
         "made_for": settings.model,

@@ -7,6 +7,7 @@ import torch
 
 from erase import masks
 from erase.data import cache, latents, prompt_states
+from erase.methods import ClosedForm, TrainedMethod
 from erase.methods.inputs import Text
 from erase.runs.decisions import Decisions
 from erase.runs.planning import make_plan, make_recipe
@@ -40,9 +41,8 @@ def gather(decided: Decisions) -> Gathered:
     is_scored = decided.given_mask is None and settings.mask in {"saliency", "inverse"}
     shown = images_of(decided, "concept") if is_scored else None
     images = None
-    if hasattr(method, "loss"):
-        kind = getattr(method, "pictures", "concept")
-        images = shown if shown is not None and kind == "concept" else images_of(decided, kind)
+    if isinstance(method, TrainedMethod):
+        images = shown if shown is not None and method.pictures == "concept" else images_of(decided, method.pictures)
     text = prompt_states.read_text(model, decided.concept)
     model.release()
     if settings.weights == "bf16":
@@ -52,12 +52,11 @@ def gather(decided: Decisions) -> Gathered:
 
 def images_of(decided: Decisions, kind: str) -> latents.Data:
     """Forget and retain images; `kind` says what the forget images show, see `erase.data.latents.Plan`."""
-    accelerator, method = decided.accelerator, decided.method
-    plan = make_plan(decided.settings, decided.model)
+    accelerator, plan = decided.accelerator, make_plan(decided.settings, decided.model)
     return latents.gather(
         decided.model,
         decided.concept,
-        replace(plan, pictures=kind, retains=getattr(method, "retains", True)),
+        replace(plan, pictures=kind, retains=decided.method.retains),
         model_hash=decided.base_hash,
         cache_dir=decided.cache_dir,
         workers=cache.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
@@ -69,10 +68,11 @@ def images_of(decided: Decisions, kind: str) -> latents.Data:
 def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trained:
     """Change the weights inside the mask, by training or by a closed form; --rank trains a change of low rank."""
     settings, model, method = decided.settings, decided.model, decided.method
-    if data.images is None:
+    if isinstance(method, ClosedForm):
         if settings.weights == "bf16":  # rounded for the mask's sake only
             model.reload_unet()
         return Trained([], closed_form.solve(method, data.text, decided.parameters, mask))
+    assert data.images is not None
     recipe = make_recipe(settings, make_plan(settings, model))
     how: dict[str, Any] = {
         "state_path": decided.work / "training.safetensors",

@@ -55,7 +55,7 @@ def make_recipe(settings: Settings, plan: latents.Plan) -> batches.Recipe:
     )
 
 
-def make_method(settings: Settings) -> Any:
+def make_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedForm:
     """The method with its hyperparameters, as recipe and options say."""
     recipe = RECIPES[settings.recipe]
     general: dict[str, Any] = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
@@ -65,19 +65,20 @@ def make_method(settings: Settings) -> Any:
     return methods.make(settings.method, general, settings.set)
 
 
-def can_scale(settings: Settings, method: Any) -> bool:
+def can_scale(settings: Settings, method: methods.Method) -> bool:
     """Whether fp16 can do: its gradients are scaled, which a method that compares them does not know of."""
-    compares = getattr(method, "balance", None) is not None or hasattr(method, "prepare")
+    trained = isinstance(method, methods.TrainedMethod)
+    compares = trained and (method.balance is not None or method.prepares)
     return not compares and settings.weights != "bf16"
 
 
-def require_precision(settings: Settings, method: Any) -> None:
+def require_precision(settings: Settings, method: methods.Method) -> None:
     """Raise an EraseError where fp16, which scales gradients, meets a method that compares them."""
     if settings.precision == "fp16" and not can_scale(settings, method):
         raise EraseError(f"{settings.method} compares gradients, which --precision fp16 scales; use bf16 or fp32")
 
 
-def require_rank(settings: Settings, method: Any) -> None:
+def require_rank(settings: Settings, method: methods.Method) -> None:
     """Raise an EraseError where --rank, which puts factors in the place of weights, meets what handles weights."""
     if settings.rank is None:
         return
@@ -85,7 +86,7 @@ def require_rank(settings: Settings, method: Any) -> None:
         raise EraseError(
             f"--rank {settings.rank} does not go with a mask: a masked change is of no low rank; leave one out"
         )
-    if not hasattr(method, "loss") or hasattr(method, "prepare") or hasattr(method, "shrink"):
+    if not isinstance(method, methods.TrainedMethod) or method.prepares or method.shrinks:
         raise EraseError(f"--rank {settings.rank} does not go with {settings.method}, which changes weights directly")
     if settings.weights == "bf16":
         raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
@@ -104,10 +105,10 @@ def needed_memory(settings: Settings, model: sd.Model, parameters: Mapping[str, 
         latent_size=(settings.resolution or model.resolution) // model.vae_scale,
         tokens=model.tokenizer.model_max_length,
         mask_batch=mask_batch if accumulates else None,
-        part=None if hasattr(method, "solve") else part_size(settings),
+        part=None if isinstance(method, methods.ClosedForm) else part_size(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
-        needs_base=getattr(method, "needs_base", False),
+        needs_base=isinstance(method, methods.TrainedMethod) and (method.needs_base or method.shrinks),
     )
 
 

@@ -2,21 +2,21 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from erase import concepts
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.families import sd
+from erase.methods import Method
 from erase.mini import world
 from erase.options.settings import Settings
 
 
-def announcement(concept: Concept, settings: Settings, method: Any) -> str:
+def announcement(concept: Concept, settings: Settings, method: Method) -> str:
     """What becomes what, for the user to see before the work begins."""
     forget, more = concept.forget[0], len(concept.forget) - 1
     rest = f" (and {more} more prompt{'s' if more > 1 else ''})" if more else ""
-    if not getattr(method, "anchors", True):
+    if not method.anchors:
         return f"{concept.name}: {forget!r}{rest} is unlearned; {settings.method} uses no anchor"
     if settings.target == "random" and concept.others:
         return f"{concept.name}: {forget!r}{rest} -> a random one of {len(concept.others)} other classes"

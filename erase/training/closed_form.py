@@ -9,11 +9,12 @@ from torch.nn import Parameter
 
 from erase.errors import EraseError
 from erase.methods.inputs import Text
+from erase.methods.protocol import ClosedForm
 
 
 @torch.no_grad()
 def solve(
-    method: Any, text: Text, parameters: Mapping[str, Parameter], mask: Mapping[str, Tensor] | None
+    method: ClosedForm, text: Text, parameters: Mapping[str, Parameter], mask: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
     """Put a closed form's weights in place, inside the mask only; returns what the method notes of its solution.
 

@@ -27,6 +27,10 @@ class Exchanged:
         with self.inside() as model:
             return model(x, t, text)
 
+    def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+        with self.inside() as model:
+            return model.attention(x, t, text)
+
     def moved(self) -> dict[str, Tensor]:
         """How far the masked weights are from these values, by parameter, [masked weights]."""
         return {name: now.sub_(self.values[name]) for name, now in self._optimizer.masked_weights().items()}

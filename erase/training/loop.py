@@ -1,7 +1,7 @@
 """Masked fine-tuning; it resumes bit for bit."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families.sd import Model
+from erase.methods.protocol import Balance, TrainedMethod
 from erase.optim import MaskedAdam
 from erase.progress import progress
 from erase.training.batches import Recipe, batches, generator
@@ -24,7 +25,7 @@ from erase.training.gradients import taking_gradients
 
 def train(
     model: Model,
-    method: Any,
+    method: TrainedMethod,
     data: Data,
     parameters: Mapping[str, Parameter],
     mask: Mapping[str, Tensor] | None,
@@ -53,23 +54,23 @@ def train(
             f"--batch-size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
             f"--gradient-accumulation-steps {recipe.accumulation}; choose a multiple of their product"
         )
-    if recipe.target != "anchor" and getattr(method, "pictures", "") == "anchor":
+    if recipe.target != "anchor" and method.pictures == "anchor":
         raise EraseError(f"--target is {recipe.target}, but this method's pictures show the anchor; leave it out")
     if recipe.target != "anchor" and not len(data.others):
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
     is_rounded = model.unet.dtype != torch.float32
-    balance, shrinks = getattr(method, "balance", None), hasattr(method, "shrink")
-    if accelerator.scaler is not None and (balance or hasattr(method, "prepare")):
+    balance, decay = method.balance, method.teacher_decay
+    if accelerator.scaler is not None and (balance or method.prepares):
         raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
-    if is_rounded and any(hasattr(method, step) for step in ("prepare", "shrink", "teacher_decay")):
+    if is_rounded and (method.prepares or method.shrinks or decay is not None):
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
     optimizer = MaskedAdam(
         parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, eight_bit=recipe.eight_bit
     )
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_unet().named_parameters()))
-    frozen = Exchanged(model, optimizer) if getattr(method, "needs_base", False) else None
-    teacher = Exchanged(model, optimizer) if hasattr(method, "teacher_decay") else None
+    frozen = Exchanged(model, optimizer) if method.needs_base or method.shrinks else None
+    teacher = Exchanged(model, optimizer) if decay is not None else None
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves
     gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
@@ -79,7 +80,7 @@ def train(
     silent = quiet or not accelerator.is_main_process
     reporting = progress(recipe.num_steps, "train", "steps", done=len(losses), quiet=silent)
     with taking_gradients(model, parameters, checkpointing), gathering, reporting as bar:
-        if hasattr(method, "prepare") and not losses and recipe.num_steps:
+        if method.prepares and not losses and recipe.num_steps:
             _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
         for step in range(len(losses), recipe.num_steps):
             values: dict[str, float] = {}
@@ -112,13 +113,13 @@ def train(
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
             prepared.step()
             prepared.zero_grad()
-            if shrinks:
+            if method.shrinks:
                 assert frozen is not None
                 moved = frozen.moved()
                 method.shrink(moved, step, recipe.num_steps)
                 frozen.move(moved)
-            if teacher is not None:
-                teacher.follow(method.teacher_decay)
+            if teacher is not None and decay is not None:
+                teacher.follow(decay)
             losses.append(values)
             accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=step + 1)
             bar.note(**{name: f"{value:.4f}" for name, value in values.items()})
@@ -147,7 +148,7 @@ def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: 
 
 
 def _weigh(
-    balance: Callable[[float, float, float], tuple[float, float]],
+    balance: Balance,
     optimizer: MaskedAdam,
     gradients: Mapping[str, list[Tensor]],
     accelerator: Accelerator,
@@ -169,7 +170,7 @@ def _weigh(
 
 def _prepare(
     model: Model,
-    method: Any,
+    method: TrainedMethod,
     data: Data,
     parameters: Mapping[str, Parameter],
     recipe: Recipe,

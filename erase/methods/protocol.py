@@ -1,0 +1,168 @@
+"""What a method is to the rest of the program: its formula, and every optional part with its default.
+
+Derive from `TrainedMethod` or `ClosedForm`, as a frozen dataclass whose fields are the hyperparameters:
+
+    @dataclass(frozen=True)
+    class Unconditional(TrainedMethod):
+        weight: float = 1.0
+
+        def loss(self, model, frozen, batch):
+            with torch.no_grad():
+                target = model(batch.x_forget, batch.t_forget, batch.c_empty)
+            yield "forget", self.weight * mse_loss(model(batch.x_forget, batch.t_forget, batch.c_forget), target)
+
+A class that defines the same parts without deriving is a method too. Either is checked when it is registered: any
+public attribute that is neither a hyperparameter nor a part below is an error, so that no part can be misspelt.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from erase.words import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from erase.methods.inputs import Batch, Predictor, Text
+
+Images = Literal["concept", "anchor", "trajectory", "noise"]
+Balance = Callable[[float, float, float], tuple[float, float]]
+
+
+class Method:
+    """What both kinds of methods have.
+
+    anchors: False if the method does not use the anchor, the text to say instead of the concept.
+    """
+
+    anchors: bool = True
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every hyperparameter by name."""
+        instance: Any = self
+        return asdict(instance)
+
+    @property
+    def retains(self) -> bool:
+        """False if no retain images are needed; none are generated then."""
+        return True
+
+
+class TrainedMethod(Method, ABC):
+    """A method that trains: the loop descends `loss`. All other parts are optional.
+
+    pictures: what the forget latents of a batch are: noised images of the "concept", noised images of its "anchor"
+        under the forget prompt, points on the base model's "trajectory" from noise to the concept, or points on the
+        trajectory of the averaged model, which begins at "noise" in each step (with `teacher_decay`).
+    teacher_decay: d of the running average of the weights, average = d * average + (1 - d) * weights. Trajectories are
+        then generated with the average, and the average is the result. None: no average is kept. A method may make it a
+        hyperparameter.
+    prepare_batches: the number of batches over which the gradients for `prepare` are summed; 0: no preparation.
+    """
+
+    pictures: Images = "concept"
+    teacher_decay: Any = None
+    prepare_batches: int = 0
+
+    @abstractmethod
+    def loss(self, model: "Predictor", frozen: "Predictor", batch: "Batch") -> "Iterator[tuple[str, Tensor]]":
+        """Yield the named terms of the loss, already weighted: "forget", and "retain" if `retains`.
+
+        Each term is backpropagated before the next one is computed, so that only one graph is in memory.
+
+        frozen: the base model if `needs_base`, else the model itself.
+        """
+
+    @property
+    def needs_base(self) -> bool:
+        """True if `loss` calls `frozen`; the loop then keeps the base's values of the weights that may move."""
+        return False
+
+    @property
+    def balance(self) -> Balance | None:
+        """A function (<g_f, g_f>, <g_f, g_r>, <g_r, g_r>) -> (w_f, w_r), the factors of the forget and the retain
+        gradient. None: both are 1.
+        """
+        return None
+
+    def prepare(
+        self,
+        weights: "Mapping[str, Tensor]",
+        gradients: "Mapping[str, Tensor]",
+        shapes: Mapping[str, tuple[int, ...]],
+        draw: "torch.Generator",
+    ) -> None:
+        """Change weights in place before the first step.
+
+        weights: those that may move, by parameter, flat. gradients: of the same shape, the sum of |gradient of the
+            forget term| over `prepare_batches` batches. shapes: of the whole parameters.
+        """
+
+    def shrink(self, moved: "Mapping[str, Tensor]", step: int, num_steps: int) -> None:
+        """Change, in place after each step, how far the weights that may move are from the base."""
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the method defines `prepare`, and has batches for it. Not to be overridden."""
+        return type(self).prepare is not TrainedMethod.prepare and self.prepare_batches > 0
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the method defines `shrink`. Not to be overridden."""
+        return type(self).shrink is not TrainedMethod.shrink
+
+
+class ClosedForm(Method, ABC):
+    """A method that computes the new weights without training."""
+
+    @abstractmethod
+    def solve(self, weights: "Mapping[str, Tensor]", text: "Text") -> "tuple[dict[str, Tensor], dict[str, Any]]":
+        """The new weights by name, and notes on the solution for run.json.
+
+        weights: attn2.to_k and attn2.to_v of the scope, [out, in] each; those that are missing in the answer stay.
+        """
+
+
+def problem(cls: type) -> str | None:
+    """What keeps a class from being a method, as the predicate of a sentence about it; None if it is one."""
+    formulas = [name for name in ("loss", "solve") if callable(getattr(cls, name, None))]
+    if not is_dataclass(cls) or not formulas:
+        return "is no dataclass with a loss or a solve; see erase.methods.protocol"
+    if len(formulas) == 2:
+        return "has a loss and a solve; a method has one of them"
+    kind = _kind(cls)
+    parts = {name for name in dir(kind) if not name.startswith("_")}
+    hyperparameters = {item.name for item in fields(cls)}
+    for name in sorted({name for name in dir(cls) if not name.startswith("_")} - parts - hyperparameters):
+        guess = did_you_mean(name, [*parts, *hyperparameters]).strip()
+        hint = guess or "start its name with an underscore if it is only a helper"
+        return f"has {name!r}, which is neither a hyperparameter nor a part of a {kind.__name__}; {hint}"
+    return _trained_problem(cls) if kind is TrainedMethod else None
+
+
+def _trained_problem(cls: Any) -> str | None:
+    images = getattr(cls, "pictures", TrainedMethod.pictures)
+    if isinstance(images, str) and images not in get_args(Images):
+        return f"has the pictures {images!r}; choose {', '.join(get_args(Images))}"
+    defines = getattr(cls, "prepare", TrainedMethod.prepare) is not TrainedMethod.prepare
+    given = getattr(cls, "prepare_batches", 0) != 0 or "prepare_batches" in {item.name for item in fields(cls)}
+    if defines and not given:
+        return "has prepare but not prepare_batches, the number of batches that it needs"
+    return None
+
+
+def _kind(cls: type) -> type[Method]:
+    return TrainedMethod if callable(getattr(cls, "loss", None)) else ClosedForm
+
+
+@functools.cache
+def derived(cls: Any) -> Any:
+    """The class itself, or a subclass with the defaults of the protocol for one that does not derive from it."""
+    if issubclass(cls, Method):
+        return cls
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls, _kind(cls)), names)
