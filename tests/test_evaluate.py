@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from erase import erase_concept, files
-from erase.evaluation import arm, cli, generate, pool, score
+from erase.evaluation import arm, cli, generate, score
+from erase.evaluation.report import pool
 from erase.export import ldm
 from erase.families import loading, sd
 

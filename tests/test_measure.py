@@ -14,9 +14,11 @@ from PIL import Image
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm, cli, gate, measure, pool, report, score
+from erase.evaluation import arm, cli, gate, measure, score
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.options import Options
+from erase.evaluation.report import pool
+from erase.evaluation.report.results import check
 from erase.evaluation.tasks import registry
 from erase.evaluation.tasks.protocol import Sample, SampleSet
 
@@ -192,7 +194,7 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_sa
     to_real = row(results, "quality.fid_real")
     assert to_real["base"] == to_real["erased"] and to_real["base"]["value"] > 0.1
     assert row(results, "quality.kid_real")["erased"]["n"] == 24 and results["verdict"] is None
-    report.check(results)
+    check(results)
 
     kept = [features.decode(line) for line in score.load(arms[0], "features")]
     quality.save_features(tmp_path / "gold", np.stack(kept), score.identity(arms[0], "features"))

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ import pytest
 from PIL import Image
 
 from erase.errors import EraseError
-from erase.evaluation.report import check, compare, front, read, write, write_comparison
+from erase.evaluation.report import results as stored
+from erase.evaluation.report.compare import compare, front, write_comparison
+from erase.evaluation.report.page import write
+from erase.evaluation.report.results import FORMAT, Results, check, read
 from erase.files import read_json
-from erase.statistics import mean, paired_mean, paired_rate, rate, to_json
+from erase.statistics import Score, mean, paired_mean, paired_rate, rate, to_json
 
 ATTACK = "a <script>alert(1)</script> $x$ [link](http://example.org) | 'quoted' \"twice\""
 
@@ -294,3 +298,22 @@ def test_the_front_follows_the_direction_of_each_score():
     for result in (better, worse):
         del result["retention"]
     assert compare([better, worse])["front"] == []
+
+
+def test_results_that_0_1_0_wrote_are_read_and_written_again_byte_for_byte(tmp_path):
+    old = Path(__file__).with_name("old") / "results-0.1.0.json"
+    stored.write(Results.from_json(read(old)).to_json(), tmp_path / "results.json")
+    assert (tmp_path / "results.json").read_bytes() == old.read_bytes()
+
+
+def test_results_are_objects_of_their_types(results):
+    """What is not given is its default, and stays what it was as JSON."""
+    made = Results.from_json(results)
+    assert made.to_json() == {"verdict": None} | json.loads(json.dumps(results))
+    assert isinstance(made.scores[0].erased, Score) and made.arms["erased"].hashes
+    assert Results.from_json({key: value for key, value in results.items() if key != "retention"}).retention is None
+
+
+def test_results_of_a_later_format_are_refused(results):
+    with pytest.raises(EraseError, match="results.format is 2; it must be one of"):
+        check({**results, "format": FORMAT + 1})

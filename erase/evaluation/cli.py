@@ -296,16 +296,16 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("reports", nargs="+", help="folders of reports; LABEL=DIR several times is one row over runs")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the comparison")
     given = parser.parse_args(arguments)
-    from erase.evaluation import pool, report
+    from erase.evaluation.report import compare, pool
 
     runs: dict[str, list[Any]] = {}
     for text in given.reports:
         folder, label = _labelled(text)
         results = pool.read(folder)
         runs.setdefault(label or results[0]["name"], []).append(results)
-    compared = report.compare([pool.pool(found, label) for label, found in runs.items()])
-    report.write_comparison(compared, Path(given.output))
-    print(report.comparison_table(compared))
+    compared = compare.compare([pool.pool(found, label) for label, found in runs.items()])
+    compare.write_comparison(compared, Path(given.output))
+    print(compare.comparison_table(compared))
     print(f"{Path(given.output) / 'comparison.html'}: written")
 
 

@@ -10,11 +10,12 @@ from erase import concepts, files, guards, words
 from erase.concepts import Concept
 from erase.device import choose
 from erase.errors import EraseError
-from erase.evaluation import arm, gate, generate, measure, quality, report, score, sheet
+from erase.evaluation import arm, gate, generate, measure, quality, score, sheet
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.options import Drawing, Options
 from erase.evaluation.own_images import judged
+from erase.evaluation.report import page
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
 from erase.families.sd import Model
@@ -177,8 +178,8 @@ def write_report(
     """Measure scored arms, write results, outcomes and report into the folder, and return the results."""
     results, outcomes = measure.measure(erased, **others, name=name, command=command)
     files.write_json(output / "outcomes.json", outcomes)
-    report.write(results, output, images=sheet.common_root(erased, others.get("base")), show=show)
-    tell(report.summary(results))
+    page.write(results, output, images=sheet.common_root(erased, others.get("base")), show=show)
+    tell(page.summary(results))
     tell(f"{output / 'report.html'}: written")
     return results
 

@@ -16,6 +16,7 @@ from erase.evaluation.between import distribution, drift
 from erase.evaluation.figures import group_rows, num_invalid, score_row, verdict
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.plan import Plan, column_of, present
+from erase.evaluation.report.results import FORMAT, Results
 from erase.evaluation.sheet import sheet
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import Sample, Task, is_kept
@@ -69,8 +70,13 @@ def measure(
     models = {role: arm.manifest(folder)["model"] for role, folder in arms.items()}
     shared = arm.flat(here | ({"base": models["base"]} if base else {}))
     flagged = [any(flags) for flags in zip(*(p.flagged for p in plans.values()), strict=True)]
+    columns = {
+        column.name: {role: list(found.values) for role, p in plans.items() if (found := column_of(p, column.name))}
+        for column in plan.columns
+    }
+    outcomes = {"samples": [sample.id for sample in samples], "clusters": clusters, "columns": columns}
     results = {
-        "format": 1,
+        "format": FORMAT,
         "name": name,
         "task": {key: task[key] for key in ("id", "version", "options", "num_samples", "prompts_hash")},
         "protocol": shared,
@@ -88,13 +94,9 @@ def measure(
         "command": command,
         "versions": versions(),
         "limits": limits(task, measured.limits, num_truncated(erased)),
+        "outcomes_hash": files.text_hash(outcomes),
     }
-    columns = {
-        column.name: {role: list(found.values) for role, p in plans.items() if (found := column_of(p, column.name))}
-        for column in plan.columns
-    }
-    outcomes = {"samples": [sample.id for sample in samples], "clusters": clusters, "columns": columns}
-    return results | {"outcomes_hash": files.text_hash(outcomes)}, outcomes
+    return Results.from_json(results).to_json(), outcomes
 
 
 def names(

@@ -6,7 +6,8 @@ from typing import Any
 
 from erase import files, statistics
 from erase.errors import EraseError
-from erase.evaluation import arm, report
+from erase.evaluation import arm
+from erase.evaluation.report import results as stored
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -14,7 +15,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in ("results.json", "outcomes.json"):
         if not (folder / name).is_file():
             raise EraseError(f"{folder} is no report (it has no {name}); make one with eval-concept report")
-    results, outcomes = report.read(folder / "results.json"), files.read_json(folder / "outcomes.json")
+    results, outcomes = stored.read(folder / "results.json"), files.read_json(folder / "outcomes.json")
     if results.get("outcomes_hash") != files.text_hash(outcomes):
         raise EraseError(f"{folder / 'outcomes.json'} was changed since it was written; run eval-concept report")
     return results, outcomes

@@ -1,0 +1,227 @@
+"""results.json: its shape, its one reader and its one writer."""
+
+import typing
+from collections import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from erase.errors import EraseError
+from erase.evaluation import shapes
+from erase.files import read_json, text_hash, write_json
+from erase.statistics import Comparison, Score
+
+ROLES = {"forget": "To forget", "synonym": "To forget, in other words", "retain": "To keep", "": "Other"}
+FORMAT = 1  # raise it with every change that an earlier version cannot read, and keep a reader of the earlier one
+Role = Literal["forget", "synonym", "retain", ""]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model: what it is called, and the hashes of all that decides its images."""
+
+    name: str
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """Images that are black, flat or unreadable, of all."""
+
+    k: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the concept is erased and the rest kept, and the same as a sentence."""
+
+    success: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One score of both models and their difference. about: one sentence."""
+
+    name: str
+    title: str
+    about: str
+    higher_is_better: bool
+    base: Score | None
+    erased: Score
+    comparison: Comparison | None
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """A score once more, on the samples of one label."""
+
+    label: str
+    role: Role
+    base: Score | None
+    erased: Score
+    comparison: Comparison | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A score by label."""
+
+    name: str
+    title: str
+    rows: Sequence[GroupRow]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Images of both models on the same seed; paths start from the images folder. flagged: to be blurred."""
+
+    prompt: str
+    role: Role
+    flagged: bool
+    base: str | None
+    erased: str | None
+
+
+@dataclass(frozen=True)
+class TaskIdentity:
+    """Which samples were generated."""
+
+    id: str
+    version: int
+    options: Mapping[str, Any]
+    num_samples: int
+    prompts_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What results.json holds: everything that a report is made of, beside the images.
+
+    name: what was evaluated, such as "circle by salun".
+    protocol: all that must be equal for two results to be comparable, judge and settings.
+    arms, invalid: of "erased", and of "base" if there is one.
+    primary: name of the score that the verdict is about.
+    retention: name of the score that tells what was kept: second axis of the Pareto plot.
+    limits: what was not tested.
+    outcomes_hash: of outcomes.json.
+    """
+
+    name: str
+    task: TaskIdentity
+    protocol: Mapping[str, Any]
+    protocol_hash: str
+    arms: Mapping[str, Arm]
+    primary: str
+    retention: str | None = None
+    verdict: Verdict | None = None
+    scores: Sequence[ScoreRow]
+    groups: Sequence[Group]
+    invalid: Mapping[str, Invalid]
+    sheet: Sequence[Pair]
+    command: str
+    versions: Mapping[str, str]
+    limits: Sequence[str]
+    outcomes_hash: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, in the order of the file."""
+        found = {"format": FORMAT} | _plain(self)
+        if self.outcomes_hash is None:
+            del found["outcomes_hash"]
+        return found
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], place: str = "results") -> "Results":
+        """The results that a JSON value holds.
+
+        place: what the value is called in an error.
+
+        Raises:
+            EraseError: see `check`.
+        """
+        check(value, place)
+        return _built(cls, {key: part for key, part in value.items() if key not in {"format", "hash"}})
+
+
+def _plain(part: Any) -> Any:
+    if is_dataclass(part):
+        return {item.name: _plain(getattr(part, item.name)) for item in fields(part)}
+    if isinstance(part, Mapping):
+        return {key: _plain(value) for key, value in part.items()}
+    return [_plain(one) for one in part] if isinstance(part, (list, tuple)) else part
+
+
+def _built(kind: Any, value: Any) -> Any:
+    """An object of this type from its JSON value, which has its shape."""
+    arguments = typing.get_args(kind)
+    if type(None) in arguments:
+        return None if value is None else _built(arguments[0], value)
+    if is_dataclass(kind):
+        hints: Any = typing.get_type_hints(kind)
+        made: Any = kind
+        return made(**{key: _built(hints[key], part) for key, part in value.items()})
+    if typing.get_origin(kind) is abc.Mapping:
+        return {key: _built(arguments[1], part) for key, part in value.items()}
+    return [_built(arguments[0], part) for part in value] if typing.get_origin(kind) is abc.Sequence else value
+
+
+def _shape(kind: Any) -> Any:
+    """The shape of a type's JSON values, as `shapes` writes it; a field with a default may be missing."""
+    arguments, origin = typing.get_args(kind), typing.get_origin(kind)
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if kind in (Score, Comparison):
+            return hints
+        return {f"{i.name}{'' if i.default is MISSING else '?'}": _shape(hints[i.name]) for i in fields(kind)}
+    if type(None) in arguments:
+        return (_shape(arguments[0]), None)
+    if origin is Literal:
+        return set(arguments)
+    if origin is abc.Mapping:
+        models = {"base?": _shape(arguments[1]), "erased": _shape(arguments[1])}
+        return models if arguments[1] in (Arm, Invalid) else {"*": arguments[1]}
+    return [_shape(arguments[0])] if origin is abc.Sequence else kind
+
+
+# hash: of all else, so that an edited file is noticed
+SCHEMA = {"format": {FORMAT}, **_shape(Results), "hash?": str}
+
+
+def check(results: Mapping[str, Any], place: str = "results") -> None:
+    """Refuse results that a report cannot be made of.
+
+    Raises:
+        EraseError: a key is missing or unknown, a value has another type, or is NaN or infinite; with the place.
+    """
+    shapes.check(results, SCHEMA, place)
+    names = [score["name"] for score in results["scores"]]
+    for key in ("primary", "retention"):
+        if results.get(key) is not None and results[key] not in names:
+            raise EraseError(f"{place}.{key} is '{results[key]}', which is no score ({', '.join(names)})")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise EraseError(f"{place}.scores holds '{min(twice)}' twice; give each score its own name")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results in a file that `write` wrote.
+
+    Raises:
+        EraseError: they are of another shape, or were changed since.
+    """
+    results = read_json(path)
+    check(results, f"{path}: results")
+    if results.get("hash") != _seal(results):
+        raise EraseError(f"{path} was changed since it was written, or by an earlier version; run eval-concept report")
+    return {key: value for key, value in results.items() if key != "hash"}
+
+
+def write(results: Mapping[str, Any], path: Path) -> None:
+    """Write checked results with their hash."""
+    write_json(path, {**results, "hash": _seal(results)})
+
+
+def _seal(results: Mapping[str, Any]) -> str:
+    return text_hash({key: value for key, value in results.items() if key != "hash"})
