@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import result_tables
+from PIL import Image
 
 from erase import cli, commandline, concepts, guards
 from erase.classification import cli as classifier_cli
@@ -37,6 +38,7 @@ PAGES = {
 }
 BLOCK = re.compile(r"(?:<!-- (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE, RUNS = "file ", "runs on the embedded model"  # marks before a block
+FEW = ["--num-train-steps=2", "--num-forget=2", "--num-retain=2", "--num-inference-steps=2", "--num-samples=0"]
 OTHERS = {"pip", "ruff", "pyright", "pytest", "accelerate", "python"}  # programs that are not ours
 
 
@@ -312,25 +314,35 @@ def test_python_of_the_pages_runs_on_the_embedded_model(page, tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_the_method_of_the_page_runs_from_the_command_line(tmp_path):
-    """As the page says, but for two steps on two images."""
-    ((name, text),) = [
-        (mark.removeprefix(FILE), text) for mark, text in blocks("docs/extending.md", "python") if "push" in mark
-    ]
-    (tmp_path / name).write_text(text)
-    (command,) = [one[1:] for one in commands("docs/extending.md") if one[0] == "erase-concept"]
-    few = ["--num-train-steps", "2", "--num-forget", "2", "--num-retain", "2", "--num-inference-steps", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "erase.cli", *command, *few, "--num-samples", "0"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "ERASE_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_parts_of_the_page_run_from_the_command_line(tmp_path):
+    """As docs/extending.md says, but for two steps on two images and three images to judge."""
+    page, few = "docs/extending.md", {"erase-concept": FEW, "eval-concept": ["--num-images", "1", "--steps", "2"]}
+    for mark, text in blocks(page, "python"):
+        (tmp_path / mark.removeprefix(FILE)).write_text(text)
+    (tmp_path / "my_images").mkdir()
+    for angle in (0, 90, 180):  # flat images would be invalid
+        Image.linear_gradient("L").rotate(angle).resize((64, 64)).convert("RGB").save(
+            tmp_path / f"my_images/{angle}.png"
+        )
+    modules = {"erase-concept": "erase.cli", "eval-concept": "erase.evaluation.cli"}
+    for program, *arguments in commands(page):
+        more = [] if "images" in arguments else few[program]
+        done = subprocess.run(
+            [sys.executable, "-m", modules[program], *arguments, *more],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "ERASE_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "runs/pushed/run.json").read_text())
     assert record["method"]["strength"] == 0.5
     assert record["weights"]["changed"] > 0
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/evaluation/*/*/results.json")
+    }
+    names = {score["name"] for results in found.values() for score in results["scores"]}
+    assert {"brightness.mean", "colours.right"} <= names
 
 
 @pytest.mark.parametrize(
