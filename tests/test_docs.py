@@ -349,6 +349,8 @@ def test_the_parts_of_the_page_run_from_the_command_line(tmp_path):
     "name", sorted({one for page in PAGES for one in re.findall(r"`(erase(?:\.\w+)+)`", PAGES[page])})
 )
 def test_every_name_of_the_package_in_the_text_exists(name):
+    if name in {TASKS.group, JUDGES.group}:  # entry points
+        return
     module, rest = name, []
     while True:
         try:
