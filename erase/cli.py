@@ -230,11 +230,10 @@ def _inspect(arguments: list[str]) -> None:
     from erase import delta, masks, tensor_files
     from erase.families import layers
 
-    header = tensor_files.read_metadata(path)
-    if header.get("kind") == "mask":
+    if tensor_files.read_metadata(path).get("kind") == "mask":
         mask, header = masks.load(path)
         shares = masks.fraction_by_block(mask, layers.block_of)
-        described = {key: value for key, value in header.items() if key != "shapes"}
+        described = {key: value for key, value in header.as_json().items() if key != "shapes"}
         word = "may move"
     else:
         change = delta.load(path)

@@ -506,7 +506,7 @@ def test_a_damaged_mask_is_one_line(tmp_path):
         count += 1
         try:
             loaded, read = masks.load(path)
-            masks.check(loaded, read, parameters)
+            masks.check(loaded, read.made, parameters)
             masks.fraction_by_block(loaded, lambda name: name)
             assert sum(int(bits.sum()) for bits in loaded.values()) == header["ones"]
         except EraseError as error:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import resource
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -375,12 +376,35 @@ def test_a_mask_comes_back_exactly_in_one_bit_a_weight(tmp_path):
     masks.save(tmp_path / "mask.safetensors", mask, {"density": 0.3, "seed": 0})
     loaded, header = masks.load(tmp_path / "mask.safetensors")
     assert_same(loaded, mask)
-    assert header["total"] == 90_306 and header["ones"] == masks.count(mask) == 27_091
-    assert header["density"] == 0.3 and header["seed"] == 0
-    assert dict(header["shapes"])["z"] == [300, 301]
+    assert header.total == 90_306 and header.ones == masks.count(mask) == 27_091
+    assert header.made == {"density": 0.3, "seed": 0}
+    assert header.shapes["z"] == (300, 301)
     assert (tmp_path / "mask.safetensors").stat().st_size < 90_306 / 8 + 1000
     masks.save(tmp_path / "again.safetensors", loaded, {"density": 0.3, "seed": 0})
     assert files.file_hash(tmp_path / "again.safetensors") == files.file_hash(tmp_path / "mask.safetensors")
+
+
+def test_a_mask_of_version_0_1_0_is_read():
+    """The file was written by that version's code; it has no format number."""
+    path = Path(__file__).parent / "old" / "mask-0.1.0.safetensors"
+    mask, header = masks.load(path)
+    expected = {
+        "attn2.to_k.weight": torch.arange(12).reshape(3, 4) % 3 == 0,
+        "conv.bias": torch.tensor([1, 0, 0, 0, 1]),
+    }
+    assert all(torch.equal(mask[name], bits.bool()) for name, bits in expected.items())
+    assert header.made["density"] == 0.35 and (header.ones, header.total) == (6, 17)
+    assert header.as_json() == tensor_files.read_metadata(path) | {"format": 1}
+
+
+def test_fields_of_a_later_mask_are_kept_and_its_format_is_refused(tmp_path):
+    path = tmp_path / "mask.safetensors"
+    masks.save(path, {"w": torch.ones(20, dtype=torch.bool)}, {"density": 1.0, "licence": ["MIT"]})
+    mask, header = masks.load(path)
+    assert header.made == {"density": 1.0, "licence": ["MIT"]}
+    tensor_files.write_tensors(path, mask.bits, header.as_json() | {"format": 2})
+    with pytest.raises(EraseError, match="has mask format 2, which a later version wrote; this one reads up to 1"):
+        masks.load(path)
 
 
 def test_a_damaged_or_foreign_mask_file_is_refused(tmp_path):

@@ -71,8 +71,8 @@ def test_a_run_folder_holds_what_it_promises(finished, toy_pipeline_dir):
     for name, digest in record["files"].items():
         assert files.file_hash(finished.folder / name) == digest, name
     mask, header = masks.load(finished.folder / "mask.safetensors")
-    assert masks.count(mask) == int(header["total"] * 0.5) == record["mask"]["ones"]
-    assert header["base_hash"] == record["model"]["base_hash"]
+    assert masks.count(mask) == int(header.total * 0.5) == record["mask"]["ones"]
+    assert header.made["base_hash"] == record["model"]["base_hash"]
     for path in toy_pipeline_dir.rglob("*"):  # untouched parts are the base's bytes
         if path.is_file() and "diffusion_pytorch_model" not in path.name or "vae" in path.parts:
             if path.is_file():

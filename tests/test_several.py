@@ -146,9 +146,9 @@ def both(toy_pipeline_dir, tmp_path_factory):
 
 def test_the_mask_is_the_union_of_one_for_each_at_the_density(both, toy_pipeline_dir, monkeypatch, tmp_path):
     mask, header = masks.load(both.folder / "mask.safetensors")
-    half = header["total"] // 2
-    assert half < header["ones"] < 2 * half and header["concepts"] == ["cat", "lorry"]
-    assert both.record["mask"]["ones"] == header["ones"]
+    half = header.total // 2
+    assert half < header.ones < 2 * half and header.made["concepts"] == ["cat", "lorry"]
+    assert both.record["mask"]["ones"] == header.ones
     # one after the other by hand: what the pass over each one's pictures selects
     seen: list[Any] = []
     select = masks.select

@@ -142,8 +142,8 @@ def make_mask(
     if not Path(kind).is_file():
         raise EraseError(f"--mask is {kind!r}; choose saliency, random, inverse, none, or a mask file")
     stored, found = masks.load(kind)
-    masks.check(stored, found, named, base_hash=base_hash)
-    return {name: stored[name] for name in stored}, found
+    masks.check(stored, found.made, named, base_hash=base_hash)
+    return {name: stored[name] for name in stored}, dict(found.made)
 
 
 def prepare(settings: Settings, cache_dir: str | Path) -> tuple[Dataset, Split]:

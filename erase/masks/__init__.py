@@ -1,5 +1,6 @@
 """Which single weights may move: scores, selection and storage of masks."""
 
+from erase.masks.header import Header as Header
 from erase.masks.score import Saliency as Saliency
 from erase.masks.score import Score as Score
 from erase.masks.selection import kth_largest as kth_largest

@@ -10,6 +10,7 @@ import torch
 
 from erase import files, tensor_files
 from erase.errors import EraseError, no_file
+from erase.masks.header import Header, header_from_json
 
 Mask = dict[str, torch.Tensor]
 
@@ -68,31 +69,25 @@ def pack(mask: Mapping[str, torch.Tensor]) -> Packed:
     return Packed(packed, {name: tuple(bits.shape) for name, bits in mask.items()})
 
 
-def save(path: str | Path, mask: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+def save(path: str | Path, mask: Mapping[str, torch.Tensor], made: Mapping[str, Any]) -> None:
     """Write a mask in one bit a weight: safetensors, uint8 [ceil(n / 8)] for a tensor of n weights, first bit highest.
 
-    header: JSON-serialisable; how the mask was made ("base" and "base_hash" are what `check` looks at). The file adds
-        "shapes" (pairs of name and shape, in parameter order), "total" (weights) and "ones".
+    made: JSON-serialisable; how the mask was made ("base" and "base_hash" are what `check` looks at). The header adds
+        "format", "shapes" (pairs of name and shape, in parameter order), "total" (weights) and "ones".
     """
-    shapes = [[name, list(bits.shape)] for name, bits in mask.items()]
-    total = sum(math.prod(shape) for _, shape in shapes)
-    header = {**header, "kind": "mask", "shapes": shapes, "total": total, "ones": count(mask)}
-    tensor_files.write_tensors(path, pack(mask).bits, header)
+    shapes = {name: tuple(bits.shape) for name, bits in mask.items()}
+    tensor_files.write_tensors(path, pack(mask).bits, Header(shapes, count(mask), made).as_json())
 
 
-def load(path: str | Path) -> tuple[Packed, dict[str, Any]]:
+def load(path: str | Path) -> tuple[Packed, Header]:
     """The mask of a file that `save` wrote, on the CPU, and its header.
 
     Raises:
         EraseError: the file is missing, damaged or no mask.
     """
-    header = tensor_files.read_metadata(path)
-    if header.get("kind") != "mask":
-        raise EraseError(f"{path} is not a mask: its header does not say how it was made")
-    for problem in _header_problems(header):
-        raise EraseError(f"{path} is damaged: its header {problem}; copy it again or make it anew")
+    header = header_from_json(tensor_files.read_metadata(path), path)
     packed = tensor_files.read_tensors(path)
-    shapes = {name: tuple(shape) for name, shape in header["shapes"]}
+    shapes = header.shapes
     if packed.keys() != shapes.keys():
         raise EraseError(f"{path} is damaged: header and content disagree about the names of its tensors")
     for name, shape in shapes.items():
@@ -103,44 +98,26 @@ def load(path: str | Path) -> tuple[Packed, dict[str, Any]]:
         if data.numel() != need:
             raise EraseError(f"{path} is damaged: '{name}' has {data.numel()} bytes where {n} weights take {need}")
     mask = Packed({name: packed[name] for name in shapes}, shapes)
-    if count(mask) != header["ones"]:
-        raise EraseError(f"{path} is damaged: it has {count(mask)} ones, but its header says {header['ones']}")
+    if count(mask) != header.ones:
+        raise EraseError(f"{path} is damaged: it has {count(mask)} ones, but its header says {header.ones}")
     return mask, header
-
-
-def _header_problems(header: Mapping[str, Any]) -> Iterator[str]:
-    """What is missing or of another type in the header of a mask's file."""
-    shapes = header.get("shapes")
-    pairs = shapes if isinstance(shapes, list) and shapes else [None]
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
-            yield "has no names and shapes of the masked weights"
-        elif not isinstance(pair[1], list) or not all(type(size) is int and 0 <= size < 2**40 for size in pair[1]):
-            yield f"gives {pair[0]!r:.80} the shape {pair[1]!r:.40}"
-    if len({str(pair[0]) for pair in pairs if isinstance(pair, list) and pair}) != len(pairs):
-        yield "names a weight twice"
-    if type(header.get("ones")) is not int:
-        yield f"says that the mask has {header.get('ones')!r:.40} ones"
-    for name in ("base", "base_hash"):
-        if not isinstance(header.get(name), str | None):
-            yield f"has {name} {header[name]!r:.40}, which is no text"
 
 
 def check(
     mask: Mapping[str, torch.Tensor],
-    header: Mapping[str, Any],
+    made: Mapping[str, Any],
     parameters: Mapping[str, torch.Tensor],
     *,
     base_hash: str | None = None,
 ) -> None:
     """Nothing, when a loaded mask fits the model; a mask may cover fewer tensors than `parameters` has.
 
-    base_hash: the model's hash, compared with the header's "base_hash" where both are there.
+    made: how the mask was made, as its header says. base_hash: the model's hash, compared with the "base_hash" there.
 
     Raises:
         EraseError: a tensor of the mask is missing or has another shape, or the mask was made for another model.
     """
-    made_for = f"which was made for {header.get('base', 'another model')}"
+    made_for = f"which was made for {made.get('base', 'another model')}"
     for name, bits in mask.items():
         if name not in parameters:
             raise EraseError(f"'{name}' is in the mask, {made_for}, but not here")
@@ -149,7 +126,7 @@ def check(
             raise EraseError(f"'{name}' has {here.numel()} weights here but {bits.numel()} in the mask, {made_for}")
         if bits.shape != here.shape:
             raise EraseError(f"'{name}' has shape {[*here.shape]} here but {[*bits.shape]} in the mask, {made_for}")
-    recorded = header.get("base_hash")
+    recorded = made.get("base_hash")
     if base_hash and recorded and base_hash != recorded:
         raise EraseError(f"the mask was made for weights {recorded[:12]}, but this model is {base_hash[:12]}")
 

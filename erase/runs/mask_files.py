@@ -24,11 +24,12 @@ def load_mask(
         raise EraseError(f"--mask: {no_file(path)}; or choose saliency, random, inverse or none")
     if path.suffix == ".safetensors":
         mask, header = masks.load(path)
+        made = header.made
     else:
         unet: Any = model.unet
         names = {theirs: ours for ours, theirs in compvis.unet_names(unet.state_dict(), unet.config).items()}
-        mask, header = masks.load_reference(path, lambda name: names.get(name, name)), {"base": path.name}
-    masks.check(mask, header, parameters, base_hash=base_hash)
+        mask, made = masks.load_reference(path, lambda name: names.get(name, name)), {"base": path.name}
+    masks.check(mask, made, parameters, base_hash=base_hash)
     missing = [name for name in parameters if name not in mask]
     if missing:
         raise EraseError(f"{path} has no entry for {missing[0]!r}; it was made for another --scope")
@@ -40,7 +41,7 @@ def kept_mask(path: Path, settings: Settings, parameters: Mapping[str, Tensor], 
     try:
         tensor_files.read_own(path, kind="mask", base_hash=base_hash, source=settings.mask, density=settings.density)
         mask, header = masks.load(path)
-        masks.check(mask, header, parameters, base_hash=base_hash)
+        masks.check(mask, header.made, parameters, base_hash=base_hash)
     except EraseError as error:
         told = str(error).replace("; copy or download it again", "")
         raise EraseError(f"{told}; delete {path}, and the same command makes the mask again") from error

@@ -80,10 +80,10 @@ def write_mask(decided: Decisions, change: delta.Delta, mask: masks.Packed | Non
     if made.exists() and earlier is None:
         files.copy(made, decided.folder / records.MASK)
     elif mask is not None:
-        header = masks.load(made)[1] if made.exists() else {}
-        header |= {"base": decided.settings.model, "base_hash": change.base_hash}
-        header |= {"united_with": earlier.record["run"]} if earlier and earlier.mask else {}
-        masks.save(decided.folder / records.MASK, mask, header)
+        how = dict(masks.load(made)[1].made) if made.exists() else {}
+        how |= {"base": decided.settings.model, "base_hash": change.base_hash}
+        how |= {"united_with": earlier.record["run"]} if earlier and earlier.mask else {}
+        masks.save(decided.folder / records.MASK, mask, how)
 
 
 def write_forms(decided: Decisions, base_unet: Any, new: delta.State, change: delta.Delta) -> None:
