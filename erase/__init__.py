@@ -4,18 +4,20 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Concept", "EraseError", "Run", "apply", "erase_concept", "load_delta", "remove"]
+__all__ = ["Concept", "EraseError", "Method", "Run", "apply", "erase_concept", "load_delta", "remove"]
 
 if TYPE_CHECKING:
     from erase.concepts import Concept
     from erase.delta import apply, remove
     from erase.delta import load as load_delta
     from erase.errors import EraseError
+    from erase.methods.protocol import Method
     from erase.runs.job import Run, erase_concept
 
 _HOMES = {  # module and name
     "Concept": ("concepts", "Concept"),
     "EraseError": ("errors", "EraseError"),
+    "Method": ("methods.protocol", "Method"),
     "Run": ("runs.job", "Run"),
     "apply": ("delta", "apply"),
     "erase_concept": ("runs.job", "erase_concept"),

@@ -21,7 +21,7 @@ from erase.options.settings import Settings
 
 def test_the_public_names_are_listed_and_importing_them_all_works():
     """`dir(erase)`, `__all__` and `from erase import *` (4.9)."""
-    names = {"erase_concept", "Run", "Concept", "EraseError", "load_delta", "apply", "remove"}
+    names = {"erase_concept", "Run", "Concept", "Method", "EraseError", "load_delta", "apply", "remove"}
     assert dir(erase) == sorted(names) == sorted(erase.__all__)
     space: dict[str, Any] = {}
     exec("from erase import *", space)

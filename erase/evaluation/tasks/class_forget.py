@@ -8,6 +8,7 @@ from erase.errors import EraseError
 from erase.evaluation.options import Options
 from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, where
+from erase.words import article
 
 IMAGENETTE = {  # places in ImageNet's 1,000 classes; names differ from one classifier to the next, places do not
     "tench": 0,
@@ -53,7 +54,7 @@ class ClassForget(Task):
         samples = []
         for name, index in IMAGENETTE.items():
             role = "forget" if name == forget else "retain"
-            thing = f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+            thing = f"{article(name)} {name}"
             for i in range(options.num_images or PER_CLASS):
                 sample_id = f"{name.replace(' ', '-').lower()}-{i:04d}"
                 prompt = _CLASS_TEMPLATES[i % len(_CLASS_TEMPLATES)].format(thing)

@@ -9,6 +9,7 @@ from erase.concepts import Concept
 from erase.evaluation.options import Options
 from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, where
+from erase.words import article
 
 NUM_FORGET, NUM_SYNONYM, NUM_RETAIN = 100, 40, 16  # NUM_RETAIN for every other object
 
@@ -92,5 +93,5 @@ def _article(prompt: str) -> str:
     words = prompt.split()
     for i, (word, after) in enumerate(zip(words, words[1:], strict=False)):
         if word in {"a", "an"}:
-            words[i] = "an" if after[0] in "aeiou" else "a"
+            words[i] = article(after)
     return " ".join(words)
