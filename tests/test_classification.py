@@ -404,7 +404,7 @@ def test_a_forgotten_class_leaves_the_test_too(request_):
     [
         ("0%", "leaves nothing to forget"),
         ("1%", "leaves nothing to forget"),
-        ("100%", "leaves nothing to keep"),
+        ("100%", "leaves nothing to retain"),
         ("120%", "between 0% and 100%"),
         ("many%", "like 10%"),
         ("class:7", "the classes are 0 to 2: a, b, c"),
@@ -417,7 +417,7 @@ def test_a_request_that_cannot_be_met_is_one_line(request_, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("1\n1\n", "twice"), ("1\n30\n", "picture 30"), ("one\n", "no positions"), ("{}", "forget")]
+    ("text", "message"), [("1\n1\n", "twice"), ("1\n30\n", "image 30"), ("one\n", "no positions"), ("{}", "forget")]
 )
 def test_a_file_that_names_no_pictures_is_one_line(text, message, tmp_path):
     (tmp_path / "list.txt").write_text(text)

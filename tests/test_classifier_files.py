@@ -62,7 +62,7 @@ def test_a_header_that_describes_no_network_is_one_line(shape, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"state": {"mean": torch.full((1, 1, 1), float("nan"))}}, "'mean' holds values that are no numbers"),
+        ({"state": {"mean": torch.full((1, 1, 1), float("nan"))}}, "'mean' holds values that are not finite"),
         ({"state": {"mean": torch.zeros(2)}}, "'mean' has 2 weights here but 1"),
         ({"state": {"extra": torch.zeros(2)}}, "'extra' is here but not in a mlp for 3 classes"),
         ({"num_classes": 4}, "has 384 weights here but 512|has 3 weights here but 4"),

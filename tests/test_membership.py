@@ -9,7 +9,8 @@ from torch import nn
 
 from erase.classification import membership
 from erase.classification.data import Images
-from erase.classification.membership import Outputs, Svc
+from erase.classification.membership import Outputs
+from erase.classification.svc import Svc
 from erase.errors import EraseError
 
 
@@ -68,7 +69,7 @@ def test_the_attack_takes_twenty_thousand_pictures():
 def test_equal_answers_say_nothing():
     same = np.full(50, 0.7)
     assert len(membership.svc_attack(same, same, same)) == 50
-    with pytest.raises(EraseError, match="needs pictures of both kinds"):
+    with pytest.raises(EraseError, match="needs images that were trained on and images that were not"):
         Svc(same, np.ones(50, dtype=bool))
 
 

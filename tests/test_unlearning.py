@@ -10,10 +10,11 @@ from scipy.stats import t
 
 from erase.classification import cli as classifier_cli
 from erase.classification import data, run
-from erase.classification.compare import compare, over_seeds, rows
+from erase.classification.compare import compare, rows
 from erase.classification.data import Dataset, Images
 from erase.classification.presets import PRESETS
 from erase.classification.settings import Settings
+from erase.classification.summary import over_seeds
 from erase.errors import EraseError
 
 

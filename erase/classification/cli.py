@@ -1,4 +1,4 @@
-"""`unlearn-classifier`: arguments in, one call, a few lines out."""
+"""The command `unlearn-classifier`: parses arguments, calls one function, prints a few lines."""
 
 import sys
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from erase.files import default_cache_dir
 
 WHAT, TRAINING = {"what": "what to forget, from what"}, {"training": "training"}
 QUIET: dict[str, Any] = {"action": "store_true", "help": "no progress on stderr"}
-GROUPS = {**WHAT, "method": "method", "how": "how: which weights may move", **TRAINING}
+GROUPS = {**WHAT, "method": "method", "how": "how: which weights may change", **TRAINING}
 DESCRIPTION = """\
-Make an image classifier forget some of its training pictures: find the weights that matter for them, retrain only
-those, and say how far the result is from a model that never saw them."""
+Make an image classifier forget some of its training images: find the weights that matter for them, retrain only
+those, and measure how far the result is from a model that was trained without them."""
 EPILOG = f"""\
 methods: {", ".join(PRESETS)}
 
@@ -27,13 +27,13 @@ examples:
   unlearn-classifier compare --data digits --methods all --seeds 5 --output runs/digits-compared
 
 other commands (each has its own --help):
-  train    the original model, or the retrained one: --without-forget
-  compare  methods on several seeds against retraining: table, figures and plot
+  train    train the original model, or with --without-forget the retrained one
+  compare  compare methods with retraining on several seeds: results, table and plot
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exit code 0 done, 2 for what the user can mend, 130 when interrupted."""
+    """Run the command. Exit code 0: done; 2: an error that the user can correct; 130: interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     silence_libraries(quiet="--quiet" in arguments)
     continues = arguments[:1] == ["compare"]
@@ -76,10 +76,10 @@ def _unlearn(arguments: list[str]) -> None:
 def _train(arguments: list[str]) -> None:
     parser = Parser(
         "unlearn-classifier train",
-        "Train the original model, or the one that never sees the forget set.",
+        "Train the original model, or the retrained one, without the forget set.",
         example="--data digits --train-epochs 5 --output runs/digits-original",
     )
-    parser.add_argument("--without-forget", action="store_true", help="train without what --forget names")
+    parser.add_argument("--without-forget", action="store_true", help="train on the retain set only")
     parser.add_argument("--quiet", **QUIET)
     add_options(parser, Settings, WHAT | TRAINING)
     given = vars(parser.parse_args(arguments))
@@ -100,19 +100,21 @@ def _train(arguments: list[str]) -> None:
 def _compare(arguments: list[str]) -> None:
     parser = Parser(
         "unlearn-classifier compare",
-        "Methods on several seeds against retraining. Continues where it stopped; each cell is run once.",
+        "Compare methods with retraining on several seeds. Each cell is run once; an interrupted run continues.",
         example="--data digits --methods ft salun --seeds 2 --output runs/digits-compared",
     )
     parser.add_argument(
         "--methods", nargs="+", default=["all"], metavar="METHOD", help="methods, or all [default: all]"
     )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds, from --seed on [default: 5]")
     parser.add_argument(
-        "--densities", type=float, nargs="+", default=[], metavar="X", help="more lines: SalUn at these"
+        "--seeds", type=int, default=5, metavar="N", help="number of seeds, from --seed on [default: 5]"
     )
-    parser.add_argument("--controls", action="store_true", help="more lines: SalUn with other masks and scores")
     parser.add_argument(
-        "--shadows", type=int, default=0, metavar="N", help="pairs of shadow models for LiRA [default: 0]"
+        "--densities", type=float, nargs="+", default=[], metavar="X", help="additional lines: SalUn at these densities"
+    )
+    parser.add_argument("--controls", action="store_true", help="additional lines: SalUn with other masks and scores")
+    parser.add_argument(
+        "--shadows", type=int, default=0, metavar="N", help="pairs of shadow models per seed for LiRA [default: 0]"
     )
     parser.add_argument("--quiet", **QUIET)
     add_options(parser, Settings, GROUPS)

@@ -1,4 +1,4 @@
-"""The one loop that trains classifiers, and the writing of new weights; both inside the mask only."""
+"""The training loop of classifiers, the writing of new weights, and saliency masks. Only masked weights change."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -25,17 +25,17 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Diverged(EraseError):
-    """The loss is no number any more; a smaller step size may help."""
+    """The loss is not finite; a smaller learning rate may help."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights descend.
+    """Hyperparameters of the training loop.
 
-    schedule: of the step size: constant, falling as a cosine to zero, or a tenth after half and a hundredth after
-        three quarters of the epochs, as SalUn's code trains its originals.
-    batch_norm: frozen normalises with the model's statistics and leaves them as they are; moving normalises with those
-        of the batch and lets them follow, as in SalUn's code; they then change outside any mask.
+    schedule: of the learning rate: "constant", "cosine" to zero, or "steps", a tenth after half and a hundredth after
+        three quarters of the epochs, as SalUn's code trains its original models.
+    batch_norm: "frozen" normalises with the model's statistics and does not change them; "moving" normalises with the
+        batch's statistics and updates the model's, as in SalUn's code, outside any mask.
     padding, flip: see `augment`. precision: see `computing`.
     """
 
@@ -70,13 +70,13 @@ def descend(
     label: str = "train",
     quiet: bool = True,
 ) -> None:
-    """Carry out a plan, in place. Afterwards model and modules are in the modes in which they were.
+    """Carry out a plan, in place. Modes and gradient flags of the model are restored afterwards.
 
-    mask: bool tensors by parameter; a parameter without one stays as it is; None lets every weight move.
-    label: of the progress, which counts epochs.
+    mask: bool tensors by parameter name; a parameter without one does not change. None: every weight may change.
+    label: name of the progress bar, which counts epochs.
 
     Raises:
-        Diverged: a loss is no number.
+        Diverged: the loss is not finite.
         EraseError: the mask is for another model.
     """
     named = dict(model.named_parameters())
@@ -116,7 +116,7 @@ def descend(
 
 @torch.no_grad()
 def write(model: nn.Module, values: Values, mask: Mapping[str, Tensor] | None) -> None:
-    """Put new values into weights inside the mask; the others keep their bits."""
+    """Write new values of weights inside the mask; all other weights keep their bits."""
     named = dict(model.named_parameters())
     for name, new in values.items():
         if mask is None:
@@ -136,9 +136,10 @@ def saliency_mask(
     batch_size: int = 256,
     precision: Precision = "fp32",
 ) -> masks.Mask:
-    """The weights that matter most for the pictures to forget: |grad CE|, one pass in eval mode without augmentation.
+    """The weights that matter most for the forget set: |grad CE|, one pass in eval mode without augmentation.
 
-    largest: see `saliency.select`. batch_size, precision: see `saliency_scores`.
+    density: share of the weights in the mask, in (0, 1].
+    largest: False selects the smallest scores instead. batch_size, precision: see `saliency_scores`.
     """
     scores = saliency_scores(model, forget, score, batch_size=batch_size, precision=precision)
     return masks.select(scores, density, per_tensor=per_tensor, largest=largest)
@@ -152,9 +153,9 @@ def saliency_scores(
     batch_size: int = 256,
     precision: Precision = "fp32",
 ) -> dict[str, Tensor]:
-    """What `saliency_mask` selects from. Every picture weighs the same, in a short last batch too.
+    """The scores that `saliency_mask` selects from. Every image has the same weight, also in a short last batch.
 
-    batch_size: matters for the scores sum_abs and sum_sq, which add up batches; for abs_sum it is a matter of memory
+    batch_size: changes the scores sum_abs and sum_sq, which are sums over batches; for abs_sum it changes the memory
         only. precision: see `computing`.
     """
     with in_eval(model), computing(model, precision):
@@ -162,15 +163,15 @@ def saliency_scores(
         with accumulated.collecting():
             for batch in forget.batches(batch_size):
                 loss = F.cross_entropy(model(batch.pixels), batch.y, reduction="sum") / len(forget)
-                (loss * LOSS_SCALE[precision]).backward()  # the order of the scores is the same
+                (loss * LOSS_SCALE[precision]).backward()  # scaling does not change the order of the scores
     return accumulated.scores()
 
 
 @contextmanager
 def computing(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Inside, the model's convolutions and products compute in the precision; weights and logits stay float32.
+    """Compute the model's convolutions and matrix products in a precision; weights and logits stay float32.
 
-    With bf16 and fp16 results differ more between processors than with fp32.
+    With bf16 and fp16, results differ more between processors than with fp32.
     """
     if precision == "fp32":
         yield
@@ -210,9 +211,9 @@ def _batches(passes: list[Images], size: int, generator: torch.Generator) -> Ite
 
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
-    """Inside, eval mode, and every parameter wants a gradient: what may move is the mask's to say.
+    """Put the model in eval mode with gradients for every parameter; the mask decides which weights are updated.
 
-    Afterwards modes and wants are as they were, each, and no gradient is left.
+    Afterwards every module's mode and every parameter's requires_grad are restored, and no gradients remain.
     """
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -229,7 +230,7 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _training(model: nn.Module, moving: Mapping[str, Parameter], batch_norm: str) -> Iterator[None]:
-    """Train mode, in which frozen batch normalisation takes no part; parameters that do not move want no gradient."""
+    """Put the model in train mode, except for frozen batch normalisation, with gradients for `moving` only."""
     with in_eval(model):
         model.train()
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""Image classifiers by name, their normalisation inside, built from a seed and kept in one safetensors file."""
+"""Image classifiers by name, with their normalisation inside: built from a seed, saved to and loaded from a file."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from erase.classification.settings import NETWORKS
 from erase.delta import layout_of, require_layout
 from erase.errors import EraseError
 
-SMALL_PICTURE = 64  # up to this side a network keeps the resolution in its first layer
+SMALL_IMAGE = 64  # pixels a side; for images up to this size the first layer keeps the resolution
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a network is built for.
 
-    size: side of the pictures in pixels. mean, std: of each channel, on pixels in [0, 1].
+    size: side of the images in pixels. mean, std: of each channel, on pixels in [0, 1].
     """
 
     network: str
@@ -33,7 +33,7 @@ class Shape:
 
 
 class Classifier(nn.Module):
-    """Logits, [n, classes], of pictures [n, c, h, w]: uint8, or float in [0, 1]; the normalisation is a part of it."""
+    """Logits, [n, classes], for images [n, c, h, w] of uint8 or of float in [0, 1]; it normalises them itself."""
 
     mean: Tensor
     std: Tensor
@@ -52,7 +52,7 @@ class Classifier(nn.Module):
 
 
 def build(shape: Shape, seed: int) -> Classifier:
-    """A network with random weights; same seed, same weights, whatever was drawn before.
+    """A network with random weights that depend on the seed alone.
 
     Raises:
         EraseError: unknown network.
@@ -65,9 +65,9 @@ def build(shape: Shape, seed: int) -> Classifier:
 
 
 def save(path: str | Path, model: Classifier, shape: Shape, header: dict[str, Any]) -> None:
-    """Weights, buffers and what is needed to build the network again.
+    """Write weights, buffers and the shape to one safetensors file.
 
-    header: JSON-serialisable; how the weights were made.
+    header: how the weights were made, as JSON values.
     """
     tensor_files.write_tensors(path, model.state_dict(), {**header, "kind": "classifier", "shape": asdict(shape)})
 
@@ -92,7 +92,7 @@ def load(path: str | Path) -> tuple[Classifier, Shape, dict[str, Any]]:
         raise EraseError(f"{path} is damaged: {error}; copy or make it again") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise EraseError(f"{path} is damaged: {name!r} holds values that are no numbers; copy or make it again")
+            raise EraseError(f"{path} is damaged: {name!r} holds values that are not finite; copy or make it again")
     model.load_state_dict(state)
     return model, shape, header
 
@@ -120,7 +120,7 @@ def _shape(stored: Any, path: Path) -> Shape:
 
 
 def require_fit(shape: Shape, num_classes: int, channels: int, size: int, where: str) -> None:
-    """Raise an EraseError unless a network was built for such pictures and as many classes; `where` names it."""
+    """Raise an EraseError unless a network fits the images and the number of classes; `where` names its file."""
     for word, here, there in (
         ("classes", shape.num_classes, num_classes),
         ("channels", shape.channels, channels),
@@ -157,7 +157,7 @@ def _mlp(shape: Shape) -> nn.Module:
 def _resnet(
     layer_type: str, depths: Sequence[int], widths: Sequence[int], *, small_stem: bool = True
 ) -> Callable[[Shape], nn.Module]:
-    """small_stem: small pictures have a stem of their own; else all have that of He et al. (2016) for ImageNet."""
+    """small_stem: use a smaller stem for small images; else the ImageNet stem of He et al. (2016) for all."""
 
     def make(shape: Shape) -> nn.Module:
         from transformers import ResNetConfig, ResNetForImageClassification
@@ -171,7 +171,7 @@ def _resnet(
         )
         config.num_labels = shape.num_classes
         network = ResNetForImageClassification(config)
-        if small_stem and shape.size <= SMALL_PICTURE:  # He et al.'s for CIFAR: 3 x 3, no stride, no pooling
+        if small_stem and shape.size <= SMALL_IMAGE:  # He et al.'s for CIFAR: 3 x 3, no stride, no pooling
             stem: Any = network.resnet.embedder
             stem.embedder.convolution = nn.Conv2d(shape.channels, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(stem.embedder.convolution.weight, mode="fan_out", nonlinearity="relu")
@@ -211,10 +211,10 @@ def _vit(shape: Shape) -> nn.Module:
 
 
 def _swin_t(shape: Shape) -> nn.Module:
-    """Swin-T (Liu et al., 2021); small pictures have patches of 1 pixel (up to 32) or 2 and windows of 4."""
+    """Swin-T (Liu et al., 2021); small images use patches of 1 pixel (up to 32) or 2, and windows of 4."""
     from transformers import SwinConfig, SwinForImageClassification
 
-    is_small = shape.size <= SMALL_PICTURE
+    is_small = shape.size <= SMALL_IMAGE
     patch = (1 if shape.size <= 32 else 2) if is_small else 4
     last = math.ceil(shape.size / (patch * 8))  # side of the last stage's grid, which no window may exceed
     config = SwinConfig(

@@ -1,4 +1,4 @@
-"""Classifiers that SalUn's code trained (0model_SA_best.pth.tar), under the names of our ResNets."""
+"""Checkpoints of SalUn's code (0model_SA_best.pth.tar), read as our ResNets."""
 
 import re
 from collections.abc import Callable
@@ -34,9 +34,9 @@ def load(
     allow_pickle: bool,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Classifier, Shape]:
-    """The classifier of a file of `torch.save`, as a network for the data set's size of images.
+    """The classifier of a file of `torch.save`, as a network for the data set's image size.
 
-    tell: hears what in the file was not built, and whether it says how images are normalised.
+    tell: called with notes: what in the file was not built, and whether its normalisation is missing.
 
     Raises:
         EraseError: no such file, pickles are not allowed, or it holds another network.

@@ -1,4 +1,4 @@
-"""Which pictures are to be forgotten: one split, by one seed, for training, unlearning and evaluation."""
+"""The images to forget, to retain and to test: one split for training, unlearning and evaluation."""
 
 import json
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ from erase.errors import EraseError
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Positions, int64, ascending: to forget and to keep among the training pictures, to test among the test pictures.
+    """Positions, int64, ascending.
 
-    request: as it was asked for: 10%, class:3, or the file's name.
+    request: the text that the split was made from, such as "10%", "class:3" or a file name.
+    forget, retain: positions in the training images. test: positions in the test images.
     """
 
     request: str
@@ -29,23 +30,23 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is forgotten and what is kept; a model and its unlearning must agree on it."""
+        """SHA-256 of the forget and the retain set."""
         return files.text_hash({"forget": self.forget.tolist(), "retain": self.retain.tolist()})
 
     def save(self, path: str | Path) -> None:
-        """The positions as JSON; `make` takes the file as a request."""
+        """Write the positions as JSON. `make` accepts the file as a request."""
         positions = {"forget": self.forget.tolist(), "retain": self.retain.tolist()}
         files.write_json(path, {"request": self.request, "sha256": self.digest, **positions})
 
 
 def make(dataset: Dataset, request: str, seed: int) -> Split:
-    """The split that is asked for.
+    """The split of a request.
 
-    request: "10%" of the training pictures, drawn by `seed`; "class:3" or "class:cat", all of a class, which the test
-        then leaves out too; or a file of `Split.save`, or with one position a line.
+    request: "10%" of the training images, chosen by `seed`; "class:3" or "class:cat", a whole class, which is left out
+        of the test images too; or a file that `Split.save` wrote or that has one position per line.
 
     Raises:
-        EraseError: the request cannot be read, or leaves nothing to forget or nothing to keep.
+        EraseError: the request cannot be read, or leaves nothing to forget or nothing to retain.
     """
     everything, tested = torch.arange(len(dataset.train)), torch.arange(len(dataset.test))
     if request.endswith("%"):
@@ -61,7 +62,7 @@ def make(dataset: Dataset, request: str, seed: int) -> Split:
 
 
 def require_request(request: str) -> None:
-    """Raise an EraseError for a request that fits no data set at all; needs no data."""
+    """Raise an EraseError for a request that no data set can meet."""
     if request.endswith("%"):
         _share(request, 1)
     elif not request.startswith("class:") and not Path(request).is_file():
@@ -69,9 +70,9 @@ def require_request(request: str) -> None:
 
 
 def reference(labels: Tensor, seed: int, num_forget: int) -> tuple[Tensor, Tensor]:
-    """What SalUn's code trains on (a tenth of every class is put aside) and what of it is to be forgotten.
+    """The training set of SalUn's code, which leaves out a tenth of every class, and the forget set within it.
 
-    Its unlearning uses seed 2 but its training seed 1, so that a tenth of its forget set was never trained on.
+    SalUn's scripts train with seed 1 but unlearn with seed 2, so a tenth of their forget set was never trained on.
     """
     y = labels.numpy()
     random = np.random.RandomState(seed)
@@ -82,18 +83,22 @@ def reference(labels: Tensor, seed: int, num_forget: int) -> tuple[Tensor, Tenso
 
 
 def make_reference(dataset: Dataset, request: str, seed: int) -> Split:
-    """The split of SalUn's code, for comparison with it: a tenth of the training pictures is not used at all."""
+    """The split of SalUn's code, for comparison with it. A tenth of the training images is not used.
+
+    Raises:
+        EraseError: the request is not a share, or the seed is 0.
+    """
     if not request.endswith("%"):
-        raise EraseError(f"--forget is {request!r}; the reference's split is for a share of the pictures, like 10%")
+        raise EraseError(f"--forget is {request!r}; the reference's split is for a share of the images, like 10%")
     if seed < 1:
-        raise EraseError(f"--seed is {seed}; the reference's split draws with seed - 1, so it must be at least 1")
+        raise EraseError(f"--seed is {seed}; the reference's split uses seed - 1, so it must be at least 1")
     train, _ = reference(dataset.train.y, seed, 0)
     train, forget = reference(dataset.train.y, seed, _share(request, len(train)))
     return _split(request, train, forget, torch.arange(len(dataset.test)))
 
 
 def parts(dataset: Dataset, split: Split) -> tuple[Images, Images, Images]:
-    """The pictures to forget, to keep, and to test."""
+    """The images to forget, to retain and to test."""
     return dataset.train[split.forget], dataset.train[split.retain], dataset.test[split.test]
 
 
@@ -107,7 +112,7 @@ def _split(request: str, pool: Tensor, forget: Tensor, test: Tensor) -> Split:
     if not len(forget):
         raise EraseError(f"--forget {request} leaves nothing to forget; ask for more")
     if not len(retain):
-        raise EraseError(f"--forget {request} leaves nothing to keep; ask for less than all of the training pictures")
+        raise EraseError(f"--forget {request} leaves nothing to retain; ask for less than all of the training images")
     return Split(request, forget, retain, test)
 
 
@@ -130,7 +135,7 @@ def _class(text: str, classes: Sequence[str]) -> int:
 
 
 def _positions(values: Any) -> Tensor:
-    """Raises ValueError: they are not a list of whole numbers."""
+    """Raises ValueError: the values are not a list of whole numbers."""
     if not isinstance(values, list) or not all(type(value) is int and abs(value) < 2**62 for value in values):
         raise ValueError("no whole numbers")
     return torch.tensor(values, dtype=torch.int64)
@@ -150,7 +155,7 @@ def _read(path: str, total: int) -> tuple[Tensor, Tensor | None]:
     for positions in (forget, retain):
         if positions is not None and len(positions):
             if positions.min() < 0 or positions.max() >= total:
-                raise EraseError(f"{path} names picture {int(positions.max())}; they are numbered 0 to {total - 1}")
+                raise EraseError(f"{path} names image {int(positions.max())}; images are numbered 0 to {total - 1}")
             if len(positions.unique()) < len(positions):
-                raise EraseError(f"{path} names a picture twice")
+                raise EraseError(f"{path} names an image twice")
     return forget, retain
