@@ -28,7 +28,7 @@ from erase.methods.relabel import Relabel
 from erase.methods.scissorhands import Scissorhands
 from erase.methods.sdd import SelfDistillation
 from erase.methods.soft import Soft, share_to_restore
-from erase.mini import train as mini
+from erase.mini import assembly as mini
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.training import batches, exchanged, loop

@@ -11,8 +11,8 @@ from PIL import Image
 
 from erase.errors import EraseError
 from erase.families import loading
-from erase.mini import judge, quality, world
-from erase.mini import train as recipe
+from erase.mini import architecture, fitting, job, judge, quality, tokenizer, world
+from erase.mini.train import train
 
 shipped = pytest.mark.skipif(not (loading.MINI_DIR / "model_index.json").exists(), reason="weights are not there")
 
@@ -47,27 +47,27 @@ def test_every_colour_is_seen_in_the_drawing():
 
 
 def test_every_word_of_the_world_is_one_token_and_other_text_falls_back_to_bytes():
-    tokenizer = recipe.make_tokenizer()
+    ours = tokenizer.make_tokenizer()
     for word in world.WORDS:
-        assert len(tokenizer(word)["input_ids"]) == 3, word
-    assert len(tokenizer("zebra")["input_ids"]) > 3
-    assert tokenizer.unk_token_id not in tokenizer("zebra")["input_ids"][1:-1]
+        assert len(ours(word)["input_ids"]) == 3, word
+    assert len(ours("zebra")["input_ids"]) > 3
+    assert ours.unk_token_id not in ours("zebra")["input_ids"][1:-1]
     rng = np.random.default_rng(0)
     for _ in range(300):
         text = world.caption(world.sample_scene(rng), rng)
-        assert len(tokenizer(text)["input_ids"]) <= recipe.MAX_TOKENS, text
+        assert len(ours(text)["input_ids"]) <= tokenizer.MAX_TOKENS, text
 
 
 def test_the_unet_has_the_block_types_of_sd14():
-    unet = recipe.make_unet()
+    unet = architecture.make_unet()
     kinds = {*unet.config["down_block_types"], *unet.config["up_block_types"]}  # pyright: ignore
     assert kinds == {"CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
     assert type(unet.mid_block).__name__ == "UNetMidBlock2DCrossAttn"
-    scheduler = recipe.make_scheduler()
+    scheduler = architecture.make_scheduler()
     assert scheduler.config["beta_schedule"] == "scaled_linear" and scheduler.config["prediction_type"] == "epsilon"
 
 
-SMALL = recipe.Budget(
+SMALL = job.Budget(
     judge_steps=3,
     judge_batch=4,
     vae_steps=3,
@@ -84,8 +84,8 @@ SMALL = recipe.Budget(
 @pytest.mark.ci
 def test_training_continues_bit_for_bit_and_gives_a_pipeline(tmp_path, monkeypatch):
     """Every stage interrupted after its second step, then continued, against one that was not."""
-    monkeypatch.setattr(recipe, "SAVE_EVERY", 1)
-    whole = recipe.train(tmp_path / "whole", budget=SMALL, quiet=True)
+    monkeypatch.setattr(fitting, "SAVE_EVERY", 1)
+    whole = train(tmp_path / "whole", budget=SMALL, quiet=True)
     original, calls = torch.optim.AdamW.step, []
 
     def cut(self, *args, **options):
@@ -94,21 +94,21 @@ def test_training_continues_bit_for_bit_and_gives_a_pipeline(tmp_path, monkeypat
             raise KeyboardInterrupt
         return original(self, *args, **options)
 
-    for stage in recipe.STAGES:
+    for stage in job.STAGES:
         calls.clear()
         monkeypatch.setattr(torch.optim.AdamW, "step", cut)
         with pytest.raises(KeyboardInterrupt):
-            recipe.train(tmp_path / "cut", budget=SMALL, stages=(stage,), quiet=True)
+            train(tmp_path / "cut", budget=SMALL, stages=(stage,), quiet=True)
         monkeypatch.setattr(torch.optim.AdamW, "step", original)
         assert list((tmp_path / "cut" / "work").glob(f"{stage}*.pt"))
-        recipe.train(tmp_path / "cut", budget=SMALL, stages=(stage,), quiet=True)
+        train(tmp_path / "cut", budget=SMALL, stages=(stage,), quiet=True)
     for name in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
     model = loading.load(whole)
     assert model.is_mini and model.resolution == 64
     with pytest.raises(EraseError, match="holds another training"):
-        recipe.train(tmp_path / "whole", seed=1, budget=SMALL, quiet=True)
-    gold = recipe.train(
+        train(tmp_path / "whole", seed=1, budget=SMALL, quiet=True)
+    gold = train(
         tmp_path / "gold",
         without="circle",
         budget=replace(SMALL, unet_cycles=((1, 1e-3, 5.0),)),
@@ -121,7 +121,7 @@ def test_training_continues_bit_for_bit_and_gives_a_pipeline(tmp_path, monkeypat
 
 def test_an_unknown_thing_to_leave_out_is_refused(tmp_path):
     with pytest.raises(EraseError, match="has no 'dragon'"):
-        recipe.train(tmp_path / "mini", without="dragon")
+        train(tmp_path / "mini", without="dragon")
     assert not (tmp_path / "mini").exists()
 
 

@@ -1,28 +1,30 @@
-"""`python -m erase.mini train | measure | draw`: make the embedded model, judge it, and look at its world."""
+"""`python -m erase.mini train | measure | world`: train the embedded model, measure it, or show its world."""
 
 import argparse
 import sys
 
 from erase.errors import EraseError
 
-STAGES = ("judge", "vae", "unet", "decoder")
+STAGES = ("judge", "vae", "unet", "decoder")  # as in job.py, whose import takes seconds
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m erase.mini", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train the embedded model from a seed; the same command continues")
+    train = commands.add_parser(
+        "train", help="train the embedded model from a seed; the same command continues an interrupted training"
+    )
     train.add_argument("--output", default="runs/mini", help="pipeline folder to write [runs/mini]")
     train.add_argument("--seed", type=int, default=0, help="seed of data, weights and training [0]")
-    train.add_argument("--without", help="object, colour, style or 'nude' that the UNet never sees: the gold standard")
+    train.add_argument("--without", help="object, colour, style or 'nude' that the UNet's data never shows")
     train.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated [all]")
     train.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     train.add_argument("--threads", type=int, default=1, help="CPU threads; the weights' last bits depend on it [1]")
-    train.add_argument("--parts-from", help="folder of a finished training whose judge, VAE and decoder are taken over")
-    measure = commands.add_parser("measure", help="draw pictures and have the judge name them")
+    train.add_argument("--parts-from", help="folder of a finished training whose judge, VAE and decoder are reused")
+    measure = commands.add_parser("measure", help="generate images and count what the judge recognises")
     measure.add_argument("--model", default="mini", help="the embedded model or a run folder made from it [mini]")
-    measure.add_argument("--num-each", type=int, default=48, help="pictures an object [48]")
-    measure.add_argument("--sheet", help="PNG to write: twelve pictures of every object")
+    measure.add_argument("--num-each", type=int, default=48, help="images per object [48]")
+    measure.add_argument("--sheet", help="PNG to write: twelve images of every object")
     measure.add_argument(
         "--card", action="store_true", help="write measured.json and README.md into the model's folder"
     )
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     draw.add_argument("--output", default="world.png", help="PNG to write [world.png]")
     given = parser.parse_args(argv)
     try:
-        globals()[f"_{given.command}"](given)
+        _COMMANDS[given.command](given)
     except EraseError as error:
         print(f"erase.mini: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -66,22 +68,22 @@ def _measure(given: argparse.Namespace) -> None:
 
     model = loading.load(given.model)
     wishes = quality.balanced(given.num_each)
-    pictures = quality.draw(model, [w.prompt for w in wishes], list(range(len(wishes))), quiet=False)
-    scores = quality.score(judge.name(judge.load(model.folder / "judge.safetensors"), pictures), wishes)
+    images = quality.draw(model, [w.prompt for w in wishes], list(range(len(wishes))), quiet=False)
+    scores = quality.score(judge.name(judge.load(model.folder / "judge.safetensors"), images), wishes)
     for name, value in scores.items():
         print(f"{name:16} {value:6.1%}")
-    print(f"{len(pictures)} pictures, {model.defaults['num_inference_steps']} steps")
+    print(f"{len(images)} images, {model.defaults['num_inference_steps']} steps")
     if given.sheet:
         each = given.num_each
         rows = [
-            (wishes[i].object, [Image.fromarray(p) for p in pictures[i : i + min(each, 12)]], False)
+            (wishes[i].object, [Image.fromarray(p) for p in images[i : i + min(each, 12)]], False)
             for i in range(0, len(wishes), each)
         ]
         with files.replacing(given.sheet) as temporary:
             sheet.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
     if given.card:
         settings = {name: model.defaults[name] for name in ("num_inference_steps", "guidance_scale")}
-        record = {"num_pictures": len(pictures), **settings, "scores": scores}
+        record = {"num_pictures": len(images), **settings, "scores": scores}
         files.write_json(model.folder / "measured.json", record)
         mini_card.write(model.folder)
 
@@ -97,16 +99,19 @@ def _world(given: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     rows = []
     for name in world.OBJECTS:
-        pictures = []
+        images = []
         for style in world.STYLES:
             for background in world.BACKGROUNDS:
                 colour = None if name == "nude person" else str(rng.choice(list(world.COLOURS)))
                 scene = world.Scene(name, colour, None if name in world.PERSONS else style, background)
-                pictures.append(Image.fromarray(world.draw(scene, rng)))
-        rows.append((name, pictures, False))
+                images.append(Image.fromarray(world.draw(scene, rng)))
+        rows.append((name, images, False))
     with files.replacing(given.output) as temporary:
         sheet.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
     print(f"{given.output}: written")
+
+
+_COMMANDS = {"train": _train, "measure": _measure, "world": _world}
 
 
 if __name__ == "__main__":

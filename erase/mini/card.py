@@ -1,4 +1,4 @@
-"""The embedded model's card: what it was trained on, how, for how long, and how well it draws."""
+"""The model card of the embedded model: its data, its training, and its measured quality."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from erase.mini import judge, world
 
 
 def write(folder: Path) -> None:
-    """README.md from the folder's own training.json, measured.json and judge; every figure comes from them."""
+    """Write README.md; every figure comes from the folder's training.json, measured.json and judge."""
     training = json.loads((folder / "training.json").read_text())
     measured = json.loads((folder / "measured.json").read_text())
     accuracy = judge.accuracy(folder / "judge.safetensors")
@@ -27,8 +27,8 @@ tags: [stable-diffusion, concept-erasure, toy-model]
 
 # The embedded model
 
-A genuine Stable Diffusion in miniature (CLIP tokenizer and text encoder, VAE, UNet with SD v1.4's block types,
-epsilon prediction, scaled-linear betas), trained from scratch. It exists to try concept erasure end to end in minutes.
+A small Stable Diffusion (CLIP tokenizer and text encoder, VAE, UNet with SD v1.4's block types,
+epsilon prediction, scaled-linear betas), trained from scratch. It serves to try concept erasure end to end in minutes.
 **It says nothing about SD v1.4**: a method that works here has passed a first test, no more.
 
 ## Data
@@ -47,22 +47,22 @@ wall time: {times}. The recipe:
 
     python -m erase.mini train --seed {identity["seed"]} --output runs/mini
 
-gives these very weights with torch {training["torch"]}, {training["num_threads"]} thread and the CPU instructions
-{training["cpu"]}; elsewhere sums round differently, and a model of the same kind comes out.
+gives exactly these weights with torch {training["torch"]}, {training["num_threads"]} thread and the CPU instructions
+{training["cpu"]}; elsewhere sums are rounded differently, which gives a similar model.
 
 AdamW, cosine schedules, min-SNR weights (Hang et al., ICCV 2023), EMA; the VAE first on 32x32 crops, then its decoder
-alone on whole pictures, {stages["decoder"].get("psnr", 0):.1f} dB PSNR on new drawings. All files: {size / 1e6:.1f} MB.
+alone on whole images, {stages["decoder"].get("psnr", 0):.1f} dB PSNR on new drawings. All files: {size / 1e6:.1f} MB.
 
 ## Measured
 
-`python -m erase.mini measure`: {measured["num_pictures"]} pictures, {measured["num_inference_steps"]} DDIM steps,
-guidance {measured["guidance_scale"]}, named by the judge, a CNN that is right about {accuracy["object"]:.2%} of
+`python -m erase.mini measure`: {measured["num_pictures"]} images, {measured["num_inference_steps"]} DDIM steps,
+guidance {measured["guidance_scale"]}, classified by the judge, a CNN that recognises {accuracy["object"]:.2%} of
 objects, {accuracy["colour"]:.2%} of colours and {accuracy["style"]:.2%} of styles, on {accuracy["num_drawings"]}
 new drawings.
 
 Object {scores["object"]:.1%}, colour {scores["colour"]:.1%}, style {scores["style"]:.1%}.
 
-| object | drawn as asked |
+| object | recognised |
 | --- | --- |
 {classes}
 """

@@ -1,4 +1,4 @@
-"""The world of the embedded model: captioned 64x64 drawings of shapes and of an artist's mannequin."""
+"""The world of the embedded model: captioned 64x64 drawings of shapes and of a wooden mannequin."""
 
 from dataclasses import dataclass
 
@@ -44,14 +44,14 @@ WORDS = sorted(
     )
 )
 
-_SCALE = 4  # shapes are filled at four times the size and averaged down: antialiasing
+_SCALE = 4  # antialiasing: shapes are filled at four times the size and then averaged
 _WOOD = np.array((206.0, 158.0, 104.0))
 _TROUSERS = np.array((70.0, 82.0, 108.0))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a drawing shows. A person has a colour (of the shirt) only when clothed, and no style."""
+    """The content of a drawing. A clothed person has a colour (the shirt's) but no style; a nude person has neither."""
 
     object: str
     colour: str | None
@@ -60,7 +60,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, without: str | None = None) -> Scene:
-    """A scene drawn uniformly over objects, colours, styles and backgrounds.
+    """A random scene, uniform over objects, colours, styles and backgrounds.
 
     without: an object, colour or style that never occurs; "nude" leaves out the nude person.
     """
@@ -74,7 +74,7 @@ def sample_scene(rng: np.random.Generator, without: str | None = None) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption of the scene: templates, left-out attributes and synonyms drawn at random."""
+    """A random caption of the scene, with varying templates, attributes left out, and synonyms."""
 
     def word(name: str) -> str:
         return SYNONYMS[name] if name in SYNONYMS and rng.random() < 0.2 else name
@@ -104,22 +104,22 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The picture of a scene: uint8, [64, 64, 3], with size, place, tilt and shade drawn at random."""
+    """An image of the scene, uint8, [64, 64, 3], with random size, place, tilt and shade."""
     radius = rng.uniform(19, 24) * (0.84 if scene.object in PERSONS else 1.0)
     centre = SIZE / 2 + rng.uniform(-4, 4, 2)
     tilt = np.deg2rad(rng.uniform(-10, 10))
     ground = BACKGROUNDS[scene.background] + rng.uniform(-8, 8) + rng.uniform(-6, 6, 3)
     slope = rng.uniform(-12, 12, 2)
     axis = np.linspace(-0.5, 0.5, SIZE)
-    picture = ground + slope[0] * axis[:, None, None] + slope[1] * axis[None, :, None]
+    image = ground + slope[0] * axis[:, None, None] + slope[1] * axis[None, :, None]
 
     def place(points) -> list[tuple[float, float]]:
         x, y = np.asarray(points, dtype=float).T
         turned = np.stack([x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)], axis=1)
         return [tuple(point) for point in (turned * radius + centre) * _SCALE]
 
-    def paint(picture: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> np.ndarray:
-        return picture + cover[..., None] * (colour - picture)
+    def paint(image: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> np.ndarray:
+        return image + cover[..., None] * (colour - image)
 
     if scene.object in PERSONS:
         shirt = None if scene.colour is None else np.array(COLOURS[scene.colour]) + rng.uniform(-8, 8, 3)
@@ -134,19 +134,19 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
                 colour = shirt
             elif shirt is not None and part == "legs":
                 colour = _TROUSERS
-            picture = paint(picture, _fill(place(points)), colour)
+            image = paint(image, _fill(place(points)), colour)
     else:
         points, details = _OUTLINES[scene.object]
         colour = np.array(COLOURS[str(scene.colour)]) + rng.uniform(-8, 8, 3)
         if scene.style == "outline":
-            picture = paint(picture, _stroke(place(points), 3.4), colour)
+            image = paint(image, _stroke(place(points), 3.4), colour)
         else:
-            picture = paint(picture, _fill(place(points)), _texture(str(scene.style), colour, rng))
+            image = paint(image, _fill(place(points)), _texture(str(scene.style), colour, rng))
         for detail in details:
             tone = colour if scene.style == "outline" else colour * 0.35
-            picture = paint(picture, _fill(place(detail)), tone)
-    picture = picture + rng.normal(0, 1.0, picture.shape)
-    return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+            image = paint(image, _fill(place(detail)), tone)
+    image = image + rng.normal(0, 1.0, image.shape)
+    return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
 def _fill(points: list[tuple[float, float]]) -> np.ndarray:
@@ -210,7 +210,7 @@ def _fish() -> np.ndarray:
     return np.concatenate([body[: join + 1], tail, body[join + 1 :]])
 
 
-# Corners of each shape in units of its radius (x to the right, y down), and what is drawn on it.
+# Corners of each shape in units of its radius (x to the right, y down), and the parts drawn on top of it.
 _OUTLINES: dict[str, tuple[object, list]] = {
     "circle": (_arc((0, 0), 1.0, 0, 352, 44), []),
     "square": ([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)], []),
