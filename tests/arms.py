@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from erase import files
-from erase.evaluation import arm, score
+from erase.evaluation import arm, jsonl, score
 from erase.evaluation.judges import thumbnails
 from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.tasks.protocol import Sample, SampleSet
@@ -57,7 +57,7 @@ def make_arm(folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet
         Image.fromarray(pixels).save(folder / name)
         line = {"id": sample.id, "file": name, "sha256": files.file_hash(folder / name), "invalid": None}
         lines.append(line)
-    with arm.Appender(folder / "records-0-of-1.jsonl") as out:
+    with jsonl.Appender(folder / "records-0-of-1.jsonl") as out:
         out.write(lines)
     for judge in (Stub(), thumbnails.Thumbnails()):
         score.score(folder, judge, quiet=True)

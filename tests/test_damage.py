@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from arms import Stub, make_arm
 
-from erase.evaluation import arm, cli
+from erase.evaluation import cli, jsonl
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.judges import thumbnails
 
@@ -190,6 +190,6 @@ def test_random_damage_never_ends_in_a_traceback(arms, tmp_path, command):
 
 def test_a_lock_is_one_processs_and_is_free_when_the_file_is_closed(tmp_path):
     with open(tmp_path / "lock", "w") as first, open(tmp_path / "lock", "w") as second:
-        assert arm._lock(first, wait=False) and not arm._lock(second, wait=False)
+        assert jsonl.lock_file(first, wait=False) and not jsonl.lock_file(second, wait=False)
         first.close()
-        assert arm._lock(second, wait=False)
+        assert jsonl.lock_file(second, wait=False)

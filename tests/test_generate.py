@@ -15,7 +15,7 @@ from PIL import Image
 
 from erase import delta
 from erase.errors import EraseError
-from erase.evaluation import arm, generate, measure
+from erase.evaluation import arm, generate, jsonl, measure
 from erase.evaluation.tasks.protocol import Sample, SampleSet, seed_of
 from erase.families import loading, sd, stored_unet
 
@@ -269,25 +269,25 @@ def test_what_this_machine_cannot_do_is_one_clear_line(toy_pipeline_dir, options
 
 def test_only_one_process_writes_to_a_file(tmp_path):
     with (
-        arm.Appender(tmp_path / "records-0-of-1.jsonl"),
+        jsonl.Appender(tmp_path / "records-0-of-1.jsonl"),
         pytest.raises(EraseError, match="being written by another process"),
-        arm.Appender(tmp_path / "records-0-of-1.jsonl"),
+        jsonl.Appender(tmp_path / "records-0-of-1.jsonl"),
     ):
         pass
 
 
 def test_a_last_line_that_a_crash_cut_does_not_count_and_any_other_is_an_error(tmp_path):
     path = tmp_path / "lines.jsonl"
-    with arm.Appender(path) as out:
+    with jsonl.Appender(path) as out:
         out.write([{"id": "a"}, {"id": "b", "x": 1}])
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
     for cut in range(first, len(whole)):
         path.write_bytes(whole[:cut])
-        assert arm.read_lines(path) == [{"id": "a"}]
-        with arm.Appender(path) as out:
+        assert jsonl.read_lines(path) == [{"id": "a"}]
+        with jsonl.Appender(path) as out:
             out.write([{"id": "b", "x": 1}])
         assert path.read_bytes() == whole
     path.write_bytes(b"{broken\n" + whole)
     with pytest.raises(EraseError, match="line 1: .* the file is damaged"):
-        arm.read_lines(path)
+        jsonl.read_lines(path)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm, cli, gate, measure, score
+from erase.evaluation import arm, cli, gate, jsonl, measure, score
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.options import Options
 from erase.evaluation.report import pool
@@ -181,7 +181,7 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_sa
     arms = [tmp_path / name for name in ("base", "erased")]
     for folder in arms:
         arm.open_arm(folder, {"task": task.identity(), "model": {"unet": "u"}, "generation": {}}, samples)
-        with arm.Appender(folder / "records-0-of-1.jsonl") as out:
+        with jsonl.Appender(folder / "records-0-of-1.jsonl") as out:
             for i in range(24):
                 path = tmp_path / "drawn" / f"{i:03d}.png"
                 out.write([{"id": f"c{i}", "file": str(path), "sha256": files.file_hash(path), "invalid": None}])

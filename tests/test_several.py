@@ -12,7 +12,7 @@ from erase import cli, concepts, delta, erase_concept, files, masks, tensor_file
 from erase.concepts import Concept, unite
 from erase.data import latents, prompt_states
 from erase.errors import EraseError
-from erase.evaluation import evaluate
+from erase.evaluation import evaluate, sources
 from erase.evaluation.options import Options
 from erase.evaluation.tasks import class_forget, registry
 from erase.families import loading, stored_unet
@@ -183,10 +183,10 @@ def test_the_record_keeps_each_concept_for_its_judge(both):
     assert [part["judge"]["index"] for part in record["concepts"]] == [281, 555]
     assert record["concept"]["name"] == "cat and lorry" and record["settings"]["concept"] == ["cat", "lorry"]
 
-    found = evaluate.concept_of("lorry", None, str(both.folder))
+    found = sources.concept_of("lorry", None, str(both.folder))
     assert found is not None and found == LORRY and found.judge == LORRY.judge
     with pytest.raises(EraseError, match="erased cat, lorry; choose one with --concept"):
-        evaluate.concept_of(None, None, str(both.folder))
+        sources.concept_of(None, None, str(both.folder))
 
 
 def test_nothing_that_was_erased_is_asked_to_stay():

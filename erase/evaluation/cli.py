@@ -1,21 +1,27 @@
 """`eval-concept`: images, scores, report; each stage a command of its own that goes on where it stopped."""
 
-import argparse
-import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from erase import __version__, concepts
 from erase.commandline import Command, Parser, add_options, serve, silence_libraries
 from erase.errors import EraseError
+from erase.evaluation.flags import (
+    concept_options,
+    judge_options,
+    notes_of,
+    options_of,
+    quiet_option,
+    rank_and_world,
+    report_options,
+    task_options,
+)
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.options import Drawing, Options
 from erase.evaluation.tasks.registry import TASKS
-from erase.options.declare import forms_of
-from erase.options.settings import Settings
 
 DESCRIPTION = "Evaluate concept erasure: the same prompts and seeds for the base and the erased model, with intervals."
 EPILOG = """\
@@ -53,62 +59,6 @@ def _no_command(arguments: list[str]) -> None:
     parser.error(f"{problem}; choose {', '.join(COMMANDS)}")
 
 
-# --- options that several commands share ----------------------------------------------------------------------------
-
-TASK = {"task": "what to generate", "features": "what to compare"}
-DRAWING = {"drawing": "how to generate"}
-
-
-def _task_options(parser: Parser, *, several: bool = False) -> None:
-    _concept_options(parser)
-    if several:
-        parser.add_argument(
-            "--task", "--tasks", dest="tasks", nargs="+", required=True, help="tasks (eval-concept list)"
-        )
-    else:
-        parser.add_argument("--task", required=True, help="task (eval-concept list)")
-    add_options(parser, Options, TASK)
-    add_options(parser, Drawing, DRAWING)
-
-
-def _concept_options(parser: Parser) -> None:
-    parser.add_argument("--concept", help="preset, .toml, or free text with --kind [the run folder's own]")
-    parser.add_argument("--kind", choices=forms_of(Settings)["kind"].choices, help="what a free-text concept is")
-
-
-def _judge_options(parser: Parser, chosen: str = "") -> None:
-    """chosen: what judges there are without --judge; empty where it cannot be given."""
-    if chosen:
-        parser.add_argument("--judge", action="append", default=[], metavar="JUDGE",
-                            help=f"{', '.join(judging.JUDGES.names())}, or package.module:Class; "
-                                 f"may be repeated [{chosen}]")  # fmt: skip
-    parser.add_argument("--judge-model", action="append", default=[], metavar="[JUDGE=]PATH",
-                        help="hub id, folder or weights of a judge; may be repeated [its own default]")  # fmt: skip
-
-
-def _quiet_option(parser: Parser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-
-
-def _notes(given: argparse.Namespace) -> Callable[[str], None]:
-    """Writes what was read from prompt files and models to stderr, unless --quiet is given."""
-    return lambda note: print(note, file=sys.stderr) if note and not given.quiet else None
-
-
-def _of(options: type[Any], given: argparse.Namespace) -> Any:
-    """A dataclass of options from what was given of them."""
-    names = options.__dataclass_fields__  # with those that only __post_init__ sees
-    return options(**{name: getattr(given, name) for name in names if getattr(given, name, None) is not None})
-
-
-def _place(given: argparse.Namespace) -> tuple[int, int]:
-    """Rank and number of the processes that a launcher started."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
 def _generate(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept generate",
@@ -117,19 +67,19 @@ def _generate(arguments: list[str]) -> None:
     )
     parser.add_argument("--model", required=True, help="'mini', a diffusers or run folder, a hub id or a checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the images")
-    _task_options(parser)
-    _quiet_option(parser)
+    task_options(parser)
+    quiet_option(parser)
     given = parser.parse_args(arguments)
-    options, drawing = _of(Options, given), _of(Drawing, given)
-    from erase.evaluation import evaluate, generate
+    options, drawing = options_of(Options, given), options_of(Drawing, given)
+    from erase.evaluation import generate, sources
 
-    concept = evaluate.concept_of(given.concept, given.kind, given.model)
-    task = evaluate.make_task(given.task, options, concept, given.model)
-    _notes(given)(task.note)
-    model = evaluate.source_of(given.model, drawing, evaluate.make_guard(drawing, concept)).load(drawing)
+    concept = sources.concept_of(given.concept, given.kind, given.model)
+    task = sources.make_task(given.task, options, concept, given.model)
+    notes_of(given)(task.note)
+    model = sources.source_of(given.model, drawing, sources.make_guard(drawing, concept)).load(drawing)
     for line in model.notes:
-        _notes(given)(line)
-    rank, world = _place(given)
+        notes_of(given)(line)
+    rank, world = rank_and_world(given)
     generate.generate(
         model,
         task,
@@ -152,12 +102,12 @@ def _score(arguments: list[str]) -> None:
     )
     parser.add_argument("folder", nargs="?", help="folder that generate wrote")
     parser.add_argument("--images", metavar="DIR", help="any folder of images instead; needs --judge and --output")
-    _judge_options(parser, "those of the task")
-    _concept_options(parser)
+    judge_options(parser, "those of the task")
+    concept_options(parser)
     add_options(parser, Options, {"features": "for --images"})
     parser.add_argument("--output", metavar="DIR", help="for --images: where the scores go")
     parser.add_argument("--device", default="cpu", help="for classifier, clip and features [cpu]")
-    _quiet_option(parser)
+    quiet_option(parser)
     given = parser.parse_args(arguments)
     if bool(given.folder) == bool(given.images) or given.images and not (given.judge and given.output):
         raise EraseError("give a folder that generate wrote, or --images DIR with --judge and --output")
@@ -168,7 +118,7 @@ def _score(arguments: list[str]) -> None:
     folder = Path(given.output or given.folder)
     if given.images:
         wanted = concepts.find(given.concept, given.kind) if given.concept else None
-        options = own_images.judged(wanted, _of(Options, given).features)
+        options = own_images.judged(wanted, options_of(Options, given).features)
         task = {"id": "images", "options": options}
     else:
         options, task = {}, arm.manifest(folder)["task"]
@@ -198,25 +148,19 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("--real", metavar="PATH", help="scored folder, or features file, of real images")
     parser.add_argument("--output", metavar="DIR", help="folder of the report [the erased model's folder]")
     parser.add_argument("--name", help="what the report calls the model [the folder's name]")
-    _report_options(parser)
+    report_options(parser)
     given = parser.parse_args(arguments)
-    from erase.evaluation import arm, evaluate, measure, score
+    from erase.evaluation import arm, evaluate, gate, measure, score
 
     folder = Path(given.folder)
     others = {role: Path(path) for role, path in vars(given).items() if role in {"base", "gold", "real"} and path}
     if given.require:
         roles = {role: role in others for role in ("base", "gold", "real")}
         names = measure.names(arm.manifest(folder)["task"], arm.samples(folder), score.judges(folder), **roles)
-        evaluate.check_rules(given.require, [names], has_base=roles["base"])
+        gate.check_rules(given.require, [names], has_base=roles["base"])
     output, name = Path(given.output or folder), given.name or folder.resolve().name
     results = evaluate.write_report(folder, others, output, name, _command(), show=given.show)
     _gate([results], given.require)
-
-
-def _report_options(parser: Parser) -> None:
-    parser.add_argument("--require", action="append", default=[], metavar="RULE",
-                        help="such as 'mini.ua>=0.95'; exit code 3 when it is not met; may be repeated")  # fmt: skip
-    parser.add_argument("--show", action="store_true", help="do not blur flagged images")
 
 
 def _command() -> str:
@@ -224,9 +168,9 @@ def _command() -> str:
 
 
 def _gate(results: Sequence[dict[str, Any]], requirements: Sequence[str]) -> None:
-    from erase.evaluation import evaluate
+    from erase.evaluation import gate
 
-    failures = evaluate.unmet(results, requirements)
+    failures = gate.unmet_of_all(results, requirements)
     for line in failures:
         print(f"eval-concept: {line}", file=sys.stderr)
     if failures:
@@ -247,13 +191,13 @@ def _run(arguments: list[str]) -> None:
     parser.add_argument(
         "--output", default="runs/evaluation", metavar="DIR", help="folder of all arms and reports [%(default)s]"
     )
-    _judge_options(parser, "those of the task; the tasks prompts and images have none")
-    _task_options(parser, several=True)
-    _report_options(parser)
-    _quiet_option(parser)
+    judge_options(parser, "those of the task; the tasks prompts and images have none")
+    task_options(parser, several=True)
+    report_options(parser)
+    quiet_option(parser)
     given = parser.parse_args(arguments)
-    options, drawing = _of(Options, given), _of(Drawing, given)
-    if _place(given)[1] > 1:
+    options, drawing = options_of(Options, given), options_of(Drawing, given)
+    if rank_and_world(given)[1] > 1:
         raise EraseError("run is for one process; use several with eval-concept generate, then score and report")
     has_images = given.tasks == ["images"]
     if has_images == bool(given.models):
@@ -283,7 +227,7 @@ def _run(arguments: list[str]) -> None:
         quiet=given.quiet,
         command=_command(),
     )
-    results = [evaluate.run_images(request, print)] if has_images else evaluate.run(request, print, _notes(given))
+    results = [evaluate.run_images(request, print)] if has_images else evaluate.run(request, print, notes_of(given))
     _gate(results, given.require)
 
 
@@ -322,8 +266,8 @@ def _verify(arguments: list[str]) -> None:
     )
     parser.add_argument("folder", help="folder that generate wrote")
     parser.add_argument("--num", type=int, default=32, metavar="N", help="images to score again [32]")
-    _judge_options(parser)
-    _quiet_option(parser)
+    judge_options(parser)
+    quiet_option(parser)
     given = parser.parse_args(arguments)
     if given.num < 1:
         raise EraseError(f"--num is {given.num}; it must be at least 1")
@@ -360,6 +304,5 @@ COMMANDS: dict[str, Command] = {
     "verify": _verify,
     "list": _list,
 }
-
 if __name__ == "__main__":
     main()

@@ -1,24 +1,32 @@
 """Erased models beside their base, from images to reports; all is checked before the first image is generated."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from erase import concepts, files, guards, words
-from erase.concepts import Concept
+from erase import concepts, files
 from erase.device import choose
 from erase.errors import EraseError
-from erase.evaluation import arm, gate, generate, measure, quality, score, sheet
+from erase.evaluation import arm, generate, jsonl, measure, quality, score, sheet
+from erase.evaluation.gate import check_rules
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.options import Drawing, Options
 from erase.evaluation.own_images import judged
 from erase.evaluation.report import page
+from erase.evaluation.sources import (
+    Source,
+    concept_of,
+    erased_concepts,
+    label_of,
+    make_guard,
+    make_task,
+    run_record,
+    source_of,
+)
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
-from erase.families.sd import Model
 
 
 @dataclass(frozen=True)
@@ -45,32 +53,6 @@ class Request:
     show: bool = False
     quiet: bool = False
     command: str = ""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model and what is applied to it: all that decides which weights generate."""
-
-    model: str
-    unet: str | None = None
-    delta: str | None = None
-    config: str | None = None
-    revision: str | None = None
-    guard: Any = None
-
-    def load(self, drawing: Drawing) -> Model:
-        return generate.load_model(
-            self.model,
-            delta_path=self.delta,
-            device=drawing.device,
-            precision=drawing.precision,
-            guard=self.guard,
-            allow_pickle=drawing.allow_pickle,
-            config=self.config,
-            revision=self.revision,
-            cache_dir=Path(drawing.cache_dir) if drawing.cache_dir else None,
-            unet=self.unet,
-        )
 
 
 @dataclass
@@ -184,91 +166,6 @@ def write_report(
     return results
 
 
-def check_rules(requirements: Sequence[str], names: Sequence[Sequence[str]], *, has_base: bool = True) -> None:
-    """Each rule can be read and is about a score of at least one report.
-
-    names: of the scores of each report.
-    """
-    every = list(dict.fromkeys(name for some in names for name in some))
-    for text in requirements:
-        gate.rule(text, every, has_base=has_base)
-
-
-def unmet(results: Sequence[Mapping[str, Any]], requirements: Sequence[str]) -> list[str]:
-    """Lines that say which requirement which report does not meet; a rule holds for reports that have its score."""
-    rows = [[row["name"] for row in one["scores"]] for one in results]
-    check_rules(requirements, rows)
-    every = list(dict.fromkeys(name for some in rows for name in some))
-    named = {text: gate.rule(text, every).name for text in requirements}
-    return [
-        line
-        for one, names in zip(results, rows, strict=True)
-        for line in gate.unmet(one, [text for text, name in named.items() if name in names])
-    ]
-
-
-# --- models and concepts --------------------------------------------------------------------------------------------
-
-
-def run_record(model: str) -> dict[str, Any]:
-    """The run.json of a run folder; empty for any other model."""
-    path = Path(model) / "run.json"
-    return files.read_json(path) if path.is_file() else {}
-
-
-def erased_concepts(model: str) -> list[Concept]:
-    """The concepts that a run folder says were erased."""
-    record = run_record(model)
-    try:
-        return [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
-    except TypeError as error:
-        raise EraseError(f"{Path(model) / 'run.json'} is damaged: its concepts cannot be read ({error})") from error
-
-
-def concept_of(name: str | None, kind: Any, model: str) -> Concept | None:
-    """The concept of this name, else the one that the run folder says was erased."""
-    record, erased = run_record(model), erased_concepts(model)
-    if name:
-        known = [part for part in erased if part.name.lower() == name.lower().replace("_", " ")]
-        made_from = record.get("model", {})
-        family = "mini" if "mini" in {model, made_from.get("name"), made_from.get("origin")} else None
-        return known[0] if known else concepts.find(name, kind, model_family=family)
-    if len(erased) > 1:
-        raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")
-    return erased[0] if erased else None
-
-
-def make_guard(drawing: Drawing, concept: Concept | None) -> Any:
-    """The guard that is asked for, against the text that is given or else the concept's name and synonyms."""
-    if drawing.guard is None:
-        return None
-    text = drawing.guard_text or (", ".join([concept.name, *concept.synonyms]) if concept else "")
-    if not text:
-        raise EraseError("a guard steers away from a concept; name it with --concept or say it with --guard-text")
-    if drawing.guidance_scale is not None and drawing.guidance_scale <= 1:
-        raise EraseError(f"a guard needs guidance above 1, and --guidance-scale is {drawing.guidance_scale}")
-    return guards.make(drawing.guard, text)
-
-
-def make_task(name: str, options: Options, concept: Concept | None, model: str) -> SampleSet:
-    """The task for this concept, in which nothing else that the model erased is asked to stay."""
-    others = [one for one in erased_concepts(model) if concept and one.name != concept.name]
-    return tasks.build(name, concept, options, others)
-
-
-def source_of(model: str, drawing: Drawing, guard: Any) -> Source:
-    """The model with all that is applied to it."""
-    return Source(model, drawing.unet, drawing.delta, drawing.config, drawing.revision, guard)
-
-
-def label_of(model: str) -> str:
-    """A file name for a model or a folder."""
-    return words.slug(Path(model).resolve().name if os.path.exists(model) else model)
-
-
-# --- before the first image -----------------------------------------------------------------------------------------
-
-
 def _job(request: Request, model: str, name: str) -> Job:
     drawing = request.drawing
     concept = concept_of(request.concept, request.kind, model)
@@ -364,13 +261,10 @@ def _check_origin(job: Job) -> None:
             )
 
 
-# --- images and scores ----------------------------------------------------------------------------------------------
-
-
 def _draw_and_score(request: Request, role: str, source: Source, job: Job, judges: Mapping[str, Judge]) -> None:
     drawing, folder = request.drawing, job.folders[role]
     how = {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale}
-    with arm.alone(folder):  # many runs may share one base
+    with jsonl.alone(folder):  # many runs may share one base
         if not (folder / arm.MANIFEST).exists() or arm.missing(folder):
             model, size = source.load(drawing), drawing.generation_batch_size
             generate.generate(model, job.task, folder, **how, batch_size=size, quiet=request.quiet, role=role)
@@ -384,6 +278,6 @@ def _score_real(request: Request, job: Job, judges: Mapping[str, Judge]) -> Path
     if Path(str(request.real)).is_file():
         return Path(str(request.real))
     folder = _real_folder(request, job)
-    with arm.alone(folder):
+    with jsonl.alone(folder):
         score.score(folder, judges["features"], quiet=request.quiet)
     return folder

@@ -70,3 +70,26 @@ def unmet(results: Mapping[str, Any], requirements: Sequence[str]) -> list[str]:
         if not _HOLDS[asked.sign](value, asked.bound):
             failures.append(f"{results['name']}: {text} is not met: {asked.name}{asked.suffix} is {value:.4f}")
     return failures
+
+
+def check_rules(requirements: Sequence[str], names: Sequence[Sequence[str]], *, has_base: bool = True) -> None:
+    """Each rule can be read and is about a score of at least one report.
+
+    names: of the scores of each report.
+    """
+    every = list(dict.fromkeys(name for some in names for name in some))
+    for text in requirements:
+        rule(text, every, has_base=has_base)
+
+
+def unmet_of_all(results: Sequence[Mapping[str, Any]], requirements: Sequence[str]) -> list[str]:
+    """Lines that say which requirement which report does not meet; a rule holds for reports that have its score."""
+    rows = [[row["name"] for row in one["scores"]] for one in results]
+    check_rules(requirements, rows)
+    every = list(dict.fromkeys(name for some in rows for name in some))
+    named = {text: rule(text, every).name for text in requirements}
+    return [
+        line
+        for one, names in zip(results, rows, strict=True)
+        for line in unmet(one, [text for text, name in named.items() if name in names])
+    ]

@@ -16,7 +16,7 @@ from erase.data import images
 from erase.data.pixels import to_pixels
 from erase.device import DTYPES, choose
 from erase.errors import EraseError
-from erase.evaluation import arm
+from erase.evaluation import arm, jsonl
 from erase.evaluation.tasks.protocol import Sample, SampleSet
 from erase.export.states import unet_state
 from erase.families import loading
@@ -145,7 +145,7 @@ def generate(
     mine = [batch for batch in _batches(task.samples, batch_size)[rank::world] if any(s.id in absent for s in batch)]
     total = sum(len(batch) for batch in mine)
     with (
-        arm.Appender(folder / f"records-{rank}-of-{world}.jsonl") as out,
+        jsonl.Appender(folder / f"records-{rank}-of-{world}.jsonl") as out,
         progress(total, f"generate {task.id}{role and f', {role} model'}", "images", quiet=quiet) as bar,
     ):
         for batch in mine:

@@ -9,7 +9,7 @@ import numpy as np
 
 from erase import files
 from erase.errors import EraseError
-from erase.evaluation import arm, shapes
+from erase.evaluation import arm, jsonl, shapes
 from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.tasks.protocol import Sample
@@ -59,7 +59,7 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") ->
     done = {line["id"] for line in _stored(path, judge.name)}
     todo = [record for record in records if record["id"] not in done]
     with (
-        arm.Appender(path) as out,
+        jsonl.Appender(path) as out,
         progress(len(todo), f"score {judge.name}{role and f', {role} model'}", "images", quiet=quiet) as bar,
     ):
         for start in range(0, len(todo), BATCH):
@@ -108,7 +108,7 @@ def _stored(path: Path, judge: str) -> list[dict[str, Any]]:
         EraseError: there is no such judge, or the file is damaged.
     """
     outputs = JUDGES.stated(judge, str(path)).outputs
-    lines = arm.read_lines(path, {"id": str, "invalid": (str, None), "*": Any})
+    lines = jsonl.read_lines(path, {"id": str, "invalid": (str, None), "*": Any})
     for number, line in enumerate(lines, start=1):
         if not line["invalid"]:
             said = {key: value for key, value in line.items() if key not in {"id", "invalid"}}

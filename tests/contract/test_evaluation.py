@@ -11,6 +11,7 @@ from erase import concepts
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.evaluation import shapes
+from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.options import Options
@@ -159,3 +160,10 @@ def test_a_judges_figures_of_own_images_have_an_outcome_each_and_no_success_for_
         if invalid:
             assert not any(value for column in figures.columns for value in column.values)
             assert not any(figures.flagged or ())
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_an_attack_has_settings_with_defaults_and_prompts(name):
+    attack: Any = ATTACKS.load(name)()
+    assert attack.about and len(attack.prompts(7)) == 7
+    assert attack == ATTACKS.load(name)()

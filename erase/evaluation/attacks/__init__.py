@@ -1,1 +1,4 @@
-"""Attacks: what brings an erased concept back, one file each."""
+"""Attacks: what tries to bring an erased concept back, one attack a file.
+
+`protocol.Attack` is the base of every attack; `registry.ATTACKS` finds them by name.
+"""

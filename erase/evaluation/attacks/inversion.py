@@ -15,6 +15,7 @@ from torch import Tensor
 
 from erase.concepts import refusal
 from erase.errors import EraseError
+from erase.evaluation.attacks.protocol import Attack
 from erase.families.sd import Model
 from erase.progress import progress
 from erase.training.batches import generator
@@ -23,7 +24,7 @@ WORD = "~"  # one token of every CLIP vocabulary, and in nobody's prompts
 
 
 @dataclass(frozen=True)
-class Inversion:
+class Inversion(Attack):
     """How the word is learnt.
 
     templates: prompts with {} for the word, in turn. num_steps, batch_size, learning_rate: of Adam; the word begins as
@@ -31,6 +32,8 @@ class Inversion:
         model, on which they bring back any concept that was never erased. Each batch's timesteps are spread over the
         whole range: independent ones are too noisy for so few steps.
     """
+
+    about = "a new word, learnt from images of the concept; no weight changes"
 
     templates: tuple[str, ...] = (
         "a photo of a {}",
@@ -46,6 +49,14 @@ class Inversion:
 
     def __post_init__(self) -> None:
         refusal.refuse(self.templates, "the attack's templates", target=True)
+
+    def learn(self, model: Model, latents: Tensor, *, quiet: bool = False) -> Tensor:
+        """The word's embedding, [d]."""
+        return learn(model, latents, self, quiet=quiet)
+
+    def apply(self, model: Model, found: Tensor) -> None:
+        """From here on `WORD` means the embedding that was found."""
+        teach(model, found)
 
     def prompts(self, num: int) -> list[str]:
         """`num` prompts that say the word."""

@@ -1,0 +1,97 @@
+"""From what the user names to a model with all that is applied to it, and the concept that it is about."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from erase import concepts, files, guards, words
+from erase.concepts import Concept
+from erase.errors import EraseError
+from erase.evaluation import generate
+from erase.evaluation.options import Drawing, Options
+from erase.evaluation.tasks import registry as tasks
+from erase.evaluation.tasks.protocol import SampleSet
+from erase.families.sd import Model
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and what is applied to it: all that decides which weights generate."""
+
+    model: str
+    unet: str | None = None
+    delta: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    guard: Any = None
+
+    def load(self, drawing: Drawing) -> Model:
+        return generate.load_model(
+            self.model,
+            delta_path=self.delta,
+            device=drawing.device,
+            precision=drawing.precision,
+            guard=self.guard,
+            allow_pickle=drawing.allow_pickle,
+            config=self.config,
+            revision=self.revision,
+            cache_dir=Path(drawing.cache_dir) if drawing.cache_dir else None,
+            unet=self.unet,
+        )
+
+
+def run_record(model: str) -> dict[str, Any]:
+    """The run.json of a run folder; empty for any other model."""
+    path = Path(model) / "run.json"
+    return files.read_json(path) if path.is_file() else {}
+
+
+def erased_concepts(model: str) -> list[Concept]:
+    """The concepts that a run folder says were erased."""
+    record = run_record(model)
+    try:
+        return [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
+    except TypeError as error:
+        raise EraseError(f"{Path(model) / 'run.json'} is damaged: its concepts cannot be read ({error})") from error
+
+
+def concept_of(name: str | None, kind: Any, model: str) -> Concept | None:
+    """The concept of this name, else the one that the run folder says was erased."""
+    record, erased = run_record(model), erased_concepts(model)
+    if name:
+        known = [part for part in erased if part.name.lower() == name.lower().replace("_", " ")]
+        made_from = record.get("model", {})
+        family = "mini" if "mini" in {model, made_from.get("name"), made_from.get("origin")} else None
+        return known[0] if known else concepts.find(name, kind, model_family=family)
+    if len(erased) > 1:
+        raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")
+    return erased[0] if erased else None
+
+
+def make_guard(drawing: Drawing, concept: Concept | None) -> Any:
+    """The guard that is asked for, against the text that is given or else the concept's name and synonyms."""
+    if drawing.guard is None:
+        return None
+    text = drawing.guard_text or (", ".join([concept.name, *concept.synonyms]) if concept else "")
+    if not text:
+        raise EraseError("a guard steers away from a concept; name it with --concept or say it with --guard-text")
+    if drawing.guidance_scale is not None and drawing.guidance_scale <= 1:
+        raise EraseError(f"a guard needs guidance above 1, and --guidance-scale is {drawing.guidance_scale}")
+    return guards.make(drawing.guard, text)
+
+
+def make_task(name: str, options: Options, concept: Concept | None, model: str) -> SampleSet:
+    """The task for this concept, in which nothing else that the model erased is asked to stay."""
+    others = [one for one in erased_concepts(model) if concept and one.name != concept.name]
+    return tasks.build(name, concept, options, others)
+
+
+def source_of(model: str, drawing: Drawing, guard: Any) -> Source:
+    """The model with all that is applied to it."""
+    return Source(model, drawing.unet, drawing.delta, drawing.config, drawing.revision, guard)
+
+
+def label_of(model: str) -> str:
+    """A file name for a model or a folder."""
+    return words.slug(Path(model).resolve().name if os.path.exists(model) else model)
