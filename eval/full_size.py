@@ -22,6 +22,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     from erase import masks
+    from erase.conditioning import Conditioning
     from erase.data.latents import Data, Pictures
     from erase.families import sd
     from erase.methods.relabel import Relabel
@@ -33,7 +34,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
     unet = UNet2DConditionModel(**SD14_UNET).eval().requires_grad_(False).to(accelerator.device)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     absent: Any = None  # neither mask nor step needs the VAE or the text encoder
-    model = sd.Model("random SD v1.4", Path(), unet, absent, absent, absent, scheduler, {})
+    model = sd.StableDiffusion("random SD v1.4", Path(), unet, absent, absent, absent, scheduler, {})
     parameters = dict(unet.named_parameters())
     if sum(p.numel() for p in parameters.values()) != NUM_WEIGHTS:
         raise SystemExit("this is not SD v1.4's UNet any more; diffusers' defaults have changed")
@@ -42,7 +43,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
     def pictures(row: int) -> Pictures:
         return Pictures(torch.randn(shape), torch.zeros(shape), torch.tensor([row]))
 
-    text = torch.randn(4, 77, 768)
+    text = Conditioning(torch.randn(4, 77, 768))
     places = torch.zeros(1, 77, dtype=torch.bool)
     instead, names = torch.tensor([2]), ("", "f", "a", "r")
     data = Data(pictures(1), pictures(3), instead, torch.tensor([]), places, places, names, text, "random", {})

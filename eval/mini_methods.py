@@ -90,9 +90,11 @@ def recovered(
     from erase.evaluation.attacks import inversion
     from erase.evaluation.judges import mini
     from erase.evaluation.tasks import protocol
+    from erase.families.sd import StableDiffusion
 
     judge, attack = concepts.load(concept, model_family="mini").judge, inversion.Inversion()
     attacked = generate.load_model(model, delta_path=delta and str(delta), device="cpu")
+    assert isinstance(attacked, StableDiffusion)
     inversion.teach(attacked, inversion.learn(attacked, latents, attack, quiet=True))
     samples = tuple(
         protocol.Sample(f"word-{i:03d}", prompt, protocol.seed_of("inversion", concept, i), "forget")

@@ -764,7 +764,7 @@ class Plain:
         data, draw = self.ours.data, torch.Generator().manual_seed(0)
         which = torch.randint(len(data.forget), (rows,), generator=draw)
         x, t = data.forget.mean[which], torch.randint(0, 1000, (rows,), generator=draw)
-        eps, text = torch.randn(x.shape, generator=draw), data.text[data.forget.prompt[which]]
+        eps, text = torch.randn(x.shape, generator=draw), data.text[data.forget.prompt[which]].text_states
         x, t, eps, text = (tensor.to(self.device) for tensor in (x, t, eps, text))
         return self.ours.model.add_noise(x, eps, t), t, eps, text
 

@@ -412,7 +412,7 @@ def test_on_the_embedded_model_other_prompts_predictions_move_far_less_than_the_
 
     def predictions() -> list[Tensor]:
         with torch.no_grad():
-            return [model(x, t, text.expand(4, -1, -1)) for text in states]
+            return [model(x, t, states[i : i + 1].expand(4)) for i in range(len(states))]
 
     before = predictions()
     closed_form.solve(method, prompt_states.read_text(model, circle), parameters, None)

@@ -48,7 +48,7 @@ def check_line(error: pytest.ExceptionInfo[EraseError]) -> str:
     return message
 
 
-def works(model: sd.Model) -> None:
+def works(model: sd.StableDiffusion) -> None:
     """A model that was accepted predicts, encodes and draws finite numbers."""
     text = model.encode_text(["a cat", ""])
     x = torch.zeros(2, 4, 4, 4)
@@ -243,7 +243,7 @@ def test_weights_are_aligned_alike_whatever_wrote_their_file(length, model_dir):
     for path in (UNET, VAE, TEXT):
         save_file(load_file(model_dir / path), model_dir / path, {"format": "pt", "note": "x" * length})
     model = loading.load(model_dir)
-    for part in (model.unet, model.vae, model.text_encoder, model.stored_unet()):
+    for part in (model.unet, model.vae, model.text_encoder, model.stored_network()):
         for name, tensor in part.state_dict().items():
             assert tensor.data_ptr() % tensor_files.ALIGNMENT == 0, name
 

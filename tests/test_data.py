@@ -36,7 +36,7 @@ PLAN = Plan(num_forget=7, num_retain=4, steps=2, guidance=2.0, size=8, batch_siz
 
 
 @pytest.fixture(scope="module")
-def model(toy_pipeline_dir) -> sd.Model:
+def model(toy_pipeline_dir) -> sd.StableDiffusion:
     return loading.load(toy_pipeline_dir)
 
 
@@ -55,13 +55,13 @@ def collect(model, tmp_path):
 def drawn(monkeypatch) -> list[str]:
     """The prompts that are drawn from now on."""
     prompts: list[str] = []
-    draw = sd.Model.draw
+    draw = sd.StableDiffusion.draw
 
     def spy(self, texts, *rest, **options):
         prompts.extend(texts)
         return draw(self, texts, *rest, **options)
 
-    monkeypatch.setattr(sd.Model, "draw", spy)
+    monkeypatch.setattr(sd.StableDiffusion, "draw", spy)
     return prompts
 
 
@@ -88,7 +88,7 @@ def test_every_picture_has_its_own_prompt_anchor_and_text(collect, model):
     assert words(data, data.retain.prompt) == ["a moon", "a tree"] * 2
     assert words(data, data.others) == ["a fish", "a moon"]
     assert data.prompts[0] == "" and len(set(data.prompts)) == len(data.prompts)
-    assert torch.equal(data.text, model.encode_text(data.prompts))
+    assert torch.equal(data.text.text_states, model.encode_text(data.prompts).text_states)
     assert data.forget.mean.shape == (7, 4, 4, 4) and not data.forget.std.any()
     last = model.draw(["a circle"], [6], steps=2, guidance=2.0, size=8)  # seeds count from seed * 1_000_000
     assert torch.allclose(data.forget.mean[6:], last, atol=1e-5)  # another batch, other roundings
@@ -211,7 +211,7 @@ def test_another_process_finds_the_cache_whatever_the_order_of_diffusers_notes(t
 
 def test_interrupted_drawing_goes_on_where_it_was(collect, drawn, monkeypatch, tmp_path):
     whole = collect()
-    spy = sd.Model.draw
+    spy = sd.StableDiffusion.draw
 
     def broken(self, texts, *rest, **options):
         if len(drawn) >= 4:
@@ -219,10 +219,10 @@ def test_interrupted_drawing_goes_on_where_it_was(collect, drawn, monkeypatch, t
         return spy(self, texts, *rest, **options)
 
     drawn.clear()
-    monkeypatch.setattr(sd.Model, "draw", broken)
+    monkeypatch.setattr(sd.StableDiffusion, "draw", broken)
     with pytest.raises(KeyboardInterrupt):
         collect(cache_dir=tmp_path / "other")
-    monkeypatch.setattr(sd.Model, "draw", spy)
+    monkeypatch.setattr(sd.StableDiffusion, "draw", spy)
     drawn.clear()
     assert same(collect(cache_dir=tmp_path / "other"), whole)
     assert len(drawn) == 11 - 4
@@ -343,8 +343,8 @@ def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path,
         picture(tmp_path / name, (len(name), 0, 0))
     (tmp_path / "3_red_circle" / "a.txt").write_text("a circle")
     encoded: list[int] = []
-    encode = sd.Model.encode_images
-    monkeypatch.setattr(sd.Model, "encode_images", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    encode = sd.StableDiffusion.encode_images
+    monkeypatch.setattr(sd.StableDiffusion, "encode_images", lambda self, x: encoded.append(len(x)) or encode(self, x))
     lines: list[str] = []
     data = collect(plan=replace(PLAN, forget_images=str(tmp_path), num_retain=1), tell=lines.append)
     assert words(data, data.forget.prompt) == ["an image of a church", *["a circle"] * 3, *["red circle"] * 3]
@@ -423,7 +423,7 @@ def test_image_latents_are_cached_by_content_and_by_batch(collect, tmp_path, mon
     (tmp_path / "images").rename(tmp_path / "moved")
     small = collect(plan=replace(plan, forget_images=str(tmp_path / "moved"), batch_size=1))
     assert torch.allclose(small.forget.mean, first.forget.mean, atol=1e-5)  # not chunks of another size
-    monkeypatch.setattr(sd.Model, "encode_images", None)
+    monkeypatch.setattr(sd.StableDiffusion, "encode_images", None)
     assert same(collect(plan=replace(plan, forget_images=str(tmp_path / "moved"))), first)
     picture(tmp_path / "moved" / "0.png", (9, 9, 9))
     with pytest.raises(TypeError):

@@ -365,7 +365,7 @@ def test_what_is_wrong_is_said_before_the_first_image(
     """Judges, rules, models and files of every model and task of the command (4.1)."""
     import re
 
-    monkeypatch.setattr(sd.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
+    monkeypatch.setattr(sd.StableDiffusion, "draw", lambda *_, **__: pytest.fail("an image was generated"))
     (tmp_path / "own.csv").write_text(PROMPTS)
     (tmp_path / "few.csv").write_text("prompt\na\nb\n")
     names = {"erased": erased_dir, "prompts": tmp_path / "own.csv", "few": tmp_path / "few.csv"}
@@ -387,7 +387,7 @@ BAD += [("device", "cuda:x"), ("precision", "fp8"), ("features", "resnet"), ("ki
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_number_that_means_nothing_is_one_line(command, pair, classifier_dir, tmp_path, monkeypatch, name, value):
     """Zero, negative, not a number, infinite, too many (2.9, 4.10)."""
-    monkeypatch.setattr(sd.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
+    monkeypatch.setattr(sd.StableDiffusion, "draw", lambda *_, **__: pytest.fail("an image was generated"))
     code, _, err = command("run", *pair, "--task", "class-forget", "--concept", "church", "--num-images", 1,
                            "--judge-model", classifier_dir, f"--{name}", value)  # fmt: skip
     assert (
@@ -410,8 +410,8 @@ def test_zero_images_to_verify_is_one_line(command):
 
 def test_guidance_zero_is_used_and_recorded(command, pair, toy_pipeline_dir, clip_dir, tmp_path, monkeypatch):
     """On the command line, and in a row of a prompt file; diffusers computes both without guidance (2.9)."""
-    asked, draw = [], sd.Model.draw
-    monkeypatch.setattr(sd.Model, "draw", lambda *a, **k: asked.append(k["guidance"]) or draw(*a, **k))
+    asked, draw = [], sd.StableDiffusion.draw
+    monkeypatch.setattr(sd.StableDiffusion, "draw", lambda *a, **k: asked.append(k["guidance"]) or draw(*a, **k))
     (tmp_path / "own.csv").write_text(PROMPTS)
     own = ("--task", "prompts", "--prompts", tmp_path / "own.csv")
     for name, extra in {"rows": (), "all": ("--guidance", 0), "one": ("--guidance-scale", 1)}.items():
@@ -446,7 +446,7 @@ def test_weights_that_are_not_those_of_run_json_are_refused(command, pair, toy_p
     for wrong, role in (({"origin_hash": "0" * 64}, "base"), ({"result_hash": "0" * 64}, "erased")):
         files.write_json(tmp_path / "run" / "run.json", {"model": right | wrong, "concept": church})
         with monkeypatch.context() as patch:
-            patch.setattr(sd.Model, "draw", lambda *_, **__: pytest.fail("an image was generated"))
+            patch.setattr(sd.StableDiffusion, "draw", lambda *_, **__: pytest.fail("an image was generated"))
             code, _, err = command(*arguments)
         assert code == 2 and f"says that the {role} model's UNet is 000000000000" in err
     files.write_json(tmp_path / "run" / "run.json", {"model": right, "concept": church})

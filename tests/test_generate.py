@@ -38,7 +38,7 @@ def make_task(num: int = 7, **options: Any) -> SampleSet:
 
 
 @pytest.fixture(scope="module")
-def model(toy_pipeline_dir) -> sd.Model:
+def model(toy_pipeline_dir) -> sd.StableDiffusion:
     return loading.load(str(toy_pipeline_dir))
 
 
@@ -174,14 +174,14 @@ def test_settings_are_read_back_from_what_draws(model):
 def test_a_gpu_without_memory_halves_the_batch_and_draws_the_same(model, tmp_path, monkeypatch):
     task = replace(make_task(6), samples=tuple(replace(s, height=None, guidance=None) for s in make_task(6).samples))
     generate.generate(model, task, tmp_path / "plenty", batch_size=6, quiet=True)
-    draw = sd.Model.draw
+    draw = sd.StableDiffusion.draw
 
-    def small(self: sd.Model, prompts: Any, *rest: Any, **options: Any) -> torch.Tensor:
+    def small(self: sd.StableDiffusion, prompts: Any, *rest: Any, **options: Any) -> torch.Tensor:
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw(self, prompts, *rest, **options)
 
-    monkeypatch.setattr(sd.Model, "draw", small)
+    monkeypatch.setattr(sd.StableDiffusion, "draw", small)
     generate.generate(model, task, tmp_path / "little", batch_size=6, quiet=True)
     sizes = [record["batch_size"] for record in arm.complete_records(tmp_path / "little")]
     assert max(sizes) == 2
@@ -191,14 +191,14 @@ def test_a_gpu_without_memory_halves_the_batch_and_draws_the_same(model, tmp_pat
 
 def test_pictures_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model, tmp_path, monkeypatch):
     task = replace(make_task(3), samples=tuple(replace(s, height=None, guidance=None) for s in make_task(3).samples))
-    decode = sd.Model.decode
+    decode = sd.StableDiffusion.decode
 
-    def broken(self: sd.Model, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def broken(self: sd.StableDiffusion, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
         pictures = decode(self, latents, *rest)
         pictures[0], pictures[1] = torch.nan, -1
         return pictures
 
-    monkeypatch.setattr(sd.Model, "decode", broken)
+    monkeypatch.setattr(sd.StableDiffusion, "decode", broken)
     generate.generate(model, task, tmp_path, quiet=True)
     records = arm.complete_records(tmp_path)
     assert [record["invalid"] for record in records] == ["not finite", "flat", None]
@@ -206,15 +206,15 @@ def test_pictures_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model,
 
 
 def test_an_error_ends_the_run_and_what_was_drawn_before_stays(model, tmp_path, monkeypatch):
-    task, draw, calls = make_task(), sd.Model.draw, []
+    task, draw, calls = make_task(), sd.StableDiffusion.draw, []
 
-    def failing(self: sd.Model, *rest: Any, **options: Any) -> torch.Tensor:
+    def failing(self: sd.StableDiffusion, *rest: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("defect")
         return draw(self, *rest, **options)
 
-    monkeypatch.setattr(sd.Model, "draw", failing)
+    monkeypatch.setattr(sd.StableDiffusion, "draw", failing)
     with pytest.raises(RuntimeError, match="defect"):
         generate.generate(model, task, tmp_path, batch_size=1, quiet=True)
     assert len(arm.records(tmp_path)) == 2

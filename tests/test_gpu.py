@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erase import cli, device, erase_concept, masks
+from erase.conditioning import Conditioning
 from erase.data.latents import Data, Pictures
 from erase.evaluation import cli as evaluation
 from erase.families import loading
@@ -110,10 +111,21 @@ def run(folder: Path, where: str, state: Path, *, weights: torch.dtype = torch.f
     text = torch.randn(4, 77, 8, generator=draw)
     words = ("", "a", "b", "c")
     places = torch.zeros(4, text.shape[1], dtype=torch.bool)
-    data = Data(pictures(1), pictures(3), torch.full((4,), 2), torch.tensor([2]), places, places, words, text, "x", {})
+    data = Data(
+        pictures(1),
+        pictures(3),
+        torch.full((4,), 2),
+        torch.tensor([2]),
+        places,
+        places,
+        words,
+        Conditioning(text),
+        "x",
+        {},
+    )
     parameters = dict(model.unet.named_parameters())
     if weights != torch.float32:
-        model.round_unet(weights)
+        model.round_network(weights)
     scores = saliency_pass.accumulate(
         model,
         data,

@@ -337,7 +337,7 @@ def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, comm
     assert results["task"]["num_samples"] == 6 and "mini.ua" in out and (folder / "report.html").exists()
     from erase.families import sd
 
-    monkeypatch.setattr(sd.Model, "draw", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(sd.StableDiffusion, "draw", lambda *_, **__: pytest.fail("drawn again"))
     before = (folder / "report.html").read_bytes()
     assert command(*arguments)[0] == 0
     assert (folder / "report.html").read_bytes() == before

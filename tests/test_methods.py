@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 from toy_training import CONCEPT, RECIPE, erased, state_of
 
 from erase import masks, methods
+from erase.conditioning import Conditioning
 from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families import loading, sd, stored_unet
@@ -35,7 +36,7 @@ from erase.training import batches, exchanged, loop
 
 
 @pytest.fixture
-def model(toy_pipeline_dir) -> sd.Model:
+def model(toy_pipeline_dir) -> sd.StableDiffusion:
     return loading.load(toy_pipeline_dir)
 
 
@@ -67,10 +68,10 @@ def batch(model, gathered, accelerator) -> Batch:
     return next(batches.batches(model, data, replace(RECIPE, batch_size=3), 0, 3, accelerator))
 
 
-def noise_in(model: sd.Model, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def noise_in(model: sd.StableDiffusion, x: torch.Tensor, t: torch.Tensor, c: Conditioning) -> torch.Tensor:
     """By diffusers alone."""
     with torch.no_grad():
-        return model.unet(x, t, encoder_hidden_states=text).sample
+        return model.unet(x, t, encoder_hidden_states=c.states).sample
 
 
 def terms_of(method: Any, model: Any, frozen: Any, batch: Batch) -> dict[str, float]:
@@ -79,7 +80,7 @@ def terms_of(method: Any, model: Any, frozen: Any, batch: Batch) -> dict[str, fl
 
 
 @pytest.fixture
-def moved_model(toy_pipeline_dir) -> sd.Model:
+def moved_model(toy_pipeline_dir) -> sd.StableDiffusion:
     """The toy after some training: another model than the frozen one."""
     model = loading.load(toy_pipeline_dir)
     draw = torch.Generator().manual_seed(3)
@@ -103,11 +104,12 @@ def test_terms_are_means_so_that_alpha_has_no_unit():
     ours."""
     draw = torch.Generator().manual_seed(0)
     shape = (2, 3, 32, 32)
-    batch = Batch(**{field.name: torch.randn(shape, generator=draw).double() for field in fields(Batch)})
+    parts: dict[str, Any] = {field.name: torch.randn(shape, generator=draw).double() for field in fields(Batch)}
+    batch = Batch(**parts)
     predict: Any = lambda x, t, text: x * text  # noqa: E731
     terms = dict(Relabel(alpha=2.0, distill_retain=False).loss(predict, predict, batch))
-    seen = (batch.x_forget * batch.c_forget - batch.x_target * batch.c_target).square()
-    kept = 2 * (batch.x_retain * batch.c_retain - batch.eps_retain).square()
+    seen = (batch.x_forget * parts["c_forget"] - batch.x_target * parts["c_target"]).square()
+    kept = 2 * (batch.x_retain * parts["c_retain"] - batch.eps_retain).square()
     for term, squares in (("forget", seen), ("retain", kept)):
         assert squares.sum((1, 2, 3)).mean().item() == pytest.approx(3072 * terms[term].item(), rel=1e-9)
 
@@ -236,7 +238,8 @@ def test_the_teachers_latents_are_points_on_its_own_way(toy_pipeline_dir, model,
     times = scheduler.timesteps.tolist()  # pyright: ignore
     assert len({int(t) for t in batch.t_forget}) > 1
     for row, time in enumerate(batch.t_forget.tolist()):
-        x, c, e = (part[row : row + 1] for part in (batch.eps_forget, batch.c_forget, batch.c_empty))
+        x = batch.eps_forget[row : row + 1]
+        c, e = (part[row : row + 1] for part in (batch.c_forget, batch.c_empty))
         for t in times[: times.index(time)]:
             at = torch.tensor([t])
             conditional, empty = noise_in(model, x, at, c), noise_in(model, x, at, e)

@@ -13,10 +13,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.export import ldm, pipeline
 from erase.families import loading, pipeline_folder, sd, stored_unet
-from erase.families.sd import Model
+from erase.families.sd import StableDiffusion
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -24,7 +25,7 @@ TEXT = "text_encoder/model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def toy(toy_pipeline_dir) -> Model:
+def toy(toy_pipeline_dir) -> StableDiffusion:
     return loading.load(toy_pipeline_dir)
 
 
@@ -63,7 +64,7 @@ def pickled(folder: Path) -> Path:
     return folder
 
 
-def inputs(model: Model, n: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(model: StableDiffusion, n: int = 2) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
     draw = torch.Generator().manual_seed(3)
     side = int(model.unet.config["sample_size"])
     x = torch.randn(n, 4, side, side, generator=draw)
@@ -71,7 +72,7 @@ def inputs(model: Model, n: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 @torch.no_grad()
-def prediction(model: Model) -> torch.Tensor:
+def prediction(model: StableDiffusion) -> torch.Tensor:
     return model(*inputs(model))
 
 
@@ -112,18 +113,18 @@ def test_a_velocity_becomes_the_noise(broken):
     def unet(x, t, encoder_hidden_states):
         return type("Output", (), {"sample": v})
 
-    assert torch.allclose(model.predict(unet, x_t, t, torch.zeros(2, 77, 8)), eps, atol=1e-5)
+    assert torch.allclose(model.predict(unet, x_t, t, Conditioning(torch.zeros(2, 77, 8))), eps, atol=1e-5)
     model.prediction_type = "epsilon"  # control
-    assert torch.equal(model.predict(unet, x_t, t, torch.zeros(2, 77, 8)), v)
+    assert torch.equal(model.predict(unet, x_t, t, Conditioning(torch.zeros(2, 77, 8))), v)
 
 
 def test_text_is_padded_and_cut_as_diffusers_does_it(toy):
     prompts = ["", "a circle", "long " * 50]
     pipeline = StableDiffusionPipeline.from_pretrained(toy.folder)
     expected, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    assert toy.encode_text(prompts).shape == (3, 77, 8)
-    assert torch.allclose(toy.encode_text(prompts), expected, atol=1e-6)
-    assert torch.allclose(toy.encode_text(prompts, batch_size=1), expected, atol=1e-5)
+    assert toy.encode_text(prompts).text_states.shape == (3, 77, 8)
+    assert torch.allclose(toy.encode_text(prompts).text_states, expected, atol=1e-6)
+    assert torch.allclose(toy.encode_text(prompts, batch_size=1).text_states, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["model", "dpm++"])
@@ -212,7 +213,7 @@ def test_half_precision_variants_and_files_of_2022_load_in_single_precision(brok
     assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.float32}
     assert not any(tensor.requires_grad for part in parts for tensor in part.parameters())
     assert not any(part.training for part in parts)
-    assert torch.equal(model.encode_text(["a circle"]), toy.encode_text(["a circle"]))
+    assert torch.equal(model.encode_text(["a circle"]).text_states, toy.encode_text(["a circle"]).text_states)
     assert torch.equal(model.encode_images(torch.ones(1, 3, 8, 8))[0], toy.encode_images(torch.ones(1, 3, 8, 8))[0])
     assert torch.allclose(prediction(model), prediction(toy), atol=1e-2)
 
@@ -223,7 +224,7 @@ def test_xformers_needs_a_gpu_and_its_package(toy, monkeypatch):
         EraseError, match="^xformers needs a CUDA device but the model is on cpu; leave out --attention$"
     ):
         toy.use_attention("xformers")
-    monkeypatch.setattr(Model, "device", torch.device("cuda"))
+    monkeypatch.setattr(StableDiffusion, "device", torch.device("cuda"))
 
     def fail(error: Exception) -> None:
         def enable():
@@ -371,7 +372,7 @@ def test_a_single_file_predicts_exactly_what_its_folder_predicts(
     model = loading.load(single_file, config=str(tiny_pipeline_dir))
     base = loading.load(tiny_pipeline_dir)
     assert torch.equal(prediction(model), prediction(base))
-    assert torch.equal(model.encode_text(["a moon"]), base.encode_text(["a moon"]))
+    assert torch.equal(model.encode_text(["a moon"]).text_states, base.encode_text(["a moon"]).text_states)
     assert torch.equal(model.decode(torch.ones(1, 4, 8, 8)), base.decode(torch.ones(1, 4, 8, 8)))
     assert isinstance(model.scheduler, DDIMScheduler) and dict(model.scheduler.config)["steps_offset"] == 1
     assert model.folder.parent == cache_dir / "converted"
@@ -440,15 +441,17 @@ def test_released_parts_are_freed_and_come_back_as_they_were(toy_pipeline_dir):
     import weakref
 
     model = loading.load(toy_pipeline_dir)
-    text, image = model.encode_text(["a cat"]), model.decode(torch.ones(1, 4, 4, 4))
+    text, image = model.encode_text(["a cat"]).text_states, model.decode(torch.ones(1, 4, 4, 4))
     parts = [weakref.ref(model.vae), weakref.ref(model.text_encoder)]
     model.release()
     gc.collect()
     assert [part() for part in parts] == [None, None]
     model.release()  # nothing to do
-    assert torch.equal(model.encode_text(["a cat"]), text) and torch.equal(model.decode(torch.ones(1, 4, 4, 4)), image)
+    assert torch.equal(model.encode_text(["a cat"]).text_states, text) and torch.equal(
+        model.decode(torch.ones(1, 4, 4, 4)), image
+    )
     assert not any(p.requires_grad for p in model.vae.parameters())
-    with pytest.raises(AttributeError, match="'Model' object has no attribute 'tokeniser'"):
+    with pytest.raises(AttributeError, match="'StableDiffusion' object has no attribute 'tokeniser'"):
         _ = model.tokeniser
 
 
@@ -456,9 +459,9 @@ def test_a_reloaded_unet_is_the_bases_in_the_same_parameters(toy_pipeline_dir):
     model = loading.load(toy_pipeline_dir)
     base = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     parameters = dict(model.unet.named_parameters())
-    model.round_unet(torch.bfloat16)
+    model.round_network(torch.bfloat16)
     assert not torch.equal(model.unet.conv_in.weight.float(), base["conv_in.weight"])
-    model.reload_unet()
+    model.reload_network()
     assert all(parameter is parameters[name] for name, parameter in model.unet.named_parameters())
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.unet.state_dict().items())
 

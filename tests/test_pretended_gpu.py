@@ -25,6 +25,7 @@ from erase.evaluation import cli as evaluation_cli
 from erase.evaluation import generate
 from erase.evaluation.tasks.registry import TASKS
 from erase.families import loading, sd, stored_unet
+from erase.families.protocol import Family
 from erase.methods import METHODS
 from erase.runs import samples
 from erase.training import loop, saliency_pass
@@ -133,7 +134,7 @@ def test_a_card_without_bf16_computes_in_fp16_and_where_that_cannot_be_in_fp32(t
         assert device_of_model(toy_pipeline_dir).precision == "fp16"
 
 
-def device_of_model(folder: Path) -> sd.Model:
+def device_of_model(folder: Path) -> Family:
     return generate.load_model(str(folder))
 
 
@@ -150,7 +151,7 @@ def test_the_samples_on_the_cpus_unet_are_found(gpu, toy_pipeline_dir):
     """Control: the model on the GPU generates with a UNet of the CPU, as samples.png once did."""
     model = loading.load(toy_pipeline_dir, device="cuda")
     with pytest.raises(RuntimeError, match="same device"):
-        model.draw(["a dog"], [0], steps=1, guidance=2.0, size=8, unet=stored_unet.load_unet(toy_pipeline_dir))
+        model.draw(["a dog"], [0], steps=1, guidance=2.0, size=8, network=stored_unet.load_unet(toy_pipeline_dir))
 
 
 @pytest.mark.slow
@@ -244,7 +245,7 @@ def seen(monkeypatch) -> Iterator[dict[str, set[torch.dtype]]]:
     within("mask", saliency_pass, "accumulate")
     within("training", loop, "train")
     within("samples", samples, "write_samples")
-    within("trajectory", sd.Model, "trajectory")
+    within("trajectory", sd.StableDiffusion, "trajectory")
     handle = torch.nn.modules.module.register_module_forward_hook(hook)
     yield found
     handle.remove()

@@ -33,7 +33,7 @@ QUICK: dict[str, Any] = dict(
 
 
 @pytest.fixture(scope="module")
-def toy(toy_pipeline_dir) -> sd.Model:
+def toy(toy_pipeline_dir) -> sd.StableDiffusion:
     return loading.load(toy_pipeline_dir)
 
 
@@ -134,8 +134,10 @@ def test_the_storage_of_the_weights_reaches_mask_and_training(toy_pipeline_dir, 
 @pytest.mark.parametrize("method", ["esd-x", "sdd"])
 def test_the_guidance_and_the_steps_reach_the_trajectories(toy_pipeline_dir, tmp_path, monkeypatch, method):
     """(6.10)"""
-    asked, plain = [], sd.Model.trajectory
-    monkeypatch.setattr(sd.Model, "trajectory", lambda self, *a, **how: asked.append(how) or plain(self, *a, **how))
+    asked, plain = [], sd.StableDiffusion.trajectory
+    monkeypatch.setattr(
+        sd.StableDiffusion, "trajectory", lambda self, *a, **how: asked.append(how) or plain(self, *a, **how)
+    )
     make = planning.make_plan
     monkeypatch.setattr(phases, "make_plan", lambda *a: replace(make(*a), way_guidance=4.5))
     erase_concept(CAT, str(toy_pipeline_dir), output=str(tmp_path / "run"), method=method, **QUICK)
@@ -165,7 +167,7 @@ def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows
     seeds = [samples.FIRST_SEED + 3000 + i for i in range(4)]
     prompts = ["a cat", "a cat", "a tree", "a boat"]
 
-    def generated(of: sd.Model) -> list[np.ndarray]:
+    def generated(of: sd.StableDiffusion) -> list[np.ndarray]:
         latents = of.draw(prompts, seeds, steps=2, guidance=2.0, size=8, sampler="dpm++")
         return [image.permute(1, 2, 0).numpy() for image in pixels.to_pixels(of.decode(latents))]
 

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from torch.nn.functional import mse_loss
 
 from erase import files, masks, tensor_files
+from erase.conditioning import Conditioning
 from erase.data.latents import Data, Pictures
 from erase.errors import EraseError
 from erase.families import loading, scope, sd, stored_unet
@@ -26,7 +27,7 @@ from erase.training import batches, gradients, loop, saliency_pass
 
 
 @pytest.fixture
-def model(toy_pipeline_dir) -> sd.Model:
+def model(toy_pipeline_dir) -> sd.StableDiffusion:
     return loading.load(toy_pipeline_dir)
 
 
@@ -55,11 +56,11 @@ def accelerator() -> Accelerator:
 RECIPE = batches.Recipe(num_steps=6, batch_size=4, learning_rate=1e-2, checkpoint_every=2)
 
 
-def parameters_of(model: sd.Model, name: str = "full") -> dict[str, torch.nn.Parameter]:
+def parameters_of(model: sd.StableDiffusion, name: str = "full") -> dict[str, torch.nn.Parameter]:
     return scope.inside(dict(model.unet.named_parameters()), name)
 
 
-def state_of(model: sd.Model) -> dict[str, torch.Tensor]:
+def state_of(model: sd.StableDiffusion) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
 
 
@@ -214,7 +215,7 @@ def rounded_run(folder, data, accelerator, path, *, recipe=RECIPE, method=None, 
     model = loading.load(folder)
     parameters = parameters_of(model, scope_name)
     mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.4, seed=0)
-    model.round_unet(torch.bfloat16)
+    model.round_network(torch.bfloat16)
     losses = loop.train(
         model, method or Relabel(), data, parameters, mask, recipe, accelerator, state_path=path, quiet=True
     )
@@ -277,7 +278,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
 
     monkeypatch.setattr(Breaking, "calls", 0)
 
-    def run(method: Relabel, path: Path) -> sd.Model:
+    def run(method: Relabel, path: Path) -> sd.StableDiffusion:
         model = loading.load(toy_pipeline_dir)
         mask = masks.random_mask({name: p.shape for name, p in parameters_of(model).items()}, 0.5, seed=0)
         parameters = parameters_of(model)
@@ -347,7 +348,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(toy_pipeline_dir, da
 def test_the_target_prompt_is_the_one_that_was_chosen(model, data, accelerator, target):
     recipe = replace(RECIPE, target=target, batch_size=64)
     batch = next(batches.batches(model, data, recipe, 0, 64, accelerator))
-    rows = {int((data.text - c).abs().sum((1, 2)).argmin()) for c in batch.c_target}
+    rows = {int((data.text.text_states - c).abs().sum((1, 2)).argmin()) for c in batch.c_target.text_states}
     assert rows == {"anchor": {2}, "random": {3, 4}, "fixed": {3}}[target]
 
 
@@ -371,9 +372,9 @@ def test_in_order_goes_through_the_forget_pictures_epoch_by_epoch(model, data, a
     data = replace(data, forget=replace(data.forget, prompt=rows))
     for in_order in (True, False):
         recipe = replace(RECIPE, in_order=in_order, batch_size=3)
-        seen = torch.cat([next(batches.batches(model, data, recipe, s, 3, accelerator)).c_forget for s in range(4)])
-        expected = data.text[torch.cat([rows, rows])]
-        assert torch.equal(seen, expected) == in_order
+        parts = [next(batches.batches(model, data, recipe, s, 3, accelerator)).c_forget for s in range(4)]
+        expected = data.text[torch.cat([rows, rows])].text_states
+        assert torch.equal(Conditioning.cat(parts).text_states, expected) == in_order
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -474,7 +475,7 @@ def test_the_score_is_the_gradient_of_the_summed_batch_losses(model, data, accel
 def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp_path, monkeypatch):
     expected = scores_of(model, data, accelerator, tmp_path)
     monkeypatch.setattr(saliency_pass, "SAVE_EVERY_SECONDS", -1.0)
-    original, calls = sd.Model.__call__, []
+    original, calls = sd.StableDiffusion.__call__, []
 
     def cut(self, *args):
         calls.append(1)
@@ -482,10 +483,10 @@ def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp
             raise Interrupted
         return original(self, *args)
 
-    monkeypatch.setattr(sd.Model, "__call__", cut)
+    monkeypatch.setattr(sd.StableDiffusion, "__call__", cut)
     with pytest.raises(Interrupted):
         scores_of(model, data, accelerator, tmp_path)
-    monkeypatch.setattr(sd.Model, "__call__", original)
+    monkeypatch.setattr(sd.StableDiffusion, "__call__", original)
     assert tensor_files.read_metadata(tmp_path / "sums.pt")["done"] == 2
     resumed = scores_of(model, data, accelerator, tmp_path)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
@@ -516,13 +517,13 @@ def test_parts_of_a_batch_add_up_to_its_score(model, data, accelerator, tmp_path
 
     The scores that take |g| of each batch are not sums over parts; they keep whole batches, to the bit.
     """
-    original, seen = sd.Model.__call__, []
+    original, seen = sd.StableDiffusion.__call__, []
 
     def spy(self, x, t, text):
         seen.append(len(x))
         return original(self, x, t, text)
 
-    monkeypatch.setattr(sd.Model, "__call__", spy)
+    monkeypatch.setattr(sd.StableDiffusion, "__call__", spy)
     for score in ("abs_sum", "sum_abs", "sum_sq"):
         options = {"batch_size": 4, "score": score, "guidance": guidance}
         whole = scores_of(model, data, accelerator, tmp_path, **options)
@@ -564,7 +565,7 @@ def interrupted(interrupted_dir, toy_pipeline_dir, data, accelerator) -> Path:
     return path
 
 
-def resumed(folder: Path, data: Data, accelerator, path: Path, method: Relabel) -> sd.Model:
+def resumed(folder: Path, data: Data, accelerator, path: Path, method: Relabel) -> sd.StableDiffusion:
     model = loading.load(folder)
     parameters = parameters_of(model)
     mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)

@@ -15,7 +15,7 @@ SOME = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.fixture(scope="module")
-def base(toy_pipeline_dir) -> sd.Model:
+def base(toy_pipeline_dir) -> sd.StableDiffusion:
     return loading.load(toy_pipeline_dir)
 
 
@@ -34,7 +34,7 @@ def written(folder: Path, tensors: dict[str, torch.Tensor], name: str = "unet.sa
     return path
 
 
-def named(weights: dict[str, torch.Tensor], base: sd.Model, naming: str) -> dict[str, torch.Tensor]:
+def named(weights: dict[str, torch.Tensor], base: sd.StableDiffusion, naming: str) -> dict[str, torch.Tensor]:
     if "input_blocks" in naming:
         names = compvis.unet_names(weights, base.unet.config)
         return {naming.removesuffix("input_blocks") + names[name]: tensor for name, tensor in weights.items()}
@@ -60,9 +60,9 @@ def test_every_published_naming_gives_the_same_unet(naming, base, weights, tmp_p
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.unet.state_dict().items())
     assert model.notes == (f"{path} replaces {len(weights)} of the UNet's {len(weights)} tensors",)
     assert model.unet_file == str(path) and model.folder == base.folder and "unet.safetensors" in model.name
-    again = model.stored_unet().state_dict()
+    again = model.stored_network().state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.items())
-    model.reload_unet()
+    model.reload_network()
     assert torch.equal(model.unet.conv_in.weight, weights["conv_in.weight"])
 
 

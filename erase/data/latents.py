@@ -10,14 +10,14 @@ from torch import Tensor
 
 from erase import files
 from erase.concepts import Concept, refusal
+from erase.conditioning import Conditioning
 from erase.data import images
 from erase.data.cache import Source, Workers, cached
 from erase.data.pixels import to_pixels
 from erase.data.prompt_states import anchors_of, distinguishing
 from erase.data.sources import list_images
-from erase.delta import content_hash
 from erase.errors import EraseError
-from erase.families.sd import Model, Sampler
+from erase.families.protocol import Family, Sampler
 
 SEEDS_PER_RUN = 1_000_000  # a run draws its forget pictures with the seeds from seed * this on
 RETAIN_SEED = 500_000_000  # and its retain pictures from there plus this
@@ -27,7 +27,7 @@ RETAIN_SEED = 500_000_000  # and its retain pictures from there plus this
 class Pictures:
     """Latents of n pictures as the VAE's posterior, and what each one was drawn from or is called.
 
-    mean: [n, 4, h, w], scaled for the UNet. std: the same shape; zero where the model drew the latent itself.
+    mean: [n, c, h, w], scaled for the network. std: the same shape; zero where the model drew the latent itself.
     prompt: int64, [n], rows of `Data.text`.
     t: int64, [n], where `mean` is not a picture but a point on the way from noise to one: the timestep there.
     """
@@ -45,7 +45,7 @@ class Pictures:
 class Data:
     """All that the mask and the training see; the VAE and the text encoder are not needed any more.
 
-    text: text states of `prompts`, [p, tokens, d]; row 0 is the empty prompt.
+    text: conditioning of `prompts`, row by row; row 0 is the unconditional one.
     anchor: int64, [len(forget)], what to say instead of each forget picture's prompt.
     others: int64, [k], rows of other classes' prompts for random labels.
     words: bool, [len(forget), tokens], where the forget prompt's own words stand: those that its anchor lacks.
@@ -60,7 +60,7 @@ class Data:
     words: Tensor
     end: Tensor
     prompts: tuple[str, ...]
-    text: Tensor
+    text: Conditioning
     fingerprint: str
     record: dict[str, Any]
 
@@ -95,7 +95,7 @@ class Plan:
 
 
 def gather(
-    model: Model,
+    model: Family,
     concept: Concept,
     plan: Plan,
     *,
@@ -113,8 +113,8 @@ def gather(
     Raises:
         EraseError: no retain prompts, an empty image folder, an image that cannot be read.
     """
-    if plan.size % max(8, model.vae_scale):
-        raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {max(8, model.vae_scale)}")
+    if plan.size % model.multiple:
+        raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {model.multiple}")
     workers = workers or Workers()
     if plan.forget_images and plan.pictures in {"trajectory", "noise"}:
         raise EraseError("this method follows the model's own drawing and sees no pictures; leave out --forget-images")
@@ -147,7 +147,8 @@ def gather(
     if None in retain_source.prompts:
         unnamed = f"; --retain-images {plan.retain_images} names no prompts either" if plan.retain_images else ""
         raise EraseError(f"concept {concept.name!r} has no retain prompts{unnamed}; give --retain PROMPT")
-    hashes = [model_hash, *(content_hash(part.state_dict()) for part in (model.vae, model.text_encoder))]
+    parts = model.hashes()
+    hashes = [model_hash, parts["vae"], parts["text_encoder"]]
 
     def read(source: Source, label: str) -> tuple[Pictures, str]:
         key = files.text_hash([hashes, plan.batch_size, source.identity])
@@ -180,7 +181,7 @@ def gather(
     }
     fingerprint = files.text_hash([forget_key, retain_key, list(rows), anchor.tolist(), others.tolist()])
     text = model.encode_text(list(rows))
-    words, end = (torch.zeros(len(forget), text.shape[1], dtype=torch.bool) for _ in range(2))
+    words, end = (torch.zeros(len(forget), model.max_tokens, dtype=torch.bool) for _ in range(2))
     for number, (prompt, instead) in enumerate(zip(forget_source.prompts, anchors, strict=True)):
         own, _ = distinguishing(model.tokens(prompt), model.tokens(instead))
         words[number, own] = True
@@ -216,7 +217,7 @@ def of_prompts(data: Data, prompts: Sequence[str]) -> Data:
 
 
 def _source(
-    model: Model,
+    model: Family,
     plan: Plan,
     folder: str | None,
     prompts: Sequence[str],
@@ -248,7 +249,7 @@ def _source(
     return Source(own, make, identity)
 
 
-def _drawn(model: Model, plan: Plan, called: Sequence[Any], drawn: Sequence[Any], first_seed: int) -> Source:
+def _drawn(model: Family, plan: Plan, called: Sequence[Any], drawn: Sequence[Any], first_seed: int) -> Source:
     def make(rows: range) -> dict[str, Tensor]:
         seeds, texts = [first_seed + i for i in rows], [drawn[i] for i in rows]
         how: dict[str, Any] = {"steps": plan.steps, "guidance": plan.guidance, "sampler": plan.sampler}
@@ -264,35 +265,35 @@ def _drawn(model: Model, plan: Plan, called: Sequence[Any], drawn: Sequence[Any]
     return Source(called, make, [*identity, sampler, *_precision(model)])
 
 
-def _precision(model: Model) -> list[str]:
+def _precision(model: Family) -> list[str]:
     """For the identity of images that the model makes or encodes; float32 goes without saying."""
     return [] if model.precision == "fp32" else [model.precision]
 
 
-def _followed(model: Model, plan: Plan, prompts: Sequence[str], first_seed: int) -> Source:
+def _followed(model: Family, plan: Plan, prompts: Sequence[str], first_seed: int) -> Source:
     """Points on the ways from noise to pictures of the prompts, each after a random number of the plan's steps."""
-    side = plan.size // model.vae_scale
+    shape = model.latent_shape(plan.size)
 
     def make(rows: range) -> dict[str, Tensor]:
         draws = [torch.Generator().manual_seed(first_seed + i) for i in rows]
-        noise = torch.stack([torch.randn(4, side, side, generator=draw) for draw in draws])
+        noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         index = torch.stack([torch.randint(plan.steps, (), generator=draw) for draw in draws])
-        text, empty = model.encode_text([prompts[i] for i in rows]), model.encode_text([""])
-        x, t = model.trajectory(noise, index, text, empty, steps=plan.steps, guidance=plan.way_guidance)
+        c = model.encode_text([prompts[i] for i in rows])
+        x, t = model.trajectory(noise, index, c, model.unconditional(), steps=plan.steps, guidance=plan.way_guidance)
         return {**_posterior((x.cpu(), torch.zeros_like(noise))), "t": t.cpu()}
 
     identity = ["trajectory", prompts, first_seed, plan.steps, plan.way_guidance, plan.size, *_precision(model)]
     return Source(prompts, make, identity)
 
 
-def _blank(model: Model, plan: Plan, prompts: Sequence[str]) -> Source:
-    """Names of pictures that nobody looks at."""
-    side = plan.size // model.vae_scale
+def _blank(model: Family, plan: Plan, prompts: Sequence[str]) -> Source:
+    """Zero latents, for methods that use no images."""
+    shape = model.latent_shape(plan.size)
 
     def make(rows: range) -> dict[str, Tensor]:
-        return _posterior((torch.zeros(len(rows), 4, side, side), torch.zeros(len(rows), 4, side, side)))
+        return _posterior((torch.zeros(len(rows), *shape), torch.zeros(len(rows), *shape)))
 
-    return Source(prompts, make, ["blank", prompts, side])
+    return Source(prompts, make, ["blank", prompts, shape[-1]])
 
 
 def _posterior(parts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -4,21 +4,22 @@ import difflib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from erase.concepts import Concept
 from erase.errors import EraseError
-from erase.families.sd import Model
+from erase.families.protocol import Family
 from erase.methods.inputs import Text
 
 
-def truncated(model: Model, concept: Concept) -> list[str]:
+def truncated(model: Family, concept: Concept) -> list[str]:
     """The concept's prompts that are longer than the text encoder reads, in order and once each.
 
     Raises:
         EraseError: what tells a forget prompt from its anchor, or the concept's name in it, is cut off.
     """
     names = [model.all_tokens(word) for word in (concept.name, *concept.synonyms)]
-    limit = model.tokenizer.model_max_length - 2
+    limit = model.max_tokens - 2
     for forget, anchor in concept.pairs():
         whole, read = model.all_tokens(forget), model.tokens(forget)
         same = read == model.tokens(anchor) and forget != anchor
@@ -48,18 +49,22 @@ def distinguishing(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[
     return own_a, own_b
 
 
-def read_text(model: Model, concept: Concept) -> Text:
+def read_text(model: Family, concept: Concept) -> Text:
     """The concept as closed forms see it; needs no picture.
 
     An empty anchor stands at its start token, the only place that is the same in every prompt.
     """
+
+    def states(prompts: Sequence[str]) -> Tensor:
+        return model.encode_text(prompts).text_states
+
     pairs = concept.pairs()
     ends = [distinguishing(model.tokens(forget), model.tokens(anchor)) for forget, anchor in pairs]
     return Text(
-        forget=model.encode_text([forget for forget, _ in pairs]),
-        anchor=model.encode_text([anchor for _, anchor in pairs]),
-        retain=model.encode_text(concept.retain) if concept.retain else model.encode_text([""])[:0],
-        empty=model.encode_text([""]),
+        forget=states([forget for forget, _ in pairs]),
+        anchor=states([anchor for _, anchor in pairs]),
+        retain=states(concept.retain) if concept.retain else states([""])[:0],
+        empty=states([""]),
         forget_at=torch.tensor([max(own, default=0) for own, _ in ends]),
         anchor_at=torch.tensor([max(own, default=0) for _, own in ends]),
         retain_at=torch.tensor([len(model.tokens(prompt)) for prompt in concept.retain], dtype=torch.int64),

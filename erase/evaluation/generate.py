@@ -1,6 +1,5 @@
 """(model, task) -> a folder of PNGs with records: same seed, same picture, whatever was interrupted or shared out."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from erase.evaluation import arm, jsonl
 from erase.evaluation.tasks.protocol import Sample, SampleSet
 from erase.export.states import unet_state
 from erase.families import loading
-from erase.families.sd import Model
+from erase.families.protocol import Family
 from erase.guards import Guard
 from erase.progress import progress
 from erase.runs.machine import versions
@@ -34,7 +33,7 @@ def load_model(
     precision: str | None = None,
     guard: Guard | None = None,
     **options: Any,
-) -> Model:
+) -> Family:
     """A model to generate with, and a delta and a guard if they are given.
 
     options: arguments of `erase.families.loading.load`.
@@ -45,30 +44,25 @@ def load_model(
     compute = choose(device, precision)
     model = loading.load(source, **options)
     if delta_path:
-        state = delta.apply(unet_state(model.unet), delta.load(delta_path))
-        model.unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
+        state = delta.apply(unet_state(model.network), delta.load(delta_path))
+        model.network.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
         model = replace(model, name=f"{source} + {Path(delta_path).name}")
-    parts: Any = (model.unet, model.vae, model.text_encoder)
+    parts: Any = (model.network, model.vae, model.text_encoder)
     for part in parts:
         part.to(compute.device)
     return replace(model, guard=guard, precision=compute.precision)
 
 
-def model_hashes(model: Model) -> dict[str, str]:
+def model_hashes(model: Family) -> dict[str, str]:
     """Content hashes of all that decides a picture, of the weights as they were loaded, and the guard beside them.
 
     The UNet's is the one that deltas and run.json state, whatever the precision.
     """
-    hashes = {"unet": delta.content_hash(unet_state(model.unet))}
-    hashes |= {name: delta.content_hash(getattr(model, name).state_dict()) for name in ("vae", "text_encoder")}
-    backend: Any = model.tokenizer.backend_tokenizer
-    content = json.loads(backend.to_str())
-    own = {name: value for name, value in content.items() if name not in {"truncation", "padding"}}  # of the last call
     guard = {"guard": repr(model.guard)} if model.guard else {}
-    return hashes | {"tokenizer": files.text_hash(own)} | guard
+    return model.hashes() | guard
 
 
-def effective_settings(model: Model, task: SampleSet, steps: int | None, guidance: float | None) -> dict[str, Any]:
+def effective_settings(model: Family, task: SampleSet, steps: int | None, guidance: float | None) -> dict[str, Any]:
     """How pictures are drawn, read back from the objects that draw them; guidance and size per sample override.
 
     steps, guidance: None for the task's, else the model's own.
@@ -76,7 +70,7 @@ def effective_settings(model: Model, task: SampleSet, steps: int | None, guidanc
     Raises:
         EraseError: more steps than the model was trained with.
     """
-    scheduler: Any = model.scheduler
+    scheduler: Any = model.sampler()
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     num = _first(steps, task.steps, model.defaults.get("num_inference_steps"), 50)
     trained = config["num_train_timesteps"]
@@ -116,7 +110,7 @@ def identity(
 
 
 def generate(
-    model: Model,
+    model: Family,
     task: SampleSet,
     folder: Path,
     *,
@@ -168,7 +162,7 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[Sample, .
 
 
 def _drawn(
-    model: Model, batch: Sequence[Sample], settings: Mapping[str, Any]
+    model: Family, batch: Sequence[Sample], settings: Mapping[str, Any]
 ) -> list[tuple[Sample, Tensor, Tensor, int]]:
     """Latents and picture, [3, h, w] in [-1, 1], of each sample, and with how many others it was drawn.
 

@@ -12,7 +12,7 @@ from erase.evaluation import generate
 from erase.evaluation.options import Drawing, Options
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
-from erase.families.sd import Model
+from erase.families.protocol import Family
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Source:
     revision: str | None = None
     guard: Any = None
 
-    def load(self, drawing: Drawing) -> Model:
+    def load(self, drawing: Drawing) -> Family:
         return generate.load_model(
             self.model,
             delta_path=self.delta,

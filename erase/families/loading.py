@@ -16,7 +16,7 @@ from erase.errors import EraseError
 from erase.families import architecture, components, pipeline_folder, single_file, unet_file, vocabulary
 from erase.families.components import one_line
 from erase.families.hub import download
-from erase.families.sd import Model, _require_sampling, _require_working
+from erase.families.sd import StableDiffusion, _require_sampling, _require_working
 from erase.families.stored_unet import reading
 from erase.files import default_cache_dir as default_cache_dir
 from erase.options.model_defaults import read_defaults
@@ -33,7 +33,7 @@ def load(
     config: str | None = None,
     revision: str | None = None,
     cache_dir: Path | None = None,
-) -> Model:
+) -> StableDiffusion:
     """A Stable Diffusion in float32 from 'mini', a diffusers folder, a hub id or a single checkpoint file.
 
     allow_pickle: accept weights that are not safetensors (.ckpt, .bin).
@@ -61,7 +61,7 @@ def load(
     for part in (network, vae, text_encoder):
         part.to(device)
     name = f"{source} with {Path(unet).name}" if unet else str(source)
-    return Model(
+    return StableDiffusion(
         name,
         folder,
         network,

@@ -1,10 +1,11 @@
-"""All knowledge of diffusers: where a Stable Diffusion comes from, its parts, and how it noises, predicts and draws."""
+"""Stable Diffusion 1 and 2: how they add noise, predict, and generate."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import (
@@ -20,30 +21,31 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase.concepts import refusal
+from erase.conditioning import Conditioning
+from erase.delta import content_hash
 from erase.device import DTYPES, rounded
 from erase.errors import EraseError, missing
-from erase.families import components
+from erase.families import components, scope
 from erase.families.components import one_line
+from erase.families.protocol import Family, Sampler
 from erase.families.stored_unet import load_unet
-from erase.files import default_cache_dir as default_cache_dir
+from erase.files import text_hash
 from erase.guards import Guard
 
-Sampler = Literal["model", "dpm++"]
+_OF_THE_LAST_CALL = {"truncation", "padding"}  # what a tokenizer remembers; no part of its content
 
 
 @dataclass
-class Model:
-    """A Stable Diffusion, its parts as methods see them. Called with (x, t, text) it predicts the noise.
+class StableDiffusion(Family):
+    """Stable Diffusion 1 or 2, text to image.
 
-    folder: the diffusers folder that it came from; exports copy the untouched parts from there.
-    defaults: what the folder's erase_defaults.json says: settings that suit the model, and "family": "mini" when it
-        speaks the embedded world's language.
     allow_pickle: how the parts were loaded, for when they are loaded again.
-    guard: stands beside the model whenever it draws.
     unet_file: weights that replaced the folder's in the UNet; see `erase.families.unet_file`.
-    notes: lines that the user should see about how the model was loaded.
-    precision: in which UNet and VAE compute without gradients; what they give is float32.
     """
+
+    family = "sd"
+    pipelines = ("StableDiffusionPipeline",)
+    scopes = scope.SCOPES
 
     name: str
     folder: Path
@@ -80,51 +82,46 @@ class Model:
         setattr(self, name, part)
         return part
 
-    def stored_unet(self) -> UNet2DConditionModel:
-        """The base's UNet once more, in float32 on the CPU."""
+    @property
+    def network(self) -> UNet2DConditionModel:
+        return self.unet
+
+    def stored_network(self) -> UNet2DConditionModel:
         return load_unet(self.folder, self.allow_pickle, self.unet_file)
 
-    def round_unet(self, dtype: torch.dtype) -> None:
-        """Store the UNet's weights in `dtype`, until `reload_unet`."""
-        for tensor in (*self.unet.parameters(), *self.unet.buffers()):
-            tensor.data = tensor.data.to(dtype)
+    def is_text_map(self, name: str) -> bool:
+        return name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
 
-    def reload_unet(self) -> None:
-        """Make the UNet the base's again, in float32; its parameters stay the same objects."""
-        for tensor in (*self.unet.parameters(), *self.unet.buffers()):
-            tensor.data = tensor.new_empty(0)  # first free, then load
-        self.put_unet(self.stored_unet())
-
-    def put_unet(self, base: torch.nn.Module) -> None:
-        """Give the UNet the weights of `base`; its parameters stay the same objects, on the same device."""
-        device, stored = self.device, {**dict(base.named_parameters()), **dict(base.named_buffers())}
-        for name, tensor in (*self.unet.named_parameters(), *self.unet.named_buffers()):
-            tensor.data = stored[name].data.to(device)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @property
-    def is_mini(self) -> bool:
-        return self.defaults.get("family") == "mini"
+    def hashes(self) -> dict[str, str]:
+        """Of the UNet as deltas and run.json state it, whatever the precision."""
+        backend: Any = self.tokenizer.backend_tokenizer
+        own = {name: value for name, value in json.loads(backend.to_str()).items() if name not in _OF_THE_LAST_CALL}
+        return {
+            "unet": content_hash({f"unet.{name}": tensor for name, tensor in self.unet.state_dict().items()}),
+            "vae": content_hash(self.vae.state_dict()),
+            "text_encoder": content_hash(self.text_encoder.state_dict()),
+            "tokenizer": text_hash(own),
+        }
 
     @property
     def vae_scale(self) -> int:
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
+    def multiple(self) -> int:
+        return max(8, self.vae_scale)
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        return 4, size // self.vae_scale, size // self.vae_scale
+
+    @property
     def resolution(self) -> int:
         return int(self.unet.config["sample_size"]) * self.vae_scale
 
-    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The noise in `x`: same shape as x, [n, 4, h, w]."""
-        return self.predict(self.unet, x, t, text)
-
-    def predict(self, unet: Any, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The noise that `unet` sees in `x`; v predictions are converted: eps = sqrt(a) v + sqrt(1 - a) x."""
+    def predict(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """The noise that `network` sees in `x`; v predictions are converted: eps = sqrt(a) v + sqrt(1 - a) x."""
         dtype = self.unet.dtype
-        output = unet(x.to(dtype), t, encoder_hidden_states=text.to(dtype)).sample.float()
+        output = network(x.to(dtype), t, encoder_hidden_states=c.text_states.to(dtype)).sample.float()
         if self.prediction_type == "epsilon":
             return output
         a = self.alphas_cumprod.to(x)[t][:, None, None, None]
@@ -136,34 +133,28 @@ class Model:
         return a.sqrt() * x + (1 - a).sqrt() * eps
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Text encoder states, [len(prompts), tokens, d], on the CPU.
-
-        Raises:
-            EraseError: a prompt shows minors in a sexual context.
-        """
+    def encode_text(self, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
+        """The text encoder's last hidden states, [len(prompts), tokens, d], on the CPU; see `Family.encode_text`."""
         refusal.refuse(prompts, "prompt")
-        length = self.tokenizer.model_max_length
+        length = self.max_tokens
         states = []
         for start in range(0, len(prompts), batch_size):
             chunk = list(prompts[start : start + batch_size])
             ids = self.tokenizer(chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             states.append(self.text_encoder(ids["input_ids"].to(self.text_encoder.device)).last_hidden_state.cpu())
-        return torch.cat(states)
+        return Conditioning(torch.cat(states))
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.model_max_length
 
     def tokens(self, prompt: str) -> list[int]:
-        """Numbers of the prompt's tokens between start and end, as far as the text encoder reads them."""
-        ids: Any = self.tokenizer(prompt, truncation=True, max_length=self.tokenizer.model_max_length)["input_ids"]
+        ids: Any = self.tokenizer(prompt, truncation=True, max_length=self.max_tokens)["input_ids"]
         return list(ids[1:-1])
 
     def all_tokens(self, prompt: str) -> list[int]:
-        """As `tokens`, with those behind the text encoder's limit, which it never sees."""
         ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
         return list(ids[1:-1])
-
-    def truncates(self, prompt: str) -> bool:
-        """Whether the prompt is longer than the text encoder reads."""
-        return len(self.all_tokens(prompt)) > self.tokenizer.model_max_length - 2
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,19 +196,11 @@ class Model:
         guidance: float,
         size: int | tuple[int, int],
         sampler: Sampler = "model",
-        unet: UNet2DConditionModel | None = None,
+        network: UNet2DConditionModel | None = None,
     ) -> Tensor:
-        """Latents of one picture a prompt, without decoding: [n, 4, height / 8, width / 8], on the CPU.
-
-        seeds: one a picture, for a CPU generator, so that a picture is the same in any batch (up to rounding).
-        guidance: diffusers' convention, 1 is none. size: of a square, or (height, width), in pixels.
-        unet: draw with this one in the place of the model's own.
-
-        Raises:
-            EraseError: a prompt shows minors in a sexual context.
-        """
+        """Latents [n, 4, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
         refusal.refuse(prompts, "prompt")
-        unet = unet or self.unet
+        unet = network or self.unet
         height, width = (size, size) if isinstance(size, int) else size
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
@@ -245,32 +228,28 @@ class Model:
 
     @torch.no_grad()
     def trajectory(
-        self, x: Tensor, index: Tensor, text: Tensor, empty: Tensor, *, steps: int, guidance: float
+        self, x: Tensor, index: Tensor, c: Conditioning, empty: Conditioning, *, steps: int, guidance: float
     ) -> tuple[Tensor, Tensor]:
-        """Latents on the model's own way from noise to a picture, and their timesteps: [n, 4, h, w] and int64 [n].
-
-        x: the noise, [n, 4, h, w]. index: int64, [n], steps of `steps` DDIM steps to take, 0 leaves the noise.
-        text: [n, tokens, d]. empty: states of the empty prompt, broadcast to text. guidance: diffusers' convention.
-        """
+        """By DDIM steps, whatever the model's own scheduler; see `Family.trajectory`."""
         own: Any = self.scheduler
         scheduler = DDIMScheduler.from_config(
             own.config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
         )
         scheduler.set_timesteps(steps)  # pyright: ignore[reportAttributeAccessIssue]
         times: Tensor = scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]
-        x, text = x.clone().to(self.device), text.to(self.device)
-        empty = empty.to(self.device).expand_as(text)
+        x, c = x.clone().to(self.device), c.to(self.device)
+        empty = empty.to(self.device)
         with evaluating(self.unet), predicting(self.unet, self.precision):
             for number, time in enumerate(times[: int(index.max())].tolist()):
                 rows = (index > number).nonzero().view(-1).to(self.device)
                 t = torch.full((2 * len(rows),), time, device=self.device)
-                both = torch.cat([empty[rows], text[rows]])
+                both = Conditioning.cat([empty.expand(len(rows)), c[rows]])
                 unconditional, conditional = self(x[rows].repeat(2, 1, 1, 1), t, both).chunk(2)
                 eps = unconditional + guidance * (conditional - unconditional)
                 x[rows] = scheduler.step(eps, time, x[rows]).prev_sample  # pyright: ignore
         return x, times[index.cpu()].to(self.device)
 
-    def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+    def attention(self, x: Tensor, t: Tensor, c: Conditioning) -> list[Tensor]:
         """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each, with their gradients.
 
         Fused kernels never hold these, so for this pass the plain processor takes their place; nor does checkpointing.
@@ -295,7 +274,7 @@ class Model:
             for layer in layers.values():
                 layer.processor, layer.get_attention_scores = AttnProcessor(), keep(layer)
             self.unet.disable_gradient_checkpointing()
-            self(x, t, text)
+            self(x, t, c)
         finally:
             for name, layer in layers.items():
                 layer.processor = before[name]

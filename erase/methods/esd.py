@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erase.conditioning import Conditioning
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import TrainedMethod
 
@@ -46,7 +47,7 @@ class ESD(TrainedMethod):
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         x, t = batch.x_forget, batch.t_forget
         with torch.no_grad():
-            both = frozen(torch.cat([x, x]), torch.cat([t, t]), torch.cat([batch.c_forget, batch.c_empty]))
+            both = frozen(torch.cat([x, x]), torch.cat([t, t]), Conditioning.cat([batch.c_forget, batch.c_empty]))
             conditional, unconditional = both.chunk(2)
         start = conditional if self.target == "current" else unconditional
         target = start - self.guidance * (conditional - unconditional)

@@ -6,18 +6,20 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from erase.conditioning import Conditioning
+
 Tokens = Literal["last", "tail", "all"]
 
 
 class Predictor(Protocol):
     """The noise that a model sees in `x` at step `t` under the text: all methods call models in this way.
 
-    x: noisy latents, [n, c, h, w]. t: int64, [n]. text: text encoder states, [n, tokens, d].
+    x: noisy latents, [n, c, h, w]. t: int64, [n]. c: text states and the model's other inputs, n rows.
     """
 
-    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, c: Conditioning) -> Tensor: ...
 
-    def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+    def attention(self, x: Tensor, t: Tensor, c: Conditioning) -> list[Tensor]:
         """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each."""
         ...
 
@@ -43,10 +45,10 @@ class Batch:
     t_retain: Tensor
     eps_forget: Tensor
     eps_retain: Tensor
-    c_forget: Tensor
-    c_target: Tensor
-    c_retain: Tensor
-    c_empty: Tensor
+    c_forget: Conditioning
+    c_target: Conditioning
+    c_retain: Conditioning
+    c_empty: Conditioning
     words: Tensor
     end: Tensor
 

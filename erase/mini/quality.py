@@ -7,7 +7,7 @@ from itertools import cycle, islice, product
 import numpy as np
 
 from erase.data.pixels import to_pixels
-from erase.families.sd import Model
+from erase.families.protocol import Family
 from erase.mini import judge as judging
 from erase.mini import world
 from erase.progress import each
@@ -45,7 +45,7 @@ def balanced(num_each: int) -> list[Wish]:
 
 
 def draw(
-    model: Model, prompts: Sequence[str], seeds: Sequence[int], *, batch_size: int = 16, quiet: bool = True
+    model: Family, prompts: Sequence[str], seeds: Sequence[int], *, batch_size: int = 16, quiet: bool = True
 ) -> list[np.ndarray]:
     """One image per prompt, uint8 [64, 64, 3], with the steps and guidance that the model's folder recommends."""
     images: list[np.ndarray] = []

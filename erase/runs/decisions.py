@@ -15,7 +15,8 @@ from erase.concepts import Concept
 from erase.data import prompt_states
 from erase.errors import EraseError, missing
 from erase.export.states import unet_state
-from erase.families import loading, scope, sd
+from erase.families import loading, scope
+from erase.families.protocol import Family
 from erase.options.recipes import resolve
 from erase.options.settings import Settings, require_consistent
 from erase.runs import forms, records
@@ -44,7 +45,7 @@ class Decisions:
     concept: Concept
     parts: Sequence[Concept]
     earlier: Base | None
-    model: sd.Model
+    model: Family
     parameters: Mapping[str, Parameter]
     given_mask: masks.Packed | None
     folder: Path
@@ -103,8 +104,8 @@ def decide(
     settings, default = _filled(settings, concept, model, compute, accelerator.num_processes)
     require_rank(settings, method)
     truncated = prompt_states.truncated(model, concept)
-    parameters = scope.inside(dict(model.unet.named_parameters()), str(settings.scope))
-    base_hash = delta.content_hash(unet_state(model.unet))
+    parameters = scope.inside(dict(model.network.named_parameters()), str(settings.scope))
+    base_hash = delta.content_hash(unet_state(model.network))
     given_mask = load_mask(settings, model, parameters, base_hash)
     identity = records.identity(
         settings,
@@ -142,7 +143,7 @@ def announce(decided: Decisions) -> None:
         tell(announcement(replace(part, others=decided.concept.others), settings, decided.method))
     if cut := decided.truncated:
         some = f"{cut[0][:60]!r}" + (f" and {len(cut) - 1} more" if len(cut) > 1 else "")
-        tell(f"longer than the {model.tokenizer.model_max_length} tokens that the text encoder reads, and cut: {some}")
+        tell(f"longer than the {model.max_tokens} tokens that the text encoder reads, and cut: {some}")
     if settings.low_memory:
         needs = needed_memory(settings, model, decided.parameters)
         phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
@@ -164,7 +165,7 @@ def _with_precision(
     return settings, compute
 
 
-def _load(settings: Settings, compute: device.Compute, cache_dir: Path, tell: Callable[[str], None]) -> sd.Model:
+def _load(settings: Settings, compute: device.Compute, cache_dir: Path, tell: Callable[[str], None]) -> Family:
     """The model on its device, ready to compute."""
     model = loading.load(
         settings.model,
@@ -183,13 +184,13 @@ def _load(settings: Settings, compute: device.Compute, cache_dir: Path, tell: Ca
 
 
 def _filled(
-    settings: Settings, concept: Concept, model: sd.Model, compute: device.Compute, num_processes: int
+    settings: Settings, concept: Concept, model: Family, compute: device.Compute, num_processes: int
 ) -> tuple[Settings, Callable[[str], Any]]:
     """The settings with every default filled in, and the value that each would have without its option."""
     together = 1
     if settings.low_memory:
-        size = (settings.resolution or model.resolution) // model.vae_scale
-        together = memory.part_of_batch(model.unet, size, model.tokenizer.model_max_length)
+        size = model.latent_shape(settings.resolution or model.resolution)[-1]
+        together = memory.part_of_batch(model.network, size, model.max_tokens)
     fill = partial(
         resolve,
         kind=concept.kind,

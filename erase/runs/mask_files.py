@@ -9,12 +9,13 @@ from torch import Tensor
 
 from erase import delta, masks, tensor_files
 from erase.errors import EraseError, no_file
-from erase.families import compvis, sd
+from erase.families import compvis
+from erase.families.protocol import Family
 from erase.options.settings import Settings
 
 
 def load_mask(
-    settings: Settings, model: sd.Model, parameters: Mapping[str, Tensor], base_hash: str
+    settings: Settings, model: Family, parameters: Mapping[str, Tensor], base_hash: str
 ) -> masks.Packed | None:
     """The mask of a file, ours or the reference's, checked against this model; None when --mask names no file."""
     if settings.mask in {"saliency", "random", "inverse", "none"}:
@@ -26,7 +27,7 @@ def load_mask(
         mask, header = masks.load(path)
         made = header.made
     else:
-        unet: Any = model.unet
+        unet: Any = model.network
         names = {theirs: ours for ours, theirs in compvis.unet_names(unet.state_dict(), unet.config).items()}
         mask, made = masks.load_reference(path, lambda name: names.get(name, name)), {"base": path.name}
     masks.check(mask, made, parameters, base_hash=base_hash)

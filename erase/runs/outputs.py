@@ -30,7 +30,7 @@ def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | 
             is written then.
     """
     model = decided.model
-    new, base_unet = unet_state(model.unet), model.stored_unet()
+    new, base_unet = unet_state(model.network), model.stored_network()
     change = delta.difference(unet_state(base_unet), new, provenance(decided, images))
     if change.base_hash != decided.base_hash:
         raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")

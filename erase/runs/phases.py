@@ -46,7 +46,7 @@ def gather(decided: Decisions) -> Gathered:
     text = prompt_states.read_text(model, decided.concept)
     model.release()
     if settings.weights == "bf16":
-        model.round_unet(torch.bfloat16)
+        model.round_network(torch.bfloat16)
     return Gathered(shown, images, text)
 
 
@@ -70,7 +70,7 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
     settings, model, method = decided.settings, decided.model, decided.method
     if isinstance(method, ClosedForm):
         if settings.weights == "bf16":  # rounded for the mask's sake only
-            model.reload_unet()
+            model.reload_network()
         return Trained([], closed_form.solve(method, data.text, decided.parameters, mask))
     assert data.images is not None
     recipe = make_recipe(settings, make_plan(settings, model))
@@ -83,5 +83,5 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
         losses = loop.train(model, method, data.images, decided.parameters, mask, recipe, decided.accelerator, **how)
         return Trained(losses, {})
     draw = batches.generator(recipe.seed, "rank")
-    with lowrank.factors(model.unet, decided.parameters, settings.rank, draw) as factors:
+    with lowrank.factors(model.network, decided.parameters, settings.rank, draw) as factors:
         return Trained(loop.train(model, method, data.images, factors, None, recipe, decided.accelerator, **how), {})

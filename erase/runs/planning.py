@@ -10,13 +10,13 @@ from torch import Tensor
 from erase import methods
 from erase.data import latents
 from erase.errors import EraseError
-from erase.families import sd
+from erase.families.protocol import Family
 from erase.options.recipes import RECIPES
 from erase.options.settings import Settings
 from erase.training import batches, memory
 
 
-def make_plan(settings: Settings, model: sd.Model) -> latents.Plan:
+def make_plan(settings: Settings, model: Family) -> latents.Plan:
     """Which pictures the run trains on, and how they are drawn."""
     assert settings.sampler is not None  # `resolve` has filled it in
     return latents.Plan(
@@ -92,18 +92,18 @@ def require_rank(settings: Settings, method: methods.Method) -> None:
         raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
 
 
-def needed_memory(settings: Settings, model: sd.Model, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
     accumulates, method = settings.mask in {"saliency", "inverse"}, make_method(settings)
     mask_batch = part_size(settings) if settings.score == "abs_sum" else whole(settings.batch_size)
     mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
     return memory.estimate(
-        model.unet,
+        model.network,
         parameters,
         density=1.0 if settings.mask == "none" else settings.density,
         eight_bit=settings.moments == "8bit",
-        latent_size=(settings.resolution or model.resolution) // model.vae_scale,
-        tokens=model.tokenizer.model_max_length,
+        latent_size=model.latent_shape(settings.resolution or model.resolution)[-1],
+        tokens=model.max_tokens,
         mask_batch=mask_batch if accumulates else None,
         part=None if isinstance(method, methods.ClosedForm) else part_size(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,

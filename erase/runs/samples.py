@@ -12,14 +12,14 @@ from torch import Tensor
 from erase.concepts import Concept, refusal
 from erase.data.pixels import to_pixels
 from erase.data.sheet import grid
-from erase.families.sd import Model
+from erase.families.protocol import Family
 from erase.files import replacing
 from erase.options.settings import Settings
 
 FIRST_SEED = 900_000_000  # far from the seeds that training data are drawn from
 
 
-def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, settings: Settings) -> None:
+def write_samples(path: Path, model: Family, base_unet: Any, concept: Concept, settings: Settings) -> None:
     """A PNG with two blocks, forget and retain prompts, each with a row of the base model and a row of the erased one.
 
     Same prompt and same seed above each other. Rows of nudity, or of prompts with sexual words, are blurred, except
@@ -36,7 +36,7 @@ def write_samples(path: Path, model: Model, base_unet: Any, concept: Concept, se
     rows: list[Tensor] = []
     for role in ("erased", "base"):
         if role == "base":
-            model.put_unet(base_unet)  # so that the device never holds two UNets
+            model.put_network(base_unet)  # so that the device never holds two UNets
         drawn = []
         for start in range(0, len(prompts), together):
             part = slice(start, start + together)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from erase import concepts
 from erase.concepts import Concept
 from erase.errors import EraseError
-from erase.families import sd
 from erase.methods import Method
 from erase.mini import world
 from erase.options.settings import Settings
@@ -26,12 +25,12 @@ def announcement(concept: Concept, settings: Settings, method: Method) -> str:
     return "; ".join([f"{concept.name}: {concepts.mapping(concept)}", *filter(None, hints)])
 
 
-def find_concepts(settings: Settings, given: Sequence[Concept | None], model: sd.Model | None) -> list[Concept]:
+def find_concepts(settings: Settings, given: Sequence[Concept | None], model: Family | None) -> list[Concept]:
     """The concepts that the settings name or that are given, in the model's language (None: any), with overrides."""
     return [find_concept(settings, name, one, model) for name, one in zip(settings.concept, given, strict=True)]
 
 
-def find_concept(settings: Settings, name: str, concept: Concept | None, model: sd.Model | None) -> Concept:
+def find_concept(settings: Settings, name: str, concept: Concept | None, model: Family | None) -> Concept:
     """One of them."""
     given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
     if concept is None:

@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from erase.conditioning import Conditioning
 from erase.data.latents import Data, Pictures
-from erase.families.sd import Model
+from erase.families.protocol import Family
 from erase.methods.inputs import Batch
 from erase.training.exchanged import Exchanged
 
@@ -54,7 +55,7 @@ def generator(seed: int, *what: Any) -> torch.Generator:
 
 
 def batches(
-    model: Model,
+    model: Family,
     data: Data,
     recipe: Recipe,
     step: Any,
@@ -74,7 +75,7 @@ def batches(
     else:
         f = torch.randint(len(data.forget), (num,), generator=draw)
     r = torch.randint(len(data.retain), (num,), generator=draw)
-    t_f, t_r = (torch.randint(0, 1000, (num,), generator=draw) for _ in range(2))
+    t_f, t_r = (torch.randint(0, model.num_timesteps, (num,), generator=draw) for _ in range(2))
     if data.forget.t is not None:
         t_f = data.forget.t[f]
     x_f, x_r = sample(data.forget, f, draw), sample(data.retain, r, draw)
@@ -94,12 +95,15 @@ def batches(
         def here(tensor: Tensor, rows: slice = rows) -> Tensor:
             return tensor[rows].to(model.device)
 
-        c_f, c_0 = here(data.text[data.forget.prompt[f]]), here(data.text[:1].expand(num, -1, -1))
+        def told(c: Conditioning, rows: slice = rows) -> Conditioning:
+            return c[rows].to(model.device)
+
+        c_f, c_0 = told(data.text[data.forget.prompt[f]]), told(data.text[:1].expand(num))
         t, noisy, noisy_p = here(t_f), here(x_f), here(x_p)
         if teacher is not None:
             with teacher.inside():
                 noisy, t = model.trajectory(
-                    here(eps_f), index[rows], c_f, c_0, steps=recipe.way_steps, guidance=recipe.way_guidance
+                    here(eps_f), index[rows], c_f, data.text[:1], steps=recipe.way_steps, guidance=recipe.way_guidance
                 )
             noisy_p = noisy
         elif data.forget.t is None:
@@ -113,8 +117,8 @@ def batches(
             eps_forget=here(eps_f),
             eps_retain=here(eps_r),
             c_forget=c_f,
-            c_target=here(data.text[words]),
-            c_retain=here(data.text[data.retain.prompt[r]]),
+            c_target=told(data.text[words]),
+            c_retain=told(data.text[data.retain.prompt[r]]),
             c_empty=c_0,
             words=here(data.words[f]),
             end=here(data.end[f]),

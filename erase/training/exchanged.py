@@ -5,27 +5,28 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from erase.families.sd import Model
+from erase.conditioning import Conditioning
+from erase.families.protocol import Family
 from erase.optim import MaskedAdam
 
 
 class Exchanged:
     """The model with other values in its masked weights, for the time of a call; at first those that it has now."""
 
-    def __init__(self, model: Model, optimizer: MaskedAdam):
+    def __init__(self, model: Family, optimizer: MaskedAdam):
         self._model, self._optimizer, self.values = model, optimizer, optimizer.masked_weights()
 
     @contextmanager
-    def inside(self) -> Iterator[Model]:
+    def inside(self) -> Iterator[Family]:
         self._optimizer.exchange(self.values)
         try:
             yield self._model
         finally:
             self._optimizer.exchange(self.values)
 
-    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         with self.inside() as model:
-            return model(x, t, text)
+            return model(x, t, c)
 
     def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
         with self.inside() as model:

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from erase.data.latents import Data
 from erase.errors import EraseError
-from erase.families.sd import Model
+from erase.families.protocol import Family
 from erase.methods.protocol import Balance, TrainedMethod
 from erase.optim import MaskedAdam
 from erase.progress import progress
@@ -24,7 +24,7 @@ from erase.training.gradients import taking_gradients
 
 
 def train(
-    model: Model,
+    model: Family,
     method: TrainedMethod,
     data: Data,
     parameters: Mapping[str, Parameter],
@@ -58,7 +58,7 @@ def train(
         raise EraseError(f"--target is {recipe.target}, but this method's pictures show the anchor; leave it out")
     if recipe.target != "anchor" and not len(data.others):
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
-    is_rounded = model.unet.dtype != torch.float32
+    is_rounded = model.network.dtype != torch.float32
     balance, decay = method.balance, method.teacher_decay
     if accelerator.scaler is not None and (balance or method.prepares):
         raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
@@ -68,7 +68,7 @@ def train(
         parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, eight_bit=recipe.eight_bit
     )
     if is_rounded:
-        optimizer.keep_masters(dict(model.stored_unet().named_parameters()))
+        optimizer.keep_masters(dict(model.stored_network().named_parameters()))
     frozen = Exchanged(model, optimizer) if method.needs_base or method.shrinks else None
     teacher = Exchanged(model, optimizer) if decay is not None else None
     prepared = accelerator.prepare_optimizer(optimizer)
@@ -132,7 +132,7 @@ def train(
         optimizer.exchange(teacher.values)
     if is_rounded:
         masters = optimizer.give_masters()
-        model.reload_unet()
+        model.reload_network()
         optimizer.exchange(masters)
     return losses
 
@@ -169,7 +169,7 @@ def _weigh(
 
 
 def _prepare(
-    model: Model,
+    model: Family,
     method: TrainedMethod,
     data: Data,
     parameters: Mapping[str, Parameter],

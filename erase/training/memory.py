@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,7 +14,7 @@ SMALL = LIBRARIES // 5  # bytes of activations that are not worth cutting a batc
 
 
 def estimate(
-    unet: UNet2DConditionModel,
+    network: ModelMixin,
     parameters: Mapping[str, Tensor],
     *,
     density: float,
@@ -37,14 +37,14 @@ def estimate(
     needs_base: the masked weights' values in the base are kept. eight_bit: of the moments.
     """
     size = dtype.itemsize
-    weights = sum(parameter.numel() for parameter in unet.parameters()) * size
+    weights = sum(parameter.numel() for parameter in network.parameters()) * size
     scope = sum(parameter.numel() for parameter in parameters.values())
     masked = int(scope * density)
     one_gradient = max(parameter.numel() for parameter in parameters.values()) * size
 
     def pass_of(num: int) -> int:
-        shape = (num, unet.config["in_channels"], latent_size, latent_size)
-        return activations(unet, shape, tokens, dtype, checkpointing=checkpointing) + one_gradient
+        shape = (num, network.config["in_channels"], latent_size, latent_size)
+        return activations(network, shape, tokens, dtype, checkpointing=checkpointing) + one_gradient
 
     needs: dict[str, int] = {}
     if mask_batch is not None:
@@ -64,28 +64,30 @@ def estimate(
     return {phase: LIBRARIES + need for phase, need in needs.items()}
 
 
-def part_of_batch(unet: UNet2DConditionModel, latent_size: int, tokens: int) -> int:
+def part_of_batch(network: ModelMixin, latent_size: int, tokens: int) -> int:
     """Images that --low-memory puts through the UNet together: as many as keep their activations small, at least one.
 
     Every part costs a pass and two exchanges of the base's values. A small model saves nothing by parts of one image.
     """
-    shape = (1, unet.config["in_channels"], latent_size, latent_size)
-    return max(1, SMALL // activations(unet, shape, tokens, torch.float32, checkpointing=True))
+    shape = (1, network.config["in_channels"], latent_size, latent_size)
+    return max(1, SMALL // activations(network, shape, tokens, torch.float32, checkpointing=True))
 
 
 def activations(
-    unet: UNet2DConditionModel, latents: tuple[int, ...], tokens: int, dtype: torch.dtype, *, checkpointing: bool
+    network: ModelMixin, latents: tuple[int, ...], tokens: int, dtype: torch.dtype, *, checkpointing: bool
 ) -> int:
     """Bytes that a forward pass keeps for its backward pass; a dry run on tensors without content.
 
     latents: shape of the batch, [n, 4, h, w]. tokens: length of the text states.
     """
     with FakeTensorMode():  # chooses attention kernels as the CPU does; on "meta" every score would be kept
-        return _activations(unet.config, latents, tokens, dtype, checkpointing)
+        return _activations(network, latents, tokens, dtype, checkpointing)
 
 
-def _activations(config: Any, latents: tuple[int, ...], tokens: int, dtype: torch.dtype, checkpointing: bool) -> int:
-    ghost: Any = UNet2DConditionModel.from_config(config)  # pyright: ignore
+def _activations(
+    network: ModelMixin, latents: tuple[int, ...], tokens: int, dtype: torch.dtype, checkpointing: bool
+) -> int:
+    ghost: Any = type(network).from_config(network.config)  # pyright: ignore
     for parameter in ghost.parameters():
         parameter.data = parameter.data.to(dtype)
     x, t = torch.empty(latents, dtype=dtype), torch.zeros(latents[0], dtype=torch.int64)

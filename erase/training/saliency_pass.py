@@ -13,7 +13,7 @@ from erase import masks, tensor_files
 from erase.data.latents import Data
 from erase.device import LOSS_SCALE
 from erase.errors import EraseError
-from erase.families.sd import Model
+from erase.families.protocol import Family
 from erase.progress import progress
 from erase.training.batches import generator, sample
 from erase.training.checkpoint import damage_named
@@ -23,7 +23,7 @@ SAVE_EVERY_SECONDS = 300.0
 
 
 def accumulate(
-    model: Model,
+    model: Family,
     data: Data,
     parameters: Mapping[str, Parameter],
     accelerator: Accelerator,
@@ -67,16 +67,17 @@ def accumulate(
             rows = torch.arange(start, min(start + batch_size, len(data.forget)))
             draw = generator(seed, "mask", start)
             x = sample(data.forget, rows, draw)
-            t = torch.randint(0, 1000, (len(rows),), generator=draw)
+            t = torch.randint(0, model.num_timesteps, (len(rows),), generator=draw)
             eps = torch.randn(x.shape, generator=draw)
             c = data.text[data.forget.prompt[rows]]
-            parts = [whole.to(device).split(together) for whole in (x, t, eps, c)]
+            parts = [whole.to(device).split(together) for whole in (x, t, eps)]
+            parts.append([c[i : i + together].to(device) for i in range(0, len(rows), together)])
             for x, t, eps, c in zip(*parts, strict=True):
                 x_t = model.add_noise(x, eps, t)
                 with accelerator.autocast():
                     predicted = model(x_t, t, c)
                     if guidance:
-                        empty = data.text[:1].to(device).expand(len(x), -1, -1)
+                        empty = data.text[:1].to(device).expand(len(x))
                         predicted = guided(predicted, model(x_t, t, empty), guidance)
                     loss = (eps - predicted).square().mean() * (len(x) / len(rows))
                 (loss * scale).backward()

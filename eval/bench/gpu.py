@@ -151,7 +151,7 @@ def _running(variant: Variant, size: str, device: torch.device) -> Iterator[tupl
         model.use_attention(variant.attention)
         if variant.weights == "bf16":
             stored = {name: p.detach().cpu().clone() for name, p in model.unet.named_parameters()}
-            model.round_unet(torch.bfloat16)
+            model.round_network(torch.bfloat16)
             _read_from(model, stored)
         if variant.channels_last:
             model.unet.to(memory_format=torch.channels_last)
@@ -171,11 +171,11 @@ def _read_from(model: Any, stored: dict[str, torch.Tensor]) -> None:
         def named_parameters() -> list[tuple[str, torch.Tensor]]:
             return list(stored.items())
 
-    def reload_unet() -> None:  # straight back to rounded weights, for the next measurement
+    def reload_network() -> None:  # straight back to rounded weights, for the next measurement
         for name, parameter in model.unet.named_parameters():
             parameter.data = stored[name].to(parameter.device, torch.bfloat16)
 
-    model.stored_unet, model.reload_unet = Stored, reload_unet
+    model.stored_network, model.reload_network = Stored, reload_network
 
 
 def _mask_pass(model: Any, data: Any, parameters: Any, accelerator: Accelerator, batch: int) -> None:

@@ -279,13 +279,14 @@ def random_model(size: str, device: str = "cpu") -> Any:
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     absent: Any = None  # mask and training need neither VAE nor words
     unet = build_unet(size).to(device)
-    return sd.Model("random", Path(), unet, absent, absent, absent, scheduler, {})
+    return sd.StableDiffusion("random", Path(), unet, absent, absent, absent, scheduler, {})
 
 
 def random_data(model: Any, num: int = 1) -> Any:
     """Latents and text states of `num` forget and `num` retain pictures, in noise."""
     import torch
 
+    from erase.conditioning import Conditioning
     from erase.data.latents import Data, Pictures
 
     shape = (num, 4, model.unet.config["sample_size"], model.unet.config["sample_size"])
@@ -298,7 +299,8 @@ def random_data(model: Any, num: int = 1) -> Any:
     text = torch.randn(4, 77, model.unet.config["cross_attention_dim"], generator=draw)
     forget, retain = pictures(1), pictures(3)
     places, names = torch.zeros(num, text.shape[1], dtype=torch.bool), ("", "f", "a", "r")
-    return Data(forget, retain, torch.full((num,), 2), torch.tensor([2]), places, places, names, text, "random", {})
+    told = Conditioning(text)
+    return Data(forget, retain, torch.full((num,), 2), torch.tensor([2]), places, places, names, told, "random", {})
 
 
 def random_mask_of(unet: Any, density: float) -> dict[str, Any]:

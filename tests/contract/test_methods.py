@@ -42,7 +42,7 @@ def test_the_laws(toy_pipeline_dir, cache_dir, accelerator, tmp_path, name, dens
     method, base = made(name), loading.load(toy_pipeline_dir)
     before = state_of(base)
 
-    def once(number: int, steps: int) -> tuple[sd.Model, Any, Any]:
+    def once(number: int, steps: int) -> tuple[sd.StableDiffusion, Any, Any]:
         if isinstance(method, methods.ClosedForm):
             return solved(toy_pipeline_dir, method, density=density)
         model, mask, parameters, losses = erased(

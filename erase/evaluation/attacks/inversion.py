@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erase.concepts import refusal
+from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.evaluation.attacks.protocol import Attack
-from erase.families.sd import Model
+from erase.families.sd import StableDiffusion
 from erase.progress import progress
 from erase.training.batches import generator
 
@@ -50,11 +51,11 @@ class Inversion(Attack):
     def __post_init__(self) -> None:
         refusal.refuse(self.templates, "the attack's templates", target=True)
 
-    def learn(self, model: Model, latents: Tensor, *, quiet: bool = False) -> Tensor:
+    def learn(self, model: StableDiffusion, latents: Tensor, *, quiet: bool = False) -> Tensor:
         """The word's embedding, [d]."""
         return learn(model, latents, self, quiet=quiet)
 
-    def apply(self, model: Model, found: Tensor) -> None:
+    def apply(self, model: StableDiffusion, found: Tensor) -> None:
         """From here on `WORD` means the embedding that was found."""
         teach(model, found)
 
@@ -63,10 +64,10 @@ class Inversion(Attack):
         return [self.templates[i % len(self.templates)].format(WORD) for i in range(num)]
 
 
-def learn(model: Model, latents: Tensor, attack: Inversion, *, quiet: bool = False) -> Tensor:
+def learn(model: StableDiffusion, latents: Tensor, attack: Inversion, *, quiet: bool = False) -> Tensor:
     """The word's embedding, [d], learnt from pictures of the concept.
 
-    latents: of the pictures, scaled for the UNet, [n, 4, h, w].
+    latents: of the pictures, scaled for the UNet, [n, c, h, w].
     """
     row = _row(model)
     table: Tensor = model.text_encoder.get_input_embeddings().weight  # pyright: ignore
@@ -79,12 +80,12 @@ def learn(model: Model, latents: Tensor, attack: Inversion, *, quiet: bool = Fal
             rows = torch.randint(len(latents), (attack.batch_size,), generator=draw)
             said = torch.randint(len(ids), (attack.batch_size,), generator=draw)
             strata = torch.arange(attack.batch_size) + torch.rand(attack.batch_size, generator=draw)
-            t = (strata * (1000 / attack.batch_size)).long().to(model.device)
+            t = (strata * (model.num_timesteps / attack.batch_size)).long().to(model.device)
             x = latents[rows]
             eps = torch.randn(x.shape, generator=draw).to(model.device)
             with _said(model, row, vector):
-                text = model.text_encoder(ids[said].to(model.device)).last_hidden_state
-            loss = F.mse_loss(model(model.add_noise(x.to(model.device), eps, t), t, text), eps)
+                c = Conditioning(model.text_encoder(ids[said].to(model.device)).last_hidden_state)
+            loss = F.mse_loss(model(model.add_noise(x.to(model.device), eps, t), t, c), eps)
             (vector.grad,) = torch.autograd.grad(loss, [vector])
             optimizer.step()
             bar.note(loss=f"{loss.item():.4f}")
@@ -92,20 +93,20 @@ def learn(model: Model, latents: Tensor, attack: Inversion, *, quiet: bool = Fal
     return vector.detach()
 
 
-def teach(model: Model, vector: Tensor) -> None:
+def teach(model: StableDiffusion, vector: Tensor) -> None:
     """Let the model's text encoder know the word: `WORD` means `vector` from here on."""
     with torch.no_grad():
         model.text_encoder.get_input_embeddings().weight[_row(model)] = vector  # pyright: ignore
 
 
-def _row(model: Model) -> int:
+def _row(model: StableDiffusion) -> int:
     tokens = model.tokens(WORD)
     if len(tokens) != 1:
         raise EraseError(f"{model.name}'s tokenizer has no single token for {WORD!r}; it is not CLIP's")
     return tokens[0]
 
 
-def _tokens(model: Model, prompts: Sequence[str]) -> Tensor:
+def _tokens(model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
     length = model.tokenizer.model_max_length
     return model.tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -113,7 +114,7 @@ def _tokens(model: Model, prompts: Sequence[str]) -> Tensor:
 
 
 @contextmanager
-def _said(model: Model, row: int, vector: Tensor) -> Iterator[None]:
+def _said(model: StableDiffusion, row: int, vector: Tensor) -> Iterator[None]:
     """Inside, the text encoder reads `vector` where the token `row` stands."""
 
     def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erase.families.sd import Model
+    from erase.families.protocol import Family
 
 
 class Attack(ABC):
@@ -16,14 +16,14 @@ class Attack(ABC):
     needs_images: ClassVar[bool] = True  # False: `learn` asks for no images of the concept
 
     @abstractmethod
-    def learn(self, model: "Model", latents: "Tensor", *, quiet: bool = False) -> Any:
+    def learn(self, model: "Family", latents: "Tensor", *, quiet: bool = False) -> Any:
         """What the attack found. The model stays as it is.
 
         latents: of images of the concept, scaled for the UNet, [n, 4, h, w].
         """
 
     @abstractmethod
-    def apply(self, model: "Model", found: Any) -> None:
+    def apply(self, model: "Family", found: Any) -> None:
         """Change the model by what `learn` found."""
 
     @abstractmethod
