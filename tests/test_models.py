@@ -159,7 +159,7 @@ def test_drawing_leaves_the_mode_as_it_was_and_takes_the_unet_that_it_is_given(t
     other.train()
     modes = {name: module.training for name, module in other.named_modules()}
     options: Any = dict(steps=2, guidance=1.0, size=8)
-    drawn = toy.draw(["a circle"], [0], unet=other, **options)
+    drawn = toy.draw(["a circle"], [0], network=other, **options)
     assert {name: module.training for name, module in other.named_modules()} == modes
     assert not toy.unet.training
     assert not torch.equal(drawn, toy.draw(["a circle"], [0], **options))

@@ -420,7 +420,7 @@ def test_the_retain_loss_is_the_diffusion_loss_of_diffusers(model, batch):
     """P9: mean over all elements, no weighting, times alpha."""
     with torch.no_grad():
         terms = dict(Relabel(alpha=0.3, distill_retain=False).loss(model, model, batch))
-        predicted = model.unet(batch.x_retain, batch.t_retain, encoder_hidden_states=batch.c_retain).sample
+        predicted = model.unet(batch.x_retain, batch.t_retain, encoder_hidden_states=batch.c_retain.states).sample
     assert terms["retain"].item() == pytest.approx(0.3 * mse_loss(predicted, batch.eps_retain).item(), rel=1e-6)
 
 
