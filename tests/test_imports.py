@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # A module may import those of its own layer and of the layers before it; files of a folder are in the folder's layer.
 LAYERS = (
-    {"errors", "locks", "progress"},
+    {"conditioning", "errors", "locks", "progress"},
     {"device", "files", "optim", "pickles", "statistics"},
     {"registry", "tensor_files", "words"},
     {"concepts", "delta", "masks"},
