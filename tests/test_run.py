@@ -22,6 +22,7 @@ from erase.concepts import Concept
 from erase.data import latents
 from erase.errors import EraseError
 from erase.families import stored_unet
+from erase.methods.relabel import Relabel
 from erase.options.settings import Settings
 from erase.runs import job, machine, records, subjects
 from erase.training import loop
@@ -564,7 +565,7 @@ def test_the_user_sees_what_becomes_what_before_the_work_begins(toy_pipeline_dir
         job.run(settings, CONCEPT, quiet=True, tell=said.append)
         assert said[-1] == expected
     described = concepts.describe("Taylor Swift", "object")
-    line = subjects.announcement(described, Settings("Taylor Swift", kind="object"), object())
+    line = subjects.announcement(described, Settings("Taylor Swift", kind="object"), Relabel())
     assert line.endswith("pairs); if Taylor Swift is a person, use --kind person; --anchor chooses another")
 
 

@@ -107,9 +107,13 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
 
 def test_the_seed_and_alpha_reach_the_method():
     """(6.10)"""
-    assert planning.make_method(Settings("church", method="speed", seed=7)).seed == 7
-    assert planning.make_method(Settings("church", method="speed", seed=7, set=("seed=3",))).seed == 3
-    assert planning.make_method(Settings("church", alpha=0.25)).alpha == 0.25
+
+    def made(**options: Any) -> Any:
+        return planning.make_method(Settings("church", **options))
+
+    assert made(method="speed", seed=7).seed == 7
+    assert made(method="speed", seed=7, set=("seed=3",)).seed == 3
+    assert made(alpha=0.25).alpha == 0.25
 
 
 def test_the_attention_kernels_reach_the_model(toy_pipeline_dir, tmp_path):

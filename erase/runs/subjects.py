@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from erase import concepts
 from erase.concepts import Concept
 from erase.errors import EraseError
+from erase.families.protocol import Family
 from erase.methods import Method
 from erase.mini import world
 from erase.options.settings import Settings

@@ -28,9 +28,9 @@ class Exchanged:
         with self.inside() as model:
             return model(x, t, c)
 
-    def attention(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+    def attention(self, x: Tensor, t: Tensor, c: Conditioning) -> list[Tensor]:
         with self.inside() as model:
-            return model.attention(x, t, text)
+            return model.attention(x, t, c)
 
     def moved(self) -> dict[str, Tensor]:
         """How far the masked weights are from these values, by parameter, [masked weights]."""
