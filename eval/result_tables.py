@@ -19,6 +19,7 @@ import sampler_effect
 from erase import files
 from erase.classification import compare
 from erase.classification.membership import GAP_OVER
+from erase.classification.summary import over_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -142,7 +143,7 @@ def without_mia(name: str, forget: str) -> str:
         shown = []
         for names in (GAP_OVER, [figure for figure in GAP_OVER if figure != "MIA"]):
             gaps = [sum(abs(c[n] - retrained[c["seed"]][n]) for n in names) / len(names) for c in cells]
-            score = compare.over_seeds("gap", gaps, higher_is_better=False)
+            score = over_seeds("gap", gaps, higher_is_better=False)
             shown.append(f"{100 * score.value:.1f} ±{100 * (score.high - score.value):.1f}")
         lines.append([label, *shown])
     return mini_methods.markdown(["", "gap over UA, RA, TA, MIA", "gap over UA, RA, TA"], lines)

@@ -127,6 +127,16 @@ def test_imports_have_no_circle():
     assert not left
 
 
+def test_no_file_imports_a_private_name_of_another():
+    """A name with an underscore belongs to its file; tests may look inside."""
+    wrong = []
+    for path in [*modules().values(), *sorted((REPOSITORY / "eval").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in {"erase", "bench"}:
+                wrong += [f"{path}: {alias.name}" for alias in node.names if re.match(r"_(?!_)", alias.name)]
+    assert not wrong
+
+
 def test_nothing_but_evaluation_imports_evaluation():
     outside = {name: targets for name, targets in arrows().items() if not name.startswith("erase.evaluation")}
     assert not [name for name, targets in outside.items() if any(to.startswith("erase.evaluation") for to in targets)]

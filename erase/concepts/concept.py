@@ -89,7 +89,7 @@ class Concept:
 
 def advice(concept: Concept) -> str:
     """What a user should consider about a concept of free text, or ""."""
-    words = _bare(concept.name).split()
+    words = bare(concept.name).split()
     looks_like_name = all(word[0].isupper() and (word[1:2].islower() or word[1:2] == ".") for word in words)
     if concept.kind == "object" and len(words) in {2, 3} and looks_like_name:
         return f"if {concept.name} is a person, use --kind person"
@@ -261,7 +261,7 @@ def _refuse_minors(concept: Concept) -> None:
         refusal.refuse(texts, part, sexual=sexual, target=sexual)
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
     """The name without its article."""
     return re.sub(r"(?i)^(?:an?|the|some) ", "", name)
 

@@ -3,7 +3,7 @@
 import re
 
 from erase.concepts import refusal
-from erase.concepts.concept import Concept, FreeKind, _bare, share_word
+from erase.concepts.concept import Concept, FreeKind, bare, share_word
 from erase.errors import EraseError
 from erase.words import article, listed
 
@@ -37,7 +37,7 @@ def describe(name: str, kind: FreeKind) -> Concept:
             f"cannot describe a concept of kind {kind!r}; choose {listed([*describers], 'or')}, "
             "or load the preset 'nudity'"
         )
-    if kind in {"object", "person"} and _bare(name).lower() in _ABSTRACT_WORDS:
+    if kind in {"object", "person"} and bare(name).lower() in _ABSTRACT_WORDS:
         what = "object that stands somewhere" if kind == "object" else "person"
         raise EraseError(f"{name!r} is no {what}; use --kind abstract")
     return describers[kind](name)
@@ -158,7 +158,7 @@ def _describe_object(name: str) -> Concept:
     anchor = _with_article(next(other for other in _ANCHORS if not share_word(name, other)))
     others = tuple(f"a photo of {_with_article(other)}" for other in _THINGS if not share_word(name, other))
     return Concept(
-        name=_bare(name),
+        name=bare(name),
         kind="object",
         forget=tuple(template.format(thing) for template in _OBJECT_TEMPLATES),
         anchor=tuple(template.format(anchor) for template in _OBJECT_TEMPLATES),

@@ -8,7 +8,7 @@ import torch
 
 from erase.delta import Layout, State, layout_of, require_layout
 from erase.errors import EraseError
-from erase.families.pipeline_folder import _WEIGHTS, UNET_FILE, cast, component_names, files_to_publish
+from erase.families.pipeline_folder import UNET_FILE, WEIGHTS, cast, component_names, files_to_publish
 from erase.files import copy, file_hash, read_json, refuse_links
 from erase.tensor_files import content_hash, read_tensors, write_tensors
 
@@ -43,7 +43,7 @@ def save_pipeline(
     (output / "model_index.json").unlink(missing_ok=True)
     for component in component_names(base):
         for path in (output / component).glob("*"):
-            if _WEIGHTS.fullmatch(path.name) and f"{component}/{path.name}" not in files:
+            if WEIGHTS.fullmatch(path.name) and f"{component}/{path.name}" not in files:
                 path.unlink()
     for name, source in files.items():
         copy(source, output / name)

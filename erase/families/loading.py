@@ -16,7 +16,7 @@ from erase.errors import EraseError
 from erase.families import architecture, components, pipeline_folder, single_file, unet_file, vocabulary
 from erase.families.components import one_line
 from erase.families.hub import download
-from erase.families.sd import StableDiffusion, _require_sampling, _require_working
+from erase.families.sd import StableDiffusion, require_sampling, require_working
 from erase.families.stored_unet import reading
 from erase.files import default_cache_dir as default_cache_dir
 from erase.options.model_defaults import read_defaults
@@ -56,7 +56,7 @@ def load(
         scheduler = _load_scheduler(folder)
         if unet is not None:
             notes = [*notes, *unet_file.put_into(network, unet, allow_pickle=allow_pickle)]
-        _require_working(folder, network, vae, text_encoder, tokenizer)
+        require_working(folder, network, vae, text_encoder, tokenizer)
         defaults = read_defaults(folder / pipeline_folder.DEFAULTS_FILE)
     for part in (network, vae, text_encoder):
         part.to(device)
@@ -130,7 +130,7 @@ def _load_scheduler(folder: Path) -> SchedulerMixin:
         scheduler: Any = cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)  # pyright: ignore
     except Exception as error:
         raise EraseError(f"cannot load {folder / 'scheduler'}: {one_line(error)}; download it again") from error
-    _require_sampling(folder, cls.from_config(scheduler.config))  # pyright: ignore
+    require_sampling(folder, cls.from_config(scheduler.config))  # pyright: ignore
     return scheduler
 
 

@@ -17,7 +17,7 @@ from erase.tensor_files import open_tensors, read_tensors, write_tensors
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 DEFAULTS_FILE = "erase_defaults.json"  # beside model_index.json: what this model needs other than Stable Diffusion 1
-_WEIGHTS = re.compile(
+WEIGHTS = re.compile(
     r"(.+?)(?:\.(\w+)(?:-\d+-of-\d+)?)?\.(safetensors|bin|ckpt|pt|pth|msgpack|h5|onnx|pb)|.+\.index(\.\w+)?\.json"
 )
 
@@ -33,11 +33,11 @@ def stored_dtype(folder: str | Path) -> str | None:
 
     None where it has several, or other files.
     """
-    names = [path.name for path in Path(folder).glob("*.safetensors") if _WEIGHTS.fullmatch(path.name)]
+    names = [path.name for path in Path(folder).glob("*.safetensors") if WEIGHTS.fullmatch(path.name)]
     variant = only_variant(names)
     found: set[str] = set()
     for name in names:
-        match = _WEIGHTS.fullmatch(name)
+        match = WEIGHTS.fullmatch(name)
         if match and match[2] == variant:
             with open_tensors(Path(folder) / name) as file:
                 found |= {str(file.get_slice(key).get_dtype()) for key in file.keys()}
@@ -84,7 +84,7 @@ def write_pipeline(pipeline: Any, folder: str | Path) -> None:
 
 def only_variant(names: list[str]) -> str | None:
     """The variant ("fp16") of a component that cannot be opened without naming one."""
-    matches = [match for name in names if (match := _WEIGHTS.fullmatch(name)) and match[3] in ("safetensors", "bin")]
+    matches = [match for name in names if (match := WEIGHTS.fullmatch(name)) and match[3] in ("safetensors", "bin")]
     variants = {match[2] for match in matches}
     return max(variants) if variants and None not in variants else None
 
@@ -106,7 +106,7 @@ def files_to_publish(base: Path) -> Iterator[tuple[str, Path]]:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         variant = only_variant([path.name for path in files])
         for path in files:
-            if component == "unet" and _WEIGHTS.fullmatch(path.name):
+            if component == "unet" and WEIGHTS.fullmatch(path.name):
                 continue
             name = path.relative_to(base).as_posix()
             yield name.replace(f".{variant}.", ".") if variant else name, path
@@ -117,7 +117,7 @@ def files_to_publish(base: Path) -> Iterator[tuple[str, Path]]:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a component, from its safetensors file or shards, else from its pickle."""
     for suffix in ("safetensors", "bin"):
-        matches = [match for path in sorted(folder.glob(f"*.{suffix}")) if (match := _WEIGHTS.fullmatch(path.name))]
+        matches = [match for path in sorted(folder.glob(f"*.{suffix}")) if (match := WEIGHTS.fullmatch(path.name))]
         variant = only_variant([match[0] for match in matches])
         files = [folder / match[0] for match in matches if match[2] == variant]
         if files:
@@ -154,7 +154,7 @@ def replace_file(source: Path, target: Path) -> None:
     names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     for component in {name.parent for name in names if name.parent.name}:
         for path in (target / component).glob("*"):
-            if _WEIGHTS.fullmatch(path.name):
+            if WEIGHTS.fullmatch(path.name):
                 path.unlink()
     for name in sorted(names, key=lambda name: name.name == "model_index.json"):
         copy(source / name, target / name)

@@ -335,7 +335,7 @@ def predicting(unet: Any, precision: str) -> Iterator[None]:
 _LOADED_AGAIN: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
-def _require_sampling(folder: Path, scheduler: Any) -> None:
+def require_sampling(folder: Path, scheduler: Any) -> None:
     """Raise an EraseError unless the scheduler takes two steps from noise that end in finite latents."""
     x = torch.linspace(-1, 1, 4 * 4 * 4).view(1, 4, 4, 4)
     try:
@@ -354,7 +354,7 @@ def _require_sampling(folder: Path, scheduler: Any) -> None:
 
 
 @torch.no_grad()
-def _require_working(folder: Path, network: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
+def require_working(folder: Path, network: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
     """Raise an EraseError for a part that gives the same for different inputs, or what is not finite.
 
     One small pass through each part, of 8 x 8 latents.

@@ -7,7 +7,7 @@ from erase.errors import EraseError
 from erase.methods import find
 from erase.options.declare import flag
 from erase.options.model_defaults import OF_MODEL
-from erase.options.settings import SD_DEFAULTS, Settings, _of_recipe, hyperparameter_name
+from erase.options.settings import SD_DEFAULTS, Settings, hyperparameter_name, settings_of_recipe
 
 SAMPLER_STEPS = {"model": 50, "dpm++": 20}
 
@@ -58,7 +58,7 @@ def resolve(
     on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
-    of_recipe = _of_recipe(settings)
+    of_recipe = settings_of_recipe(settings)
     own = {k: v for k, v in model_defaults.items() if k in OF_MODEL and k not in of_recipe}
     of_method = model_defaults.get("methods", {}).get(settings.method, {})
     of_method = {k: v for k, v in of_method.items() if k not in of_recipe}
@@ -95,7 +95,7 @@ def _given_hyperparameters(settings: Settings) -> set[str]:
     taken = {hyperparameter_name(text) for text in settings.set} | {"seed"}
     taken |= {"alpha"} if settings.alpha is not None else set()
     taken |= {"frozen_target", "distill_retain"} if settings.recipe != "default" else set()
-    return taken | _of_recipe(settings)
+    return taken | settings_of_recipe(settings)
 
 
 def _require_use(settings: Settings) -> None:

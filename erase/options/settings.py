@@ -315,7 +315,7 @@ class Settings:
         return replace(self, **given)
 
 
-def _of_recipe(settings: Settings) -> set[str]:
+def settings_of_recipe(settings: Settings) -> set[str]:
     """Settings that the user chose by the name of a recipe; a method that has its own value keeps that."""
     return set() if settings.recipe == "default" else {*_OF_RECIPE} - find(settings.method).defaults().keys()
 
