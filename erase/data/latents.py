@@ -113,42 +113,10 @@ def gather(
     Raises:
         EraseError: no retain prompts, an empty image folder, an image that cannot be read.
     """
-    if plan.size % model.multiple:
-        raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {model.multiple}")
-    workers = workers or Workers()
-    if plan.forget_images and plan.pictures in {"trajectory", "noise"}:
-        raise EraseError("this method follows the model's own drawing and sees no pictures; leave out --forget-images")
-    if plan.retain_images and not plan.retains:
-        raise EraseError("this method has no retain term; leave out --retain-images")
-    pairs = concept.pairs()
+    workers, pairs = workers or Workers(), concept.pairs()
     first_seed = plan.seed * SEEDS_PER_RUN
-    first_retain_seed = first_seed + RETAIN_SEED
-    # both sources are listed before anything is drawn, so that a wrong folder is an error at once
-    names = [forget for forget, _ in pairs]
-    shown = [anchor for _, anchor in pairs] if plan.pictures == "anchor" else names
-    forget_source = _source(model, plan, plan.forget_images, names, plan.num_forget, first_seed, shown=shown, tell=tell)
-    retain_source = _source(
-        model, plan, plan.retain_images, concept.retain, plan.num_retain, first_retain_seed, tell=tell
-    )
-    _refuse_captions(plan, concept, forget_source.prompts, retain_source.prompts)
-    given = (
-        *(forget_source.prompts if plan.forget_images else ()),
-        *(retain_source.prompts if plan.retain_images else ()),
-    )
-    cut = [caption for caption in dict.fromkeys(given) if caption and model.truncates(caption)]
-    if cut:
-        tell(f"captions longer than the text encoder reads, and cut: {len(cut)}, the first {cut[0][:60] + '...'!r}")
-    if plan.pictures == "trajectory":
-        forget_source = _followed(model, plan, forget_source.prompts, first_seed)
-    elif plan.pictures == "noise":
-        forget_source = _blank(model, plan, forget_source.prompts)
-    if not plan.retains:
-        retain_source = _blank(model, plan, [""])
-    if None in retain_source.prompts:
-        unnamed = f"; --retain-images {plan.retain_images} names no prompts either" if plan.retain_images else ""
-        raise EraseError(f"concept {concept.name!r} has no retain prompts{unnamed}; give --retain PROMPT")
-    parts = model.hashes()
-    hashes = [model_hash, parts["vae"], parts["text_encoder"]]
+    forget_source, retain_source, cut = _sources(model, concept, plan, first_seed, tell)
+    hashes = [model_hash, *(model.hash_of(part) for part in model.data_parts)]
 
     def read(source: Source, label: str) -> tuple[Pictures, str]:
         key = files.text_hash([hashes, plan.batch_size, source.identity])
@@ -174,19 +142,61 @@ def gather(
         "num_forget": len(forget),
         "num_retain": len(retain),
         "first_seed": None if plan.forget_images else first_seed,
-        "first_retain_seed": None if plan.retain_images else first_retain_seed,
+        "first_retain_seed": None if plan.retain_images else first_seed + RETAIN_SEED,
         "forget_key": forget_key,
         "retain_key": retain_key,
         "truncated_captions": cut,
     }
     fingerprint = files.text_hash([forget_key, retain_key, list(rows), anchor.tolist(), others.tolist()])
     text = model.encode_text(list(rows))
-    words, end = (torch.zeros(len(forget), model.max_tokens, dtype=torch.bool) for _ in range(2))
-    for number, (prompt, instead) in enumerate(zip(forget_source.prompts, anchors, strict=True)):
+    words, end = _places(model, forget_source.prompts, anchors)
+    return Data(forget, retain, anchor, others, words, end, tuple(rows), text, fingerprint, record)
+
+
+def _sources(
+    model: Family, concept: Concept, plan: Plan, first_seed: int, tell: Callable[[str], None]
+) -> tuple[Source, Source, list[str]]:
+    """The forget and the retain set, still to be made, and the captions that the text encoder cuts.
+
+    Both sets are listed before any image is generated, so that a wrong folder is an error at once.
+    """
+    if plan.size % model.multiple:
+        raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {model.multiple}")
+    if plan.forget_images and plan.pictures in {"trajectory", "noise"}:
+        raise EraseError("this method follows the model's own drawing and sees no pictures; leave out --forget-images")
+    if plan.retain_images and not plan.retains:
+        raise EraseError("this method has no retain term; leave out --retain-images")
+    pairs = concept.pairs()
+    names = [forget for forget, _ in pairs]
+    shown = [anchor for _, anchor in pairs] if plan.pictures == "anchor" else names
+    forget = _source(model, plan, plan.forget_images, names, plan.num_forget, first_seed, shown=shown, tell=tell)
+    retain_seed = first_seed + RETAIN_SEED
+    retain = _source(model, plan, plan.retain_images, concept.retain, plan.num_retain, retain_seed, tell=tell)
+    _refuse_captions(plan, concept, forget.prompts, retain.prompts)
+    given = (*(forget.prompts if plan.forget_images else ()), *(retain.prompts if plan.retain_images else ()))
+    cut = [caption for caption in dict.fromkeys(given) if caption and model.truncates(caption)]
+    if cut:
+        tell(f"captions longer than the text encoder reads, and cut: {len(cut)}, the first {cut[0][:60] + '...'!r}")
+    if plan.pictures == "trajectory":
+        forget = _followed(model, plan, forget.prompts, first_seed)
+    elif plan.pictures == "noise":
+        forget = _blank(model, plan, forget.prompts)
+    if not plan.retains:
+        retain = _blank(model, plan, [""])
+    if None in retain.prompts:
+        unnamed = f"; --retain-images {plan.retain_images} names no prompts either" if plan.retain_images else ""
+        raise EraseError(f"concept {concept.name!r} has no retain prompts{unnamed}; give --retain PROMPT")
+    return forget, retain, cut
+
+
+def _places(model: Family, prompts: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """`Data.words` and `Data.end` of the forget prompts."""
+    words, end = (torch.zeros(len(prompts), model.max_tokens, dtype=torch.bool) for _ in range(2))
+    for number, (prompt, instead) in enumerate(zip(prompts, anchors, strict=True)):
         own, _ = distinguishing(model.tokens(prompt), model.tokens(instead))
         words[number, own] = True
         end[number, len(model.tokens(prompt)) + 1 :] = True
-    return Data(forget, retain, anchor, others, words, end, tuple(rows), text, fingerprint, record)
+    return words, end
 
 
 def _refuse_captions(plan: Plan, concept: Concept, forget: Sequence[Any], retain: Sequence[Any]) -> None:

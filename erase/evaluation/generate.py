@@ -59,7 +59,7 @@ def model_hashes(model: Family) -> dict[str, str]:
     The UNet's is the one that deltas and run.json state, whatever the precision.
     """
     guard = {"guard": repr(model.guard)} if model.guard else {}
-    return model.hashes() | guard
+    return {part: model.hash_of(part) for part in model.parts} | guard
 
 
 def effective_settings(model: Family, task: SampleSet, steps: int | None, guidance: float | None) -> dict[str, Any]:

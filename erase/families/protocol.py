@@ -27,6 +27,7 @@ class Family(ABC):
 
     family: the name of the architecture. pipelines: class names in model_index.json that it loads.
     part: the subfolder of the network that is trained, and the prefix of its weights' names in deltas.
+    parts: all subfolders that decide an image. data_parts: those that make latents and text states.
     num_timesteps: of the training schedule. scopes: by name, which weights may be trained at all; see `scope`.
 
     folder: the diffusers folder that it came from.
@@ -39,6 +40,8 @@ class Family(ABC):
     family: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     part: ClassVar[str] = "unet"
+    parts: ClassVar[tuple[str, ...]]
+    data_parts: ClassVar[tuple[str, ...]]
     num_timesteps: ClassVar[int] = 1000
     scopes: ClassVar[Mapping[str, Callable[[str], bool]]]
 
@@ -217,8 +220,8 @@ class Family(ABC):
         """Free what training does not need; it is loaded again when it is next used."""
 
     @abstractmethod
-    def hashes(self) -> dict[str, str]:
-        """Content hash of each part, by its subfolder's name."""
+    def hash_of(self, part: str) -> str:
+        """Content hash of one of `parts`."""
 
     @property
     def is_mini(self) -> bool:

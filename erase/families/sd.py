@@ -45,6 +45,8 @@ class StableDiffusion(Family):
 
     family = "sd"
     pipelines = ("StableDiffusionPipeline",)
+    parts = ("unet", "vae", "text_encoder", "tokenizer")
+    data_parts = ("vae", "text_encoder")
     scopes = scope.SCOPES
 
     name: str
@@ -92,16 +94,15 @@ class StableDiffusion(Family):
     def is_text_map(self, name: str) -> bool:
         return name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
 
-    def hashes(self) -> dict[str, str]:
-        """Of the UNet as deltas and run.json state it, whatever the precision."""
-        backend: Any = self.tokenizer.backend_tokenizer
-        own = {name: value for name, value in json.loads(backend.to_str()).items() if name not in _OF_THE_LAST_CALL}
-        return {
-            "unet": content_hash({f"unet.{name}": tensor for name, tensor in self.unet.state_dict().items()}),
-            "vae": content_hash(self.vae.state_dict()),
-            "text_encoder": content_hash(self.text_encoder.state_dict()),
-            "tokenizer": text_hash(own),
-        }
+    def hash_of(self, part: str) -> str:
+        """The UNet's is the one that deltas and run.json state, whatever the precision."""
+        if part == "tokenizer":
+            backend: Any = self.tokenizer.backend_tokenizer
+            content = json.loads(backend.to_str())
+            return text_hash({name: value for name, value in content.items() if name not in _OF_THE_LAST_CALL})
+        prefix = "unet." if part == "unet" else ""
+        state = getattr(self, part).state_dict()
+        return content_hash({prefix + name: tensor for name, tensor in state.items()})
 
     @property
     def vae_scale(self) -> int:

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families.protocol import Family
+from erase.methods.inputs import Batch
 from erase.methods.protocol import Balance, TrainedMethod
 from erase.optim import MaskedAdam
 from erase.progress import progress
@@ -48,62 +49,38 @@ def train(
     Raises:
         EraseError: a loss that is not finite (the last good checkpoint stays), or a batch that does not divide.
     """
-    share, rest = divmod(recipe.batch_size, accelerator.num_processes * recipe.accumulation)
-    if rest:
-        raise EraseError(
-            f"--batch-size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
-            f"--gradient-accumulation-steps {recipe.accumulation}; choose a multiple of their product"
-        )
-    if recipe.target != "anchor" and method.pictures == "anchor":
-        raise EraseError(f"--target is {recipe.target}, but this method's pictures show the anchor; leave it out")
-    if recipe.target != "anchor" and not len(data.others):
-        raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
+    share = _share(recipe, accelerator)
     is_rounded = model.network.dtype != torch.float32
-    balance, decay = method.balance, method.teacher_decay
-    if accelerator.scaler is not None and (balance or method.prepares):
-        raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
-    if is_rounded and (method.prepares or method.shrinks or decay is not None):
-        raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
+    _refuse_what_does_not_fit(method, data, recipe, is_scaled=accelerator.scaler is not None, is_rounded=is_rounded)
     optimizer = MaskedAdam(
         parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, eight_bit=recipe.eight_bit
     )
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_network().named_parameters()))
     frozen = Exchanged(model, optimizer) if method.needs_base or method.shrinks else None
-    teacher = Exchanged(model, optimizer) if decay is not None else None
+    teacher = Exchanged(model, optimizer) if method.teacher_decay is not None else None
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves
     gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
     losses: list[dict[str, float]] = []
     if state_path.exists():
         losses = restore(state_path, optimizer, accelerator, teacher, recipe.num_steps)
+
+    def checkpoint() -> None:
+        if accelerator.is_main_process:
+            keep(state_path, optimizer, accelerator, losses, teacher)
+
     silent = quiet or not accelerator.is_main_process
     reporting = progress(recipe.num_steps, "train", "steps", done=len(losses), quiet=silent)
     with taking_gradients(model, parameters, checkpointing), gathering, reporting as bar:
         if method.prepares and not losses and recipe.num_steps:
             _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
         for step in range(len(losses), recipe.num_steps):
-            values: dict[str, float] = {}
-            gradients: dict[str, list[Tensor]] = {}
-            for batch in batches(model, data, recipe, step, share, accelerator, teacher):
-                for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
-                    values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
-                    accelerator.backward(term / recipe.accumulation)
-                    if balance:
-                        _set_aside(optimizer, gradients, name)
-            if balance:
-                _weigh(balance, optimizer, gradients, accelerator)
-            elif accelerator.num_processes > 1:
-                for gradient in optimizer.gradients():
-                    mean: Any = accelerator.reduce(gradient, reduction="mean")
-                    gradient.copy_(mean)
-            if accelerator.num_processes > 1:
-                names = list(values)
-                mean = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
-                values = dict(zip(names, mean.tolist(), strict=True))
+            parts = batches(model, data, recipe, step, share, accelerator, teacher)
+            values = _gradients(model, method, frozen, parts, recipe, accelerator, optimizer)
             if not all(math.isfinite(value) for value in values.values()):
-                if accelerator.is_main_process and step > 0:
-                    keep(state_path, optimizer, accelerator, losses, teacher)
+                if step > 0:
+                    checkpoint()
                 raise EraseError(
                     f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
                     f"kept in {state_path}; lower --learning-rate or use --precision fp32 or bf16"
@@ -113,20 +90,13 @@ def train(
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
             prepared.step()
             prepared.zero_grad()
-            if method.shrinks:
-                assert frozen is not None
-                moved = frozen.moved()
-                method.shrink(moved, step, recipe.num_steps)
-                frozen.move(moved)
-            if teacher is not None and decay is not None:
-                teacher.follow(decay)
+            _after_the_step(method, frozen, teacher, step, recipe.num_steps)
             losses.append(values)
             accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=step + 1)
             bar.note(**{name: f"{value:.4f}" for name, value in values.items()})
             bar.update()
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
-                if accelerator.is_main_process:
-                    keep(state_path, optimizer, accelerator, losses, teacher)
+                checkpoint()
                 accelerator.wait_for_everyone()
     if teacher is not None:
         optimizer.exchange(teacher.values)
@@ -135,6 +105,75 @@ def train(
         model.reload_network()
         optimizer.exchange(masters)
     return losses
+
+
+def _share(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Rows of a batch that one process sees in one part."""
+    share, rest = divmod(recipe.batch_size, accelerator.num_processes * recipe.accumulation)
+    if rest:
+        raise EraseError(
+            f"--batch-size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
+            f"--gradient-accumulation-steps {recipe.accumulation}; choose a multiple of their product"
+        )
+    return share
+
+
+def _refuse_what_does_not_fit(
+    method: TrainedMethod, data: Data, recipe: Recipe, *, is_scaled: bool, is_rounded: bool
+) -> None:
+    """Raise an EraseError where the method does not go with the target, the precision or the storage of weights."""
+    if recipe.target != "anchor" and method.pictures == "anchor":
+        raise EraseError(f"--target is {recipe.target}, but this method's pictures show the anchor; leave it out")
+    if recipe.target != "anchor" and not len(data.others):
+        raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
+    if is_scaled and (method.balance or method.prepares):
+        raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
+    if is_rounded and (method.prepares or method.shrinks or method.teacher_decay is not None):
+        raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
+
+
+def _gradients(
+    model: Family,
+    method: TrainedMethod,
+    frozen: Exchanged | None,
+    parts: Iterator[Batch],
+    recipe: Recipe,
+    accelerator: Accelerator,
+    optimizer: MaskedAdam,
+) -> dict[str, float]:
+    """Leave the gradient of one step in the parameters; returns its losses. Both are means over all processes."""
+    values: dict[str, float] = {}
+    gradients: dict[str, list[Tensor]] = {}
+    for batch in parts:
+        for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
+            values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
+            accelerator.backward(term / recipe.accumulation)
+            if method.balance:
+                _set_aside(optimizer, gradients, name)
+    if method.balance:
+        _weigh(method.balance, optimizer, gradients, accelerator)
+    elif accelerator.num_processes > 1:
+        for gradient in optimizer.gradients():
+            mean: Any = accelerator.reduce(gradient, reduction="mean")
+            gradient.copy_(mean)
+    if accelerator.num_processes > 1:
+        names = list(values)
+        mean = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
+        values = dict(zip(names, mean.tolist(), strict=True))
+    return values
+
+
+def _after_the_step(
+    method: TrainedMethod, frozen: Exchanged | None, teacher: Exchanged | None, step: int, num_steps: int
+) -> None:
+    """What a method does with the weights beside the optimizer."""
+    if method.shrinks:
+        assert frozen is not None
+        moved = frozen.moved()
+        method.shrink(moved, step, num_steps)
+        frozen.move(moved)
+    if teacher is not None and method.teacher_decay is not None:
+        teacher.follow(method.teacher_decay)
 
 
 def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: str) -> None:

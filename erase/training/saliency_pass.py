@@ -1,7 +1,7 @@
 """Gradients of the forget loss, summed into saliency scores; the pass resumes bit for bit."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -56,7 +56,6 @@ def accumulate(
     if state_path.exists():
         done = _restore_sums(state_path, sums, len(mine))
     saved = time.monotonic()
-    device = model.device
     scale = LOSS_SCALE["fp16" if accelerator.mixed_precision == "fp16" else "fp32"]  # the order of scores is the same
     with (
         taking_gradients(model, parameters, checkpointing),
@@ -65,27 +64,11 @@ def accumulate(
     ):
         for number, start in list(enumerate(mine))[done:]:
             rows = torch.arange(start, min(start + batch_size, len(data.forget)))
-            draw = generator(seed, "mask", start)
-            x = sample(data.forget, rows, draw)
-            t = torch.randint(0, model.num_timesteps, (len(rows),), generator=draw)
-            eps = torch.randn(x.shape, generator=draw)
-            c = data.text[data.forget.prompt[rows]]
-            parts = [whole.to(device).split(together) for whole in (x, t, eps)]
-            parts.append([c[i : i + together].to(device) for i in range(0, len(rows), together)])
-            for x, t, eps, c in zip(*parts, strict=True):
-                x_t = model.add_noise(x, eps, t)
-                with accelerator.autocast():
-                    predicted = model(x_t, t, c)
-                    if guidance:
-                        empty = data.text[:1].to(device).expand(len(x))
-                        predicted = guided(predicted, model(x_t, t, empty), guidance)
-                    loss = (eps - predicted).square().mean() * (len(x) / len(rows))
+            for loss in _losses(model, data, rows, generator(seed, "mask", start), together, guidance, accelerator):
                 (loss * scale).backward()
             bar.update()
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                state = sums.state_dict()
-                header = {"kind": "saliency sums", "score": state["score"], "done": number + 1}
-                tensor_files.write_tensors(state_path, state["sums"], header)
+                _keep_sums(state_path, sums, number + 1)
                 saved = time.monotonic()
     if accelerator.num_processes > 1:
         for total in sums.state_dict()["sums"].values():
@@ -93,6 +76,41 @@ def accumulate(
     scores = sums.scores()
     state_path.unlink(missing_ok=True)
     return scores
+
+
+def _losses(
+    model: Family,
+    data: Data,
+    rows: Tensor,
+    draw: torch.Generator,
+    together: int,
+    guidance: float,
+    accelerator: Accelerator,
+) -> Iterator[Tensor]:
+    """The mean loss of these forget rows, in parts of `together` rows that add up to it."""
+    x = sample(data.forget, rows, draw)
+    t = torch.randint(0, model.num_timesteps, (len(rows),), generator=draw)
+    eps = torch.randn(x.shape, generator=draw)
+    c = data.text[data.forget.prompt[rows]]
+    for start in range(0, len(rows), together):
+        part = slice(start, start + together)
+        x_0, t_0, eps_0 = (whole[part].to(model.device) for whole in (x, t, eps))
+        c_0 = c[part].to(model.device)
+        x_t = model.add_noise(x_0, eps_0, t_0)
+        with accelerator.autocast():
+            predicted = model(x_t, t_0, c_0)
+            if guidance:
+                empty = data.text[:1].to(model.device).expand(len(x_0))
+                predicted = guided(predicted, model(x_t, t_0, empty), guidance)
+            loss = (eps_0 - predicted).square().mean() * (len(x_0) / len(rows))
+        yield loss
+
+
+def _keep_sums(path: Path, sums: masks.Saliency, num_batches: int) -> None:
+    """Write the sums of the first batches, from which an interrupted pass goes on."""
+    state = sums.state_dict()
+    header = {"kind": "saliency sums", "score": state["score"], "done": num_batches}
+    tensor_files.write_tensors(path, state["sums"], header)
 
 
 def _restore_sums(path: Path, sums: masks.Saliency, num_batches: int) -> int:
