@@ -307,8 +307,8 @@ def test_nothing_to_change_changes_nothing(text, weights, name):
 def test_a_scope_with_other_parameters_is_refused(toy_pipeline_dir):
     model = loading.load(toy_pipeline_dir)
     parameters = scope.inside(dict(model.unet.named_parameters()), "xattn")
-    with pytest.raises(EraseError, match="attn2.to_k and attn2.to_v only, not .*to_q.*use --scope xattn-kv"):
-        closed_form.solve(UCE(), prompt_states.read_text(model, CONCEPT), parameters, None)
+    with pytest.raises(EraseError, match="maps of the text states only, not .*to_q.*use --scope xattn-kv"):
+        closed_form.solve(model, UCE(), prompt_states.read_text(model, CONCEPT), parameters, None)
 
 
 CONCEPT = Concept(
@@ -415,7 +415,7 @@ def test_on_the_embedded_model_other_prompts_predictions_move_far_less_than_the_
             return [model(x, t, states[i : i + 1].expand(4)) for i in range(len(states))]
 
     before = predictions()
-    closed_form.solve(method, prompt_states.read_text(model, circle), parameters, None)
+    closed_form.solve(model, method, prompt_states.read_text(model, circle), parameters, None)
     *kept, erased = (float((b - a).square().mean()) for a, b in zip(before, predictions(), strict=True))
     assert erased > 0.02 and max(kept) < 2e-3 < erased / 10
     if name == "uce":

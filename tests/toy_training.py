@@ -88,5 +88,5 @@ def solved(
 ) -> tuple[sd.StableDiffusion, Any, dict[str, Parameter]]:
     """(model, mask, parameters of the scope) after a closed form."""
     model, parameters, mask = masked(folder, "xattn-kv", density)
-    closed_form.solve(method, prompt_states.read_text(model, CONCEPT), parameters, mask)
+    closed_form.solve(model, method, prompt_states.read_text(model, CONCEPT), parameters, mask)
     return model, mask, parameters

@@ -71,7 +71,7 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
     if isinstance(method, ClosedForm):
         if settings.weights == "bf16":  # rounded for the mask's sake only
             model.reload_network()
-        return Trained([], closed_form.solve(method, data.text, decided.parameters, mask))
+        return Trained([], closed_form.solve(decided.model, method, data.text, decided.parameters, mask))
     assert data.images is not None
     recipe = make_recipe(settings, make_plan(settings, model))
     how: dict[str, Any] = {

@@ -8,22 +8,27 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from erase.errors import EraseError
+from erase.families.protocol import Family
 from erase.methods.inputs import Text
 from erase.methods.protocol import ClosedForm
 
 
 @torch.no_grad()
 def solve(
-    method: ClosedForm, text: Text, parameters: Mapping[str, Parameter], mask: Mapping[str, Tensor] | None
+    model: Family,
+    method: ClosedForm,
+    text: Text,
+    parameters: Mapping[str, Parameter],
+    mask: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
     """Put a closed form's weights in place, inside the mask only; returns what the method notes of its solution.
 
     Raises:
         EraseError: the scope holds a parameter that such forms do not know.
     """
-    for name, parameter in parameters.items():
-        if parameter.dim() != 2 or not name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
-            raise EraseError(f"closed forms change attn2.to_k and attn2.to_v only, not {name}; use --scope xattn-kv")
+    for name in parameters:
+        if not model.is_text_map(name):
+            raise EraseError(f"closed forms change maps of the text states only, not {name}; use --scope xattn-kv")
     new, notes = method.solve({name: parameter.detach().cpu() for name, parameter in parameters.items()}, text)
     for name, weights in new.items():
         parameter = parameters[name]
