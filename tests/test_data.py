@@ -68,7 +68,7 @@ def drawn(monkeypatch) -> list[str]:
 def same(a: Data, b: Data) -> bool:
     pairs = [(a.forget, b.forget), (a.retain, b.retain)]
     tensors = [(getattr(p, name), getattr(q, name)) for p, q in pairs for name in ("mean", "std", "prompt")]
-    tensors += [(a.anchor, b.anchor), (a.others, b.others), (a.text, b.text)]
+    tensors += [(a.anchor, b.anchor), (a.others, b.others), (a.text.states, b.text.states)]
     return all(torch.equal(x, y) for x, y in tensors) and (a.prompts, a.fingerprint) == (b.prompts, b.fingerprint)
 
 

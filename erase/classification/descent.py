@@ -19,9 +19,8 @@ from erase.device import LOSS_SCALE, Compute
 from erase.errors import EraseError
 from erase.optim import MaskedAdam
 from erase.optim.sgd import MaskedSGD
+from erase.options.declare import Precision
 from erase.progress import each
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Diverged(EraseError):

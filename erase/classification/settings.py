@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from erase.classification.presets import PRESETS, TRAINING, TUNED, Kind, Preset
 from erase.errors import EraseError
-from erase.options.declare import agreed_precision, flag, make_plain, option
+from erase.options.declare import Precision, agreed_precision, flag, make_plain, option
 
 NETWORKS = ("mlp", "small", "resnet18", "resnet18_imagenet", "resnet50", "vgg16_bn", "vit", "swin_t")
 MOST_SIZE = 4096  # pixels a side
@@ -118,7 +118,7 @@ class Settings:
         most=1e30,
         shown="depends on --data",
     )
-    precision: Literal["fp32", "fp16", "bf16"] | None = option(
+    precision: Precision | None = option(
         None,
         "precision of training and mask passes; bf16 is fast with AVX512_BF16, AMX or a GPU only",
         group="training",

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass
 from typing import Literal
 
 from erase.errors import EraseError
-from erase.options.declare import agreed_precision, make_plain, option
+from erase.options.declare import Precision, agreed_precision, make_plain, option
 
 GUARDS = ("sld-weak", "sld-medium", "sld-strong", "sld-max", "negative")  # those of erase.guards, which needs torch
 
@@ -68,7 +68,7 @@ class Drawing:
     generation_batch_size: int = option(
         8, "images generated at a time", group="drawing", least=1, most=4096, aliases=("--batch-size",)
     )
-    precision: Literal["fp32", "bf16", "fp16"] | None = option(
+    precision: Precision | None = option(
         None,
         "precision of the model",
         group="drawing",

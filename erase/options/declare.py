@@ -53,6 +53,8 @@ def make_plain(options: Any) -> None:
             object.__setattr__(options, item.name, checked(value, item, forms_of(type(options))[item.name]))
 
 
+# one type for all: typing remembers the order of the first Literal with these texts
+Precision = Literal["fp32", "fp16", "bf16"]
 MIXED_PRECISION = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # diffusers' names, and ours
 
 

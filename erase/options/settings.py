@@ -9,7 +9,7 @@ from typing import Any, Literal
 from erase.concepts import FreeKind
 from erase.errors import EraseError
 from erase.methods import METHODS, find, others
-from erase.options.declare import agreed_precision, make_plain, option
+from erase.options.declare import Precision, agreed_precision, make_plain, option
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
 SD_DEFAULTS: dict[str, Any] = {
@@ -249,7 +249,7 @@ class Settings:
         "much it needs",
         group="training",
     )
-    precision: Literal["fp32", "fp16", "bf16"] | None = option(
+    precision: Precision | None = option(
         None,
         "precision of all passes through UNet and VAE: generation, mask, training and samples.png; weights are trained "
         "and written in float32 all the same",
