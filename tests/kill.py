@@ -179,6 +179,6 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    for name in ("erase.runs.job", "erase.export.pipeline.forms", "erase.cli"):
+    for name in ("erase.runs.job", "erase.runs.forms", "erase.cli"):
         importlib.import_module(name)
     print(json.dumps(asdict(run(Job(**json.load(sys.stdin))))))
