@@ -1,4 +1,4 @@
-"""What a diffusion model is told beside noisy latents and a timestep."""
+"""Inputs of a diffusion model other than noisy latents and a timestep."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
