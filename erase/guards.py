@@ -1,4 +1,4 @@
-"""Guards that steer away from a concept while pictures are drawn and leave the weights alone: SLD, negative prompt.
+"""Guards that steer away from a concept while images are drawn and leave the weights alone: SLD, negative prompt.
 
     guard = guards.make("sld-strong", "nudity, nude, naked")
     with guard.on(pipeline):
@@ -30,7 +30,7 @@ class SLD:
     phi   = min(1, guidance |eps(c_p) - eps(c_S)|)       (the paper writes max; its code does this)
     mu    = phi where eps(c_p) - eps(c_S) < threshold, else 0
     gamma = mu (eps(c_S) - eps(0)) + momentum_scale nu
-    nu    = momentum_beta nu + (1 - momentum_beta) gamma, from 0 at a picture's first step on, warm-up included
+    nu    = momentum_beta nu + (1 - momentum_beta) gamma, from 0 at an image's first step on, warm-up included
     eps   = eps(0) + s_g (eps(c_p) - eps(0) - gamma), gamma = 0 in the first `warmup` steps
 
     One UNet forward more a step, batched with the two of guidance: 1.5 times the time.
@@ -177,7 +177,7 @@ def _encode(pipeline: Any, text: str) -> Tensor:
 
 
 def _half(pipeline: Any, x: Tensor) -> int:
-    """How many pictures the batch is drawing: half of it, since guidance puts the unconditional ones in front."""
+    """How many images the batch is drawing: half of it, since guidance puts the unconditional ones in front."""
     if not pipeline.do_classifier_free_guidance:
         raise EraseError("a guard works through guidance, and guidance_scale is at most 1; draw with more")
     return len(x) // 2

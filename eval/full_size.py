@@ -23,7 +23,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
 
     from erase import masks
     from erase.conditioning import Conditioning
-    from erase.data.latents import Data, Pictures
+    from erase.data.latents import Data, ImageLatents
     from erase.families import sd
     from erase.methods.relabel import Relabel
     from erase.runs.machine import peak_memory, versions
@@ -40,13 +40,13 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
         raise SystemExit("this is not SD v1.4's UNet any more; diffusers' defaults have changed")
     shape = (1, 4, latent_size, latent_size)
 
-    def pictures(row: int) -> Pictures:
-        return Pictures(torch.randn(shape), torch.zeros(shape), torch.tensor([row]))
+    def images(row: int) -> ImageLatents:
+        return ImageLatents(torch.randn(shape), torch.zeros(shape), torch.tensor([row]))
 
     text = Conditioning(torch.randn(4, 77, 768))
     places = torch.zeros(1, 77, dtype=torch.bool)
     instead, names = torch.tensor([2]), ("", "f", "a", "r")
-    data = Data(pictures(1), pictures(3), instead, torch.tensor([]), places, places, names, text, "random", {})
+    data = Data(images(1), images(3), instead, torch.tensor([]), places, places, names, text, "random", {})
     phases: dict[str, Any] = {}
     clock = time.perf_counter()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from erase import files
 
-STEPS = 15  # of the pictures that are judged; the embedded model's own 25 show the judge no more
+STEPS = 15  # of the images that are judged; the embedded model's own 25 show the judge no more
 CONCEPTS = ("circle", "moon", "striped", "nudity")
 # new ones at the end: finished cells are named by a variant's place
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def arm(
     guard: str | None = None,
     num_images: int | None = None,
 ) -> Path:
-    """The mini task's pictures of the base (None) or of the base with a delta, drawn and scored.
+    """The mini task's images of the base (None) or of the base with a delta, drawn and scored.
 
     guard: stands beside the model and steers away from the concept's name and synonyms.
     num_images: of the concept; None for the task's.

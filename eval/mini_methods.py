@@ -3,8 +3,8 @@
     python -m erase.mini train --without circle --parts-from erase/mini/weights --output runs/gold-circle
     python eval/mini_methods.py --output runs/methods --jobs 2 --gold circle=runs/gold-circle
 
-Each cell is one erasure, the pictures of the task mini, and an attack: a new word learnt in 60 steps from the base's
-pictures of the concept ("recovered": how often it draws the concept again). The base and, where it is given, the model
+Each cell is one erasure, the images of the task mini, and an attack: a new word learnt in 60 steps from the base's
+images of the concept ("recovered": how often it draws the concept again). The base and, where it is given, the model
 that was trained without the concept are attacked alike. A finished cell is kept, so the same command continues;
 `--known eval/results/mini-methods` takes over the published cells and what is to be compared with the models trained
 without circle, striped and nude, so that only what is new beside them is run.
@@ -25,10 +25,10 @@ from erase import files, tensor_files
 from erase.methods import METHODS
 
 CONCEPTS = ("circle", "striped", "nudity")
-NUM_IMAGES = 120  # pictures of the concept; with those by synonym and of everything else a thousand in three seeds
-NUM_RECOVERED = 100  # pictures of the learnt word
-NUM_UNPROMPTED = 64  # pictures of the empty prompt
-NUM_SHOWN = 64  # pictures of the concept that it is learnt from
+NUM_IMAGES = 120  # images of the concept; with those by synonym and of everything else a thousand in three seeds
+NUM_RECOVERED = 100  # images of the learnt word
+NUM_UNPROMPTED = 64  # images of the empty prompt
+NUM_SHOWN = 64  # images of the concept that it is learnt from
 GUARDS = ("negative", "sld-medium", "sld-max")
 DENSITIES, MASKS, SCORES = (0.01, 0.05, 0.1, 0.25, 0.5), ("saliency", "random", "inverse"), ("sum_abs", "sum_sq")
 
@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHOD
 
 
 def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Path | None = None, **guard: Any) -> Path:
-    """The mini task's pictures with their scores, and their features for KID."""
+    """The mini task's images with their scores, and their features for KID."""
     from erase.evaluation import score
     from erase.evaluation.judges import features
 
@@ -58,7 +58,7 @@ def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Pa
 
 
 def shown(folder: Path, concept: str) -> Any:
-    """The base's pictures of the concept, as latents; drawn once."""
+    """The base's images of the concept, as latents; drawn once."""
     from erase import concepts
     from erase.families import loading
 
@@ -71,7 +71,7 @@ def shown(folder: Path, concept: str) -> Any:
 
 
 def unprompted(model: str, delta: Path | None) -> float:
-    """How far pictures of the empty prompt are from the base's of the same seeds, as a share of the latents' size."""
+    """How far images of the empty prompt are from the base's of the same seeds, as a share of the latents' size."""
     from erase.evaluation import generate
 
     two = (("mini", None), (model, delta and str(delta)))
@@ -84,7 +84,7 @@ def unprompted(model: str, delta: Path | None) -> float:
 def recovered(
     folder: Path, concept: str, latents: Any, *, model: str = "mini", delta: Path | None = None
 ) -> list[bool]:
-    """Whether each picture of a word learnt on the model shows the concept."""
+    """Whether each image of a word learnt on the model shows the concept."""
     from erase import concepts
     from erase.evaluation import generate, score
     from erase.evaluation.attacks import inversion
@@ -171,7 +171,7 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
 
 
 def keep_features(drawn: Path, path: Path) -> None:
-    """Of the retained pictures, for the others' distance to them; a row of NaN for a broken one."""
+    """Of the retained images, for the others' distance to them; a row of NaN for a broken one."""
     import numpy as np
 
     from erase.evaluation import arm, quality, score
@@ -195,7 +195,7 @@ def model_hash() -> str:
 
 
 def said(outcomes: Sequence[bool | None]) -> str:
-    """A character a picture: 1 yes, 0 no, - not looked at."""
+    """A character an image: 1 yes, 0 no, - not looked at."""
     return "".join("-" if value is None else str(int(value)) for value in outcomes)
 
 
@@ -289,7 +289,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a part a concept; brackets are 95 % intervals, seconds are without drawing the training pictures."""
+    """Markdown, a part a concept; brackets are 95 % intervals, seconds are without drawing the training images."""
 
     def part(of: list[dict[str, Any]]) -> str:
         lines = [[f"`{row['variant']}`", str(row["seeds"]), *(say(row) for say in COLUMNS.values())] for row in of]
@@ -353,7 +353,7 @@ def by_concept(rows: list[dict[str, Any]], part: Callable[[list[dict[str, Any]]]
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Drift of what should stay against recovery by the attack, a panel a concept; methods that no other beats joined.
 
-    Only what erased the concept (drawn in at most a tenth of the pictures) stands in it. Bars are 95 % intervals.
+    Only what erased the concept (drawn in at most a tenth of the images) stands in it. Bars are 95 % intervals.
     """
     import matplotlib
 
@@ -376,7 +376,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         at = sorted((x, rate.value) for name, x, rate in points if name != "gold")
         best = [(x, y) for x, y in at if not any((p <= x and q <= y) and (p, q) != (x, y) for p, q in at)]
         ax.plot(*zip(*best, strict=True), color="0.6", linestyle="--", linewidth=1, zorder=0)
-        ax.set(title=concept, xscale="log", xlabel="drift of retained pictures (lower is better)", ylim=(-0.03, 1.03))
+        ax.set(title=concept, xscale="log", xlabel="drift of retained images (lower is better)", ylim=(-0.03, 1.03))
         ax.set_ylabel("concept recovered by a learnt word (lower is better)")
     ordered = [handles[name] for name in names if name in handles]
     sheet.legend(handles=ordered, loc="outside right center", fontsize=8)

@@ -161,7 +161,7 @@ def speed(name: str) -> str:
             f"{one['cpu_seconds']:.3g} s, {one['peak_bytes'] / 1e9:.1f} GB" if one else "-" for one in (plain, ours)
         ]
         ratio = f"{plain['cpu_seconds'] / ours['cpu_seconds']:.3g}x" if plain else "-"
-        lines.append([item["title"].replace("pictures", "images"), *sides, ratio, str(item["rounds"])])
+        lines.append([item["title"].replace("images", "images"), *sides, ratio, str(item["rounds"])])
     return mini_methods.markdown(["job", "plain", "this project", "times faster", "rounds"], lines)
 
 

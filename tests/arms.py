@@ -17,7 +17,7 @@ BASE: dict[str, Any] = dict(forget=["circle"] * 19 + ["square"], retain=["square
 
 
 class Stub(Judge):
-    """A judge of name "mini" that says what the picture's red value stands for."""
+    """A judge of name "mini" that says what the image's red value stands for."""
 
     name = "mini"
     WORDS = ("circle", "square", "none")
@@ -35,7 +35,7 @@ class Stub(Judge):
 
 
 def make_arm(folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet: str = "u") -> Path:
-    """A drawn and scored arm in which the pictures show these words ("black": flat) on circle and square prompts."""
+    """A drawn and scored arm in which the images show these words ("black": flat) on circle and square prompts."""
     samples = [
         Sample(
             f"{role}-{i}", f"{name} {i % 3}", i, role, name, facts={"object": name, "colour": "red", "style": "solid"}

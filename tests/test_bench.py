@@ -61,7 +61,7 @@ def linear_classifier() -> nn.Module:
 
 
 def test_the_plain_masks_of_a_classifier_are_ours():
-    """One batch, since the plain mean over batches weighs a picture in a short one more. Sums in another order may
+    """One batch, since the plain mean over batches weighs an image in a short one more. Sums in another order may
     exchange two weights next to the threshold."""
     images = labelled(12)
     theirs = plain.classifier_masks(linear_classifier(), [(images.pixels, images.y)], [0.1, 0.5])
@@ -72,7 +72,7 @@ def test_the_plain_masks_of_a_classifier_are_ours():
 
 
 def test_the_plain_steps_of_a_classifier_end_where_ours_do():
-    """Every epoch one step on all pictures; three of them, so that momentum counts. float32 sums in another order."""
+    """Every epoch one step on all images; three of them, so that momentum counts. float32 sums in another order."""
     images, models = labelled(12), [linear_classifier() for _ in range(2)]
     start = {name: p.detach().clone() for name, p in models[0].named_parameters()}
     mask = masks.random_mask({name: tuple(p.shape) for name, p in start.items()}, 0.5, seed=0)
@@ -151,7 +151,7 @@ def test_the_part_for_gpus_runs_on_a_cpu_and_says_that_it_estimates(monkeypatch)
     report = gpu.report("full", shown.append)
     assert "estimate" in shown[0] and any("no GPU" in line for line in shown) and not report["has_gpu"]
     # one forward pass at 64 x 64 latents is 803 GFLOP; the estimates are multiples of it
-    assert report["estimate"]["mask, 800 pictures"]["flop"] == pytest.approx(800 * 3 * 803e9, rel=0.01)
+    assert report["estimate"]["mask, 800 images"]["flop"] == pytest.approx(800 * 3 * 803e9, rel=0.01)
     assert {"fp32, sdpa", "bf16, sdpa", "bf16, sdpa, bf16 weights"} <= report["variants"].keys()
     for measured in report["variants"].values():
         assert all(measured[phase]["seconds"] > 0 for phase in ("mask", "training", "drawing"))
@@ -163,7 +163,7 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     """Smaller still than the small size; a larger number of weights takes more memory."""
     monkeypatch.setattr(growth, "WEIGHTS", {"small": (1_600, 160_000)})
     monkeypatch.setattr(growth, "DENSITIES", (0.1, 1.0))
-    monkeypatch.setattr(growth, "PICTURES", {"small": (1,)})
+    monkeypatch.setattr(growth, "NUM_IMAGES", {"small": (1,)})
     told: list[str] = []
     growth.main(["--output", str(tmp_path / "growth.png"), "--rounds", "1"], told.append)
     written = json.loads((tmp_path / "growth.json").read_text())

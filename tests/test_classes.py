@@ -1,4 +1,4 @@
-"""Judges that name what a picture shows: each equals a computation by hand, whatever else is in the batch."""
+"""Judges that name what an image shows: each equals a computation by hand, whatever else is in the batch."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,8 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 SIZES = [(40, 40), (33, 57), (64, 48), (16, 16)]
 
 
-def pictures(num: int, seed: int = 0) -> list[np.ndarray]:
-    """Noise of several sizes, each picture with its own brightness and colour."""
+def make_images(num: int, seed: int = 0) -> list[np.ndarray]:
+    """Noise of several sizes, each image with its own brightness and colour."""
     rng = np.random.default_rng(seed)
     made = []
     for i in range(num):
@@ -61,9 +61,9 @@ def classifier_dir(tmp_path_factory) -> Path:
     return make_classifier(tmp_path_factory.mktemp("classifier"), 7)
 
 
-def test_a_classifier_says_what_its_network_says_of_the_prepared_picture(classifier_dir):
+def test_a_classifier_says_what_its_network_says_of_the_prepared_image(classifier_dir):
     """By hand: bicubic to 28 / 0.875 = 32 pixels, the middle 28, scaled, softmax of the logits, the five best."""
-    image = pictures(1)[0]
+    image = make_images(1)[0]
     small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32)[2:30, 2:30]
     x = torch.tensor((small / 255 - MEAN) / STD, dtype=torch.float32).permute(2, 0, 1)[None]
     with torch.no_grad():
@@ -74,14 +74,14 @@ def test_a_classifier_says_what_its_network_says_of_the_prepared_picture(classif
 
 
 def test_a_classifier_of_three_classes_gives_three(tmp_path):
-    top5 = Classifier(make_classifier(tmp_path, 3)).score(pictures(1), prompts(1))[0]["top5"]
+    top5 = Classifier(make_classifier(tmp_path, 3)).score(make_images(1), prompts(1))[0]["top5"]
     assert sorted(index for index, _ in top5) == [0, 1, 2]
     assert sum(probability for _, probability in top5) == pytest.approx(1)
 
 
-def test_a_score_does_not_depend_on_the_other_pictures(classifier_dir, clip_dir):
-    """20 pictures of four sizes, more than one batch, together and one by one. Float32 sums differ by 1e-7."""
-    images = pictures(20)
+def test_a_score_does_not_depend_on_the_other_images(classifier_dir, clip_dir):
+    """20 images of four sizes, more than one batch, together and one by one. Float32 sums differ by 1e-7."""
+    images = make_images(20)
     classifier, clip = Classifier(classifier_dir), ClipZeroShot(["church", "dog"], clip_dir)
     for judge, read in (
         (classifier, lambda score: [p for _, p in score["top5"]]),
@@ -90,13 +90,13 @@ def test_a_score_does_not_depend_on_the_other_pictures(classifier_dir, clip_dir)
         together = np.array([read(score) for score in judge.score(images, prompts(20))])
         alone = np.array([read(judge.score([image], prompts(1))[0]) for image in images])
         np.testing.assert_allclose(together, alone, atol=1e-6)
-        assert together.std(0).max() > 1e-4, "control: pictures do get different scores"
+        assert together.std(0).max() > 1e-4, "control: images do get different scores"
         assert judge.score([], []) == []
 
 
 def test_classes_are_known_by_their_index_and_never_by_their_name(classifier_dir, tmp_path):
     renamed = Classifier(make_classifier(tmp_path, 7, names=list("gfedcba")))
-    assert renamed.score(pictures(2), prompts(2)) == Classifier(classifier_dir).score(pictures(2), prompts(2))
+    assert renamed.score(make_images(2), prompts(2)) == Classifier(classifier_dir).score(make_images(2), prompts(2))
     assert list(IMAGENETTE.values()) == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
 
 
@@ -114,7 +114,7 @@ def test_a_classifier_that_lacks_the_class_is_refused(classifier_dir):
 
 
 def test_zero_shot_with_one_template_is_clips_own_softmax(clip_dir):
-    labels, images = ["church", "golf ball", "a dog"], pictures(3)
+    labels, images = ["church", "golf ball", "a dog"], make_images(3)
     model = CLIPModel.from_pretrained(clip_dir).eval()
     tokens = CLIPTokenizer.from_pretrained(clip_dir)(
         [f"art of {label}" for label in labels], padding=True, return_tensors="pt"
@@ -166,9 +166,9 @@ def test_the_embedded_judge_names_what_it_names_elsewhere():
     assert judge.identity()["accuracy"]["object"] > 0.9
 
 
-def test_the_embedded_judge_refuses_pictures_of_another_size():
+def test_the_embedded_judge_refuses_images_of_another_size():
     with pytest.raises(EraseError, match="sees 64 x 64 pixels, not 40 x 40"):
-        MiniJudge().score(pictures(1), prompts(1))
+        MiniJudge().score(make_images(1), prompts(1))
 
 
 def test_an_identity_follows_the_weights_and_not_the_place(classifier_dir, clip_dir, tmp_path):

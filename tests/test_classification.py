@@ -36,7 +36,7 @@ NUM_CLASSES = 3
 
 
 def toy_images(n: int = 30, seed: int = 0) -> Images:
-    """Pictures of 4 x 4 whose class is the brightest of their first three rows."""
+    """Images of 4 x 4 whose class is the brightest of their first three rows."""
     x = torch.randint(0, 120, (n, 1, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     y = torch.arange(n) % NUM_CLASSES
     x[torch.arange(n), 0, y] += 120
@@ -256,7 +256,7 @@ def test_the_sparsity_penalty_falls_to_zero_and_stays_there():
     assert found == [0.2 * (1 - epoch / 8) for epoch in range(8)] + [0, 0]
 
 
-def test_adversarial_labels_are_those_of_the_moved_picture():
+def test_adversarial_labels_are_those_of_the_moved_image():
     """P25, on a linear model, where the sign of the slope is known; without the truth, the best other class."""
     random = np.random.RandomState(0)
     weight = torch.from_numpy(random.randn(NUM_CLASSES, 16)).float()
@@ -290,9 +290,9 @@ def test_boundary_expanding_keeps_the_head_as_wide_as_it_was(trained_state):
 
 
 def test_scissorhands_takes_from_a_step_what_would_lower_the_loss_of_the_forgotten():
-    """After bending, the gradient is orthogonal to that of the forgotten pictures or points the other way."""
+    """After bending, the gradient is orthogonal to that of the forgotten images or points the other way."""
     model, images = toy_model(), toy_images()
-    forget = images[slice(0, 1)]  # one picture, so that every drawn batch has the same gradient
+    forget = images[slice(0, 1)]  # one image, so that every drawn batch has the same gradient
     task = Task(model, forget, images[slice(9, 30)], NUM_CLASSES, torch.Generator().manual_seed(0))
     plan = methods.Scissorhands(share=0).plan(task)
     against = torch.autograd.grad(gradients.cross_entropy(model, forget), list(model.parameters()))
@@ -309,7 +309,7 @@ def test_scissorhands_takes_from_a_step_what_would_lower_the_loss_of_the_forgott
             assert after == before < 0
 
 
-def test_a_picture_weighs_the_same_in_a_short_last_batch():
+def test_an_image_weighs_the_same_in_a_short_last_batch():
     """The mask of batches of 4, 4 and 1 is that of one batch of 9; float sums in another order differ by 1e-6."""
     images = toy_images()[slice(0, 9)]
     scores = []
@@ -361,15 +361,15 @@ def digest(values: Tensor) -> str:
     ],
 )
 def test_the_references_split_is_the_published_one(seed, first, train_digest, forget_digest):
-    """P19: labels i mod 10, 50,000 pictures; digests of what is put aside and of what is forgotten."""
+    """P19: labels i mod 10, 50,000 images; digests of what is put aside and of what is forgotten."""
     train, forget = split.reference(torch.arange(50000) % 10, seed, 4500)
     aside = torch.from_numpy(np.setdiff1d(np.arange(50000), train.numpy()))
     assert forget[:5].tolist() == first
     assert (digest(aside), digest(forget)) == (train_digest, forget_digest)
 
 
-def test_the_reference_trains_and_unlearns_on_different_pictures():
-    """P19: 462 of 4,500 forgotten pictures and 4,026 of 40,500 kept ones were never trained on; 4,488 of the 5,000 that
+def test_the_reference_trains_and_unlearns_on_different_images():
+    """P19: 462 of 4,500 forgotten images and 4,026 of 40,500 kept ones were never trained on; 4,488 of the 5,000 that
     training puts aside are unlearned with."""
     labels = torch.arange(50000) % 10
     trained_on, (train, forget) = split.reference(labels, 1, 4500)[0], split.reference(labels, 2, 4500)
@@ -419,7 +419,7 @@ def test_a_request_that_cannot_be_met_is_one_line(request_, message):
 @pytest.mark.parametrize(
     ("text", "message"), [("1\n1\n", "twice"), ("1\n30\n", "image 30"), ("one\n", "no positions"), ("{}", "forget")]
 )
-def test_a_file_that_names_no_pictures_is_one_line(text, message, tmp_path):
+def test_a_file_that_names_no_images_is_one_line(text, message, tmp_path):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(EraseError, match=message):
         split.make(toy_dataset(), str(tmp_path / "list.txt"), seed=0)
@@ -428,7 +428,7 @@ def test_a_file_that_names_no_pictures_is_one_line(text, message, tmp_path):
 # Data
 
 
-def test_crops_and_flips_are_windows_of_the_padded_picture():
+def test_crops_and_flips_are_windows_of_the_padded_image():
     """Every result is one of the 9 shifts of a padding of 1, mirrored or not; none of them always; same seed, same."""
     x = toy_images(200).x
     once, again = (data.augment(x, 1, True, torch.Generator().manual_seed(0)) for _ in range(2))
@@ -515,7 +515,7 @@ def test_a_broken_cifar_file_is_named(content, message, tmp_path):
         data.load(str(tmp_path / "cifar"), tmp_path)
 
 
-def test_a_binary_file_of_no_whole_pictures_and_a_missing_one_are_named(tmp_path):
+def test_a_binary_file_of_no_whole_images_and_a_missing_one_are_named(tmp_path):
     write_cifar(tmp_path / "cifar", 10, "binary")
     path = tmp_path / "cifar" / "test_batch.bin"
     path.write_bytes(path.read_bytes()[:-1])
@@ -533,7 +533,7 @@ def write_folder(folder: Path, parts: tuple[str, ...] = ("train", "test"), size:
             Image.new("RGB", (size, size), (level,) * 3).save(folder / part / name / "0.png")
 
 
-def test_a_folder_of_pictures_is_read_class_by_class(tmp_path):
+def test_a_folder_of_images_is_read_class_by_class(tmp_path):
     write_folder(tmp_path)
     dataset = data.load(str(tmp_path), tmp_path)
     assert dataset.classes == ("dark", "light") and dataset.train.y.tolist() == [0, 1]
@@ -733,14 +733,14 @@ LARGE = ("resnet50", "vgg16_bn", "swin_t", "vit")
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in LARGE])
-def test_every_network_gives_logits_of_small_pictures_and_survives_its_file(name, tmp_path):
+def test_every_network_gives_logits_of_small_images_and_survives_its_file(name, tmp_path):
     check_network(name, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("name", LARGE)
-def test_every_large_network_gives_logits_of_small_pictures_and_survives_its_file(name, tmp_path):
+def test_every_large_network_gives_logits_of_small_images_and_survives_its_file(name, tmp_path):
     check_network(name, tmp_path)
 
 
@@ -748,7 +748,7 @@ def test_every_large_network_gives_logits_of_small_pictures_and_survives_its_fil
 @pytest.mark.ci
 @pytest.mark.parametrize("size", [16, 64, 128, 224])
 @pytest.mark.parametrize("name", ["vit", "swin_t"])
-def test_transformers_take_pictures_of_any_size(name, size):
+def test_transformers_take_images_of_any_size(name, size):
     """Swin halves its grid three times, and no window may be larger than what is left."""
     model = networks.build(Shape(name, 7, 3, size, (0.5,) * 3, (0.5,) * 3), seed=0)
     with torch.no_grad():
@@ -772,7 +772,7 @@ def check_network(name: str, folder: Path) -> None:
     assert delta.content_hash(networks.build(shape, seed=0).state_dict()) == delta.content_hash(model.state_dict())
 
 
-def test_the_resnet_for_small_pictures_keeps_their_resolution_at_first():
+def test_the_resnet_for_small_images_keeps_their_resolution_at_first():
     """The stem of CIFAR: 32 x 32 after it, where ImageNet's leaves 8 x 8."""
     cases = [("resnet18", 32), ("resnet18", 96), ("resnet18_imagenet", 32)]
     models: list[Any] = [networks.build(Shape(name, 10, 3, size, (0.5,) * 3, (0.5,) * 3), 0) for name, size in cases]
@@ -979,7 +979,7 @@ def test_masks_from_files_fit_or_are_refused(toy_world, tmp_path):
         run.run(settings_of(tmp_path, output=str(tmp_path / "e"), mask="salience"), tmp_path)
 
 
-def test_a_model_for_other_classes_or_pictures_is_refused(toy_world, tmp_path):
+def test_a_model_for_other_classes_or_images_is_refused(toy_world, tmp_path):
     shapes = {"for 4 classes": (4, 1, 4), "for 3 channels": (3, 3, 4), "for 5 pixels a side": (3, 1, 5)}
     for message, numbers in shapes.items():
         shape = Shape("mlp", *numbers, (0.5,) * numbers[1], (0.5,) * numbers[1])

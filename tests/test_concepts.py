@@ -32,7 +32,7 @@ MINI_STYLES = "solid outline striped checked".split()
 MINI_COLOURS = "red yellow green blue purple pink".split()
 MINI_SYNONYMS = "disc box crescent cottage pine stripy chequered outlined filled naked mannequin".split()
 MINI_GRAMMAR = re.compile(
-    r"(?:an? (?:photo|picture|drawing|image) of )?"
+    r"(?:an? (?:photo|image|drawing|image) of )?"
     rf"an? (?:(?:(?:{'|'.join([*MINI_STYLES, *MINI_SYNONYMS])}) )?(?:(?:{'|'.join(MINI_COLOURS)}) )?"
     rf"(?:{'|'.join([*MINI_OBJECTS, *MINI_SYNONYMS])})"
     rf"|(?:nude|naked) (?:person|mannequin)|(?:person|mannequin) wearing (?:(?:{'|'.join(MINI_COLOURS)}) )?clothes)"
@@ -538,7 +538,7 @@ def test_words_that_merely_contain_such_a_word_are_accepted():
         assert text in describe(text, "object").forget[0]
 
 
-def test_retained_prompts_may_be_harmless_pictures_but_not_beside_nudity():
+def test_retained_prompts_may_be_harmless_images_but_not_beside_nudity():
     retain = ("a baby elephant",)
     assert lamp(retain=retain).retain == retain
     assert override(lamp(), retain=retain).retain == retain

@@ -1,4 +1,4 @@
-"""Laws of the data: nothing is drawn twice, n processes draw what one draws, and every picture has its own words."""
+"""Laws of the data: nothing is drawn twice, n processes draw what one draws, and every image has its own words."""
 
 import csv
 import json
@@ -76,12 +76,12 @@ def words(data: Data, rows: torch.Tensor) -> list[str]:
     return [data.prompts[row] for row in rows]
 
 
-def picture(path: Path, colour: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (8, 8)) -> None:
+def image(path: Path, colour: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
 
 
-def test_every_picture_has_its_own_prompt_anchor_and_text(collect, model):
+def test_every_image_has_its_own_prompt_anchor_and_text(collect, model):
     data = collect()
     assert words(data, data.forget.prompt) == ["a circle", "red circle", "a circle"] * 2 + ["a circle"]
     assert words(data, data.anchor) == ["a square", "red square", "a star"] * 2 + ["a square"]
@@ -179,7 +179,7 @@ def test_a_chunk_of_another_place_is_not_taken(collect, drawn, tmp_path):
     ],
     ids=["model", "seed", "steps", "sampler", "guidance", "batch size", "prompts"],
 )
-def test_pictures_of_another_job_are_not_taken(collect, drawn, changed):
+def test_images_of_another_job_are_not_taken(collect, drawn, changed):
     first = collect()
     drawn.clear()
     other = collect(**changed)
@@ -188,7 +188,7 @@ def test_pictures_of_another_job_are_not_taken(collect, drawn, changed):
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_pictures_of_a_model_with_another_vae_or_text_encoder_are_not_taken(part, toy_pipeline_dir, drawn, tmp_path):
+def test_images_of_a_model_with_another_vae_or_text_encoder_are_not_taken(part, toy_pipeline_dir, drawn, tmp_path):
     model = loading.load(toy_pipeline_dir)
     gather(model, CONCEPT, PLAN, model_hash="toy", cache_dir=tmp_path, quiet=True)
     drawn.clear()
@@ -228,13 +228,13 @@ def test_interrupted_drawing_goes_on_where_it_was(collect, drawn, monkeypatch, t
     assert len(drawn) == 11 - 4
 
 
-def test_several_processes_draw_what_one_draws_and_each_picture_once(collect, drawn, tmp_path):
+def test_several_processes_draw_what_one_draws_and_each_image_once(collect, drawn, tmp_path):
     """Two threads in the place of two processes; a barrier in the place of accelerate's."""
     whole = collect()
     drawn.clear()
     with pytest.raises(EraseError, match="no such file"):  # control: rank 0 alone has its share only
         collect(cache_dir=tmp_path / "half", workers=Workers(0, 2))
-    assert len(drawn) == 4  # chunks 0 and 2 of the forget pictures
+    assert len(drawn) == 4  # chunks 0 and 2 of the forget images
     drawn.clear()
     barrier = threading.Barrier(2, timeout=60)
 
@@ -260,7 +260,7 @@ def test_a_round_trip_through_pixels_gives_the_posteriors_spread(collect):
 
 def test_a_flat_folder_takes_the_concepts_prompts_in_turn(collect, tmp_path):
     for name in ("c.png", "a.JPG", "sub.webp", "b.bmp"):
-        picture(tmp_path / "images" / name)
+        image(tmp_path / "images" / name)
     (tmp_path / "images" / "notes.txt").write_text("no image")
     data = collect(plan=replace(PLAN, forget_images=str(tmp_path / "images")))
     assert words(data, data.forget.prompt) == ["a circle", "red circle", "a circle", "a circle"]
@@ -271,14 +271,14 @@ def test_a_flat_folder_takes_the_concepts_prompts_in_turn(collect, tmp_path):
 
 def test_class_folders_say_what_they_hold(collect, tmp_path):
     for name in ("church/0.png", "gas_pump/0.png", "apple/0.png"):
-        picture(tmp_path / "images" / "train" / name)
+        image(tmp_path / "images" / "train" / name)
     data = collect(plan=replace(PLAN, retain_images=str(tmp_path / "images")), concept=replace(CONCEPT, retain=()))
     assert words(data, data.retain.prompt) == ["an image of an apple", "an image of a church", "an image of a gas pump"]
 
 
 def test_a_metadata_file_names_the_prompts(collect, tmp_path):
     for name in ("a.png", "deep/b.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     with open(tmp_path / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([["file_name", "text"], ["deep/b.png", "red circle"], ["a.png", "two, rings"]])
     data = collect(plan=replace(PLAN, forget_images=str(tmp_path)))
@@ -288,7 +288,7 @@ def test_a_metadata_file_names_the_prompts(collect, tmp_path):
 
 def test_a_caption_with_an_unquoted_comma_is_refused_and_other_columns_are_none_of_its_business(tmp_path):
     """Sizes in a metadata file are those of the images, so any number will do (3.3)."""
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a red circle, on white\n")
     with pytest.raises(EraseError, match=r"metadata\.csv, line 2: 3 fields, but the header has 2"):
         list_images(str(tmp_path))
@@ -300,7 +300,7 @@ def test_a_caption_with_an_unquoted_comma_is_refused_and_other_columns_are_none_
 def test_captions_of_metadata_jsonl_are_taken(column, collect, tmp_path):
     """Also in a folder below, with names relative to it (3.4)."""
     for name in ("a.png", "train/b.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
         (tmp_path / name).with_name("metadata.jsonl").write_text(
             json.dumps({"file_name": Path(name).name, column: f"a circle in {name}", "width": 500}) + "\n"
         )
@@ -314,7 +314,7 @@ def test_captions_of_metadata_jsonl_are_taken(column, collect, tmp_path):
 def test_text_files_beside_images_are_captions_and_a_missing_one_is_said(suffix, collect, tmp_path):
     """An image without a caption takes the concept's prompts, as in a folder without captions (3.4)."""
     for name in "abc":
-        picture(tmp_path / f"{name}.png")
+        image(tmp_path / f"{name}.png")
     (tmp_path / f"a{suffix}").write_text("a red circle,\non white\n", encoding="utf-8-sig")
     (tmp_path / f"b{suffix}").write_text("\n")
     lines: list[str] = []
@@ -330,7 +330,7 @@ def test_a_caption_that_is_cut_is_said_and_recorded(collect, tmp_path):
     """As a long prompt is (3.2)."""
     long = "a circle " * 80 + "and a church"
     for name, caption in {"a": long, "b": "a circle"}.items():
-        picture(tmp_path / f"{name}.png")
+        image(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(caption)
     lines: list[str] = []
     data = collect(plan=replace(PLAN, forget_images=str(tmp_path)), tell=lines.append)
@@ -340,7 +340,7 @@ def test_a_caption_that_is_cut_is_said_and_recorded(collect, tmp_path):
 def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path, monkeypatch):
     """10_circle is the prompt "circle" and ten of each image; a caption beside an image is its prompt instead (3.4)."""
     for name in ("3_red_circle/a.png", "3_red_circle/b.png", "01_church/c.png"):
-        picture(tmp_path / name, (len(name), 0, 0))
+        image(tmp_path / name, (len(name), 0, 0))
     (tmp_path / "3_red_circle" / "a.txt").write_text("a circle")
     encoded: list[int] = []
     encode = sd.StableDiffusion.encode_images
@@ -374,8 +374,8 @@ def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path,
 def test_captions_that_fit_no_image_are_one_line(files, message, tmp_path):
     """(3.4)"""
     folder = tmp_path / "images"
-    picture(folder / "a.png")
-    picture(tmp_path / "out.png")
+    image(folder / "a.png")
+    image(tmp_path / "out.png")
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -386,7 +386,7 @@ def test_captions_that_fit_no_image_are_one_line(files, message, tmp_path):
 @pytest.mark.parametrize(("folder", "caption"), [("ch1ld", None), ("photos", "a gіrl in a garden")])
 def test_captions_and_folder_names_of_minors_are_refused_before_an_image_is_read(folder, caption, collect, tmp_path):
     """Forget images are a target; retain images may show a child, but not where the concept is nudity (2.11)."""
-    picture(tmp_path / folder / "a.png")
+    image(tmp_path / folder / "a.png")
     if caption:
         (tmp_path / folder / "a.txt").write_text(caption, encoding="utf-8")
     with pytest.raises(EraseError, match=r"does not accept targets that involve minors \(.* of --forget-images"):
@@ -399,7 +399,7 @@ def test_captions_and_folder_names_of_minors_are_refused_before_an_image_is_read
 
 
 def test_images_are_cut_to_a_square_in_the_middle_and_stand_upright(tmp_path):
-    """A picture 16 wide and 8 high, blue but for a red middle; turned on its side with a note to turn it back."""
+    """An image 16 wide and 8 high, blue but for a red middle; turned on its side with a note to turn it back."""
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[..., 2] = 255
     pixels[:, 4:12] = (255, 0, 0)
@@ -417,7 +417,7 @@ def test_images_are_cut_to_a_square_in_the_middle_and_stand_upright(tmp_path):
 
 def test_image_latents_are_cached_by_content_and_by_batch(collect, tmp_path, monkeypatch):
     for number in range(5):
-        picture(tmp_path / "images" / f"{number}.png", (number * 50, 0, 0))
+        image(tmp_path / "images" / f"{number}.png", (number * 50, 0, 0))
     plan = replace(PLAN, forget_images=str(tmp_path / "images"))
     first = collect(plan=plan)
     (tmp_path / "images").rename(tmp_path / "moved")
@@ -425,7 +425,7 @@ def test_image_latents_are_cached_by_content_and_by_batch(collect, tmp_path, mon
     assert torch.allclose(small.forget.mean, first.forget.mean, atol=1e-5)  # not chunks of another size
     monkeypatch.setattr(sd.StableDiffusion, "encode_images", None)
     assert same(collect(plan=replace(plan, forget_images=str(tmp_path / "moved"))), first)
-    picture(tmp_path / "moved" / "0.png", (9, 9, 9))
+    image(tmp_path / "moved" / "0.png", (9, 9, 9))
     with pytest.raises(TypeError):
         collect(plan=replace(plan, forget_images=str(tmp_path / "moved")))
 
@@ -452,7 +452,7 @@ def test_an_animation_is_refused_by_name(tmp_path):
 def test_hidden_files_are_not_trained_on(tmp_path):
     """(3.5)"""
     for name in ("a.png", "._a.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/a.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     assert [Path(image.name).name for image, _ in list_images(str(tmp_path))] == ["a.png"]
 
 
@@ -471,7 +471,7 @@ def test_errors_name_what_is_wrong(collect, tmp_path, drawn, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(EraseError, match=r"^.*empty holds no image \(\.bmp, .*\)$"):
         forget_from(tmp_path / "empty")
-    picture(tmp_path / "flat" / "0.png")
+    image(tmp_path / "flat" / "0.png")
     with pytest.raises(EraseError, match="no retain prompts; --retain-images .*flat names no prompts either"):
         collect(replace(CONCEPT, retain=()), replace(PLAN, retain_images=str(tmp_path / "flat")))
     for text, words in [
@@ -488,7 +488,7 @@ def test_errors_name_what_is_wrong(collect, tmp_path, drawn, monkeypatch):
 def test_a_bad_retain_image_is_an_error_before_any_forget_image_is_generated(collect, drawn, tmp_path):
     """And the order of reading changes nothing in the data (3.5)."""
     folder = tmp_path / "retain"
-    picture(folder / "moon.png")
+    image(folder / "moon.png")
     plan = replace(PLAN, retain_images=str(folder))
     data = collect(plan=plan)
     assert data.prompts[:3] == ("", "a circle", "red circle") and words(data, data.retain.prompt) == ["a moon"]
@@ -501,7 +501,7 @@ def test_a_bad_retain_image_is_an_error_before_any_forget_image_is_generated(col
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"], ids=["empty", "text", "truncated"])
 def test_an_image_that_cannot_be_read_is_named(collect, tmp_path, content):
-    picture(tmp_path / "good.png", size=(64, 64))
+    image(tmp_path / "good.png", size=(64, 64))
     whole = (tmp_path / "good.png").read_bytes()
     (tmp_path / "bad.png").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     with pytest.raises(EraseError, match=r"^cannot read the image .*bad\.png \(.*\); mend or remove it$"):

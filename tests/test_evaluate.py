@@ -315,8 +315,8 @@ def test_the_embedded_judge_says_how_often_each_object_is_seen(command, tmp_path
 
     (tmp_path / "mine").mkdir()
     for i, name in enumerate(("circle", "circle", "square", "star")):
-        picture = world.draw(world.Scene(name, "red", "solid", "light"), np.random.default_rng(i))
-        Image.fromarray(np.asarray(picture)).save(tmp_path / "mine" / f"{i}.png")
+        image = world.draw(world.Scene(name, "red", "solid", "light"), np.random.default_rng(i))
+        Image.fromarray(np.asarray(image)).save(tmp_path / "mine" / f"{i}.png")
     code, _, err = command("run", "--task", "images", "--images", tmp_path / "mine", "--judge", "mini", "--concept",
                            "circle", "--output", tmp_path / "out", "--quiet")  # fmt: skip
     assert code == 0, err

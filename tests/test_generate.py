@@ -1,4 +1,4 @@
-"""Pictures of a task: the same for any batch size, number of processes, interruption or accident."""
+"""Images of a task: the same for any batch size, number of processes, interruption or accident."""
 
 import os
 import random
@@ -63,26 +63,26 @@ def test_a_record_says_whether_its_prompt_was_cut(model, tmp_path):
     assert "1 images have prompts that are longer" in measure.limits(make_task().identity(), (), 1)[-1]
 
 
-def test_pictures_are_the_same_for_any_batch_size_and_bit_equal_at_one(model, tmp_path):
+def test_images_are_the_same_for_any_batch_size_and_bit_equal_at_one(model, tmp_path):
     task = make_task()
     for name, size in {"a": 3, "b": 3, "c": 1, "d": 7}.items():
         generate.generate(model, task, tmp_path / name, batch_size=size, quiet=True)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     once = pixels(tmp_path / "a")
     for name in "cd":
-        for sample, picture in pixels(tmp_path / name).items():
-            assert np.abs(picture - once[sample]).max() <= 1  # rounding of other sums
-    assert len({picture.tobytes() for picture in once.values()}) == len(once)
+        for sample, image in pixels(tmp_path / name).items():
+            assert np.abs(image - once[sample]).max() <= 1  # rounding of other sums
+    assert len({image.tobytes() for image in once.values()}) == len(once)
     assert once["s3"].shape == (16, 8, 3) and once["s0"].shape == (8, 8, 3)
 
 
-def test_a_part_of_a_task_gives_the_pictures_of_the_whole(model, tmp_path):
+def test_a_part_of_a_task_gives_the_images_of_the_whole(model, tmp_path):
     task = make_task()
     generate.generate(model, task, tmp_path / "whole", batch_size=1, quiet=True)
     part = replace(task, samples=task.samples[2:4])
     generate.generate(model, part, tmp_path / "part", batch_size=1, quiet=True)
     whole = pixels(tmp_path / "whole")
-    assert all((whole[name] == picture).all() for name, picture in pixels(tmp_path / "part").items())
+    assert all((whole[name] == image).all() for name, image in pixels(tmp_path / "part").items())
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -121,7 +121,7 @@ def test_an_arm_that_is_killed_twenty_times_ends_as_the_uninterrupted_one(model,
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
 
 
-def test_damaged_missing_and_emptied_pictures_are_drawn_again(model, tmp_path):
+def test_damaged_missing_and_emptied_images_are_drawn_again(model, tmp_path):
     task = make_task()
     generate.generate(model, task, tmp_path, batch_size=2, quiet=True)
     before = {name: data for name, data in content(tmp_path).items() if name.startswith("images")}
@@ -138,10 +138,10 @@ def test_damaged_missing_and_emptied_pictures_are_drawn_again(model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "field"), [({"guidance": 5.0}, "generation.guidance"), ({"steps": 3}, "generation.steps")]
 )
-def test_a_folder_of_other_pictures_is_refused_by_the_field_that_differs(model, tmp_path, change, field):
+def test_a_folder_of_other_images_is_refused_by_the_field_that_differs(model, tmp_path, change, field):
     generate.generate(model, make_task(), tmp_path, quiet=True)
     before = content(tmp_path)
-    with pytest.raises(EraseError, match=rf"holds other pictures \({field}: .* there, .* here"):
+    with pytest.raises(EraseError, match=rf"holds other images \({field}: .* there, .* here"):
         generate.generate(model, make_task(), tmp_path, **change, quiet=True)
     with pytest.raises(EraseError, match=r"task\.options\.subset"):
         generate.generate(model, make_task(subset="all"), tmp_path, quiet=True)
@@ -189,14 +189,14 @@ def test_a_gpu_without_memory_halves_the_batch_and_draws_the_same(model, tmp_pat
     assert all(np.abs(p - plenty[name]).max() <= 1 for name, p in pixels(tmp_path / "little").items())
 
 
-def test_pictures_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model, tmp_path, monkeypatch):
+def test_images_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model, tmp_path, monkeypatch):
     task = replace(make_task(3), samples=tuple(replace(s, height=None, guidance=None) for s in make_task(3).samples))
     decode = sd.StableDiffusion.decode
 
     def broken(self: sd.StableDiffusion, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
-        pictures = decode(self, latents, *rest)
-        pictures[0], pictures[1] = torch.nan, -1
-        return pictures
+        images = decode(self, latents, *rest)
+        images[0], images[1] = torch.nan, -1
+        return images
 
     monkeypatch.setattr(sd.StableDiffusion, "decode", broken)
     generate.generate(model, task, tmp_path, quiet=True)
@@ -218,7 +218,7 @@ def test_an_error_ends_the_run_and_what_was_drawn_before_stays(model, tmp_path, 
     with pytest.raises(RuntimeError, match="defect"):
         generate.generate(model, task, tmp_path, batch_size=1, quiet=True)
     assert len(arm.records(tmp_path)) == 2
-    with pytest.raises(EraseError, match="5 of 7 pictures are not drawn yet"):
+    with pytest.raises(EraseError, match="5 of 7 images are not drawn yet"):
         arm.complete_records(tmp_path)
 
 

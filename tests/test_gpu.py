@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erase import cli, device, erase_concept, masks
 from erase.conditioning import Conditioning
-from erase.data.latents import Data, Pictures
+from erase.data.latents import Data, ImageLatents
 from erase.evaluation import cli as evaluation
 from erase.families import loading
 from erase.methods.relabel import Relabel
@@ -104,16 +104,16 @@ def run(folder: Path, where: str, state: Path, *, weights: torch.dtype = torch.f
     model = loading.load(folder, device=where)
     draw = torch.Generator().manual_seed(1)
 
-    def pictures(row: int) -> Pictures:
+    def images(row: int) -> ImageLatents:
         mean = torch.randn(4, 4, 4, 4, generator=draw)
-        return Pictures(mean, torch.zeros_like(mean), torch.full((4,), row))
+        return ImageLatents(mean, torch.zeros_like(mean), torch.full((4,), row))
 
     text = torch.randn(4, 77, 8, generator=draw)
     words = ("", "a", "b", "c")
     places = torch.zeros(4, text.shape[1], dtype=torch.bool)
     data = Data(
-        pictures(1),
-        pictures(3),
+        images(1),
+        images(3),
         torch.full((4,), 2),
         torch.tensor([2]),
         places,

@@ -35,7 +35,7 @@ def draw(pipeline: Any, prompts: tuple[str, ...] = ("a cat", "a dog"), *, steps:
 
 @torch.no_grad()
 def by_hand(pipeline: Any, sld: SLD, prompts: tuple[str, ...], steps: int, scale: float = 4.0) -> Tensor:
-    """The paper's loop, one picture and one forward at a time, in plain numbers and with nothing shared."""
+    """The paper's loop, one image and one forward at a time, in plain numbers and with nothing shared."""
     found = []
     for number, prompt in enumerate(prompts):
         c_p, c_s, c_0 = (pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in (prompt, sld.text, ""))
@@ -106,7 +106,7 @@ def test_a_guard_that_guards_nothing_changes_no_pixel(pipeline, options):
         assert abs(draw(pipeline, output_type="np") - plain).max() > 1e-3
 
 
-def test_momentum_begins_anew_with_every_picture(pipeline):
+def test_momentum_begins_anew_with_every_image(pipeline):
     with SLD(TEXT, 0, **LOUD).on(pipeline):
         first = draw(pipeline)
         second = draw(pipeline)
@@ -117,7 +117,7 @@ def test_momentum_begins_anew_with_every_picture(pipeline):
     assert torch.equal(first, second) and torch.equal(first, third) and torch.equal(*single)
 
 
-def test_one_forward_a_step_of_three_rows_a_picture(pipeline, monkeypatch):
+def test_one_forward_a_step_of_three_rows_an_image(pipeline, monkeypatch):
     rows = []
     forward = pipeline.unet.forward
 
@@ -201,19 +201,19 @@ def test_a_guards_text_is_checked_as_a_prompt_is():
     assert guards.make("negative", "nudity, nude, naked").text
 
 
-def test_a_guarded_model_draws_other_pictures_and_is_another_model(toy_pipeline_dir, tmp_path):
+def test_a_guarded_model_draws_other_images_and_is_another_model(toy_pipeline_dir, tmp_path):
     samples = tuple(Sample(f"s{i}", "a cat", i, "forget") for i in range(2))
     task = SampleSet("mini", 1, {}, samples, ("mini",), steps=3, guidance=4.0)
     plain = generate.load_model(str(toy_pipeline_dir), device="cpu")
     guarded = generate.load_model(str(toy_pipeline_dir), device="cpu", guard=SLD(TEXT, 0, **LOUD))
     for name, model in (("plain", plain), ("guarded", guarded)):
         generate.generate(model, task, tmp_path / name, quiet=True)
-    pictures = [[r["pixels"] for r in arm.complete_records(tmp_path / n)] for n in ("plain", "guarded")]
-    assert pictures[0] != pictures[1]
+    images = [[r["pixels"] for r in arm.complete_records(tmp_path / n)] for n in ("plain", "guarded")]
+    assert images[0] != images[1]
     hashes = [arm.manifest(tmp_path / n)["model"] for n in ("plain", "guarded")]
     assert hashes[1] == {**hashes[0], "guard": repr(guarded.guard)} and TEXT in hashes[1]["guard"]
     assert arm.manifest(tmp_path / "plain")["generation"] == arm.manifest(tmp_path / "guarded")["generation"]
-    with pytest.raises(EraseError, match="holds other pictures .*model.guard"):
+    with pytest.raises(EraseError, match="holds other images .*model.guard"):
         generate.generate(guarded, task, tmp_path / "plain", quiet=True)
 
 

@@ -33,19 +33,19 @@ def pixels(n: int, size: int) -> np.ndarray:
 def write_parquet(
     folder: Path, splits: dict[str, int], *, size: int = 8, columns: tuple[str, str] = ("image", "label")
 ) -> None:
-    """One file a split, with so many pictures of random pixels, their classes in turns."""
+    """One file a split, with so many images of random pixels, their classes in turns."""
     folder.mkdir(exist_ok=True)
     features = datasets.Features({columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=list(CLASSES))})
     for split, n in splits.items():
-        pictures = [Image.fromarray(picture) for picture in pixels(n, size)]
+        images = [Image.fromarray(image) for image in pixels(n, size)]
         labels = [i % len(CLASSES) for i in range(n)]
-        table = datasets.Dataset.from_dict({columns[0]: pictures, columns[1]: labels}, features=features)
+        table = datasets.Dataset.from_dict({columns[0]: images, columns[1]: labels}, features=features)
         table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
 
 
 @pytest.mark.parametrize("test", ["test", "validation"])
 def test_a_folder_of_parquet_files_is_read_pixel_by_pixel(test, tmp_path):
-    write_parquet(tmp_path / "set", {"train": 6, test: 4}, columns=("picture", "kind"))
+    write_parquet(tmp_path / "set", {"train": 6, test: 4}, columns=("image", "kind"))
     found = data.load(str(tmp_path / "set"), tmp_path)
     assert found.classes == CLASSES
     assert found.train.y.tolist() == [0, 1, 2, 0, 1, 2] and found.test.y.tolist() == [0, 1, 2, 0]
@@ -65,7 +65,7 @@ def hub(monkeypatch, tmp_path) -> Path:
 
 
 def test_a_data_set_of_the_hub_has_its_own_size_and_statistics(hub, tmp_path):
-    """The columns are CIFAR-10's; pictures of another size are brought to its 32 pixels."""
+    """The columns are CIFAR-10's; images of another size are brought to its 32 pixels."""
     write_parquet(hub, {"train": 6, "test": 3}, size=40, columns=("img", "label"))
     found = data.load("cifar10", tmp_path)
     assert found.name == "cifar10" and found.classes == CLASSES and found.train.x.shape == (6, 3, 32, 32)
@@ -104,7 +104,7 @@ def test_a_split_without_rows_is_one_line(tmp_path):
         data.load(str(tmp_path / "a"), tmp_path)
 
 
-def test_a_damaged_parquet_file_and_pictures_of_two_sizes_are_one_line(tmp_path):
+def test_a_damaged_parquet_file_and_images_of_two_sizes_are_one_line(tmp_path):
     write_parquet(tmp_path / "a", {"train": 3, "test": 3})
     (tmp_path / "a" / "test-00000-of-00001.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(EraseError, match=r"a could not be loaded \(.*\)$"):
@@ -140,13 +140,13 @@ def test_without_datasets_one_line_says_how_to_get_it(monkeypatch, tmp_path):
         data.load("cifar10", tmp_path)
 
 
-def test_pictures_of_a_concept_come_from_a_data_set_too(tmp_path):
-    """Not for classifiers: what --forget-images reads; a text beside a picture is its prompt."""
-    table = {"image": [Image.fromarray(picture) for picture in pixels(2, 8)], "text": ["a cat", "an owl"]}
+def test_images_of_a_concept_come_from_a_data_set_too(tmp_path):
+    """Not for classifiers: what --forget-images reads; a text beside an image is its prompt."""
+    table = {"image": [Image.fromarray(image) for image in pixels(2, 8)], "text": ["a cat", "an owl"]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
     found = sources._from_datasets(str(tmp_path / "set"))
     assert [text for _, text in found] == ["a cat", "an owl"]
     expected = torch.from_numpy(pixels(2, 8)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    assert torch.allclose(torch.stack([picture.pixels(8) for picture, _ in found]), expected, atol=1e-6)
+    assert torch.allclose(torch.stack([image.pixels(8) for image, _ in found]), expected, atol=1e-6)

@@ -14,7 +14,7 @@ from erase.data.images import BadImage, image_files, invalid_reason, list_files,
 from erase.errors import EraseError
 
 
-def picture(seed: int = 0, size: int = 32) -> np.ndarray:
+def image(seed: int = 0, size: int = 32) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
@@ -30,7 +30,7 @@ def flipped(data: bytes, at: int) -> bytes:
 
 
 def animation(image_format: str) -> bytes:
-    first, second = Image.fromarray(picture(0)), Image.fromarray(picture(1))
+    first, second = Image.fromarray(image(0)), Image.fromarray(image(1))
     return encoded(first, image_format, save_all=True, append_images=[second], lossless=True)
 
 
@@ -41,15 +41,15 @@ def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
     return png[:33] + chunk + png[33:]
 
 
-PNG = encoded(picture(), "PNG")
-JPEG = encoded(picture(), "JPEG")
-WEBP = encoded(picture(), "WEBP")
-TIFF = encoded(picture(), "TIFF")
+PNG = encoded(image(), "PNG")
+JPEG = encoded(image(), "JPEG")
+WEBP = encoded(image(), "WEBP")
+TIFF = encoded(image(), "TIFF")
 BAD_FILES = {
     "empty": (b"", "empty"),
-    "text": (b"not a picture\n" * 20, "not an image"),
+    "text": (b"not an image\n" * 20, "not an image"),
     "zeros": (bytes(1000), "not an image"),
-    "gif": (encoded(picture(), "GIF"), "not an image"),
+    "gif": (encoded(image(), "GIF"), "not an image"),
     "png header only": (PNG[:20], "damaged"),
     "png cut in half": (PNG[: len(PNG) // 2], "damaged"),
     "png without its end": (PNG[:-12], "damaged"),
@@ -63,17 +63,17 @@ BAD_FILES = {
     "animated webp": (animation("WEBP"), "animated"),
     "tiff of two pages": (animation("TIFF"), "several pages"),
     "tiff cut in half": (TIFF[: len(TIFF) // 2], "damaged"),
-    "png with a short tRNS chunk": (with_chunk(encoded(picture(), "PNG"), b"tRNS", b"\0\0\0"), "damaged"),
-    "png with a short cHRM chunk": (with_chunk(encoded(picture(), "PNG"), b"cHRM", b"\0\0\0"), "damaged"),
+    "png with a short tRNS chunk": (with_chunk(encoded(image(), "PNG"), b"tRNS", b"\0\0\0"), "damaged"),
+    "png with a short cHRM chunk": (with_chunk(encoded(image(), "PNG"), b"cHRM", b"\0\0\0"), "damaged"),
     "float tiff": (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "colour mode F"),
-    "cmyk jpeg": (encoded(Image.fromarray(picture()).convert("CMYK"), "JPEG"), "colour mode CMYK"),
+    "cmyk jpeg": (encoded(Image.fromarray(image()).convert("CMYK"), "JPEG"), "colour mode CMYK"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_a_bad_file_is_refused_with_its_reason(case: str, tmp_path: Path) -> None:
     data, reason = BAD_FILES[case]
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     with pytest.raises(BadImage) as caught:
         read(path)
@@ -89,8 +89,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 def test_a_cut_file_is_refused_wherever_it_is_cut(image_format: str, tmp_path: Path) -> None:
     """A PNG's last four bytes are the checksum of an empty chunk: nothing is missing without them."""
-    path = tmp_path / "picture"
-    data = encoded(picture(size=8), image_format)
+    path = tmp_path / "image"
+    data = encoded(image(size=8), image_format)
     for length in range(len(data) - 4 * (image_format == "PNG")):
         path.write_bytes(data[:length])
         with pytest.raises(BadImage):
@@ -100,8 +100,8 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(image_format: str, tmp_path: P
 
 
 def test_no_flipped_byte_of_a_png_changes_a_pixel(tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    pixels = picture(size=8)
+    path = tmp_path / "image.png"
+    pixels = image(size=8)
     data = encoded(pixels, "PNG")
     refused = 0
     for at in range(len(data)):
@@ -110,11 +110,11 @@ def test_no_flipped_byte_of_a_png_changes_a_pixel(tmp_path: Path) -> None:
             assert np.array_equal(read(path), pixels)
         except BadImage:
             refused += 1
-    assert refused >= len(data) - 12  # the last chunk is empty: no flip there touches the picture
+    assert refused >= len(data) - 12  # the last chunk is empty: no flip there touches the image
 
 
 def test_png_round_trip_is_exact_and_its_bytes_repeat(tmp_path: Path) -> None:
-    pixels = picture(1, 40)[:, :25]  # neither square nor contiguous
+    pixels = image(1, 40)[:, :25]  # neither square nor contiguous
     for name in ("a.png", "b.png"):
         write_png(tmp_path / name, pixels)
     assert np.array_equal(read(tmp_path / "a.png"), pixels)
@@ -127,7 +127,7 @@ def test_modes_become_the_rgb_that_a_viewer_shows(tmp_path: Path) -> None:
     grey16 = np.array([[0, 257, 32896, 65535]], np.uint16)
     half = np.array([[[0, 0, 0, 0], [0, 0, 0, 128], [200, 10, 20, 255]]], np.uint8)
     grey = np.array([[0, 7, 255]], np.uint8)
-    palette = Image.fromarray(picture()).quantize(16)
+    palette = Image.fromarray(image()).quantize(16)
     hole = Image.new("P", (2, 1))
     hole.putpalette([9, 9, 9, 50, 60, 70])
     hole.putpixel((1, 0), 1)
@@ -238,7 +238,7 @@ def test_no_changed_bytes_end_in_anything_but_an_image_or_a_reason(mutants) -> N
     """100 mutants of each format, with a fixed seed: bytes replaced, removed and repeated (4.10)."""
     refused = 0
     for image_format in ("PNG", "JPEG", "WEBP", "BMP", "TIFF"):
-        for mutant in mutants(encoded(picture(size=8), image_format), 100):
+        for mutant in mutants(encoded(image(size=8), image_format), 100):
             try:
                 pixels = read(mutant)
             except BadImage:
@@ -249,7 +249,7 @@ def test_no_changed_bytes_end_in_anything_but_an_image_or_a_reason(mutants) -> N
 
 
 def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
-    pixels = picture()[:20]
+    pixels = image()[:20]
     rotated = Image.Exif()
     rotated[0x0112] = 6  # "turn clockwise by 90 degrees to view"
     for name, options in (("plain.png", {}), ("rotated.png", {"exif": rotated})):
@@ -271,12 +271,12 @@ def test_flat_is_a_spread_below_one_grey_level_in_every_channel() -> None:
     for pixels in (np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), grey, one, rare):
         assert invalid_reason(pixels) == "flat"
     assert invalid_reason(np.broadcast_to(np.array([200, 30, 4], np.uint8), shape)) == "flat"  # a plain red
-    for pixels in (two, one_channel, picture()):
+    for pixels in (two, one_channel, image()):
         assert invalid_reason(pixels) is None
 
 
 def test_hash_is_of_pixels_and_shape_whatever_the_file_format(tmp_path: Path) -> None:
-    pixels = picture()
+    pixels = image()
     write_png(tmp_path / "a.png", pixels)
     (tmp_path / "a.bmp").write_bytes(encoded(pixels, "BMP"))
     assert pixel_hash(read(tmp_path / "a.png")) == pixel_hash(read(tmp_path / "a.bmp")) == pixel_hash(pixels)
@@ -288,6 +288,6 @@ def test_hash_is_of_pixels_and_shape_whatever_the_file_format(tmp_path: Path) ->
 
 @pytest.mark.parametrize("function", [invalid_reason, pixel_hash, lambda pixels: write_png("never.png", pixels)])
 def test_only_uint8_rgb_is_taken(function) -> None:
-    for pixels in (picture() / 255, np.full((8, 8, 3), np.nan), picture()[..., 0], np.zeros((0, 8, 3), np.uint8)):
+    for pixels in (image() / 255, np.full((8, 8, 3), np.nan), image()[..., 0], np.zeros((0, 8, 3), np.uint8)):
         with pytest.raises(EraseError, match=r"needed are uint8 RGB, \[h, w, 3\]"):
             function(pixels)

@@ -57,7 +57,7 @@ def test_a_model_that_draws_noise_is_no_success(tmp_path):
     assert not results["verdict"]["success"] and "the rest is damaged" in results["verdict"]["text"]
 
 
-def test_black_pictures_are_in_the_denominator_and_never_a_success(tmp_path):
+def test_black_images_are_in_the_denominator_and_never_a_success(tmp_path):
     results = results_of(tmp_path, ["black"] * 20, ["black"] * 10 + ["square"] * 10)
     ua, ra = row(results, "mini.ua")["erased"], row(results, "mini.ra")["erased"]
     assert (ua["k"], ua["n"], ra["k"], ra["n"]) == (0, 20, 10, 20)
@@ -133,7 +133,7 @@ def test_a_class_is_known_by_its_index_among_one_or_five_guesses():
     assert values["class.top1"] == [True, False, False, True, False, False]
 
 
-def test_a_style_is_gone_when_clip_calls_its_pictures_something_else():
+def test_a_style_is_gone_when_clip_calls_its_images_something_else():
     samples = [
         Sample("a", "x", 0, "forget", "x"),
         Sample("b", "y", 1, "retain", "y"),
@@ -144,7 +144,7 @@ def test_a_style_is_gone_when_clip_calls_its_pictures_something_else():
     assert values == {"clip.ua": [True, None, None], "clip.ra": [None, True, False]}
 
 
-def test_nudity_needs_a_whole_picture_to_be_clean_and_counts_by_every_rule():
+def test_nudity_needs_a_whole_image_to_be_clean_and_counts_by_every_rule():
     from erase.evaluation.nudity import LABELS, PROFILES
 
     def seen(box: float, face: float) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def test_nudity_needs_a_whole_picture_to_be_clean_and_counts_by_every_rule():
     )
 
 
-def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_same(tmp_path, monkeypatch):
+def test_quality_of_the_base_to_itself_is_nothing_and_to_real_images_is_the_same(tmp_path, monkeypatch):
     from erase.evaluation import quality
     from erase.evaluation.judges import features
 
@@ -207,13 +207,13 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_pictures_is_the_sa
 # --- scoring
 
 
-def test_scores_of_another_judge_and_of_changed_pictures_are_refused(tmp_path):
+def test_scores_of_another_judge_and_of_changed_images_are_refused(tmp_path):
     folder = make_arm(tmp_path / "a", **BASE)
     with pytest.raises(EraseError, match='is of another judge .weights: "w" there, "x" here'):
         score.score(folder, Stub("x"), quiet=True)
     lines = (folder / "scores" / "mini.jsonl").read_text().splitlines(keepends=True)
     (folder / "scores" / "mini.jsonl").write_text("".join(lines[:5]) + lines[5][:20])  # as a crash leaves it
-    with pytest.raises(EraseError, match="35 of 40 pictures have no score of mini"):
+    with pytest.raises(EraseError, match="35 of 40 images have no score of mini"):
         score.load(folder, "mini")
     score.score(folder, Stub(), quiet=True)
     assert (folder / "scores" / "mini.jsonl").read_text() == "".join(lines)
@@ -223,7 +223,7 @@ def test_scores_of_another_judge_and_of_changed_pictures_are_refused(tmp_path):
         score.score(folder, Stub(), quiet=True)
 
 
-def test_verify_finds_a_changed_picture_and_a_changed_score(tmp_path):
+def test_verify_finds_a_changed_image_and_a_changed_score(tmp_path):
     folder = make_arm(tmp_path / "a", **BASE)
     assert score.verify(folder, [Stub()], 40, quiet=True) == []
     path = folder / "scores" / "mini.jsonl"
@@ -235,31 +235,31 @@ def test_verify_finds_a_changed_picture_and_a_changed_score(tmp_path):
 
 
 def test_anybodys_folder_of_images_can_be_scored(tmp_path):
-    pictures = tmp_path / "pictures"
-    (pictures / "deep").mkdir(parents=True)
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 99, (8, 8, 3), dtype=np.uint8)
     for name in ("b.png", "a.png", "deep/c.png"):
-        Image.fromarray(noise).save(pictures / name)
-    (pictures / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:60])
-    arm.adopt(pictures, tmp_path / "scores")
+        Image.fromarray(noise).save(images / name)
+    (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:60])
+    arm.adopt(images, tmp_path / "scores")
     score.score(tmp_path / "scores", Stub(), quiet=True)
     lines = {line["id"]: line for line in score.load(tmp_path / "scores", "mini")}
     assert list(lines) == ["a.png", "b.png", "broken.png", "deep/c.png"]
     assert lines["broken.png"]["invalid"] and "object" not in lines["broken.png"]
     assert lines["deep/c.png"]["object"] in Stub.WORDS
-    arm.adopt(pictures, tmp_path / "scores")  # the same folder once more: nothing to do
-    (pictures / ".DS_Store").write_bytes(b"")
-    (pictures / "a.txt").write_text("a red circle")
-    arm.adopt(pictures, tmp_path / "captioned")  # a caption beside its image is no foreign file (3.4)
+    arm.adopt(images, tmp_path / "scores")  # the same folder once more: nothing to do
+    (images / ".DS_Store").write_bytes(b"")
+    (images / "a.txt").write_text("a red circle")
+    arm.adopt(images, tmp_path / "captioned")  # a caption beside its image is no foreign file (3.4)
     assert [sample.prompt for sample in arm.samples(tmp_path / "captioned")][:2] == ["a red circle", ""]
-    (pictures / "a.txt").unlink()
-    (pictures / "notes.txt").write_text("x")
+    (images / "a.txt").unlink()
+    (images / "notes.txt").write_text("x")
     with pytest.raises(EraseError, match=r"holds files that are no images \(notes.txt\)"):
-        arm.adopt(pictures, tmp_path / "other")
+        arm.adopt(images, tmp_path / "other")
 
 
 def test_lines_in_any_order_give_the_same_results(tmp_path):
-    """Pictures, records and scores belong together by their ids, never by their places."""
+    """Images, records and scores belong together by their ids, never by their places."""
     base, erased = make_arm(tmp_path / "base", **BASE), make_arm(tmp_path / "erased", **BASE, unet="v")
     before = measure.measure(erased, base, name="it", command="")
     for path in (erased / "records-0-of-1.jsonl", erased / "scores" / "mini.jsonl"):
@@ -267,7 +267,7 @@ def test_lines_in_any_order_give_the_same_results(tmp_path):
     assert measure.measure(erased, base, name="it", command="") == before
 
 
-def test_no_more_than_a_batch_of_pictures_is_ever_in_memory(tmp_path):
+def test_no_more_than_a_batch_of_images_is_ever_in_memory(tmp_path):
     sizes = []
 
     class Counting(Stub):
@@ -316,7 +316,7 @@ def command(capsys):
 
 @pytest.fixture
 def toy(toy_pipeline_dir, monkeypatch) -> Path:
-    """The toy pipeline, whose pictures the stub judges: 8 x 8 pixels are too few for the real one."""
+    """The toy pipeline, whose images the stub judges: 8 x 8 pixels are too few for the real one."""
     make = judging.make
 
     def stub(name: str, *rest: Any, **options: Any) -> Any:
@@ -344,7 +344,7 @@ def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, comm
     code, _, err = command(*arguments, "--require", "mini.ra>=1.1")
     assert code == 3 and "mini.ra>=1.1 is not met" in err.splitlines()[-1]
     code, out, _ = command("verify", folder)
-    assert code == 0 and "6 pictures are what was drawn" in out
+    assert code == 0 and "6 images are what was drawn" in out
     code, out, _ = command("compare", folder, f"again={folder}", "--output", tmp_path / "compared")
     assert code == 0 and "again" in out
 

@@ -60,7 +60,7 @@ def test_the_fast_classifier_is_scikit_learns(name):
     assert np.abs(Svc(x, is_member).decide(at) - theirs.decision_function(at[:, None])).max() < 1e-4
 
 
-def test_the_attack_takes_twenty_thousand_pictures():
+def test_the_attack_takes_twenty_thousand_images():
     """The bench `classifier-mia` says how fast."""
     members, others, target = confidences(10_000, 6, 3, 5)
     assert 0.2 < membership.svc_attack(members, others, target).mean() < 0.4
@@ -129,7 +129,7 @@ def images(*brightness: int, n: int = 40) -> Images:
 
 
 def test_measures_are_counts_of_what_the_model_answers():
-    """Bright pictures are remembered, dark ones are not; the mode of the model is left as it was."""
+    """Bright images are remembered, dark ones are not; the mode of the model is left as it was."""
     model = Remembers().train()
     scores = membership.measure(model, images(255, 0), images(255), images(0, 255), seed=0)
     assert {name: scores[name].value for name in ("UA", "RA", "TA")} == {"UA": 0.5, "RA": 1, "TA": 0.5}

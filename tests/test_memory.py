@@ -69,7 +69,7 @@ def test_low_memory_cuts_no_batch_whose_activations_are_small(toy_pipeline_dir):
         assert memory.part_of_batch(unet, 64, 77) == 1
 
 
-def test_low_memory_chooses_checkpointing_parts_of_one_picture_and_on_a_gpu_bf16_weights():
+def test_low_memory_chooses_checkpointing_parts_of_one_image_and_on_a_gpu_bf16_weights():
     defaults = {"batch_size": 6}
     plain = resolve(Settings("church"), "object", defaults)
     assert (plain.gradient_checkpointing, plain.gradient_accumulation_steps, plain.weights) == (False, 1, "fp32")

@@ -32,7 +32,7 @@ class Solved:
 def test_a_class_that_does_not_derive_gets_every_default_and_keeps_its_own_parts():
     @dataclass(frozen=True)
     class Own(Plain):
-        pictures = "noise"
+        images = "noise"
         anchors = False
         needs_base = True
         teacher_decay: float = 0.5
@@ -44,9 +44,9 @@ def test_a_class_that_does_not_derive_gets_every_default_and_keeps_its_own_parts
 
     plain, own = (methods.make(methods.give(cls)[0], {}, ()) for cls in (Plain, Own))
     assert isinstance(plain, Plain) and isinstance(plain, TrainedMethod) and repr(plain).endswith("Plain(scale=1.0)")
-    assert (plain.pictures, plain.retains, plain.anchors, plain.needs_base) == ("concept", True, True, False)
+    assert (plain.images, plain.retains, plain.anchors, plain.needs_base) == ("concept", True, True, False)
     assert (plain.balance, plain.teacher_decay, plain.prepares, plain.shrinks) == (None, None, False, False)
-    assert (own.pictures, own.retains, own.anchors, own.needs_base) == ("noise", True, False, True)
+    assert (own.images, own.retains, own.anchors, own.needs_base) == ("noise", True, False, True)
     assert (own.balance, own.teacher_decay, own.prepares, own.shrinks) == (None, 0.5, True, True)
     assert own.hyperparameters() == {"scale": 1.0, "teacher_decay": 0.5, "prepare_batches": 2}
     assert isinstance(methods.make(methods.give(Solved)[0], {}, ()), ClosedForm)
@@ -66,13 +66,13 @@ def test_a_method_without_batches_to_prepare_from_prepares_nothing():
         ({"retain": False}, "has 'retain', .*did you mean retains"),
         ({"teacher_decy": 0.9}, "has 'teacher_decy', .*did you mean teacher_decay"),
         ({"images": "anchor"}, "has 'images', which is neither a hyperparameter nor a part of a TrainedMethod; start "),
-        ({"pictures": "anchr"}, "has the pictures 'anchr'; choose concept, anchor, trajectory, noise"),
+        ({"images": "anchr"}, "has the images 'anchr'; choose concept, anchor, trajectory, noise"),
         ({"prepare": lambda *_: None}, "has prepare but not prepare_batches"),
         ({"solve": lambda *_: ({}, {})}, "has a loss and a solve; a method has one of them"),
     ],
 )
 def test_a_misspelt_or_contradictory_part_is_refused_when_it_is_registered(base, attributes, message):
-    good = type("Bad", (base,), {"_helper": 1, "pictures": "anchor"})
+    good = type("Bad", (base,), {"_helper": 1, "images": "anchor"})
     methods.give(good)  # control
     with pytest.raises(EraseError, match=message) as error:
         methods.give(type("Bad", (base,), attributes))

@@ -100,7 +100,7 @@ def test_ascent_is_the_negative_diffusion_loss_of_diffusers(model, batch):
 
 
 def test_terms_are_means_so_that_alpha_has_no_unit():
-    """P27: the sum over a picture's 3 x 32 x 32 values, which SalUn's DDPM code has in one of its terms, is 3,072 times
+    """P27: the sum over an image's 3 x 32 x 32 values, which SalUn's DDPM code has in one of its terms, is 3,072 times
     ours."""
     draw = torch.Generator().manual_seed(0)
     shape = (2, 3, 32, 32)
@@ -185,7 +185,7 @@ def test_the_concepts_words_are_those_that_the_anchor_lacks(gathered, model):
     assert model.tokenizer.convert_ids_to_tokens(model.tokens("a photo of a cat"))[9:] == ["c", "a", "t</w>"]
 
 
-def test_concept_ablation_names_the_anchors_pictures_as_the_concept(model, moved_model, gathered, accelerator):
+def test_concept_ablation_names_the_anchors_images_as_the_concept(model, moved_model, gathered, accelerator):
     data = gathered(Ablation())
     assert [data.prompts[row] for row in data.forget.prompt[:2]] == list(CONCEPT.forget)
     drawn = model.draw([CONCEPT.anchor[i % 2] for i in range(4)], range(4), steps=2, guidance=2.0, size=8)
@@ -229,7 +229,10 @@ def test_the_teachers_latents_are_points_on_its_own_way(toy_pipeline_dir, model,
     """Against DDIM with guidance, written out; the way of another model is another."""
     from diffusers import DDIMScheduler
 
-    data, recipe = gathered(SelfDistillation()), replace(RECIPE, way_steps=5, way_guidance=3.0, batch_size=4)
+    data, recipe = (
+        gathered(SelfDistillation()),
+        replace(RECIPE, trajectory_steps=5, trajectory_guidance=3.0, batch_size=4),
+    )
     parameters = dict(model.unet.named_parameters())
     optimizer = loop.MaskedAdam(parameters, None)
     batch = next(batches.batches(model, data, recipe, 1, 4, accelerator, exchanged.Exchanged(model, optimizer)))
@@ -252,7 +255,7 @@ def test_trajectories_are_points_of_the_frozen_models_way_under_the_forget_promp
     assert data.forget.t is not None and len(data.retain) == 1
     times = data.forget.t.tolist()
     assert set(times) <= {751, 501, 251, 1} and len(set(times)) == 4
-    first = times.index(751)  # no step taken: the noise of this picture's seed
+    first = times.index(751)  # no step taken: the noise of this image's seed
     noise = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(first))
     assert torch.equal(data.forget.mean[first], noise)
 
@@ -485,9 +488,9 @@ def test_what_a_method_cannot_use_is_refused(toy_pipeline_dir, gathered, acceler
     with pytest.raises(EraseError, match="no retain term; leave out --retain-images"):
         gathered(ESD(), retain_images=str(tmp_path))
     for method in (ESD(), SelfDistillation()):
-        with pytest.raises(EraseError, match="sees no pictures; leave out --forget-images"):
+        with pytest.raises(EraseError, match="sees no images; leave out --forget-images"):
             gathered(method, forget_images=str(tmp_path))
-    with pytest.raises(EraseError, match="--target is fixed, but this method's pictures show the anchor"):
+    with pytest.raises(EraseError, match="--target is fixed, but this method's images show the anchor"):
         recipe = replace(RECIPE, target="fixed")
         erased(toy_pipeline_dir, Ablation(), gathered(Ablation()), accelerator, tmp_path / "t.pt", recipe=recipe)
 

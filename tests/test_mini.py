@@ -23,10 +23,10 @@ def test_a_drawing_and_its_caption_are_a_pure_function_of_the_generator():
         scene = world.sample_scene(rng)
         return scene, world.draw(scene, rng), world.caption(scene, rng)
 
-    (scene, picture, text), (scene2, picture2, text2) = make(5), make(5)
-    assert scene == scene2 and text == text2 and np.array_equal(picture, picture2)
-    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
-    assert not np.array_equal(picture, make(6)[1])
+    (scene, image, text), (scene2, image2, text2) = make(5), make(5)
+    assert scene == scene2 and text == text2 and np.array_equal(image, image2)
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    assert not np.array_equal(image, make(6)[1])
 
 
 @pytest.mark.parametrize("without", ["circle", "striped", "red", "nude"])
@@ -42,8 +42,8 @@ def test_a_world_without_something_never_shows_it(without):
 def test_every_colour_is_seen_in_the_drawing():
     rng = np.random.default_rng(0)
     for name, rgb in world.COLOURS.items():
-        picture = world.draw(world.Scene("square", name, "solid", "light"), rng)
-        assert np.abs(picture[28:36, 28:36].mean((0, 1)) - rgb).max() < 12, name
+        image = world.draw(world.Scene("square", name, "solid", "light"), rng)
+        assert np.abs(image[28:36, 28:36].mean((0, 1)) - rgb).max() < 12, name
 
 
 def test_every_word_of_the_world_is_one_token_and_other_text_falls_back_to_bytes():
@@ -157,13 +157,13 @@ def test_the_shipped_model_is_small_opens_in_diffusers_and_says_how_it_was_made(
 
 @shipped
 def test_the_shipped_model_draws_what_it_is_asked():
-    """26 pictures, two of every object: at the measured quality fewer than 22 right would be one in a million."""
+    """26 images, two of every object: at the measured quality fewer than 22 right would be one in a million."""
     model = loading.load("mini")
     wishes = quality.balanced(2)
-    pictures = quality.draw(model, [w.prompt for w in wishes], [1000 + i for i in range(len(wishes))])
-    scores = quality.score(judge.name(judge.load(model.folder / "judge.safetensors"), pictures), wishes)
+    images = quality.draw(model, [w.prompt for w in wishes], [1000 + i for i in range(len(wishes))])
+    scores = quality.score(judge.name(judge.load(model.folder / "judge.safetensors"), images), wishes)
     assert scores["object"] * len(wishes) >= 22
-    assert len({Image.fromarray(p).tobytes() for p in pictures}) == len(pictures)
+    assert len({Image.fromarray(p).tobytes() for p in images}) == len(images)
 
 
 def test_balanced_wishes_ask_for_everything_evenly():
@@ -184,5 +184,5 @@ def test_stock_diffusers_draws_with_the_shipped_folder_as_it_is():
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(loading.MINI_DIR, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    (picture,) = pipeline("a photo of a solid red circle", num_inference_steps=1).images
-    assert picture.size == (64, 64)
+    (image,) = pipeline("a photo of a solid red circle", num_inference_steps=1).images
+    assert image.size == (64, 64)

@@ -128,7 +128,7 @@ def test_text_is_padded_and_cut_as_diffusers_does_it(toy):
 
 
 @pytest.mark.parametrize("sampler", ["model", "dpm++"])
-def test_the_same_seed_is_the_same_picture_in_any_batch_and_the_vae_is_not_asked(toy, monkeypatch, sampler):
+def test_the_same_seed_is_the_same_image_in_any_batch_and_the_vae_is_not_asked(toy, monkeypatch, sampler):
     options: Any = dict(steps=3, guidance=3.0, size=8, sampler=sampler)
     monkeypatch.setattr(toy.vae, "decode", None)
     monkeypatch.setattr(toy.vae, "encode", None)
@@ -141,7 +141,7 @@ def test_the_same_seed_is_the_same_picture_in_any_batch_and_the_vae_is_not_asked
 
 
 def test_ten_steps_of_dpm_end_where_a_hundred_of_the_models_sampler_do():
-    """Distances as shares of the picture's norm. Control: ten steps of the model's own sampler end elsewhere."""
+    """Distances as shares of the image's norm. Control: ten steps of the model's own sampler end elsewhere."""
     model = loading.load("mini")
 
     def draw(steps: int, sampler: sd.Sampler) -> torch.Tensor:
@@ -165,12 +165,12 @@ def test_drawing_leaves_the_mode_as_it_was_and_takes_the_unet_that_it_is_given(t
     assert not torch.equal(drawn, toy.draw(["a circle"], [0], **options))
 
 
-def test_pictures_and_latents_have_the_size_that_the_vae_says(toy, tiny_pipeline_dir):
+def test_images_and_latents_have_the_size_that_the_vae_says(toy, tiny_pipeline_dir):
     assert (toy.vae_scale, toy.resolution) == (2, 8)
     mean, std = toy.encode_images(torch.zeros(3, 3, 8, 8))
     assert mean.shape == std.shape == (3, 4, 4, 4) and (std > 0).all()
-    pictures = toy.decode(mean * 100, batch_size=2)
-    assert pictures.shape == (3, 3, 8, 8) and pictures.abs().max() <= 1
+    images = toy.decode(mean * 100, batch_size=2)
+    assert images.shape == (3, 3, 8, 8) and images.abs().max() <= 1
     assert loading.load(tiny_pipeline_dir).resolution == 64
 
 

@@ -56,19 +56,19 @@ def test_boxes_are_those_that_the_package_finds_in_an_rgb_array(judge: NudeNet, 
 
     detector = NudeDetector()
     face = astronaut[20:220, 140:300]
-    pictures = [
+    images = [
         astronaut,
         astronaut[:250, 100:433],
         astronaut[30:130, 180:260],
         astronaut[:, :300],
         astronaut[60:, :200],
     ]
-    pictures += [cv2.resize(astronaut, size) for size in ((320, 320), (640, 640), (321, 319), (100, 170), (1000, 700))]
-    pictures += [np.tile(cv2.resize(face, (90, 110)), (3, 4, 1)), astronaut[:, ::-1], skimage.data.coffee()]
+    images += [cv2.resize(astronaut, size) for size in ((320, 320), (640, 640), (321, 319), (100, 170), (1000, 700))]
+    images += [np.tile(cv2.resize(face, (90, 110)), (3, 4, 1)), astronaut[:, ::-1], skimage.data.coffee()]
     found = 0
-    for picture in map(np.ascontiguousarray, pictures):
-        theirs = detector.detect(picture)
-        ours = [box for box in score(judge, picture)[0]["boxes"] if box[1] > 0.25]
+    for image in map(np.ascontiguousarray, images):
+        theirs = detector.detect(image)
+        ours = [box for box in score(judge, image)[0]["boxes"] if box[1] > 0.25]
         assert [(box[0], box[2:]) for box in ours] == [(box["class"], box["box"]) for box in theirs]
         assert [box[1] for box in ours] == pytest.approx([box["score"] for box in theirs], abs=1e-5)
         found += len(theirs)
@@ -104,7 +104,7 @@ def test_maxima_cover_every_label_and_no_box_exceeds_them(judge: NudeNet, astron
 
 
 @needs_nudenet
-def test_blank_and_noise_pictures_show_nothing(judge: NudeNet) -> None:
+def test_blank_and_noise_images_show_nothing(judge: NudeNet) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     for result in score(judge, np.zeros_like(noise), np.full_like(noise, 255), noise):
         assert not any(flagged(profile, result) for profile in PROFILES.values())
@@ -201,7 +201,7 @@ BY_HAND = {  # all of BOXES; one breast at 0.6 exactly; buttocks at 0.55; armpit
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_rule_counts_as_by_hand(name: str) -> None:
-    pictures = [
+    images = [
         made(*BOXES),
         made(("FEMALE_BREAST_EXPOSED", 0.6)),
         made(("BUTTOCKS_EXPOSED", 0.55)),
@@ -209,12 +209,12 @@ def test_a_rule_counts_as_by_hand(name: str) -> None:
         made(),
         made(("FEMALE_BREAST_COVERED", 0.9), ("FACE_FEMALE", 0.9), ("BELLY_COVERED", 0.9)),
     ]
-    assert tuple(count(PROFILES[name], picture) for picture in pictures) == BY_HAND[name]
-    assert [flagged(PROFILES[name], picture) for picture in pictures] == [n > 0 for n in BY_HAND[name]]
+    assert tuple(count(PROFILES[name], image) for image in images) == BY_HAND[name]
+    assert [flagged(PROFILES[name], image) for image in images] == [n > 0 for n in BY_HAND[name]]
     assert BY_HAND.keys() == PROFILES.keys()
 
 
-def test_units_differ_on_the_same_picture() -> None:
+def test_units_differ_on_the_same_image() -> None:
     """In BOXES five of the nine labels are over 0.25, one of them twice, and armpits are at it."""
     rule = PROFILES["spm-nine-0.25-classes"]
     assert count(rule, made(*BOXES)) == 5

@@ -18,7 +18,7 @@ from erase.evaluation.judges.networks.inception import Inception, Network, resiz
 from erase.evaluation.quality import fid, kid, load_features, metric_id, save_features
 
 
-def pictures(num: int, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> list[np.ndarray]:
+def make_images(num: int, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [
         (rng.integers(0, 100, (*sizes[i % len(sizes)], 3)) + rng.integers(0, 156, 3)).astype(np.uint8)
@@ -49,7 +49,7 @@ def weights_path(tmp_path_factory) -> Path:
 
 
 def test_the_clip_score_is_a_hundred_times_the_cosine_of_clips_own_embeddings(clip_dir):
-    images = pictures(20, sizes=((64, 64), (40, 70), (33, 20)))
+    images = make_images(20, sizes=((64, 64), (40, 70), (33, 20)))
     texts = [f"number {i % 7} and some more" for i in range(20)]
     model = CLIPModel.from_pretrained(clip_dir).eval()
     processor = CLIPImageProcessorPil.from_pretrained(clip_dir)
@@ -69,7 +69,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_of_clips_own_embeddings(cl
 
 def test_a_prompt_is_cut_where_the_model_ends(clip_dir):
     """A token is a letter here, and two of the 77 mark the ends: what follows the 75th letter is not seen."""
-    judge, image = ClipScore(clip_dir), pictures(1)
+    judge, image = ClipScore(clip_dir), make_images(1)
     (long,) = judge.score(image, ["x" * 75 + "abc"])
     assert long == judge.score(image, ["x" * 90])[0]
     assert long != judge.score(image, ["x" * 70 + "abc"])[0]
@@ -79,7 +79,7 @@ def test_a_prompt_is_cut_where_the_model_ends(clip_dir):
 
 
 def test_features_come_back_as_they_were(clip_dir):
-    images = pictures(18)
+    images = make_images(18)
     judge = Features("clip", clip_dir)
     scores = judge.score(images, [""] * 18)
     features = np.stack([decode(score) for score in scores])
@@ -93,7 +93,7 @@ def test_features_come_back_as_they_were(clip_dir):
 
 
 def test_the_embedded_judges_features_are_those_before_its_answers():
-    images = pictures(3)
+    images = make_images(3)
     judge = Features("mini")
     features = torch.tensor(np.stack([decode(score) for score in judge.score(images, [""] * 3)]))
     assert features.shape == (3, 1536)
@@ -106,12 +106,12 @@ def test_the_embedded_judges_features_are_those_before_its_answers():
 
 
 def test_inception_features_equal_those_of_torch_fidelity(weights_path):
-    """Its module (0.4.0) gave these with the same weights and pictures: a column of each of the last block's six ends.
+    """Its module (0.4.0) gave these with the same weights and images: a column of each of the last block's six ends.
 
     All 2,048 were equal to the last bit; 1e-4 is for other machines.
     """
     judge = Features("inception2015", weights_path)
-    images = pictures(2, sizes=((64, 64), (50, 90)))
+    images = make_images(2, sizes=((64, 64), (50, 90)))
     features = np.stack([decode(score) for score in judge.score(images, ["", ""])])
     assert features.shape == (2, 2048)
     expected = [
@@ -125,16 +125,16 @@ def test_inception_features_equal_those_of_torch_fidelity(weights_path):
 def test_the_resize_is_tensorflows():
     """Written out pixel by pixel; the usual rule, which puts pixel centres at 1/2, gives other values."""
     rng = np.random.default_rng(0)
-    picture, size = rng.uniform(0, 255, (5, 8)), 6
+    image, size = rng.uniform(0, 255, (5, 8)), 6
     expected = np.empty((size, size))
     for i in range(size):
         for j in range(size):
             y, x = i * 5 / size, j * 8 / size
             top, left = int(y), int(x)
-            rows, columns = picture[[top, min(top + 1, 4)]], [left, min(left + 1, 7)]
+            rows, columns = image[[top, min(top + 1, 4)]], [left, min(left + 1, 7)]
             above, below = (row[columns[0]] * (1 - x + left) + row[columns[1]] * (x - left) for row in rows)
             expected[i, j] = above * (1 - y + top) + below * (y - top)
-    given = torch.tensor(picture, dtype=torch.float32)
+    given = torch.tensor(image, dtype=torch.float32)
     np.testing.assert_allclose(resize(given, size), expected, rtol=1e-5)
     usual = torch.nn.functional.interpolate(given[None, None], (size, size), mode="bilinear")[0, 0]
     assert (resize(given, size) - usual).abs().max() > 1
@@ -171,13 +171,13 @@ def test_a_weights_file_runs_no_code(tmp_path):
     assert (tmp_path / "sprung").exists(), "control: the trap works"
 
 
-def test_pictures_that_a_cast_would_turn_black_are_refused(clip_dir):
-    """SalUn's FID casts [-1, 1] to uint8, and compares pictures whose only values are 0, 1 and 255."""
-    scaled = [picture.astype(np.float32) / 127.5 - 1 for picture in pictures(1)]
+def test_images_that_a_cast_would_turn_black_are_refused(clip_dir):
+    """SalUn's FID casts [-1, 1] to uint8, and compares images whose only values are 0, 1 and 255."""
+    scaled = [image.astype(np.float32) / 127.5 - 1 for image in make_images(1)]
     cast = torch.tensor(scaled[0]).to(torch.int8).to(torch.uint8).numpy()
     assert {*np.unique(cast)} <= {0, 1, 255}
     for judge in (ClipScore(clip_dir), Features("clip", clip_dir), Features("mini")):
-        for wrong in (scaled, [scaled[0] * 255], [pictures(1)[0][..., 0]], [pictures(1)[0].astype(np.int64)]):
+        for wrong in (scaled, [scaled[0] * 255], [make_images(1)[0][..., 0]], [make_images(1)[0].astype(np.int64)]):
             with pytest.raises(EraseError, match="needed are uint8 RGB"):
                 judge.score(wrong, [""])
 
@@ -222,17 +222,17 @@ def test_fid_of_gaussians_is_the_closed_form():
 
 @pytest.mark.parametrize("n", [2048, 100])
 def test_fid_of_a_set_and_itself_is_nothing(n):
-    """With fewer pictures (100) than features (256) too, where the covariance has no full rank."""
+    """With fewer images (100) than features (256) too, where the covariance has no full rank."""
     features = np.abs(np.random.default_rng(0).normal(size=(n, 256))).astype(np.float32)
     assert fid(features, features, allow_small=True) == pytest.approx(0, abs=1e-3)
     assert fid(features, features[::-1] + np.float32(0.1), allow_small=True) == pytest.approx(2.56, abs=1e-3)
 
 
-def test_fid_of_few_pictures_is_refused_and_kid_is_not():
-    """One distribution, twice 200 pictures: FID is far from 0, for want of pictures; KID is as often below as above."""
+def test_fid_of_few_images_is_refused_and_kid_is_not():
+    """One distribution, twice 200 images: FID is far from 0, for want of images; KID is as often below as above."""
     rng = np.random.default_rng(0)
     sets = [rng.normal(size=(200, 64)) for _ in range(9)]
-    with pytest.raises(EraseError, match="FID of 200 pictures is mostly bias, 2048 are the least; use KID"):
+    with pytest.raises(EraseError, match="FID of 200 images is mostly bias, 2048 are the least; use KID"):
         fid(sets[0], sets[1])
     assert fid(sets[0], sets[1], allow_small=True) > 5
     values = np.array([kid(sets[0], other, subsets=5)[0] for other in sets[1:]])
@@ -256,8 +256,8 @@ def test_kid_is_torchmetrics_kid():
     assert deviation == 0
 
 
-def test_kid_of_pairs_is_the_u_statistic_in_which_no_picture_meets_its_own_pair():
-    """Pictures of two models on the same seeds resemble each other; plain KID counts that as a negative distance."""
+def test_kid_of_pairs_is_the_u_statistic_in_which_no_image_meets_its_own_pair():
+    """Images of two models on the same seeds resemble each other; plain KID counts that as a negative distance."""
     rng = np.random.default_rng(0)
     a = rng.normal(size=(40, 8))
     assert kid(a, a, are_pairs=True) == (0, 0) and kid(a, a)[0] < -0.1
@@ -272,7 +272,7 @@ def test_kid_of_pairs_is_the_u_statistic_in_which_no_picture_meets_its_own_pair(
 
 
 def test_kid_of_pairs_says_the_same_however_alike_the_pairs_are():
-    """Two distributions' distance does not depend on the seeds that the pictures share."""
+    """Two distributions' distance does not depend on the seeds that the images share."""
     rng = np.random.default_rng(1)
     a, noise = rng.normal(size=(600, 8)), rng.normal(size=(600, 8))
     near, far = (a + 0.5, noise + 0.5)

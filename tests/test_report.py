@@ -92,11 +92,11 @@ def results() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two pictures of noise, full of high frequencies, and half a file."""
+    """Two images of noise, full of high frequencies, and half a file."""
     folder = tmp_path_factory.mktemp("images")
     noise = np.random.default_rng(0).integers(0, 256, (2, 192, 192, 3), dtype=np.uint8)
-    for name, picture in zip("ab", noise, strict=True):
-        Image.fromarray(picture).save(folder / f"{name}.png")
+    for name, image in zip("ab", noise, strict=True):
+        Image.fromarray(image).save(folder / f"{name}.png")
     (folder / "truncated.png").write_bytes((folder / "a.png").read_bytes()[:5000])
     return folder
 
@@ -108,14 +108,14 @@ def page(results, images, tmp_path_factory) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def pictures(page: str) -> list[np.ndarray]:
+def embedded(page: str) -> list[np.ndarray]:
     found = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", page)
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"), dtype=float) for data in found]
 
 
-def roughness(picture: np.ndarray) -> float:
+def roughness(image: np.ndarray) -> float:
     """How far neighbouring pixels differ, in grey levels."""
-    return max(np.abs(np.diff(picture, axis=axis)).mean() for axis in (0, 1))
+    return max(np.abs(np.diff(image, axis=axis)).mean() for axis in (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -177,18 +177,18 @@ def test_the_page_needs_nothing_from_outside_and_runs_nothing(page):
     assert "default-src 'none'" in page and "@import" not in page and not re.search(r"\son\w+=", page)
 
 
-def test_flagged_pictures_are_blurred_in_their_pixels_unless_shown(page, results, images, tmp_path):
+def test_flagged_images_are_blurred_in_their_pixels_unless_shown(page, results, images, tmp_path):
     """Noise is rough, and none of that is left in the page; with show it is."""
     write(results, tmp_path, images=images, show=True)
-    shown = pictures((tmp_path / "report.html").read_text(encoding="utf-8"))
-    blurred = pictures(page)
+    shown = embedded((tmp_path / "report.html").read_text(encoding="utf-8"))
+    blurred = embedded(page)
     assert len(shown) == len(blurred) == 2
-    assert all(roughness(picture) > 20 for picture in shown)
-    assert all(roughness(picture) < 1 for picture in blurred)
+    assert all(roughness(image) > 20 for image in shown)
+    assert all(roughness(image) < 1 for image in blurred)
 
 
-def test_a_picture_that_cannot_be_read_leaves_a_gap_and_not_a_grey_half(page):
-    assert page.count('<div class="missing">no picture</div>') == 2  # one is null, one is truncated
+def test_an_image_that_cannot_be_read_leaves_a_gap_and_not_a_grey_half(page):
+    assert page.count('<div class="missing">no image</div>') == 2  # one is null, one is truncated
 
 
 def test_every_score_has_its_n_in_markdown(results, images, tmp_path):

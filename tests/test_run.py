@@ -474,8 +474,8 @@ def test_a_weight_that_moved_outside_the_mask_is_never_published(finished, toy_p
     """Whatever moved it: here a training that was tampered with, its hashes in order (2.1)."""
     trained = loop.train
 
-    def tampered(model, method, pictures, parameters, mask, *rest, **how):
-        losses = trained(model, method, pictures, parameters, mask, *rest, **how)
+    def tampered(model, method, images, parameters, mask, *rest, **how):
+        losses = trained(model, method, images, parameters, mask, *rest, **how)
         name = next(name for name, bits in mask.items() if not bits.all())
         with torch.no_grad():
             parameters[name].view(-1)[(~mask[name]).reshape(-1).nonzero()[0]] += 1.0
@@ -786,7 +786,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_delta(finished
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_two_processes_draw_the_same_pictures_and_reach_the_same_weights(finished, toy_pipeline_dir, tmp_path):
+def test_two_processes_draw_the_same_images_and_reach_the_same_weights(finished, toy_pipeline_dir, tmp_path):
     """Law 7: the same samples, so the weights agree up to the order of float32 sums.
 
     Adam makes a step of lr = 1e-2 from any gradient, also from one that is nothing but rounding (a bias before a

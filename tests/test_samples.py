@@ -83,7 +83,7 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         forget_images="f",
         retain_images="r",
     )
-    recipe = planning.make_recipe(settings, replace(plan, way_guidance=4.5))
+    recipe = planning.make_recipe(settings, replace(plan, trajectory_guidance=4.5))
     assert recipe == batches.Recipe(
         num_steps=16,
         batch_size=17,
@@ -97,8 +97,8 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         seed=15,
         checkpoint_every=19,
         eight_bit=True,
-        way_steps=13,
-        way_guidance=4.5,
+        trajectory_steps=13,
+        trajectory_guidance=4.5,
     )
     defaults = {item.name: item.default for item in fields(batches.Recipe)}
     assert all(getattr(recipe, name) != default for name, default in defaults.items())
@@ -143,7 +143,7 @@ def test_the_guidance_and_the_steps_reach_the_trajectories(toy_pipeline_dir, tmp
         sd.StableDiffusion, "trajectory", lambda self, *a, **how: asked.append(how) or plain(self, *a, **how)
     )
     make = planning.make_plan
-    monkeypatch.setattr(phases, "make_plan", lambda *a: replace(make(*a), way_guidance=4.5))
+    monkeypatch.setattr(phases, "make_plan", lambda *a: replace(make(*a), trajectory_guidance=4.5))
     erase_concept(CAT, str(toy_pipeline_dir), output=str(tmp_path / "run"), method=method, **QUICK)
     assert asked and all(how == {"steps": 2, "guidance": 4.5} for how in asked)
 

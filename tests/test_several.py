@@ -149,7 +149,7 @@ def test_the_mask_is_the_union_of_one_for_each_at_the_density(both, toy_pipeline
     half = header.total // 2
     assert half < header.ones < 2 * half and header.made["concepts"] == ["cat", "lorry"]
     assert both.record["mask"]["ones"] == header.ones
-    # one after the other by hand: what the pass over each one's pictures selects
+    # one after the other by hand: what the pass over each one's images selects
     seen: list[Any] = []
     select = masks.select
     monkeypatch.setattr(masks, "select", lambda *a, **o: seen.append(select(*a, **o)) or seen[-1])
@@ -159,7 +159,7 @@ def test_the_mask_is_the_union_of_one_for_each_at_the_density(both, toy_pipeline
     assert all(torch.equal(mask[name], seen[0][name] | seen[1][name]) for name in mask)
 
 
-def test_each_concept_has_its_own_pictures(toy_pipeline_dir, monkeypatch, tmp_path):
+def test_each_concept_has_its_own_images(toy_pipeline_dir, monkeypatch, tmp_path):
     parts: list[latents.Data] = []
     of_prompts = latents.of_prompts
     monkeypatch.setattr(latents, "of_prompts", lambda *a: parts.append(of_prompts(*a)) or parts[-1])
@@ -217,8 +217,8 @@ def test_each_concept_of_a_run_has_its_own_report(both, tmp_path):
     ]
 
 
-def test_too_few_pictures_for_all_are_refused(toy_pipeline_dir, tmp_path):
-    with pytest.raises(EraseError, match="--num-forget 1 leaves no picture for 'a lorry'; draw more"):
+def test_too_few_images_for_all_are_refused(toy_pipeline_dir, tmp_path):
+    with pytest.raises(EraseError, match="--num-forget 1 leaves no image for 'a lorry'; draw more"):
         erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **{**OPTIONS, "num_forget": 1})
 
 

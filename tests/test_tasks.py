@@ -99,7 +99,7 @@ def test_what_is_no_i2p_is_one_clear_line(tmp_path):
         registry.build("i2p", None)
 
 
-def test_every_picture_of_a_prompt_has_its_own_seed_and_the_first_is_the_prompts(tmp_path):
+def test_every_image_of_a_prompt_has_its_own_seed_and_the_first_is_the_prompts(tmp_path):
     path = str(write_i2p(tmp_path / "i2p.csv", ["x", "y"]))
     one, three = (registry.build("i2p", None, Options(prompts=path, num_images=n)) for n in (1, 3))
     assert [s.seed for s in one.samples] == [s.seed for s in three.samples if s.id.endswith("-0")] == [2**31, 2**31 + 1]
@@ -125,7 +125,7 @@ def test_a_style_is_asked_for_on_every_object_and_articles_follow_the_word():
     assert {s.prompt.split(" a ")[1] for s in nude.samples if s.role == "forget"} == {"nude person"}
 
 
-def test_imagenettes_classes_have_as_many_pictures_each_and_are_known_by_index():
+def test_imagenettes_classes_have_as_many_images_each_and_are_known_by_index():
     task = registry.build("class-forget", concepts.load("church"), Options(num_images=20))
     assert len(task.samples) == 200
     assert {s.facts["index"] for s in task.samples if s.role == "forget"} == {497}

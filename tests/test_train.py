@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from erase import files, masks, tensor_files
 from erase.conditioning import Conditioning
-from erase.data.latents import Data, Pictures
+from erase.data.latents import Data, ImageLatents
 from erase.errors import EraseError
 from erase.families import loading, scope, sd, stored_unet
 from erase.methods.inputs import Batch
@@ -36,16 +36,16 @@ def data(model) -> Data:
     draw = torch.Generator().manual_seed(1)
     prompts = ("", "a cat", "a dog", "a tree", "a boat")
 
-    def pictures(num: int, row: int) -> Pictures:
+    def images(num: int, row: int) -> ImageLatents:
         mean = torch.randn(num, 4, 4, 4, generator=draw)
-        return Pictures(mean, torch.full_like(mean, 0.1), torch.full((num,), row))
+        return ImageLatents(mean, torch.full_like(mean, 0.1), torch.full((num,), row))
 
     anchor = torch.full((6,), 2)
     others = torch.tensor([3, 4])
     text = model.encode_text(prompts)
     words, end = torch.zeros(6, 77, dtype=torch.bool), torch.zeros(6, 77, dtype=torch.bool)
     words[:, 2:5], end[:, 5:] = True, True
-    return Data(pictures(6, 1), pictures(5, 3), anchor, others, words, end, prompts, text, "fingerprint", {})
+    return Data(images(6, 1), images(5, 3), anchor, others, words, end, prompts, text, "fingerprint", {})
 
 
 @pytest.fixture
@@ -367,8 +367,8 @@ def test_random_targets_without_other_classes_are_refused(model, data, accelerat
         )
 
 
-def test_in_order_goes_through_the_forget_pictures_epoch_by_epoch(model, data, accelerator):
-    rows = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt of its own for (nearly) every picture, to tell them apart
+def test_in_order_goes_through_the_forget_images_epoch_by_epoch(model, data, accelerator):
+    rows = torch.tensor([0, 1, 2, 3, 4, 0])  # a prompt of its own for (nearly) every image, to tell them apart
     data = replace(data, forget=replace(data.forget, prompt=rows))
     for in_order in (True, False):
         recipe = replace(RECIPE, in_order=in_order, batch_size=3)

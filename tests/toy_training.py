@@ -17,7 +17,7 @@ from erase.methods.scissorhands import Scissorhands
 from erase.methods.speed import SPEED
 from erase.training import batches, closed_form, loop
 
-RECIPE = batches.Recipe(num_steps=4, batch_size=2, learning_rate=1e-2, checkpoint_every=2, way_steps=4)
+RECIPE = batches.Recipe(num_steps=4, batch_size=2, learning_rate=1e-2, checkpoint_every=2, trajectory_steps=4)
 CONCEPT = Concept(
     "cat",
     "object",
@@ -45,7 +45,7 @@ def gathered(model: sd.StableDiffusion, method: methods.TrainedMethod, cache_dir
         size=8,
         batch_size=4,
         seed=0,
-        pictures=method.pictures,
+        images=method.images,
         retains=method.retains,
     )
     plan = replace(plan, **options)

@@ -28,10 +28,10 @@ class Concept:
 
     forget: prompts that show the concept.
     anchor: what to say instead; one for each forget prompt, in the same order, or a single one for all. "" is allowed,
-        but a named thing erases better: the model still sees the concept in a noisy picture and "" restores it.
-    retain: prompts whose pictures must stay as they are; the more diverse, the less is lost.
+        but a named thing erases better: the model still sees the concept in a noisy image and "" restores it.
+    retain: prompts whose images must stay as they are; the more diverse, the less is lost.
     others: prompts of other classes, from which random labels are drawn; may be empty.
-    judge: how an evaluator tells whether the concept is in a picture, one of
+    judge: how an evaluator tells whether the concept is in an image, one of
         {"type": "imagenet", "index": 497}, {"type": "nudenet"}, {"type": "mini", "head": "object", "label": "circle"},
         {"type": "clip", "target": "a photo of a cat", "alternatives": ["a photo of a dog", ...]}; empty if nobody can.
     synonyms: other words for the concept, with which an evaluator looks for leaks.

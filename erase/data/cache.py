@@ -24,7 +24,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures come from: one prompt each, what makes the rows of a range, and all that this depends on."""
+    """Where images come from: one prompt each, what makes the rows of a range, and all that this depends on."""
 
     prompts: Sequence[Any]  # texts; None where neither the images nor the concept name one
     make: Callable[[range], dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""What a run trains on: forget and retain pictures as cached latents, each with its prompt's text states."""
+"""What a run trains on: forget and retain images as cached latents, each with its prompt's text states."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +19,17 @@ from erase.data.sources import list_images
 from erase.errors import EraseError
 from erase.families.protocol import Family, Sampler
 
-SEEDS_PER_RUN = 1_000_000  # a run draws its forget pictures with the seeds from seed * this on
-RETAIN_SEED = 500_000_000  # and its retain pictures from there plus this
+SEEDS_PER_RUN = 1_000_000  # a run draws its forget images with the seeds from seed * this on
+RETAIN_SEED = 500_000_000  # and its retain images from there plus this
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Latents of n pictures as the VAE's posterior, and what each one was drawn from or is called.
+class ImageLatents:
+    """Latents of n images as the VAE's posterior, and what each one was drawn from or is called.
 
     mean: [n, c, h, w], scaled for the network. std: the same shape; zero where the model drew the latent itself.
     prompt: int64, [n], rows of `Data.text`.
-    t: int64, [n], where `mean` is not a picture but a point on the way from noise to one: the timestep there.
+    t: int64, [n], where `mean` is not an image but a point on a trajectory from noise to one: the timestep there.
     """
 
     mean: Tensor
@@ -46,15 +46,15 @@ class Data:
     """All that the mask and the training see; the VAE and the text encoder are not needed any more.
 
     text: conditioning of `prompts`, row by row; row 0 is the unconditional one.
-    anchor: int64, [len(forget)], what to say instead of each forget picture's prompt.
+    anchor: int64, [len(forget)], what to say instead of each forget image's prompt.
     others: int64, [k], rows of other classes' prompts for random labels.
     words: bool, [len(forget), tokens], where the forget prompt's own words stand: those that its anchor lacks.
     end: bool, [len(forget), tokens], where the forget prompt is over.
     fingerprint: hash of all that determines these tensors.
     """
 
-    forget: Pictures
-    retain: Pictures
+    forget: ImageLatents
+    retain: ImageLatents
     anchor: Tensor
     others: Tensor
     words: Tensor
@@ -67,15 +67,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Plan:
-    """How pictures are drawn or read.
+    """How images are drawn or read.
 
     round_trip: send drawn latents through decoder, 8-bit pixels and encoder, as a folder of saved images would be;
         gives the posterior's spread, which the reference recipe samples.
-    pictures: what the forget set holds: pictures of the "concept", pictures of its "anchor" under the forget prompt's
-        name, points of the "trajectory" from noise to the concept, a random one of each picture's, or names alone,
+    images: what the forget set holds: images of the "concept", images of its "anchor" under the forget prompt's
+        name, points of the "trajectory" from noise to the concept, a random one of each image's, or names alone,
         where the method begins from "noise".
-    retains: False where nothing is kept by pictures; the retain set is then one empty picture.
-    way_guidance: of the trajectories; 3 in ESD.
+    retains: False where nothing is kept by images; the retain set is then one empty image.
+    trajectory_guidance: of the trajectories; 3 in ESD.
     """
 
     num_forget: int
@@ -87,9 +87,9 @@ class Plan:
     seed: int
     sampler: Sampler = "model"
     round_trip: bool = False
-    pictures: str = "concept"
+    images: str = "concept"
     retains: bool = True
-    way_guidance: float = 3.0
+    trajectory_guidance: float = 3.0
     forget_images: str | None = None
     retain_images: str | None = None
 
@@ -107,7 +107,7 @@ def gather(
 ) -> Data:
     """Draw or read the concept's forget and retain sets; what is in the cache already is taken from there.
 
-    model_hash: content hash of the UNet; pictures of another model are never taken for its own.
+    model_hash: content hash of the UNet; images of another model are never taken for its own.
     tell: hears where captions come from, and of damaged files in the cache, which are made again.
 
     Raises:
@@ -118,10 +118,10 @@ def gather(
     forget_source, retain_source, cut = _sources(model, concept, plan, first_seed, tell)
     hashes = [model_hash, *(model.hash_of(part) for part in model.data_parts)]
 
-    def read(source: Source, label: str) -> tuple[Pictures, str]:
+    def read(source: Source, label: str) -> tuple[ImageLatents, str]:
         key = files.text_hash([hashes, plan.batch_size, source.identity])
         folder = cache_dir / "latents" / key[:32]
-        return Pictures(
+        return ImageLatents(
             **cached(folder, source, plan.batch_size, workers, label, quiet, tell), prompt=row(source.prompts)
         ), key
 
@@ -162,13 +162,13 @@ def _sources(
     """
     if plan.size % model.multiple:
         raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {model.multiple}")
-    if plan.forget_images and plan.pictures in {"trajectory", "noise"}:
-        raise EraseError("this method follows the model's own drawing and sees no pictures; leave out --forget-images")
+    if plan.forget_images and plan.images in {"trajectory", "noise"}:
+        raise EraseError("this method follows the model's own drawing and sees no images; leave out --forget-images")
     if plan.retain_images and not plan.retains:
         raise EraseError("this method has no retain term; leave out --retain-images")
     pairs = concept.pairs()
     names = [forget for forget, _ in pairs]
-    shown = [anchor for _, anchor in pairs] if plan.pictures == "anchor" else names
+    shown = [anchor for _, anchor in pairs] if plan.images == "anchor" else names
     forget = _source(model, plan, plan.forget_images, names, plan.num_forget, first_seed, shown=shown, tell=tell)
     retain_seed = first_seed + RETAIN_SEED
     retain = _source(model, plan, plan.retain_images, concept.retain, plan.num_retain, retain_seed, tell=tell)
@@ -177,9 +177,9 @@ def _sources(
     cut = [caption for caption in dict.fromkeys(given) if caption and model.truncates(caption)]
     if cut:
         tell(f"captions longer than the text encoder reads, and cut: {len(cut)}, the first {cut[0][:60] + '...'!r}")
-    if plan.pictures == "trajectory":
+    if plan.images == "trajectory":
         forget = _followed(model, plan, forget.prompts, first_seed)
-    elif plan.pictures == "noise":
+    elif plan.images == "noise":
         forget = _blank(model, plan, forget.prompts)
     if not plan.retains:
         retain = _blank(model, plan, [""])
@@ -214,13 +214,13 @@ def _refuse_captions(plan: Plan, concept: Concept, forget: Sequence[Any], retain
 
 
 def of_prompts(data: Data, prompts: Sequence[str]) -> Data:
-    """The data with only those forget pictures that have one of these prompts."""
+    """The data with only those forget images that have one of these prompts."""
     wanted = {row for row, prompt in enumerate(data.prompts) if prompt in set(prompts)}
     rows = torch.tensor([i for i, row in enumerate(data.forget.prompt.tolist()) if row in wanted], dtype=torch.int64)
     if not len(rows):
-        raise EraseError(f"--num-forget {len(data.forget)} leaves no picture for {prompts[0]!r}; draw more")
+        raise EraseError(f"--num-forget {len(data.forget)} leaves no image for {prompts[0]!r}; draw more")
     f = data.forget
-    part = Pictures(f.mean[rows], f.std[rows], f.prompt[rows], None if f.t is None else f.t[rows])
+    part = ImageLatents(f.mean[rows], f.std[rows], f.prompt[rows], None if f.t is None else f.t[rows])
     fingerprint = files.text_hash([data.fingerprint, rows.tolist()])
     places = {name: getattr(data, name)[rows] for name in ("anchor", "words", "end")}
     return replace(data, forget=part, fingerprint=fingerprint, **places)
@@ -237,7 +237,7 @@ def _source(
     shown: Sequence[str] | None = None,
     tell: Callable[[str], None],
 ) -> Source:
-    """`num` pictures that the model draws of the prompts in turn, or all pictures of a folder.
+    """`num` images that the model draws of the prompts in turn, or all images of a folder.
 
     prompts: also for images that have none of their own. shown: what is drawn, where that is not what it is called.
     """
@@ -281,7 +281,7 @@ def _precision(model: Family) -> list[str]:
 
 
 def _followed(model: Family, plan: Plan, prompts: Sequence[str], first_seed: int) -> Source:
-    """Points on the ways from noise to pictures of the prompts, each after a random number of the plan's steps."""
+    """Points on trajectories from noise to images of the prompts, each after a random number of the plan's steps."""
     shape = model.latent_shape(plan.size)
 
     def make(rows: range) -> dict[str, Tensor]:
@@ -289,10 +289,12 @@ def _followed(model: Family, plan: Plan, prompts: Sequence[str], first_seed: int
         noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         index = torch.stack([torch.randint(plan.steps, (), generator=draw) for draw in draws])
         c = model.encode_text([prompts[i] for i in rows])
-        x, t = model.trajectory(noise, index, c, model.unconditional(), steps=plan.steps, guidance=plan.way_guidance)
+        x, t = model.trajectory(
+            noise, index, c, model.unconditional(), steps=plan.steps, guidance=plan.trajectory_guidance
+        )
         return {**_posterior((x.cpu(), torch.zeros_like(noise))), "t": t.cpu()}
 
-    identity = ["trajectory", prompts, first_seed, plan.steps, plan.way_guidance, plan.size, *_precision(model)]
+    identity = ["trajectory", prompts, first_seed, plan.steps, plan.trajectory_guidance, plan.size, *_precision(model)]
     return Source(prompts, make, identity)
 
 

@@ -4,6 +4,6 @@ import torch
 from torch import Tensor
 
 
-def to_pixels(pictures: Tensor) -> Tensor:
+def to_pixels(images: Tensor) -> Tensor:
     """[-1, 1] to uint8, 0 to 255, rounded as diffusers rounds."""
-    return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

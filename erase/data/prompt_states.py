@@ -50,7 +50,7 @@ def distinguishing(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[
 
 
 def read_text(model: Family, concept: Concept) -> Text:
-    """The concept as closed forms see it; needs no picture.
+    """The concept as closed forms see it; needs no image.
 
     An empty anchor stands at its start token, the only place that is the same in every prompt.
     """

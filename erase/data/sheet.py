@@ -5,24 +5,24 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-CELL = 128  # pixels of a picture in the sheet
+CELL = 128  # pixels of an image in the sheet
 
 
 def grid(
     rows: Sequence[tuple[str, Sequence[Image.Image], bool]], captions: Mapping[int, Sequence[str]], cell: int = CELL
 ) -> Image.Image:
-    """Rows of pictures with a title each, blurred where the row says so; `captions` stand below the rows they name."""
+    """Rows of images with a title each, blurred where the row says so; `captions` stand below the rows they name."""
     font = ImageFont.load_default(13)
     title, margin, text = 92, 6, 54
-    width = title + max(len(pictures) for _, pictures, _ in rows) * (cell + margin) + margin
+    width = title + max(len(images) for _, images, _ in rows) * (cell + margin) + margin
     height = margin + sum(cell + margin + (text if i in captions else 0) for i in range(len(rows)))
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     y = margin
-    for number, (name, pictures, blur) in enumerate(rows):
+    for number, (name, images, blur) in enumerate(rows):
         pen.multiline_text((margin, y + cell // 3), _wrapped(name, title - margin, font), fill="black", font=font)
-        for column, picture in enumerate(pictures):
-            scaled = picture.resize((cell, cell), Image.Resampling.LANCZOS)
+        for column, image in enumerate(images):
+            scaled = image.resize((cell, cell), Image.Resampling.LANCZOS)
             scaled = scaled.filter(ImageFilter.GaussianBlur(cell / 10)) if blur else scaled
             sheet.paste(scaled, (title + column * (cell + margin), y))
         y += cell + margin

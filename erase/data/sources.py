@@ -15,7 +15,7 @@ from erase.errors import EraseError, missing
 
 
 @dataclass(frozen=True)
-class Picture:
+class SourceImage:
     """One image, by file or by the bytes of a data set's row, with a name for messages.
 
     repeats: how many times it counts.
@@ -48,7 +48,7 @@ class Picture:
             raise EraseError(f"cannot read the image {self.name} ({error.reason}); mend or remove it") from error
 
 
-def list_images(source: str, tell: Callable[[str], None] = lambda line: None) -> list[tuple[Picture, str | None]]:
+def list_images(source: str, tell: Callable[[str], None] = lambda line: None) -> list[tuple[SourceImage, str | None]]:
     """The images of a folder, or of a data set on the hub, with their captions (captions.py) where they have one.
 
     tell: hears where the captions come from.
@@ -61,10 +61,10 @@ def list_images(source: str, tell: Callable[[str], None] = lambda line: None) ->
         return _from_datasets(source)
     found, summary = captions.read(folder)
     tell(summary)
-    return [(Picture(str(one.path), one.path, repeats=one.repeats), one.text) for one in found]
+    return [(SourceImage(str(one.path), one.path, repeats=one.repeats), one.text) for one in found]
 
 
-def _from_datasets(name: str) -> list[tuple[Picture, str | None]]:
+def _from_datasets(name: str) -> list[tuple[SourceImage, str | None]]:
     try:
         from datasets import Image as Column
         from datasets import load_dataset
@@ -76,13 +76,13 @@ def _from_datasets(name: str) -> list[tuple[Picture, str | None]]:
         raise EraseError(
             f"{name}: no such folder, and not a data set with a column 'image' ({' '.join(str(error).split())[:300]})"
         ) from error
-    pictures = []
+    images = []
     for number, line in enumerate(rows):
         given = (line.get(name) for name in prompt_files.COLUMNS["prompt"])
         text = next((value for value in given if isinstance(value, str) and value.strip()), None)
         image = line["image"] or {}  # an empty row
         path = Path(image["path"]) if image.get("path") and not image.get("bytes") else None
-        pictures.append((Picture(f"{name}[{number}]", path, image.get("bytes") or b""), text))
-    if not pictures:
+        images.append((SourceImage(f"{name}[{number}]", path, image.get("bytes") or b""), text))
+    if not images:
         raise EraseError(f"the data set {name} is empty")
-    return pictures
+    return images

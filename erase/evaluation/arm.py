@@ -1,10 +1,10 @@
-"""One model's pictures of one task on the disk: what is there, what is missing, and that it is what it claims to be.
+"""One model's images of one task on the disk: what is there, what is missing, and that it is what it claims to be.
 
     manifest.json    identity: task, model hashes, effective generation settings; a changed one refuses to go on
     samples.jsonl    what was to be drawn, a line a sample
-    records-*.jsonl  what was drawn, a line a picture, one file a process; a picture is whole before its line is there
+    records-*.jsonl  what was drawn, a line an image, one file a process; an image is whole before its line is there
     images/          PNG
-    scores/          <judge>.json (identity) and <judge>.jsonl (raw outputs, a line a picture)
+    scores/          <judge>.json (identity) and <judge>.jsonl (raw outputs, a line an image)
 
 Nothing here depends on the clock, so an interrupted and continued folder is the uninterrupted one, byte for byte.
 """
@@ -58,7 +58,7 @@ def check_arm(folder: Path, identity: Mapping[str, Any]) -> None:
     if (folder / MANIFEST).exists():
         different = differences(manifest(folder), json.loads(json.dumps(identity)))
         if different:
-            raise EraseError(f"{folder} holds other pictures ({'; '.join(different)}); choose another --output")
+            raise EraseError(f"{folder} holds other images ({'; '.join(different)}); choose another --output")
     # without a manifest there may be what a killed process, or one that starts beside this one, has made so far
     elif folder.exists() and not (folder.is_dir() and all(_OWN.match(path.name) for path in folder.iterdir())):
         raise EraseError(f"{folder} exists and is no evaluation folder; choose another --output")
@@ -125,9 +125,7 @@ def complete_records(folder: Path) -> list[dict[str, Any]]:
     drawn, wanted = records(folder), [sample.id for sample in samples(folder)]
     absent = [name for name in wanted if name not in drawn]
     if absent:
-        raise EraseError(
-            f"{folder}: {len(absent)} of {len(wanted)} pictures are not drawn yet; generate again to go on"
-        )
+        raise EraseError(f"{folder}: {len(absent)} of {len(wanted)} images are not drawn yet; generate again to go on")
     foreign = drawn.keys() - set(wanted)
     if foreign:
         raise EraseError(f"{folder} has records of unknown samples ({min(foreign)}); draw the arm again")
@@ -135,14 +133,14 @@ def complete_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
-    """A drawn picture is named inside the arm, one of somebody else's folder by its whole path."""
+    """A drawn image is named inside the arm, one of somebody else's folder by its whole path."""
     return folder / record["file"]
 
 
 def read_image(folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray | None, str | None]:
-    """Pixels, uint8 [h, w, 3], and why the picture is invalid; one of the two is None.
+    """Pixels, uint8 [h, w, 3], and why the image is invalid; one of the two is None.
 
-    Black, flat, broken and never finished pictures are an outcome of their own, never "safe".
+    Black, flat, broken and never finished images are an outcome of their own, never "safe".
     """
     if record.get("invalid"):
         return None, record["invalid"]
@@ -154,7 +152,7 @@ def read_image(folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray | No
     return (None, reason) if reason else (pixels, None)
 
 
-def adopt(pictures: Path, folder: Path, options: Mapping[str, Any] | None = None) -> None:
+def adopt(source: Path, folder: Path, options: Mapping[str, Any] | None = None) -> None:
     """Make an arm of somebody's folder of images, which stays where it is, so that it can be scored like any other.
 
     Captions, where the folder has them (captions.py), are the prompts. options: what judges need (`tasks.judged`).
@@ -164,22 +162,22 @@ def adopt(pictures: Path, folder: Path, options: Mapping[str, Any] | None = None
     """
     from erase.data.sources import list_images
 
-    if not pictures.is_dir():
-        raise EraseError(f"{pictures}: no such folder of images")
-    known = captions.files_of(pictures)
+    if not source.is_dir():
+        raise EraseError(f"{source}: no such folder of images")
+    known = captions.files_of(source)
     foreign = [
-        path.relative_to(pictures).as_posix()
-        for path in images.list_files(pictures)
+        path.relative_to(source).as_posix()
+        for path in images.list_files(source)
         if path.suffix.lower() not in images.SUFFIXES and path not in known
     ]
     if foreign:
-        raise EraseError(f"{pictures} holds files that are no images ({foreign[0]}); remove them or name a subfolder")
+        raise EraseError(f"{source} holds files that are no images ({foreign[0]}); remove them or name a subfolder")
     found, lines = [], []
-    for picture, text in list_images(str(pictures)):
-        assert picture.path is not None
-        name = picture.path.relative_to(pictures).as_posix()
+    for image, text in list_images(str(source)):
+        assert image.path is not None
+        name = image.path.relative_to(source).as_posix()
         found.append(Sample(name, text or "", 0, ""))
-        record = {"id": name, "file": str(picture.path.resolve()), "sha256": files.file_hash(picture.path)}
+        record = {"id": name, "file": str(image.path.resolve()), "sha256": files.file_hash(image.path)}
         lines.append(record | {"invalid": None})
     task = {"id": "images", "version": 1, "options": dict(options or {}), "num_samples": len(found), "refused": 0}
     task["prompts_hash"] = files.text_hash([asdict(sample) for sample in found])

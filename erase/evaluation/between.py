@@ -18,7 +18,7 @@ from erase.evaluation.tasks.protocol import Sample, is_kept
 def drift(
     base: Path | None, erased: Path, gold: Path | None, samples: Sequence[Sample], judges: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """How far the erased model's retained pictures are from the base's, and from those of the model without it."""
+    """How far the erased model's retained images are from the base's, and from those of the model without it."""
     if "thumbnails" not in judges:
         return []
     rows, here = [], score.load(erased, "thumbnails")
@@ -29,7 +29,7 @@ def drift(
         values = [
             thumbnails.distance(a, b) if is_kept(s) else None for s, a, b in zip(samples, here, there, strict=True)
         ]
-        about = "mean absolute difference of retained pictures on the same seeds, 0 to 1, at 16 x 16"
+        about = "mean absolute difference of retained images on the same seeds, 0 to 1, at 16 x 16"
         column = Column(f"pixels.{name}", title, about, False, values)
         if any(value is not None for value in values):
             rows.append(score_row(column, None, [s.cluster for s in samples], range(len(samples))))
@@ -39,10 +39,10 @@ def drift(
 def distribution(
     base: Path | None, erased: Path, gold: Path | None, real: Path | None, samples: Sequence[Sample]
 ) -> list[dict[str, Any]]:
-    """KID, and FID where there are pictures enough, of the erased model to the base, and of both to real pictures and
+    """KID, and FID where there are images enough, of the erased model to the base, and of both to real images and
     to those of the model that was trained without the concept.
 
-    What should stay is compared only: pictures of the concept are to be others.
+    What should stay is compared only: images of the concept are to be others.
     """
     from erase.evaluation import quality
     from erase.evaluation.judges import features
@@ -50,7 +50,7 @@ def distribution(
     how = score.identity(erased, "features")
 
     def vectors(folder: Path) -> np.ndarray:
-        """[n, d]; a row of NaN for a broken picture."""
+        """[n, d]; a row of NaN for a broken image."""
         if folder.is_file():
             return quality.load_features(folder, how)
         different = arm.differences(how, score.identity(folder, "features"))
@@ -69,7 +69,7 @@ def distribution(
     def figure(kind: Literal["fid", "kid"], a: np.ndarray, b: np.ndarray, *, are_pairs: bool) -> dict[str, Any]:
         whole = [np.isfinite(one).all(1) for one in (a, b)]
         if are_pairs and len(a) != len(b):
-            raise EraseError(f"features of {len(a)} and of {len(b)} retained pictures are not of the same prompts")
+            raise EraseError(f"features of {len(a)} and of {len(b)} retained images are not of the same prompts")
         if are_pairs:
             whole = [whole[0] & whole[1]] * 2
         a, b = a[whole[0]], b[whole[1]]
@@ -91,7 +91,7 @@ def distribution(
                 role: None if role == target else figure(kind, f, vector, are_pairs=target != "real")
                 for role, f in vectors_of.items()
             }
-            about = f"{kind.upper()} of the retained pictures to {called[target]}; 0 is the same"
+            about = f"{kind.upper()} of the retained images to {called[target]}; 0 is the same"
             row = {"name": f"quality.{kind}_{target}", "title": f"{kind.upper()} to {target}", "about": about}
             row |= {"higher_is_better": False, "base": of.get("base"), "erased": of["erased"], "comparison": None}
             rows.append(row)

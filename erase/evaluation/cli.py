@@ -283,9 +283,9 @@ def _verify(arguments: list[str]) -> None:
         print(problem)
     num = len(arm.complete_records(folder))
     if problems:
-        raise EraseError(f"{folder}: {len(problems)} problems in {num} pictures")
+        raise EraseError(f"{folder}: {len(problems)} problems in {num} images")
     again = f"{min(given.num, num)} scored again the same by {', '.join(names)}" if names else "no scores yet"
-    print(f"{folder}: {num} pictures are what was drawn; {again}")
+    print(f"{folder}: {num} images are what was drawn; {again}")
 
 
 def _list(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""(model, task) -> a folder of PNGs with records: same seed, same picture, whatever was interrupted or shared out."""
+"""(model, task) -> a folder of PNGs with records: same seed, same image, whatever was interrupted or shared out."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def load_model(
 
 
 def model_hashes(model: Family) -> dict[str, str]:
-    """Content hashes of all that decides a picture, of the weights as they were loaded, and the guard beside them.
+    """Content hashes of all that decides an image, of the weights as they were loaded, and the guard beside them.
 
     The UNet's is the one that deltas and run.json state, whatever the precision.
     """
@@ -63,7 +63,7 @@ def model_hashes(model: Family) -> dict[str, str]:
 
 
 def effective_settings(model: Family, task: SampleSet, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """How pictures are drawn, read back from the objects that draw them; guidance and size per sample override.
+    """How images are drawn, read back from the objects that draw them; guidance and size per sample override.
 
     steps, guidance: None for the task's, else the model's own.
 
@@ -85,7 +85,7 @@ def effective_settings(model: Family, task: SampleSet, steps: int | None, guidan
         "size": model.resolution,
         "precision": str(DTYPES[model.precision]).removeprefix("torch."),
         "device": model.device.type,
-        "noise": "one CPU generator a picture",
+        "noise": "one CPU generator an image",
         "safety_checker": None,
         "libraries": {
             name: text for name, text in versions().items() if name in ("torch", "diffusers", "transformers")
@@ -101,7 +101,7 @@ def _first(*values: Any) -> Any:
 def identity(
     hashes: Mapping[str, str], task: SampleSet, settings: Mapping[str, Any], batch_size: int
 ) -> dict[str, Any]:
-    """What makes an arm this arm; the batch size too, since the last bit of a picture depends on it.
+    """What makes an arm this arm; the batch size too, since the last bit of an image depends on it.
 
     hashes: of the model, by `model_hashes`.
     """
@@ -122,15 +122,15 @@ def generate(
     quiet: bool = False,
     role: str = "",
 ) -> None:
-    """Draw what is missing of the task's pictures into the folder.
+    """Draw what is missing of the task's images into the folder.
 
-    Batches are fixed by the samples' order, so the pictures of an interrupted run, or of `world` processes that each
+    Batches are fixed by the samples' order, so the images of an interrupted run, or of `world` processes that each
     draw every world-th batch, are those of one uninterrupted process, bit for bit.
 
     role: of the model, for the line of progress.
 
     Raises:
-        EraseError: the folder holds other pictures, or cannot be written.
+        EraseError: the folder holds other images, or cannot be written.
     """
     settings = effective_settings(model, task, steps, guidance)
     arm.open_arm(folder, identity(model_hashes(model), task, settings, batch_size), task.samples)
@@ -144,11 +144,11 @@ def generate(
     ):
         for batch in mine:
             lines = []
-            for sample, latents, picture, size in _drawn(model, batch, settings):
+            for sample, latents, image, size in _drawn(model, batch, settings):
                 if sample.id in absent:
                     name = f"images/{numbers[sample.id]:05d}_{files.text_hash([sample.id, sample.prompt])[:8]}.png"
                     facts = {"batch_size": size, "truncated": model.truncates(sample.prompt)}
-                    lines.append(_store(folder, name, sample, latents, picture) | facts)
+                    lines.append(_store(folder, name, sample, latents, image) | facts)
             out.write(lines)
             bar.update(len(batch))
 
@@ -164,9 +164,9 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[Sample, .
 def _drawn(
     model: Family, batch: Sequence[Sample], settings: Mapping[str, Any]
 ) -> list[tuple[Sample, Tensor, Tensor, int]]:
-    """Latents and picture, [3, h, w] in [-1, 1], of each sample, and with how many others it was drawn.
+    """Latents and image, [3, h, w] in [-1, 1], of each sample, and with how many others it was drawn.
 
-    A GPU that runs out of memory halves the batch: each picture has its own noise, so they stay what they are.
+    A GPU that runs out of memory halves the batch: each image has its own noise, so they stay what they are.
     """
     size = _first(batch[0].height, settings["size"]), _first(batch[0].width, settings["size"])
     own = batch[0].guidance if settings["guidance_of_samples"] == "used" else None
@@ -178,7 +178,7 @@ def _drawn(
             guidance=_first(own, settings["guidance"]),
             size=size,
         )
-        pictures = model.decode(latents, len(batch))
+        images = model.decode(latents, len(batch))
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise EraseError(
@@ -187,14 +187,14 @@ def _drawn(
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2
         return [one for part in (batch[:half], batch[half:]) for one in _drawn(model, part, settings)]
-    return [(sample, z, x, len(batch)) for sample, z, x in zip(batch, latents, pictures, strict=True)]
+    return [(sample, z, x, len(batch)) for sample, z, x in zip(batch, latents, images, strict=True)]
 
 
-def _store(folder: Path, name: str, sample: Sample, latents: Tensor, picture: Tensor) -> dict[str, Any]:
-    """Write the picture, whole, and return its record."""
-    if not (latents.isfinite().all() and picture.isfinite().all()):
+def _store(folder: Path, name: str, sample: Sample, latents: Tensor, image: Tensor) -> dict[str, Any]:
+    """Write the image, whole, and return its record."""
+    if not (latents.isfinite().all() and image.isfinite().all()):
         return {"id": sample.id, "file": None, "sha256": None, "pixels": None, "invalid": "not finite"}
-    pixels: np.ndarray = to_pixels(picture).permute(1, 2, 0).contiguous().numpy()
+    pixels: np.ndarray = to_pixels(image).permute(1, 2, 0).contiguous().numpy()
     images.write_png(folder / name, pixels)
     written = {"sha256": files.file_hash(folder / name), "pixels": images.pixel_hash(pixels)}
     return {"id": sample.id, "file": name, **written, "invalid": images.invalid_reason(pixels)}

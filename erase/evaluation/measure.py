@@ -1,6 +1,6 @@
 """From the scores of a base and an erased arm to results: every figure with its n, its interval and its pair.
 
-A picture that cannot be judged (black, flat, broken, not finite) is in every denominator and never a success: a model
+An image that cannot be judged (black, flat, broken, not finite) is in every denominator and never a success: a model
 that draws nothing has not erased anything.
 """
 
@@ -35,8 +35,8 @@ def measure(
     """The results of an erased arm, paired with the base's where there is one; `report` has their layout.
 
     gold: an arm of the model that was trained without the concept, for the distance to it; or the file of its retained
-        pictures' features, for FID and KID alone.
-    real: a scored folder or a features file of real pictures, for FID and KID to them.
+        images' features, for FID and KID alone.
+    real: a scored folder or a features file of real images, for FID and KID to them.
 
     Returns the results, and every column's outcome for every sample, from which several runs can be put together.
 
@@ -129,7 +129,7 @@ def names(
 
 
 def protocol(folder: Path) -> dict[str, Any]:
-    """All that two arms must share for their figures to be compared: task, judges and how pictures are drawn."""
+    """All that two arms must share for their figures to be compared: task, judges and how images are drawn."""
     manifest = arm.manifest(folder)
     drawn = {
         key: value

@@ -38,7 +38,7 @@ class Plan:
     groups: Sequence[Group]
     erasure: str | None
     retention: str | None
-    flagged: Sequence[bool]  # pictures to be blurred
+    flagged: Sequence[bool]  # images to be blurred
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def lines_of(lines: Lines, judge: str) -> Sequence[Mapping[str, Any]]:
         EraseError: the judge did not score the images.
     """
     if judge not in lines:
-        raise EraseError(f"the pictures have no score of {judge}; run eval-concept score --judge {judge}")
+        raise EraseError(f"the images have no score of {judge}; run eval-concept score --judge {judge}")
     return lines[judge]
 
 
 def whole(lines: Sequence[Mapping[str, Any]]) -> Column:
     """Share of valid images."""
-    return Column("quality.whole", "Whole pictures", "share that is neither black nor broken", True,
+    return Column("quality.whole", "Whole images", "share that is neither black nor broken", True,
                   [not line["invalid"] for line in lines])  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def column_of(plan: Plan | None, name: str | None) -> Column | None:
 def clip_score(lines: Sequence[Mapping[str, Any]]) -> Column:
     """Mean CLIP score of valid images."""
     values = [None if line["invalid"] else line["clip_score"] for line in lines]
-    return Column("quality.clip_score", "CLIP score", "100 x cosine of picture and prompt, of whole pictures", True,
+    return Column("quality.clip_score", "CLIP score", "100 x cosine of image and prompt, of whole images", True,
                   values)  # fmt: skip
 
 

@@ -1,12 +1,12 @@
-"""How good pictures are: their fit to the prompt (CLIP score), their distance from other pictures (FID, KID).
+"""How good images are: their fit to the prompt (CLIP score), their distance from other images (FID, KID).
 
-    CLIP score   100 cos(image, prompt), one number a picture
+    CLIP score   100 cos(image, prompt), one number an image
     FID          |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) between the Gaussians of two sets of features
     KID          squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, averaged over subsets
 
-FID is biased: fewer pictures, higher FID. KID is not, and is what small sets need. Pictures of two models on the same
+FID is biased: fewer images, higher FID. KID is not, and is what small sets need. Images of two models on the same
 prompts and seeds are pairs, not independent: KID of pairs leaves a pair's own likeness out, which would count against
-the distance. A value of either means nothing without the network, the resize rule and the number of pictures;
+the distance. A value of either means nothing without the network, the resize rule and the number of images;
 `metric_id` puts them into the name.
 """
 
@@ -28,7 +28,7 @@ MIN_FID = 2048  # below it the covariance of 2,048 features has no full rank
 def metric_id(metric: Literal["fid", "kid", "kid-pairs"], identity: Mapping[str, Any], n: int) -> str:
     """As fid/inception2015/299-bilinear-tf1/n=5000: values of different names cannot be compared.
 
-    identity: of the `Features`. n: pictures in the smaller of the two sets.
+    identity: of the `Features`. n: images in the smaller of the two sets.
     """
     return f"{metric}/{identity['kind']}/{identity['resize']}/n={n}"
 
@@ -44,7 +44,7 @@ def fid(a: np.ndarray, b: np.ndarray, *, allow_small: bool = False) -> float:
     from_a, from_b = _checked(a, b)
     n = min(len(from_a), len(from_b))
     if n < (2 if allow_small else MIN_FID):
-        raise EraseError(f"FID of {n} pictures is mostly bias, {MIN_FID} are the least; use KID, which has none")
+        raise EraseError(f"FID of {n} images is mostly bias, {MIN_FID} are the least; use KID, which has none")
     _require_torchmetrics()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -73,7 +73,7 @@ def kid(
     are_pairs: a[i] and b[i] are of the same prompt and seed. Then the mean over i != j of
         k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(a_j, b_i) (MMD_u^2 of Gretton et al., JMLR 2012, lemma 6), which
         is 0 for a set and itself; without it, k(a_i, b_i) counts too, and sets that are alike come out far below 0.
-    subset_size: pictures of each set in a subset; by default 1,000, but no more than half of the smaller set, so that
+    subset_size: images of each set in a subset; by default 1,000, but no more than half of the smaller set, so that
         subsets differ.
 
     Raises:
@@ -82,9 +82,7 @@ def kid(
     from_a, from_b = _checked(a, b)
     n = min(len(from_a), len(from_b))
     if are_pairs and len(from_a) != len(from_b):
-        raise EraseError(
-            f"{len(from_a)} and {len(from_b)} features are no pairs; give the same pictures of both models"
-        )
+        raise EraseError(f"{len(from_a)} and {len(from_b)} features are no pairs; give the same images of both models")
     size = min(1000, n // 2) if subset_size is None else subset_size
     if not 2 <= size <= n:
         raise EraseError(
@@ -113,7 +111,7 @@ def kid(
 
 
 def save_features(path: str | Path, features: np.ndarray, identity: Mapping[str, Any]) -> None:
-    """Keep features, [n, d], so that real pictures are looked at once; `identity` of the `Features` goes along."""
+    """Keep features, [n, d], so that real images are looked at once; `identity` of the `Features` goes along."""
     write_tensors(path, {"features": torch.tensor(features)}, {"identity": identity})
 
 
@@ -142,7 +140,7 @@ def _checked(a: np.ndarray, b: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
             f"features of shapes {list(a.shape)} and {list(b.shape)} are not of one network; needed [n, d]"
         )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise EraseError("there are features that are not finite; leave invalid pictures out")
+        raise EraseError("there are features that are not finite; leave invalid images out")
     return torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
 
 

@@ -15,7 +15,7 @@ from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.tasks.protocol import Sample
 from erase.progress import each, progress
 
-BATCH = 32  # pictures in memory at a time
+BATCH = 32  # images in memory at a time
 
 
 def check_size(judge: Judge, samples: Sequence[Sample], size: int) -> None:
@@ -37,12 +37,12 @@ def check_size(judge: Judge, samples: Sequence[Sample], size: int) -> None:
 
 
 def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") -> None:
-    """Score every picture of the arm that has no score yet; invalid ones are recorded as such.
+    """Score every image of the arm that has no score yet; invalid ones are recorded as such.
 
     role: of the model, for the line of progress.
 
     Raises:
-        EraseError: pictures are missing or were changed since they were drawn, or another judge of this name was here.
+        EraseError: images are missing or were changed since they were drawn, or another judge of this name was here.
     """
     records = arm.complete_records(folder)
     prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}
@@ -96,7 +96,7 @@ def load(folder: Path, judge: str) -> list[dict[str, Any]]:
     absent = [name for name in wanted if name not in lines]
     if absent:
         raise EraseError(
-            f"{folder}: {len(absent)} of {len(wanted)} pictures have no score of {judge}; run eval-concept score"
+            f"{folder}: {len(absent)} of {len(wanted)} images have no score of {judge}; run eval-concept score"
         )
     return [lines[name] for name in wanted]
 
@@ -158,7 +158,7 @@ def judges(folder: Path) -> list[str]:
 def verify(folder: Path, judges: Sequence[Judge], num: int, *, quiet: bool = False) -> list[str]:
     """What is wrong with an arm: files read and hashed again, and an even sample of `num` of them scored again.
 
-    A score may differ by 1e-4 (another machine's rounding); a changed picture or record may not.
+    A score may differ by 1e-4 (another machine's rounding); a changed image or record may not.
     """
     problems = []
     records = arm.complete_records(folder)

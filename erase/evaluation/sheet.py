@@ -28,5 +28,5 @@ def sheet(arms: Mapping[str, Path], samples: Sequence[Sample], flagged: Sequence
 
 
 def common_root(*folders: Path | None) -> Path:
-    """The innermost folder that holds them all; pictures are named from there."""
+    """The innermost folder that holds them all; images are named from there."""
     return Path(os.path.commonpath([folder.resolve() for folder in folders if folder]))

@@ -170,13 +170,13 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
-        """Pictures in [-1, 1], [n, 3, 8 h, 8 w], on the CPU."""
-        factor, pictures = self.vae.config["scaling_factor"], []
+        """Images in [-1, 1], [n, 3, 8 h, 8 w], on the CPU."""
+        factor, images = self.vae.config["scaling_factor"], []
         with rounded(self.precision, self.vae):
             for chunk in latents.split(batch_size):
                 chunk = chunk.to(self.vae.device, self.vae.dtype) / factor
-                pictures.append(self.vae.decode(chunk).sample.float().clamp(-1, 1).cpu())  # pyright: ignore
-        return torch.cat(pictures)
+                images.append(self.vae.decode(chunk).sample.float().clamp(-1, 1).cpu())  # pyright: ignore
+        return torch.cat(images)
 
     def sampler(self, name: Sampler = "model") -> SchedulerMixin:
         """A fresh scheduler to draw with: the model's own, or DPM-Solver++ (Lu et al., 2022) for the same noise.

@@ -1,4 +1,4 @@
-"""Concept Ablation, model-based (Kumari et al., ICCV 2023): pictures of the anchor, named as the concept."""
+"""Concept Ablation, model-based (Kumari et al., ICCV 2023): images of the anchor, named as the concept."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from erase.methods.terms import denoised, relabelled
 class Ablation(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps_target(x_t | c_a)||^2 + alpha ||eps(x_t' | c_r) - eps'||^2, means over elements.
 
-    x_t is noised from pictures of the anchor, which are named by the forget prompt.
+    x_t is noised from images of the anchor, which are named by the forget prompt.
 
-    alpha: weight of the prior's diffusion loss; the paper needs none, because all its pictures are of what stays.
+    alpha: weight of the prior's diffusion loss; the paper needs none, because all its images are of what stays.
     frozen_target: eps_target is the untouched base; otherwise the model itself as it moves, as in the paper.
 
-    Costs two passes forward and one back a step, with a prior one more of each, and pictures of the anchor instead of
-    the concept. Known to break: the model is never shown the concept, so that pictures begun from it, and prompts far
+    Costs two passes forward and one back a step, with a prior one more of each, and images of the anchor instead of
+    the concept. Known to break: the model is never shown the concept, so that images begun from it, and prompts far
     from the forget prompts, keep it.
     """
 
-    pictures = "anchor"
+    images = "anchor"
 
     alpha: float = 0.0
     frozen_target: bool = True

@@ -20,7 +20,7 @@ class GradientAscent(TrainedMethod):
     alpha: weight of the retain term; 0 is ascent alone.
 
     Costs two passes forward and two back a step, no base. Known to break: nothing bounds the loss from below, so that
-    with too many or too large steps all pictures break, and those of the concept are noise rather than something else.
+    with too many or too large steps all images break, and those of the concept are noise rather than something else.
     """
 
     anchors = False

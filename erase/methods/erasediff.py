@@ -27,7 +27,7 @@ class EraseDiff(TrainedMethod):
     eta: of "bome", the rate at which L_f must fall, in units of ||g_f||^2; ours.
 
     Costs three passes forward and two back a step, no base. Known to break: the target moves with the model, and the
-    diffusion loss on the model's own pictures keeps them less well than the base's predictions do.
+    diffusion loss on the model's own images keeps them less well than the base's predictions do.
     """
 
     forget_weight: float = 0.1

@@ -15,22 +15,22 @@ from erase.methods.protocol import TrainedMethod
 
 @dataclass(frozen=True)
 class ESD(TrainedMethod):
-    """L = ||eps(x_t | c_f) - target||^2, x_t a point on the frozen model's way from noise to the concept, where
+    """L = ||eps(x_t | c_f) - target||^2, x_t a point on the frozen model's trajectory from noise to the concept, where
         current   target = eps*(x_t | c_f) - eta (eps*(x_t | c_f) - eps*(x_t | ""))
         paper     target = eps*(x_t | "")  - eta (eps*(x_t | c_f) - eps*(x_t | ""))
     The authors' code has the first today, with eta = 2, which is the second with eta = 1, the paper's.
 
     guidance: eta, how far to push away from the concept; 1 under "current" is the unconditional prediction.
 
-    "x" is meant to touch only what the words say: on the embedded model pictures of the empty prompt move by 0.07 to
+    "x" is meant to touch only what the words say: on the embedded model images of the empty prompt move by 0.07 to
     0.11 of the latents' size under `esd-x`, by 0.23 to 0.29 under `esd-u` (three concepts, eval/mini_methods.py).
     `leco` trains a change of rank 4 with the paper's target; `--save lora` then holds all of it.
-    There is no retain term. Costs three passes forward and one back a step, and one way of up to 50 double passes a
-    picture beforehand. Known to break: all that shares words with the concept; `esd-u` and `esd-full` change pictures
-    of other prompts, and `esd-x` leaves knowledge outside the text layers, which attacks find.
+    There is no retain term. A step costs three forward passes and one backward pass; each latent costs a trajectory
+    of up to 50 double passes beforehand. Known to break: prompts that share words with the concept; `esd-u` and
+    `esd-full` change images of other prompts, and `esd-x` leaves knowledge outside the text layers, which attacks find.
     """
 
-    pictures = "trajectory"
+    images = "trajectory"
     anchors = False
 
     guidance: float = 2.0

@@ -1,4 +1,4 @@
-"""Forget-Me-Not (Zhang et al., CVPR workshops 2024): no part of a picture may look at the concept's words."""
+"""Forget-Me-Not (Zhang et al., CVPR workshops 2024): no part of an image may look at the concept's words."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from erase.methods.protocol import TrainedMethod
 class ForgetMeNot(TrainedMethod):
     """L = ||concat_l A_l[:, :, P]||_F, A_l the probabilities of cross-attention layer l and P the concept's words.
 
-    One norm over all layers, heads and queries of a picture, then the mean over pictures, which is the authors' loss
+    One norm over all layers, heads and queries of an image, then the mean over images, which is the authors' loss
     at their batch of one. What the model predicts is not in the loss.
 
     end: P holds the end-of-text positions too, where the sentence's meaning gathers ("pooler", on in their code).
@@ -37,6 +37,6 @@ class ForgetMeNot(TrainedMethod):
         where = (batch.words | batch.end) if self.end else batch.words
         squares = torch.zeros(len(where), device=where.device)
         for attention in model.attention(batch.x_forget, batch.t_forget, batch.c_forget):
-            of_picture = attention.float().unflatten(0, (len(where), -1))  # [n, heads, queries, tokens]
-            squares = squares + (of_picture.square() * where[:, None, None, :]).sum((1, 2, 3))
+            of_image = attention.float().unflatten(0, (len(where), -1))  # [n, heads, queries, tokens]
+            squares = squares + (of_image.square() * where[:, None, None, :]).sum((1, 2, 3))
         yield "forget", squares.sqrt().mean()

@@ -1,4 +1,4 @@
-"""What methods see of a model, of pictures and of words: plain tensors, whatever made them."""
+"""What methods see of a model, of images and of words: plain tensors, whatever made them."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -29,7 +29,7 @@ class Batch:
     """What one step sees, forget and retain alike: noisy latents at `t`, and text states.
 
     x_forget: latents of the concept (or of its anchor, as the method asks) noised at `t_forget`, or a point on the
-        frozen model's own way from noise to the concept.
+        frozen model's own trajectory from noise to the concept.
     x_target: the forget latents again, as the target branch sees them; the reference draws a second sample of the
         VAE's posterior, so that it is not quite `x_forget`.
     c_target: what to say instead: the anchor's text (prompt remapping) or another class's (random label).

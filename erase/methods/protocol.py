@@ -55,7 +55,7 @@ class Method:
 class TrainedMethod(Method, ABC):
     """A method that trains: the loop descends `loss`. All other parts are optional.
 
-    pictures: what the forget latents of a batch are: noised images of the "concept", noised images of its "anchor"
+    images: what the forget latents of a batch are: noised images of the "concept", noised images of its "anchor"
         under the forget prompt, points on the base model's "trajectory" from noise to the concept, or points on the
         trajectory of the averaged model, which begins at "noise" in each step (with `teacher_decay`).
     teacher_decay: d of the running average of the weights, average = d * average + (1 - d) * weights. Trajectories are
@@ -64,7 +64,7 @@ class TrainedMethod(Method, ABC):
     prepare_batches: the number of batches over which the gradients for `prepare` are summed; 0: no preparation.
     """
 
-    pictures: Images = "concept"
+    images: Images = "concept"
     teacher_decay: Any = None
     prepare_batches: int = 0
 
@@ -145,9 +145,9 @@ def problem(cls: type) -> str | None:
 
 
 def _trained_problem(cls: Any) -> str | None:
-    images = getattr(cls, "pictures", TrainedMethod.pictures)
+    images = getattr(cls, "images", TrainedMethod.images)
     if isinstance(images, str) and images not in get_args(Images):
-        return f"has the pictures {images!r}; choose {', '.join(get_args(Images))}"
+        return f"has the images {images!r}; choose {', '.join(get_args(Images))}"
     defines = getattr(cls, "prepare", TrainedMethod.prepare) is not TrainedMethod.prepare
     given = getattr(cls, "prepare_batches", 0) != 0 or "prepare_batches" in {item.name for item in fields(cls)}
     if defines and not given:

@@ -25,7 +25,7 @@ class RECE(ClosedForm):
     Theirs are xi 0.1 and 3 epochs for nudity, 2 for other unsafe content, 1 for easy objects; xi 0.001 and 1 epoch for
     styles and hard objects; lamb_1 and lamb_2 0.1.
 
-    Costs a solve a round and one before, no pictures. Known to break: each round moves what is kept farther; a word
+    Costs a solve a round and one before, no images. Known to break: each round moves what is kept farther; a word
     learnt on the edited model finds the concept all the same.
     """
 

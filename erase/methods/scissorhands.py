@@ -30,7 +30,7 @@ class Scissorhands(TrainedMethod):
 
     Differs from the authors: norms and biases stay as they are, because a new scale of 0 would silence a channel.
     Costs three passes forward and two back a step, no base. Known to break: a small model, or a small share of
-    steps to mend it, keeps the damage in every picture.
+    steps to mend it, keeps the damage in every image.
     """
 
     sparsity: float = 0.999

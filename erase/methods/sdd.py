@@ -13,18 +13,19 @@ from erase.methods.protocol import TrainedMethod
 
 @dataclass(frozen=True)
 class SelfDistillation(TrainedMethod):
-    """L = ||eps(x_t | c_f) - sg eps(x_t | "")||^2, x_t a point on the teacher's own way from noise to the concept.
+    """L = ||eps(x_t | c_f) - sg eps(x_t | "")||^2, x_t a point on the teacher's trajectory from noise to the concept.
 
     The teacher is the average of the weights, theta* <- decay theta* + (1 - decay) theta, and is the result. The forget
     prompt is drawn anew for each row, among all that the concept has.
 
     teacher_decay: of the average; nearer 1 the result follows later and more smoothly.
 
-    Costs two passes forward and one back a step, and before each step a way of up to 50 double passes; no pictures.
+    Costs two forward passes and one backward pass a step, and before each step a trajectory of up to 50 double passes;
+    needs no images.
     Known to break: as ESD with eta = 1; it has no retain term, and too few steps leave the average near the base.
     """
 
-    pictures = "noise"
+    images = "noise"
     anchors = False
 
     teacher_decay: float = 0.999

@@ -26,7 +26,7 @@ class SPEED(ClosedForm):
     arXiv:2503.07392; the authors take rho 1 and lamb 0, for nudity all tokens, rho 0.7 and lamb 0.5, and for many
     concepts at once rho 0.05 without the filter.
 
-    Costs an eigendecomposition a layer, no pictures. Known to break: many different prompts to keep leave a small null
+    Costs an eigendecomposition a layer, no images. Known to break: many different prompts to keep leave a small null
     space, and no room to erase in; keys stay as they are.
     """
 

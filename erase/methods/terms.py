@@ -15,5 +15,5 @@ def relabelled(model: Predictor, teacher: Predictor, batch: Batch) -> Tensor:
 
 
 def denoised(model: Predictor, batch: Batch) -> Tensor:
-    """||eps(x_t' | c_r) - eps'||^2: the diffusion loss of the pictures to keep."""
+    """||eps(x_t' | c_r) - eps'||^2: the diffusion loss of the images to keep."""
     return F.mse_loss(model(batch.x_retain, batch.t_retain, batch.c_retain), batch.eps_retain)

@@ -20,7 +20,7 @@ class UCE(ClosedForm):
     c_e, c_a, c_p: embeddings to erase, of their anchors and to preserve, those of the empty prompt included.
     arXiv:2308.14761; lamb and the scales are those of the authors' code (its first version had lamb 0.1).
 
-    Costs one solve, no pictures. Known to break: behind the last token the end tokens still say the concept, and a
+    Costs one solve, no images. Known to break: behind the last token the end tokens still say the concept, and a
     learnt word finds it; retained tokens move a little where they outnumber the dimensions.
     """
 

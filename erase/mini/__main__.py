@@ -83,7 +83,7 @@ def _measure(given: argparse.Namespace) -> None:
             sheet.grid(rows, captions={}, cell=80).save(temporary, format="PNG")
     if given.card:
         settings = {name: model.defaults[name] for name in ("num_inference_steps", "guidance_scale")}
-        record = {"num_pictures": len(images), **settings, "scores": scores}
+        record = {"num_images": len(images), **settings, "scores": scores}
         files.write_json(model.folder / "measured.json", record)
         mini_card.write(model.folder)
 

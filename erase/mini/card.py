@@ -55,7 +55,7 @@ alone on whole images, {stages["decoder"].get("psnr", 0):.1f} dB PSNR on new dra
 
 ## Measured
 
-`python -m erase.mini measure`: {measured["num_pictures"]} images, {measured["num_inference_steps"]} DDIM steps,
+`python -m erase.mini measure`: {measured["num_images"]} images, {measured["num_inference_steps"]} DDIM steps,
 guidance {measured["guidance_scale"]}, classified by the judge, a CNN that recognises {accuracy["object"]:.2%} of
 objects, {accuracy["colour"]:.2%} of colours and {accuracy["style"]:.2%} of styles, on {accuracy["num_drawings"]}
 new drawings.

@@ -42,7 +42,7 @@ def gather(decided: Decisions) -> Gathered:
     shown = images_of(decided, "concept") if is_scored else None
     images = None
     if isinstance(method, TrainedMethod):
-        images = shown if shown is not None and method.pictures == "concept" else images_of(decided, method.pictures)
+        images = shown if shown is not None and method.images == "concept" else images_of(decided, method.images)
     text = prompt_states.read_text(model, decided.concept)
     model.release()
     if settings.weights == "bf16":
@@ -56,7 +56,7 @@ def images_of(decided: Decisions, kind: str) -> latents.Data:
     return latents.gather(
         decided.model,
         decided.concept,
-        replace(plan, pictures=kind, retains=decided.method.retains),
+        replace(plan, images=kind, retains=decided.method.retains),
         model_hash=decided.base_hash,
         cache_dir=decided.cache_dir,
         workers=cache.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),

@@ -17,7 +17,7 @@ from erase.training import batches, memory
 
 
 def make_plan(settings: Settings, model: Family) -> latents.Plan:
-    """Which pictures the run trains on, and how they are drawn."""
+    """Which images the run trains on, and how they are drawn."""
     assert settings.sampler is not None  # `resolve` has filled it in
     return latents.Plan(
         num_forget=whole(settings.num_forget),
@@ -50,8 +50,8 @@ def make_recipe(settings: Settings, plan: latents.Plan) -> batches.Recipe:
         seed=settings.seed,
         checkpoint_every=settings.checkpointing_steps,
         eight_bit=settings.moments == "8bit",
-        way_steps=plan.steps,
-        way_guidance=plan.way_guidance,
+        trajectory_steps=plan.steps,
+        trajectory_guidance=plan.trajectory_guidance,
     )
 
 
@@ -117,7 +117,7 @@ def world_size() -> int:
 
 
 def part_size(settings: Settings) -> int:
-    """Pictures of one branch that go through the UNet together."""
+    """Images of one branch that go through the UNet together."""
     return max(1, whole(settings.batch_size) // (settings.gradient_accumulation_steps * world_size()))
 
 

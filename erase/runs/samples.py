@@ -52,13 +52,13 @@ def write_samples(path: Path, model: Family, base_unet: Any, concept: Concept, s
     texts = (concept.name, *concept.synonyms, *concept.forget, *concept.anchor)
     forget_blurred = not model.is_mini and (concept.kind == "nudity" or any(map(refusal.has_sexual_words, texts)))
     retain_blurred = not model.is_mini and any(map(refusal.has_sexual_words, retain))
-    pictures = [[Image.fromarray(np.asarray(p.permute(1, 2, 0))) for p in row] for row in rows]
+    images = [[Image.fromarray(np.asarray(p.permute(1, 2, 0))) for p in row] for row in rows]
     sheet = grid(
         [
-            ("base", pictures[0][:num], forget_blurred),
-            (f"'{concept.name}' erased", pictures[1][:num], forget_blurred),
-            ("base", pictures[0][num:], retain_blurred),
-            ("erased", pictures[1][num:], retain_blurred),
+            ("base", images[0][:num], forget_blurred),
+            (f"'{concept.name}' erased", images[1][:num], forget_blurred),
+            ("base", images[0][num:], retain_blurred),
+            ("erased", images[1][num:], retain_blurred),
         ],
         captions={1: forget, 3: retain},
     )

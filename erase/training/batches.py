@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from erase.conditioning import Conditioning
-from erase.data.latents import Data, Pictures
+from erase.data.latents import Data, ImageLatents
 from erase.families.protocol import Family
 from erase.methods.inputs import Batch
 from erase.training.exchanged import Exchanged
@@ -21,15 +21,15 @@ from erase.training.exchanged import Exchanged
 class Recipe:
     """How the loop runs, whatever the method.
 
-    batch_size: forget and retain pictures a step, each, over all processes.
+    batch_size: forget and retain images a step, each, over all processes.
     num_steps: optimizer steps; 0 leaves the model as it is.
-    target: where a forget picture's new words come from: "anchor" its own anchor, "random" another class's prompt drawn
-        anew for every picture, "fixed" the first of the other classes.
-    in_order: go through the forget pictures in order, epoch by epoch, instead of drawing them at random.
+    target: where a forget image's new words come from: "anchor" its own anchor, "random" another class's prompt drawn
+        anew for every image, "fixed" the first of the other classes.
+    in_order: go through the forget images in order, epoch by epoch, instead of drawing them at random.
     independent_latents: the target branch sees a second sample of the VAE's posterior, as SalUn's code does.
     accumulation: parts that a batch is cut into, to save memory; the result is the same up to rounding.
     eight_bit: Adam's moments take a byte each instead of four.
-    way_steps, way_guidance: of the ways from noise to pictures on which some methods train.
+    trajectory_steps, trajectory_guidance: DDIM steps and guidance of the trajectories on which some methods train.
     """
 
     num_steps: int
@@ -44,8 +44,8 @@ class Recipe:
     seed: int = 0
     checkpoint_every: int = 50
     eight_bit: bool = False
-    way_steps: int = 50
-    way_guidance: float = 3.0
+    trajectory_steps: int = 50
+    trajectory_guidance: float = 3.0
 
 
 def generator(seed: int, *what: Any) -> torch.Generator:
@@ -65,7 +65,7 @@ def batches(
 ) -> Iterator[Batch]:
     """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would.
 
-    teacher: draws its own way from noise to the concept, and the forget latents are points on it.
+    teacher: generates a trajectory from noise to the concept; the forget latents are points on it.
     """
     draw, num = generator(recipe.seed, "train", step), recipe.batch_size
     if recipe.in_order:
@@ -87,7 +87,7 @@ def batches(
         words = data.others[torch.randint(len(data.others), (num,), generator=draw)]
     else:
         words = data.others[:1].expand(num)
-    index = torch.randint(recipe.way_steps, (num,), generator=draw) if teacher is not None else t_f
+    index = torch.randint(recipe.trajectory_steps, (num,), generator=draw) if teacher is not None else t_f
     for part in range(recipe.accumulation):
         start = (accelerator.process_index * recipe.accumulation + part) * share
         rows = slice(start, start + share)
@@ -103,7 +103,12 @@ def batches(
         if teacher is not None:
             with teacher.inside():
                 noisy, t = model.trajectory(
-                    here(eps_f), index[rows], c_f, data.text[:1], steps=recipe.way_steps, guidance=recipe.way_guidance
+                    here(eps_f),
+                    index[rows],
+                    c_f,
+                    data.text[:1],
+                    steps=recipe.trajectory_steps,
+                    guidance=recipe.trajectory_guidance,
                 )
             noisy_p = noisy
         elif data.forget.t is None:
@@ -125,7 +130,7 @@ def batches(
         )
 
 
-def sample(pictures: Pictures, rows: Tensor, draw: torch.Generator) -> Tensor:
+def sample(images: ImageLatents, rows: Tensor, draw: torch.Generator) -> Tensor:
     """Latents of these rows from the VAE's posterior."""
-    mean = pictures.mean[rows]
-    return mean + pictures.std[rows] * torch.randn(mean.shape, generator=draw)
+    mean = images.mean[rows]
+    return mean + images.std[rows] * torch.randn(mean.shape, generator=draw)

@@ -122,8 +122,8 @@ def _refuse_what_does_not_fit(
     method: TrainedMethod, data: Data, recipe: Recipe, *, is_scaled: bool, is_rounded: bool
 ) -> None:
     """Raise an EraseError where the method does not go with the target, the precision or the storage of weights."""
-    if recipe.target != "anchor" and method.pictures == "anchor":
-        raise EraseError(f"--target is {recipe.target}, but this method's pictures show the anchor; leave it out")
+    if recipe.target != "anchor" and method.images == "anchor":
+        raise EraseError(f"--target is {recipe.target}, but this method's images show the anchor; leave it out")
     if recipe.target != "anchor" and not len(data.others):
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
     if is_scaled and (method.balance or method.prepares):

@@ -30,9 +30,9 @@ def estimate(
     """Peak bytes of each phase, "mask", "training" or "solving", and "writing", libraries included.
 
     parameters: those in the scope. density: share of them that may move; 1 without a mask.
-    mask_batch: pictures that go through the UNet together in the mask's pass, a whole batch for scores other than
+    mask_batch: images that go through the UNet together in the mask's pass, a whole batch for scores other than
         abs_sum; None when no mask is made from gradients.
-    part: pictures of one branch that go through the UNet together; None for a closed form, which needs none.
+    part: images of one branch that go through the UNet together; None for a closed form, which needs none.
     dtype: of the stored weights.
     needs_base: the masked weights' values in the base are kept. eight_bit: of the moments.
     """

@@ -37,13 +37,13 @@ def accumulate(
     checkpointing: bool = False,
     quiet: bool = False,
 ) -> dict[str, Tensor]:
-    """Scores of SalUn's mask: one pass over the forget pictures, the gradient of each batch's mean loss summed.
+    """Scores of SalUn's mask: one pass over the forget images, the gradient of each batch's mean loss summed.
 
-    L = mean((eps - guided(eps(x_t | c), eps(x_t | ""), g))^2), t uniform, one draw a picture. The paper has g = 0, its
+    L = mean((eps - guided(eps(x_t | c), eps(x_t | ""), g))^2), t uniform, one draw an image. The paper has g = 0, its
     code 7.5. With several processes each takes every n-th batch and the sums are added.
 
     state_path: the running sums, kept every five minutes, so that an interrupted pass goes on.
-    part: pictures that go through the UNet together, to save memory; None is the whole batch. The sum is the same up
+    part: images that go through the UNet together, to save memory; None is the whole batch. The sum is the same up
         to rounding. Only for abs_sum: |g| and g^2 are of whole batches, whose gradients would have to be kept.
     """
     sums = masks.Saliency(parameters, score)

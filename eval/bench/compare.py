@@ -62,7 +62,7 @@ def _steps(density: float, share: float, *, checkpointing: bool = False) -> Item
     if not checkpointing:
         checks.append(Check("cpu_seconds", "times", 1.5))
     return Item(
-        f"SalUn steps, 1 + 1 pictures, {density:.0%} of the weights{how}",
+        f"SalUn steps, 1 + 1 images, {density:.0%} of the weights{how}",
         jobs.Job("our_steps", (density, checkpointing)),
         jobs.Job("plain_steps", (density,)),
         tuple(checks),
@@ -81,7 +81,7 @@ def _optimizer(density: float, num_bytes: float, times: float) -> Item:
 
 def _masks(how_many: str, densities: tuple[float, ...], times: float) -> Item:
     return Item(
-        f"mask of ResNet-18 for {how_many}, after a pass over 64 pictures",
+        f"mask of ResNet-18 for {how_many}, after a pass over 64 images",
         jobs.Job("our_classifier_masks", (densities,)),
         jobs.Job("plain_classifier_masks", (densities,)),
         (Check("cpu_seconds", "times", times),),
@@ -121,7 +121,7 @@ ITEMS: dict[str, Item] = {
     "classifier-mask": _masks("ten densities, as SalUn's code makes", tuple(i / 10 for i in range(1, 11)), 5),
     "classifier-mask-1": _masks("one density", (0.5,), 1),
     "classifier-step": Item(
-        "two steps of ResNet-18 on 64 pictures, half of the weights",
+        "two steps of ResNet-18 on 64 images, half of the weights",
         jobs.Job("our_classifier_steps"),
         jobs.Job("plain_classifier_steps"),
         (Check("cpu_seconds", "times", 1.5),),
@@ -139,7 +139,7 @@ ITEMS: dict[str, Item] = {
         (Check("cpu_seconds", "times", 1.5),),
     ),
     "classifier-mia": Item(
-        "membership attack, fitted to 20,000 pictures",
+        "membership attack, fitted to 20,000 images",
         jobs.Job("our_attack"),
         jobs.Job("plain_attack"),
         (Check("cpu_seconds", "times", 5),),

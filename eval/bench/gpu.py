@@ -100,16 +100,16 @@ def report(size: str, show: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def work() -> dict[str, float]:
-    """How many forward passes of one picture each phase of `--concept nudity` is worth; forward and backward are 3."""
+    """How many forward passes of one image each phase of `--concept nudity` is worth; forward and backward are 3."""
     return {
         "drawing 1,600 latents, 50 steps": 1600 * 50 * 2,
-        "mask, 800 pictures": 800 * 3,
+        "mask, 800 images": 800 * 3,
         "training, 100 steps of 8 + 8": 100 * 8 * (2 * 3 + 2),  # two branches, two predictions of the base
     }
 
 
 def forward_flops(size: str) -> float:
-    """Of one picture through the UNet: a dry run on "meta", since the CPU's attention kernels are not counted."""
+    """Of one image through the UNet: a dry run on "meta", since the CPU's attention kernels are not counted."""
     unet = jobs.build_unet(size, "meta")
     side, width = unet.config["sample_size"], unet.config["cross_attention_dim"]
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():

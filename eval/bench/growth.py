@@ -1,4 +1,4 @@
-"""How cost grows with the number of weights, with the share that may move, and with the number of pictures: a plot.
+"""How cost grows with the number of weights, with the share that may move, and with the number of images: a plot.
 
 python eval/growth.py --output growth.png
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = {"small": (100_000, 1_000_000), "full": (100_000, 1_000_000, 10_000_000, 100_000_000)}
 DENSITIES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
-PICTURES = {"small": (8, 16), "full": (8, 16, 32, 64)}
+NUM_IMAGES = {"small": (8, 16), "full": (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def sweeps(size: str) -> list[Sweep]:
         ),
         Sweep(
             "mask pass, small UNet",
-            "pictures",
-            PICTURES[size],
+            "images",
+            NUM_IMAGES[size],
             lambda n: Job("our_mask_pass", (int(n),)),
             None,
             lambda n: "small",

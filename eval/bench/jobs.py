@@ -283,21 +283,21 @@ def random_model(size: str, device: str = "cpu") -> Any:
 
 
 def random_data(model: Any, num: int = 1) -> Any:
-    """Latents and text states of `num` forget and `num` retain pictures, in noise."""
+    """Latents and text states of `num` forget and `num` retain images, in noise."""
     import torch
 
     from erase.conditioning import Conditioning
-    from erase.data.latents import Data, Pictures
+    from erase.data.latents import Data, ImageLatents
 
     shape = (num, 4, model.unet.config["sample_size"], model.unet.config["sample_size"])
     draw = torch.Generator().manual_seed(0)
 
-    def pictures(row: int) -> Pictures:
+    def images(row: int) -> ImageLatents:
         latents = torch.randn(shape, generator=draw)
-        return Pictures(latents, torch.zeros(shape), torch.full((num,), row))
+        return ImageLatents(latents, torch.zeros(shape), torch.full((num,), row))
 
     text = torch.randn(4, 77, model.unet.config["cross_attention_dim"], generator=draw)
-    forget, retain = pictures(1), pictures(3)
+    forget, retain = images(1), images(3)
     places, names = torch.zeros(num, text.shape[1], dtype=torch.bool), ("", "f", "a", "r")
     told = Conditioning(text)
     return Data(forget, retain, torch.full((num,), 2), torch.tensor([2]), places, places, names, told, "random", {})
@@ -338,7 +338,7 @@ def our_steps(size: str, density: float, checkpointing: bool) -> Iterator[Turn]:
 
 
 def our_mask_pass(size: str, num: int) -> Iterator[Turn]:
-    """Scores from the gradients of `num` pictures, eight at a time; `size` as for the steps."""
+    """Scores from the gradients of `num` images, eight at a time; `size` as for the steps."""
     from accelerate import Accelerator
 
     from erase.training import saliency_pass
@@ -395,7 +395,7 @@ def plain_steps(size: str, density: float) -> Iterator[Turn]:
 
 
 def _classifier(size: str) -> tuple[Any, Any]:
-    """ResNet-18 for 32 x 32 pixels in random weights, and 64 pictures; at the small size a small network, and 8."""
+    """ResNet-18 for 32 x 32 pixels in random weights, and 64 images; at the small size a small network, and 8."""
     import torch
 
     from erase.classification import networks
@@ -439,7 +439,7 @@ STEP_SIZE = 1e-5  # small: in random weights the loss must stay finite, and the 
 
 
 def our_classifier_steps(size: str, precision: Literal["fp32", "bf16"] = "fp32") -> Iterator[Turn]:
-    """Two steps on 64 pictures, which are cropped and mirrored too."""
+    """Two steps on 64 images, which are cropped and mirrored too."""
     import torch
 
     from erase.classification.descent import Recipe, descend
@@ -459,7 +459,7 @@ def our_classifier_steps(size: str, precision: Literal["fp32", "bf16"] = "fp32")
 
 
 def plain_classifier_steps(size: str) -> Iterator[Turn]:
-    """The same two, of which the pictures' way to the model is left out."""
+    """The same two, of which the images' way to the model is left out."""
     from bench import plain
 
     model, images = _classifier(size)
@@ -528,7 +528,7 @@ def plain_attack(size: str) -> Iterator[Turn]:
 
 
 def _attack(size: str, attack: Any) -> Turn:
-    """On confidences as of 10,000 pictures seen and as many unseen; 4,500 are to be told apart, and both kinds."""
+    """On confidences as of 10,000 images seen and as many unseen; 4,500 are to be told apart, and both kinds."""
     import numpy as np
 
     num = 10_000 if size == "full" else 300
@@ -560,7 +560,7 @@ def our_drawing(size: str) -> Iterator[Turn]:
 
     def turn() -> dict[str, float]:
         model.draw(prompts, list(range(len(prompts))), size=model.resolution, **how)
-        return {"pictures": float(len(prompts))}
+        return {"images": float(len(prompts))}
 
     yield turn
 
@@ -574,7 +574,7 @@ def plain_sampler(size: str) -> Iterator[Turn]:
 
 
 def _sampled(size: str, sampler: Any, steps: int) -> Turn:
-    """Training pictures as `erase-concept --model mini` draws them, eight at a time."""
+    """Training images as `erase-concept --model mini` draws them, eight at a time."""
     from erase.families import loading
 
     model = loading.load("mini")
@@ -583,7 +583,7 @@ def _sampled(size: str, sampler: Any, steps: int) -> Turn:
     def turn() -> dict[str, float]:
         seeds, how["steps"] = list(range(len(prompts))), steps
         model.draw(prompts, seeds, size=model.resolution, sampler=sampler, **how)
-        return {"pictures": float(len(prompts))}
+        return {"images": float(len(prompts))}
 
     return turn
 
@@ -610,7 +610,7 @@ def plain_drawing(size: str) -> Iterator[Turn]:
 
 
 def our_nudenet(size: str) -> Iterator[Turn]:
-    """Scoring pictures from their PNG files' bytes on."""
+    """Scoring images from their PNG files' bytes on."""
     import io
 
     import numpy as np

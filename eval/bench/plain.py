@@ -100,7 +100,7 @@ class DenseSGD:
 
 def classifier_step(model: nn.Module, optimizer: DenseSGD, x: Tensor, y: Tensor) -> tuple[float, float]:
     """One step on the true or random labels `y`, statistics of batch normalisation following; loss and accuracy, which
-    SalUn's code reads at every step. Loading and augmenting the pictures is left out."""
+    SalUn's code reads at every step. Loading and augmenting the images is left out."""
     model.train()
     logits = model(x)
     loss = F.cross_entropy(logits, y)
@@ -161,10 +161,10 @@ def salun_step(
 
 
 def drawn_latents(pipeline: Any, prompts: list[str], steps: int, guidance: float, size: int) -> Tensor:
-    """Latents by way of pictures: one call of the pipeline a prompt, decoded, made 8-bit, and encoded again."""
+    """Latents by way of images: one call of the pipeline a prompt, decoded, made 8-bit, and encoded again."""
     latents = []
     for seed, prompt in enumerate(prompts):
-        picture = pipeline(
+        image = pipeline(
             prompt,
             height=size,
             width=size,
@@ -173,7 +173,7 @@ def drawn_latents(pipeline: Any, prompts: list[str], steps: int, guidance: float
             generator=torch.Generator().manual_seed(seed),
             output_type="pt",
         ).images
-        pixels = (picture * 255).round().to(torch.uint8).float() / 127.5 - 1
+        pixels = (image * 255).round().to(torch.uint8).float() / 127.5 - 1
         with torch.no_grad():
             posterior = pipeline.vae.encode(pixels).latent_dist
         latents.append(posterior.mean * pipeline.vae.config.scaling_factor)

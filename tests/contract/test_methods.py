@@ -129,7 +129,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_parts_of_a_batch_and_checkpointing_give_what_the_whole_gives(
     toy_pipeline_dir, cache_dir, accelerator, tmp_path, name
 ):
-    """One step's losses, up to float32 rounding: all are means over pictures."""
+    """One step's losses, up to float32 rounding: all are means over images."""
     method, results = made(name), []
     if isinstance(method, Scissorhands):
         method = replace(method, sparsity=1 - 1e-3)  # rounding must not choose other weights

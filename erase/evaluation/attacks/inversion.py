@@ -1,4 +1,4 @@
-"""Concept inversion (Pham et al., ICLR 2024): a new word, learnt on the erased model from pictures of the concept.
+"""Concept inversion (Pham et al., ICLR 2024): a new word, learnt on the erased model from images of the concept.
 
 Only the word's embedding is trained, by the diffusion loss min_v E ||eps - eps_theta(x_t, text(v))||^2; every weight of
 the model stays. A model from which the concept is gone cannot be made to draw it by a word. One that has only
@@ -65,9 +65,9 @@ class Inversion(Attack):
 
 
 def learn(model: StableDiffusion, latents: Tensor, attack: Inversion, *, quiet: bool = False) -> Tensor:
-    """The word's embedding, [d], learnt from pictures of the concept.
+    """The word's embedding, [d], learnt from images of the concept.
 
-    latents: of the pictures, scaled for the UNet, [n, c, h, w].
+    latents: of the images, scaled for the UNet, [n, c, h, w].
     """
     row = _row(model)
     table: Tensor = model.text_encoder.get_input_embeddings().weight  # pyright: ignore

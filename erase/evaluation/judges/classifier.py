@@ -45,7 +45,7 @@ class Classifier(Judge):
     @classmethod
     def figures(cls, lines: Lines, options: Mapping[str, Any]) -> Figures:
         seen, index = lines["classifier"], options["index"]
-        about = f"share of pictures that the classifier does not call {options.get('concept')!r} (ImageNet {index})"
+        about = f"share of images that the classifier does not call {options.get('concept')!r} (ImageNet {index})"
         top5 = f"{about}, among its five best guesses"
         return Figures(
             [

@@ -41,7 +41,7 @@ class ClipZeroShot(Judge):
     @classmethod
     def figures(cls, lines: Lines, options: Mapping[str, Any]) -> Figures:
         target = options["target"]
-        about = f"share of pictures that CLIP does not call {target!r}"
+        about = f"share of images that CLIP does not call {target!r}"
         return Figures([absent("clip.ua", about, lines["clip"], lambda line: line["best"] != target)])
 
     def __init__(

@@ -15,7 +15,7 @@ from erase.evaluation.judges.protocol import Assignment, Judge
 
 
 class Features(Judge):
-    """What FID and KID compare, one vector a picture: {"features": float32 as base64 text}; `decode` reads it.
+    """What FID and KID compare, one vector an image: {"features": float32 as base64 text}; `decode` reads it.
 
     kind: "inception2015" is the network that FID is defined by; "clip" a CLIP model's image embedding; "mini" the
         embedded world's judge.
@@ -74,7 +74,7 @@ class Features(Judge):
 
 
 def decode(score: Mapping[str, Any]) -> np.ndarray:
-    """The vector that `Features` stored for a picture: float32, [d]."""
+    """The vector that `Features` stored for an image: float32, [d]."""
     try:
         return np.frombuffer(base64.b64decode(score["features"], validate=True), "<f4")
     except ValueError as error:

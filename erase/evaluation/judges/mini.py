@@ -36,10 +36,10 @@ class MiniJudge(Judge):
         columns, seen = [], lines["mini"]
         if "head" in options:
             head, label = options["head"], options["label"]
-            about = f"share of pictures in which {label!r} is not seen"
+            about = f"share of images in which {label!r} is not seen"
             columns.append(absent("mini.ua", about, seen, lambda line: line[head] != label))
         for label in mini.HEADS["object"]:
-            about = f"share of pictures in which the embedded judge sees {label!r}"
+            about = f"share of images in which the embedded judge sees {label!r}"
             values = [not line["invalid"] and line["object"] == label for line in seen]
             columns.append(Column(f"mini.sees_{label.replace(' ', '_')}", f"Sees {label}", about, True, values))
         return Figures(columns)
@@ -59,17 +59,17 @@ class MiniJudge(Judge):
 
     @torch.inference_mode()
     def see(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """The features behind its three answers, for uint8 pictures [64, 64, 3]: [n, d].
+        """The features behind its three answers, for uint8 images [64, 64, 3]: [n, d].
 
         Raises:
-            EraseError: a picture has another size.
+            EraseError: an image has another size.
         """
         for image in images:
             if image.shape[:2] != (world.SIZE, world.SIZE):
                 size = " x ".join(map(str, image.shape[:2]))
                 raise EraseError(
                     f"the embedded model's judge sees {world.SIZE} x {world.SIZE} pixels, not {size}; "
-                    "it is for pictures of the embedded model"
+                    "it is for images of the embedded model"
                 )
         return self.network.trunk(mini.to_tensor(images))
 

@@ -22,7 +22,7 @@ NMS_IOU = 0.45  # a box that overlaps a better one by more is dropped
 
 
 class NudeNet(Judge):
-    """The network of the installed nudenet package with our own way in and out; the CPU and one thread.
+    """The network of the installed nudenet package with our own preprocessing, on one CPU thread.
 
     Not through the package: given a path, NudeNet 3.4.2 swaps red and blue before a network that was trained on RGB
     (notAI-tech/NudeNet#203; a portrait's FACE_FEMALE falls from .811 to .720). `swap_channels` repeats that mistake,
@@ -67,9 +67,9 @@ class NudeNet(Judge):
         }
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """What the network says of each picture, whatever the others in the batch are; prompts are not looked at.
+        """What the network says of each image, whatever the others in the batch are; prompts are not looked at.
 
-        "max": each label's highest score anywhere in the picture, before any box is dropped.
+        "max": each label's highest score anywhere in the image, before any box is dropped.
         "boxes": [label, score, x, y, width, height] in pixels, best first, above FLOOR; those above 0.25 are exactly
         what the package reports for an RGB array. The package drops overlapping boxes whatever their labels are, so
         a covered part can hide an exposed one from "boxes", but not from "max".
@@ -98,7 +98,7 @@ def _installed_model() -> Path:
 
 def _session(path: Path) -> Any:
     try:
-        import cv2  # noqa: F401  # pyright: ignore[reportMissingImports] - missed here, not at the first picture
+        import cv2  # noqa: F401  # pyright: ignore[reportMissingImports] - missed here, not at the first image
         import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise missing("nudenet") from error
@@ -119,7 +119,7 @@ def _session(path: Path) -> Any:
 
 
 def _network_input(image: np.ndarray, *, swap_channels: bool) -> np.ndarray:
-    """float32 [1, 3, SIZE, SIZE] in [0, 1]: the picture in the upper left of a black square, resized to the network's.
+    """float32 [1, 3, SIZE, SIZE] in [0, 1]: the image in the upper left of a black square, resized to the network's.
 
     OpenCV and not Pillow, whose bilinear filter blurs as it shrinks: that moves scores by up to 0.2.
     """

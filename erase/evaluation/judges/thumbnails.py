@@ -1,4 +1,4 @@
-"""How far two models' pictures of the same prompts and seeds are apart, from thumbnails that stand for the pictures."""
+"""How far two models' images of the same prompts and seeds are apart, from thumbnails that stand for the images."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ SIDE = 16
 
 
 class Thumbnails(Judge):
-    """A judge that keeps each picture's 16 x 16 box average (768 bytes), so that a report needs no pictures."""
+    """A judge that keeps each image's 16 x 16 box average (768 bytes), so that a report needs no images."""
 
     name = "thumbnails"
     about = "a thumbnail of each image, for the distance between two models' images"
@@ -24,13 +24,13 @@ class Thumbnails(Judge):
         return {"side": SIDE, "resize": "box"}
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """{"thumbnail": base64 of uint8 [16, 16, 3]} for each uint8 picture [h, w, 3]."""
+        """{"thumbnail": base64 of uint8 [16, 16, 3]} for each uint8 image [h, w, 3]."""
         small = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
-        return [{"thumbnail": base64.b64encode(np.asarray(picture).tobytes()).decode()} for picture in small]
+        return [{"thumbnail": base64.b64encode(np.asarray(image).tobytes()).decode()} for image in small]
 
 
 def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
-    """Mean absolute difference of two scored pictures' thumbnails, in [0, 1]; None where one is invalid."""
+    """Mean absolute difference of two scored images' thumbnails, in [0, 1]; None where one is invalid."""
     if a["invalid"] or b["invalid"]:
         return None
     pixels = [_decode(one["thumbnail"]).astype(float) for one in (a, b)]

@@ -27,14 +27,14 @@ from erase.evaluation.report.words import (
 from erase.files import write_text
 
 THUMBNAIL = 192  # pixels
-BLURRED = 8  # pixels a side that are left of a flagged picture
+BLURRED = 8  # pixels a side that are left of a flagged image
 
 
 def write(results: dict[str, Any], folder: str | Path, *, images: str | Path, show: bool = False) -> None:
     """Write results.json, report.md and report.html into `folder`.
 
     images: the folder that the sheet's paths start from.
-    show: embed flagged pictures as they are; else 8 x 8 pixels of each are all that the page holds.
+    show: embed flagged images as they are; else 8 x 8 pixels of each are all that the page holds.
 
     Raises:
         EraseError: the results do not fit the schema.
@@ -71,7 +71,7 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join([*verdict, aligned(columns, rows)])
 
 
-# Pictures
+# Images
 def _bars(group: Mapping[str, Any]) -> str:
     rows = [
         (row_label(row), interval_of(row["base"]) if row["base"] else None, interval_of(row["erased"]))
@@ -82,14 +82,14 @@ def _bars(group: Mapping[str, Any]) -> str:
 
 
 def _sheet(sheet: Sequence[Mapping[str, Any]], images: Path, show: bool) -> list[dict[str, Any]]:
-    """The sheet by role: title and pairs, pictures as data URIs."""
+    """The sheet by role: title and pairs, images as data URIs."""
     parts = []
     for role, title in ROLES.items():
         pairs = [
             {
                 "prompt": pair["prompt"],
                 "flagged": pair["flagged"],
-                "pictures": [
+                "images": [
                     (arm, _thumbnail(images / pair[arm], blur=pair["flagged"] and not show) if pair[arm] else None)
                     for arm in ("base", "erased")
                 ],
@@ -103,14 +103,14 @@ def _sheet(sheet: Sequence[Mapping[str, Any]], images: Path, show: bool) -> list
 
 
 def _thumbnail(path: Path, *, blur: bool) -> str | None:
-    """A small picture as a data URI; None for one that cannot be read."""
+    """A small image as a data URI; None for one that cannot be read."""
     try:
-        picture = Image.fromarray(read_image(path))
+        image = Image.fromarray(read_image(path))
     except BadImage:
         return None
     if blur:  # in the pixels themselves: nothing in the page can bring them back
-        picture = picture.resize((BLURRED, BLURRED), Image.Resampling.BOX)
-    picture = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+        image = image.resize((BLURRED, BLURRED), Image.Resampling.BOX)
+    image = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=85)
+    image.save(stream, format="JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

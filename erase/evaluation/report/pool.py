@@ -24,7 +24,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def pool(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> dict[str, Any]:
     """One row of a comparison over several erasures (other training seeds) under one protocol.
 
-    Intervals resample runs and prompts; scores that are no outcome of single pictures are left out.
+    Intervals resample runs and prompts; scores that are no outcome of single images are left out.
 
     Raises:
         EraseError: the runs were measured differently.

@@ -46,7 +46,7 @@ class ClassForget(Task):
     imagenet_classes = tuple(IMAGENETTE.values())
 
     def build(self, concept: Concept | None, options: Options) -> SampleSet:
-        """Ten templates a class, num_images pictures a class; the concept's class is the one to forget."""
+        """Ten templates a class, num_images images a class; the concept's class is the one to forget."""
         assert concept is not None  # concept_judges
         forget = next((name for name, index in IMAGENETTE.items() if index == concept.judge["index"]), None)
         if forget is None:
@@ -79,12 +79,12 @@ class ClassForget(Task):
             return lambda s, line: not shows(line, s.facts["index"], top=k)
 
         columns = [
-            Column("class.ua", "Unlearning accuracy", f"share of pictures of {options['forget']!r} that the "
+            Column("class.ua", "Unlearning accuracy", f"share of images of {options['forget']!r} that the "
                    "classifier calls something else; the base's own is not zero", True,
                    where(samples, seen, "forget", outside(1))),
             Column("class.ua_top5", "Unlearning accuracy, top 5", "the same among its five best guesses", True,
                    where(samples, seen, "forget", outside(5))),
-            Column("class.ra", "Retained accuracy", "share of the other classes' pictures named correctly", True,
+            Column("class.ra", "Retained accuracy", "share of the other classes' images named correctly", True,
                    where(samples, seen, "retain", within(1))),
             Column("class.ra_top5", "Retained accuracy, top 5", "the same among its five best guesses", True,
                    where(samples, seen, "retain", within(5))),

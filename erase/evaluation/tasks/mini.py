@@ -25,7 +25,7 @@ class MiniWorld(Task):
     def build(self, concept: Concept | None, options: Options) -> SampleSet:
         """Forget, synonym and retain prompts in the embedded world's language, over all colours and styles.
 
-        num_images: forget pictures; the other numbers keep their proportion to it.
+        num_images: forget images; the other numbers keep their proportion to it.
         """
         from erase.mini import quality, world
 

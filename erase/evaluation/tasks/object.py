@@ -39,9 +39,9 @@ class Object(Task):
     def plan(self, samples: Sequence[Sample], lines: Lines, options: Mapping[str, Any]) -> Plan:
         seen, target = lines_of(lines, "clip"), options["target"]
         columns = [
-            Column("clip.ua", "Unlearning accuracy", f"share of its own pictures that CLIP does not call {target!r}",
+            Column("clip.ua", "Unlearning accuracy", f"share of its own images that CLIP does not call {target!r}",
                    True, where(samples, seen, "forget", lambda s, line: line["best"] != target)),
-            Column("clip.ra", "Retained accuracy", "share of the alternatives' pictures that CLIP tells apart", True,
+            Column("clip.ra", "Retained accuracy", "share of the alternatives' images that CLIP tells apart", True,
                    where(samples, seen, "retain", lambda s, line: line["best"] == s.label)),
         ]  # fmt: skip
         by_label = [[sample.label] if sample.role == "retain" else [] for sample in samples]

@@ -17,7 +17,7 @@ from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of
 class Quality(Task):
     """CLIP score, FID and KID on prompts that the erasure should not change."""
 
-    about = "retain prompts or captions: CLIP score, FID and KID against base and real pictures"
+    about = "retain prompts or captions: CLIP score, FID and KID against base and real images"
     judges = ("clip-score", "features")
 
     def build(self, concept: Concept | None, options: Options) -> SampleSet:

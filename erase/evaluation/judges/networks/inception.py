@@ -1,7 +1,7 @@
 """The Inception network of FID: TensorFlow's graph of 2015-12-05, weights from a local file, features [n, 2048].
 
 It differs from the Inception-v3 of other libraries: averages leave out the padding, the last block pools by the
-maximum, there are 1,008 classes, and pictures are resized as TensorFlow 1 does. FID is defined by these (Heusel et al.
+maximum, there are 1,008 classes, and images are resized as TensorFlow 1 does. FID is defined by these (Heusel et al.
 2017, arXiv:1706.08500); with another network it is another number.
 """
 
@@ -22,24 +22,24 @@ FILE_NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE_NAMES[0]}"
 
 
-def resize(picture: Tensor, size: int) -> Tensor:
+def resize(image: Tensor, size: int) -> Tensor:
     """TensorFlow 1's bilinear resize of [..., h, w] to [..., size, size]: no antialias, corner pixels at the corner.
 
     Output pixel i lies at i * old / new (others say (i + 1/2) * old / new - 1/2).
     """
-    return _resize_rows(_resize_rows(picture, size).mT, size).mT
+    return _resize_rows(_resize_rows(image, size).mT, size).mT
 
 
-def _resize_rows(picture: Tensor, size: int) -> Tensor:
-    width = picture.shape[-1]
-    position = torch.arange(size, device=picture.device, dtype=torch.float32) * (width / size)
+def _resize_rows(image: Tensor, size: int) -> Tensor:
+    width = image.shape[-1]
+    position = torch.arange(size, device=image.device, dtype=torch.float32) * (width / size)
     left = position.long().clamp_max(width - 1)
     right = (left + 1).clamp_max(width - 1)
-    return picture[..., left] + (picture[..., right] - picture[..., left]) * (position - left)
+    return image[..., left] + (image[..., right] - image[..., left]) * (position - left)
 
 
 class Step(NamedTuple):
-    """A convolution inside a block; with stride 1 the picture keeps its size, with stride 2 nothing is padded."""
+    """A convolution inside a block; with stride 1 the image keeps its size, with stride 2 nothing is padded."""
 
     name: str
     outputs: int
@@ -165,7 +165,7 @@ def _block_8(inputs: int, pool: str) -> Block:
 
 
 class Network(nn.Module):
-    """Pictures [n, 3, 299, 299] in [-1, 1) to features [n, 2048]; the classes' layer is there for its weights only."""
+    """Images [n, 3, 299, 299] in [-1, 1) to features [n, 2048]; the classes' layer is there for its weights only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,9 +215,9 @@ class Inception:
 
     @torch.inference_mode()
     def see(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Features of uint8 pictures [h, w, 3]: [n, 2048], on the CPU."""
-        pictures = [torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1) for image in images]
-        x = torch.stack([resize(picture.to(self.device), SIZE) for picture in pictures])
+        """Features of uint8 images [h, w, 3]: [n, 2048], on the CPU."""
+        tensors = [torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1) for image in images]
+        x = torch.stack([resize(tensor.to(self.device), SIZE) for tensor in tensors])
         return self.network((x - 128) / 128).cpu()
 
 

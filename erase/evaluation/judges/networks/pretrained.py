@@ -1,4 +1,4 @@
-"""Networks that others trained, as judges need them: whole, from one snapshot, and fed pictures that are pictures."""
+"""Networks that others trained, as judges need them: whole, from one snapshot, and fed images that are images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ _BATCH = 16
 
 
 def batches(images: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """The pictures in order, a few at a time, after a look at each.
+    """The images in order, a few at a time, after a look at each.
 
     Raises:
         EraseError: one is not uint8, [h, w, 3]. Floats are never cast here: a cast makes [-1, 1] black.
@@ -79,7 +79,7 @@ def load(cls: Any, folder: Path) -> Any:
 
 
 def load_processor(cls: Any, folder: Path, **options: Any) -> Any:
-    """The rule by which a model sees pictures, or reads text, from its folder.
+    """The rule by which a model sees images, or reads text, from its folder.
 
     Raises:
         EraseError: missing or broken.
@@ -96,12 +96,12 @@ def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
 
 
 def rule(processor: Any) -> dict[str, Any]:
-    """How an image processor prepares pictures, with its class: PIL and torchvision resize differently."""
+    """How an image processor prepares images, with its class: PIL and torchvision resize differently."""
     return {**processor.to_dict(), "image_processor_type": type(processor).__name__}
 
 
 def pixels(processor: Any, images: Sequence[np.ndarray]) -> Tensor:
-    """What a transformers image processor makes of uint8 pictures [h, w, 3] of any sizes: [n, 3, H, W].
+    """What a transformers image processor makes of uint8 images [h, w, 3] of any sizes: [n, 3, H, W].
 
     It gets PIL images, because it guesses where the channels of an array are.
     """
@@ -147,7 +147,7 @@ class Clip:
 
     @torch.inference_mode()
     def see(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Embeddings of uint8 pictures [h, w, 3]: [n, d], on the CPU."""
+        """Embeddings of uint8 images [h, w, 3]: [n, d], on the CPU."""
         return self.network.get_image_features(pixels(self.processor, images).to(self.device)).pooler_output.cpu()
 
     @torch.inference_mode()
