@@ -95,16 +95,22 @@ def table(cells: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
-    def outcomes(rows: list[dict[str, Any]], column: str, role: str) -> list[list[float]]:
+    def outcomes(rows: list[dict[str, Any]], column: str, role: str) -> list[list[bool]]:
         found = [row["outcomes"]["columns"].get(column, {}).get(role, []) for row in rows]
-        return [[float(value) for value in run if value is not None] for run in found]
+        return [[bool(value) for value in run if value is not None] for run in found]
+
+    def prompts(row: dict[str, Any], column: str, role: str) -> list[str]:
+        values = row["outcomes"]["columns"][column][role]
+        return [prompt for prompt, value in zip(row["outcomes"]["clusters"], values, strict=True) if value is not None]
 
     def figure(rows: list[dict[str, Any]], column: str, role: str, share: bool, interval: bool = False) -> str:
         runs = outcomes(rows, column, role)
         if not runs[0]:
             return "-"
-        score = statistics.hierarchical(column, runs, higher_is_better=True)
-        ends = (score.low, score.high) if share else (1 - score.high, 1 - score.low)
+        labels = prompts(rows[0], column, role)
+        score = statistics.pooled(column, runs, higher_is_better=True, clusters=labels)
+        low, high = score.low or 0.0, 1.0 if score.high is None else score.high
+        ends = (low, high) if share else (1 - high, 1 - low)
         text = f"{score.value if share else 1 - score.value:.1%}"
         return f"{text} [{ends[0]:.1%}, {ends[1]:.1%}]" if interval else text
 

@@ -12,6 +12,7 @@ A result on the embedded model says nothing about SD v1.4.
 """
 
 import argparse
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -205,16 +206,36 @@ def figure(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float] 
     return (sum(found) / len(found), min(found), max(found)) if found else None
 
 
-def rate(runs: list[str]) -> Any:
-    """A rate over runs and samples with its 95 % interval."""
+@functools.cache
+def prompts_of(concept: str) -> tuple[str, ...]:
+    """The prompt of each image of the concept's task, in the order of a cell's outcomes."""
+    from erase import concepts
+    from erase.evaluation.options import Options
+    from erase.evaluation.tasks import registry
+
+    wanted = concepts.load(concept, model_family="mini")
+    return tuple(sample.prompt for sample in registry.build("mini", wanted, Options(num_images=NUM_IMAGES)).samples)
+
+
+def prompts_of_word() -> list[str]:
+    """The prompt of each image of a learnt word."""
+    from erase.evaluation.attacks import inversion
+
+    return inversion.Inversion().prompts(NUM_RECOVERED)
+
+
+def rate(runs: list[str], prompts: Sequence[str]) -> Any:
+    """A rate over runs and prompts with its 95 % interval. runs: a character an image. prompts: of each image."""
     from erase import statistics
 
-    found = [[float(value) for value in run if value != "-"] for run in runs]
-    return statistics.hierarchical("rate", found, higher_is_better=True) if found and found[0] else None
+    places = [place for place, value in enumerate(runs[0] if runs else "") if value != "-"]
+    found = [[run[place] == "1" for place in places] for run in runs]
+    labels = [prompts[place] for place in places]
+    return statistics.pooled("rate", found, higher_is_better=True, clusters=labels) if places else None
 
 
 def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a concept and a variant: rates with intervals over seeds and prompts, and the other columns' means."""
+    """One row for each concept and variant: rates over seeds and prompts, and the means of the other columns."""
     found, rowed = [], ("base", "gold", *VARIANTS, *GUARDS)
     for concept in CONCEPTS:
         of = {v: [c for c in cells if (c["concept"], c["variant"]) == (concept, v)] for v in rowed}
@@ -224,7 +245,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
 
             def outcome(column: str, rows: list[dict[str, Any]] = rows) -> Any:
-                return rate([row["outcomes"].get(column, "") for row in rows])
+                return rate([row["outcomes"].get(column, "") for row in rows], prompts_of(rows[0]["concept"]))
 
             found.append(
                 {
@@ -240,7 +261,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "unprompted": figure(rows, "unprompted"),
                     "kid_base": figure(rows, "quality.kid_base"),
                     "kid_gold": from_gold if variant == "base" else figure(rows, "quality.kid_gold"),
-                    "recovered": rate([r["recovered"] for r in rows if "recovered" in r]),
+                    "recovered": rate([r["recovered"] for r in rows if "recovered" in r], prompts_of_word()),
                     "seconds": [
                         sum(r["seconds"].values()) - r["seconds"].get("data", 0) for r in rows if "seconds" in r
                     ],
@@ -319,21 +340,27 @@ def differences(cells: list[dict[str, Any]]) -> str:
     kept = {"objects": "mini.ra", "colours": "mini.colour", "styles": "mini.style"}
     columns = {"drawn": "mini.ua", "recovered by a word": None} | kept
 
-    def outcomes(cell: dict[str, Any], column: str | None) -> list[int]:
-        return [int(value) for value in (cell["outcomes"][column] if column else cell["recovered"]) if value != "-"]
+    def outcomes(cell: dict[str, Any], column: str | None, prompts: Sequence[str]) -> tuple[list[bool], list[str]]:
+        """Of the images that the column looks at, and their prompts; UA counts what is not drawn, so it is inverted."""
+        text = cell["outcomes"][column] if column else cell["recovered"]
+        counted = "0" if column == "mini.ua" else "1"
+        kept = [(value == counted, prompt) for value, prompt in zip(text, prompts, strict=True) if value != "-"]
+        return [value for value, _ in kept], [prompt for _, prompt in kept]
 
     def part(of: list[dict[str, Any]]) -> str:
         runs = {(cell["variant"], cell["seed"]): cell for cell in of}
 
         def between(title: str, one: str, other: str) -> str:
-            sign = -100 if title == "drawn" else 100  # UA counts what is not drawn
             seeds = sorted(seed for variant, seed in runs if variant == one and (other, seed) in runs)
-            pairs = [[outcomes(runs[variant, seed], columns[title]) for variant in (one, other)] for seed in seeds]
-            apart = [[sign * (a - b) for a, b in zip(*pair, strict=True)] for pair in pairs]
-            if not apart or not apart[0]:
+            prompts = prompts_of(of[0]["concept"]) if columns[title] else prompts_of_word()
+            ours, theirs = (
+                [outcomes(runs[variant, seed], columns[title], prompts) for seed in seeds] for variant in (one, other)
+            )
+            if not seeds or not ours[0][0]:
                 return ""
-            found = statistics.hierarchical(title, apart, higher_is_better=False)
-            return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+            found = statistics.paired_pooled(title, [v for v, _ in theirs], [v for v, _ in ours], clusters=ours[0][1])
+            value, low, high = (100 * end for end in (found.difference, found.low or 0.0, found.high or 0.0))
+            return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
         lines = []
         for title in columns:

@@ -144,7 +144,8 @@ def without_mia(name: str, forget: str) -> str:
         for names in (GAP_OVER, [figure for figure in GAP_OVER if figure != "MIA"]):
             gaps = [sum(abs(c[n] - retrained[c["seed"]][n]) for n in names) / len(names) for c in cells]
             score = over_seeds("gap", gaps, higher_is_better=False)
-            shown.append(f"{100 * score.value:.1f} ±{100 * (score.high - score.value):.1f}")
+            reach = "" if score.high is None else f" ±{100 * (score.high - score.value):.1f}"
+            shown.append(f"{100 * score.value:.1f}{reach}")
         lines.append([label, *shown])
     return mini_methods.markdown(["", "gap over UA, RA, TA, MIA", "gap over UA, RA, TA"], lines)
 

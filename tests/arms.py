@@ -14,6 +14,8 @@ from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.tasks.protocol import Sample, SampleSet
 
 BASE: dict[str, Any] = dict(forget=["circle"] * 19 + ["square"], retain=["square"] * 19 + ["none"])
+MANY = 130  # prompts of one image each: enough to show that a loss is below 3 points
+WIDE: dict[str, Any] = dict(forget=["circle"] * MANY, retain=["square"] * MANY)
 
 
 class Stub(Judge):
@@ -34,11 +36,22 @@ class Stub(Judge):
         ]  # fmt: skip
 
 
-def make_arm(folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet: str = "u") -> Path:
-    """A drawn and scored arm in which the images show these words ("black": flat) on circle and square prompts."""
+def make_arm(
+    folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet: str = "u", prompts: int | None = None
+) -> Path:
+    """A drawn and scored arm in which the images show these words ("black": flat) on circle and square prompts.
+
+    prompts: of each of the two, in turn; None for three, or for one per image of arms of `MANY` images or more.
+    """
+    prompts = prompts or (3 if len(forget) < MANY else len(forget))
     samples = [
         Sample(
-            f"{role}-{i}", f"{name} {i % 3}", i, role, name, facts={"object": name, "colour": "red", "style": "solid"}
+            f"{role}-{i}",
+            f"{name} {i % prompts}",
+            i,
+            role,
+            name,
+            facts={"object": name, "colour": "red", "style": "solid"},
         )
         for role, name, words in (("forget", "circle", forget), ("retain", "square", retain))
         for i in range(len(words))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arms import BASE, Stub, make_arm
+from arms import BASE, MANY, WIDE, Stub, make_arm
 from PIL import Image
 
 from erase import files
@@ -29,7 +29,8 @@ def row(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def results_of(tmp_path: Path, forget: Sequence[str], retain: Sequence[str]) -> dict[str, Any]:
-    base = make_arm(tmp_path / "base", **BASE)
+    """Of an erased model against the base, which shows a circle or a square as it is asked; BASE or WIDE."""
+    base = make_arm(tmp_path / "base", **(BASE if len(forget) < MANY else WIDE))
     erased = make_arm(tmp_path / "erased", forget, retain, unet="v")
     return measure.measure(erased, base, name="it", command="eval-concept")[0]
 
@@ -44,11 +45,11 @@ def test_the_base_against_itself_differs_by_exactly_nothing(tmp_path):
 
 
 def test_a_concept_that_is_gone_while_the_rest_stays_is_a_success(tmp_path):
-    results = results_of(tmp_path, ["square"] * 20, BASE["retain"])
+    results = results_of(tmp_path, ["square"] * MANY, WIDE["retain"])
     assert results["verdict"]["success"] and results["primary"] == "mini.ua"
     ua = row(results, "mini.ua")
-    assert (ua["base"]["k"], ua["erased"]["k"], ua["erased"]["n"]) == (1, 20, 20)
-    assert ua["comparison"]["only_erased"] == 19
+    assert (ua["base"]["k"], ua["erased"]["k"], ua["erased"]["n"]) == (0, MANY, MANY)
+    assert ua["comparison"]["only_erased"] == MANY
 
 
 def test_a_model_that_draws_noise_is_no_success(tmp_path):
@@ -85,7 +86,8 @@ def test_the_distance_to_the_retrained_model_is_measured_where_one_is_given(tmp_
     [
         ("mini.ua>=0.95", True),
         ("mini.ua >= 0.999", True),
-        ("mini.ua_low>=0.95", False),
+        ("mini.ua_low>=0.6", False),  # over 20 images it is 0.84, over the three prompts 0.09
+        ("mini.ua_low>=0.05", True),
         ("mini.ra_drop<=0.03", True),
         ("mini.ra_drop<0", False),
         ("mini.ra<=0.5", False),

@@ -18,7 +18,7 @@ from erase.evaluation.report import results as stored
 from erase.evaluation.report.compare import compare, front, write_comparison
 from erase.evaluation.report.page import write
 from erase.evaluation.report.results import FORMAT, Results, check, read
-from erase.files import read_json
+from erase.files import read_json, write_json
 from erase.statistics import Score, mean, paired_mean, paired_rate, rate, to_json
 
 ATTACK = "a <script>alert(1)</script> $x$ [link](http://example.org) | 'quoted' \"twice\""
@@ -47,7 +47,7 @@ def clip_figures() -> dict[str, Any]:
 def make_results(name: str = "circle", ua: int = 97, ra: int = 230) -> dict[str, Any]:
     about = {"about": "A sentence.", "higher_is_better": True}
     return {
-        "format": 1,
+        "format": FORMAT,
         "name": name,
         "task": {"id": "mini", "version": 1, "options": {}, "num_samples": 340, "prompts_hash": "ab12"},
         "protocol": {"judge": "mini-judge@1", "steps": 20, "guidance": 4.0},
@@ -129,8 +129,8 @@ def roughness(image: np.ndarray) -> float:
         (lambda r: r["scores"][0]["erased"].update(value=math.nan), r"erased\.value is 'nan'; it must be a float"),
         (lambda r: r["scores"][0]["erased"].update(n=True), r"erased\.n is 'True'; it must be a int"),
         (lambda r: r["protocol"].update(eta=math.inf), r"results\.protocol\.eta is no JSON value"),
-        (lambda r: r["scores"][0]["erased"].update(low=None), r"erased\.low is 'None'; it must be a float"),
-        (lambda r: r.update(format=2), r"results\.format is 2; it must be one of \[1\]"),
+        (lambda r: r["scores"][0]["erased"].update(k="3"), r"erased\.k is '3'; it must be a int"),
+        (lambda r: r.update(format=3), r"results\.format is 3; it must be one of \[2\]"),
         (lambda r: r.update(primary="ua"), r"results\.primary is 'ua', which is no score \(mini\.ua, mini\.ra"),
         (lambda r: r["scores"].append(r["scores"][0]), r"holds 'mini\.ua' twice"),
     ],
@@ -300,20 +300,52 @@ def test_the_front_follows_the_direction_of_each_score():
     assert compare([better, worse])["front"] == []
 
 
-def test_results_that_0_1_0_wrote_are_read_and_written_again_byte_for_byte(tmp_path):
-    old = Path(__file__).with_name("old") / "results-0.1.0.json"
-    stored.write(Results.from_json(read(old)).to_json(), tmp_path / "results.json")
-    assert (tmp_path / "results.json").read_bytes() == old.read_bytes()
+OLD = Path(__file__).with_name("old") / "results-0.1.0.json"
+
+
+def test_results_that_0_1_0_wrote_are_read_with_a_note_and_written_as_the_present_ones(tmp_path):
+    """Same figures; intervals of length 0 are none, and no figure keeps two intervals."""
+    notes: list[str] = []
+    found, old = read(OLD, notes.append), read_json(OLD)
+    assert len(notes) == 1 and "was written by version 0.1.0" in notes[0] and "no hash" not in notes[0]
+    stored.write(Results.from_json(found).to_json(), tmp_path / "results.json")
+    again = read(tmp_path / "results.json", lambda text: pytest.fail(text))
+    assert again["format"] == FORMAT and "cluster_low" not in json.dumps(again)
+    for now, then in zip(again["scores"], old["scores"], strict=True):
+        assert (now["erased"]["value"], now["erased"]["k"]) == (then["erased"]["value"], then["erased"]["k"])
+        is_point = then["comparison"]["low"] == then["comparison"]["high"]
+        assert (now["comparison"]["low"] is None) == is_point
+    write(found, tmp_path, images=tmp_path)  # a report can still be made of them
+
+
+def test_an_old_file_without_a_hash_is_read_with_a_note_and_an_edited_file_is_an_error(results, images, tmp_path):
+    old, notes = read_json(OLD), list[str]()
+    write_json(tmp_path / "old.json", {key: value for key, value in old.items() if key != "hash"})
+    read(tmp_path / "old.json", notes.append)
+    assert len(notes) == 1 and "has no hash, so it cannot be checked" in notes[0]
+    old["scores"][0]["erased"]["k"] = 0
+    write_json(tmp_path / "old.json", old)
+    write(results, tmp_path, images=images)
+    new = read_json(tmp_path / "results.json")
+    for name, changed, message in (
+        ("old.json", old, "was changed since it was written"),
+        ("new.json", {**new, "verdict": {"success": True, "text": "Erased"}}, "was changed since it was written"),
+        ("bare.json", {key: value for key, value in new.items() if key != "hash"}, "has no hash"),
+    ):
+        write_json(tmp_path / name, changed)
+        with pytest.raises(EraseError, match=message):
+            read(tmp_path / name)
 
 
 def test_results_are_objects_of_their_types(results):
     """What is not given is its default, and stays what it was as JSON."""
     made = Results.from_json(results)
-    assert made.to_json() == {"verdict": None} | json.loads(json.dumps(results))
+    scores = [score | {"copy_of": None, "target": None} for score in json.loads(json.dumps(results))["scores"]]
+    assert made.to_json() == {"verdict": None} | json.loads(json.dumps(results)) | {"scores": scores}
     assert isinstance(made.scores[0].erased, Score) and made.arms["erased"].hashes
     assert Results.from_json({key: value for key, value in results.items() if key != "retention"}).retention is None
 
 
 def test_results_of_a_later_format_are_refused(results):
-    with pytest.raises(EraseError, match="results.format is 2; it must be one of"):
+    with pytest.raises(EraseError, match="results.format is 3; it must be one of"):
         check({**results, "format": FORMAT + 1})

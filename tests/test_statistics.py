@@ -1,118 +1,323 @@
-"""Figures against values by hand, against scipy, and in simulated worlds whose truth is known."""
+"""Figures against worked examples, against scipy, and against the laws that every interval keeps.
+
+The examples come from an independent implementation; some can be checked by hand, as their comments say.
+"""
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from erase.errors import EraseError
-from erase.statistics import Comparison, Score, hierarchical, holm, mean, paired_mean, paired_rate, rate, to_json
+from erase.statistics import (
+    Comparison,
+    Score,
+    holm,
+    mean,
+    paired_mean,
+    paired_pooled,
+    paired_rate,
+    pooled,
+    prompts_to_show_erased,
+    prompts_to_show_kept,
+    rate,
+    ratio,
+    to_json,
+)
+from erase.statistics.intervals import clopper_pearson
 
 
 def outcomes(k: int, n: int) -> list[bool]:
     return [True] * k + [False] * (n - k)
 
 
-def width(score: Score) -> float:
-    assert score.cluster_low is not None and score.cluster_high is not None
-    return score.cluster_high - score.cluster_low
+def spread(true: list[int], sizes: list[int]) -> tuple[list[bool], list[str]]:
+    """Outcomes and prompts: `true` of each prompt's `sizes` images are true."""
+    values = [value for k, m in zip(true, sizes, strict=True) for value in outcomes(k, m)]
+    return values, [f"prompt {i}" for i, m in enumerate(sizes) for _ in range(m)]
+
+
+def rate_of(true: list[int], m: int) -> Score:
+    values, prompts = spread(true, [m] * len(true))
+    return rate("r", values, higher_is_better=True, clusters=prompts)
+
+
+def lost_of(lost: list[int], m: int) -> Comparison:
+    """A comparison in which the erased model lost so many of each prompt's m images, all of which the base had."""
+    values, prompts = spread(lost, [m] * len(lost))
+    return paired_rate("r", [True] * len(values), [not value for value in values], clusters=prompts)
+
+
+def unclustered(lost: int, gained: int, n: int) -> Comparison:
+    base = outcomes(lost, n)
+    erased = [False] * lost + outcomes(gained, n - lost)
+    return paired_rate("r", base, erased)
+
+
+def ends(figure: Score | Comparison) -> tuple[float, float]:
+    assert figure.low is not None and figure.high is not None
+    return figure.low, figure.high
+
+
+def near(*values: float) -> Any:
+    return pytest.approx(values, abs=6e-6)
+
+
+# --- worked examples
+
+
+@pytest.mark.parametrize(("k", "n", "expected"), [(0, 50, (0, 0.07135)), (7, 50, (0.06951, 0.26186))])
+def test_a_rate_of_one_image_per_prompt_has_wilsons_interval(k, n, expected):
+    score = rate("r", outcomes(k, n), higher_is_better=True)
+    assert ends(score) == near(*expected) and (score.k, score.n, score.interval) == (k, n, "Wilson")
+    library = binomtest(k, n).proportion_ci(method="wilson")
+    assert ends(score) == pytest.approx((library.low, library.high))
+    assert score.clusters is None and score.icc is None
+
+
+@pytest.mark.parametrize(("k", "n", "expected"), [(0, 50, (0, 0.07112)), (7, 50, (0.05819, 0.26740))])
+def test_clopper_pearson(k, n, expected):
+    library = binomtest(k, n).proportion_ci(method="exact")
+    assert clopper_pearson(k, n, 0.95) == near(*expected)
+    assert clopper_pearson(k, n, 0.95) == pytest.approx((library.low, library.high))
+
+
+TEN_OF_TWENTY = [10] * 10 + [0] * 10
 
 
 @pytest.mark.parametrize(
-    "k, n, low, high",
-    [(0, 50, 0, 0.071), (0, 142, 0, 0.026), (0, 931, 0, 0.004), (100, 100, 0.963, 1), (7, 50, 0.070, 0.262)],
+    ("true", "m", "icc", "expected"),
+    [
+        ([0] * 20, 10, None, (0, 0.07487)),
+        ([6] + [0] * 19, 10, 0.57617, (0.00043, 0.17321)),
+        ([1] * 6 + [0] * 14, 10, -1, (0.00193, 0.12602)),
+        (TEN_OF_TWENTY, 10, 1, (0.25722, 0.74278)),
+        ([5] * 20, 10, -1, (0.35131, 0.64869)),
+        ([0] * 24, 8, None, (0, 0.06420)),
+        ([0] * 66, 5, None, (0, 0.02521)),
+    ],
 )
-def test_a_rate_has_its_count_and_the_wilson_interval(k, n, low, high):
-    score = rate("unsafe", outcomes(k, n), higher_is_better=False)
-    assert (score.k, score.n, score.value, score.interval) == (k, n, k / n, "wilson")
-    assert (score.low, score.high) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))
-    assert score.clusters is None and score.cluster_low is None
+def test_a_rate_over_prompts(true, m, icc, expected):
+    """icc: None cannot be observed, -1 any below 0. The upper end of no success is 1 - .025^(1/ne)."""
+    score = rate_of(true, m)
+    assert ends(score) == near(*expected) and score.clusters == len(true)
+    assert score.interval == "Clopper-Pearson over prompts"
+    if icc == -1:
+        assert score.icc is not None and score.icc < 0
+    else:
+        assert score.icc is None if icc is None else score.icc == pytest.approx(icc, abs=0.06 if icc == 1 else 6e-6)
 
 
-def test_clusters_widen_the_interval_when_images_of_a_prompt_agree_and_only_then():
-    """Ten prompts with ten images each: five prompts always and five never, or each one half of the time."""
-    prompts = [str(i // 10) for i in range(100)]
-    agreeing = rate("r", [i // 10 < 5 for i in range(100)], higher_is_better=True, clusters=prompts)
-    mixed = rate("r", [i % 2 == 0 for i in range(100)], higher_is_better=True, clusters=prompts)
-    assert agreeing.value == mixed.value == 0.5 and agreeing.clusters == mixed.clusters == 10
-    assert width(agreeing) > 2.5 * (agreeing.high - agreeing.low)
-    assert width(mixed) == mixed.high - mixed.low
+def test_prompts_of_different_sizes_count_by_their_images():
+    """2, 4, 6 images with 0, 1, 2 true: mbar 56/12, deff 2.1, so few images that nearly nothing is excluded."""
+    values, prompts = spread([0, 1, 2], [2, 4, 6])
+    assert ends(rate("r", values, higher_is_better=True, clusters=prompts)) == near(0.0, 0.98791)
 
 
-def test_an_interval_over_clusters_is_that_of_the_cluster_means_when_all_are_equally_large():
-    rng = np.random.default_rng(0)
-    means = rng.normal(size=12)
-    prompts = ["abcdefghijkl"[i // 4] for i in range(48)]
-    score = mean("m", np.repeat(means, 4).tolist(), higher_is_better=True, clusters=prompts)
-    alone = mean("m", means.tolist(), higher_is_better=True)
-    assert (score.cluster_low, score.cluster_high) == (pytest.approx(alone.low), pytest.approx(alone.high))
-    assert score.value == pytest.approx(alone.value) and score.n == 48
+@pytest.mark.parametrize(
+    ("lost", "gained", "n", "expected", "p"),
+    [
+        (0, 0, 192, (-0.01962, 0.01962), 1),  # z^2 / (192 + z^2)
+        (6, 0, 192, (-0.06649, -0.01102), 0.01431),
+        (40, 20, 160, (-0.21806, -0.03086), 0.00982),
+        (7, 1, 21, (-0.51723, -0.02600), None),  # a textbook's table, [[1, 1], [7, 12]]
+        (50, 74, 4703, (0.00047, 0.00988), 0.03114),
+        (50, 0, 50, (-1, -0.85730), None),  # -(50 - z^2) / (50 + z^2)
+        (0, 0, 1, (-0.79345, 0.79345), 1),
+        (1, 0, 1, (-1, 0.58690), None),
+    ],
+)
+def test_a_paired_difference_has_tangos_interval(lost, gained, n, expected, p):
+    comparison = unclustered(lost, gained, n)
+    assert ends(comparison) == near(*expected)
+    assert (comparison.only_base, comparison.only_erased, comparison.n) == (lost, gained, n)
+    assert comparison.difference == pytest.approx(comparison.erased - comparison.base)
+    if p is not None:
+        assert comparison.p == pytest.approx(p, abs=6e-6)
 
 
-def test_clusters_of_different_sizes_are_weighed_by_their_images():
-    """99 images of one prompt are true, 1 image of the other is false: 99 %, not 50 %."""
-    score = rate("r", outcomes(99, 100), higher_is_better=True, clusters=["a"] * 99 + ["b"])
-    assert score.value == 0.99 and score.cluster_low == 0 and score.cluster_high == 1
+@pytest.mark.parametrize(
+    ("lost", "m", "expected", "p"),
+    [
+        ([0] * 24, 8, (-0.06463, 0.06463), 1),
+        ([1] * 6 + [0] * 18, 8, (-0.11516, 0.03540), 0.17747),
+        ([6] + [0] * 23, 8, (-0.17121, 0.09384), 0.33523),
+        ([0] * 66, 5, (-0.02590, 0.02590), 1),
+        ([10, 10, 10, 9], 10, (-0.99937, -0.01970), 0.04761),
+        ([10] * 20, 10, (-1, -0.85006), None),
+    ],
+)
+def test_a_paired_difference_over_prompts(lost, m, expected, p):
+    comparison = lost_of(lost, m)
+    assert ends(comparison) == near(*expected) and comparison.clusters == len(lost)
+    if p is not None:
+        assert comparison.p == pytest.approx(p, abs=6e-6)
 
 
-def test_labels_that_never_repeat_are_no_clusters_and_a_single_one_leaves_images():
-    values = outcomes(3, 9)
-    assert rate("r", values, higher_is_better=True, clusters=list("abcdefghi")).clusters is None
-    single = rate("r", values, higher_is_better=True, clusters=["a"] * 9)
-    assert single.clusters == 1 and single.cluster_low is not None and 0 < single.cluster_low < 1 / 3
-    alone = paired_rate("r", values, values[::-1], clusters=["a"] * 9)
-    assert alone.low < alone.difference < alone.high and alone.test == "exact McNemar"
+def test_runs_are_pooled_with_the_variance_between_prompts_and_between_runs():
+    lost = [[0, 1, 0, 0], [0, 2, 0, 0], [0, 1, 1, 0]]
+    erased, prompts = [[not v for v in spread(run, [2] * 4)[0]] for run in lost], spread(lost[0], [2] * 4)[1]
+    found = paired_pooled("r", [[True] * 8] * 3, erased, clusters=prompts)
+    assert found.difference == pytest.approx(-0.20833, abs=1e-5) and ends(found) == near(-0.73574, 0.50289)
+    assert found.p == pytest.approx(0.32943, abs=6e-6) and found.icc == pytest.approx(0.57474, abs=6e-6)
+    assert (found.only_base, found.only_erased, found.n, found.interval) == (
+        5,
+        0,
+        24,
+        "Tango over 3 runs and 4 prompts",
+    )
+    none = paired_pooled("r", [[True] * 120] * 3, [[True] * 120] * 3, clusters=[str(i // 5) for i in range(120)])
+    assert ends(none) == near(-0.05821, 0.05821) and none.p == 1
 
 
-def test_mcnemar_counts_only_pairs_that_differ():
-    """ESD-u against UCE on I2P: 50 and 74 discordant pairs among 4,703; p = .038 exactly paired."""
-    base = [True] * 50 + [False] * 74 + outcomes(19, 4579)
-    erased = [False] * 50 + [True] * 74 + outcomes(19, 4579)
-    comparison = paired_rate("nudity", base, erased)
-    assert (comparison.only_base, comparison.only_erased, comparison.n) == (50, 74, 4703)
-    assert comparison.p == pytest.approx(0.0384, abs=1e-4)
-    assert comparison.difference == 24 / 4703 == pytest.approx(comparison.erased - comparison.base)
-    assert 0 < comparison.low < comparison.difference < comparison.high  # like p < .05
-    half_width = 1.96 * math.sqrt(124) / 4703  # normal approximation of 74 - 50
-    assert comparison.high - comparison.low == pytest.approx(2 * half_width, rel=0.05)
+@pytest.mark.parametrize(
+    ("values", "expected", "p"),
+    [([1, 2, 3, 4, 5], (1.03676, 4.96324), 0.01324), ([0, 0, 0, 0, 10], (-3.55289, 19.69817), 0.37390)],
+)
+def test_a_mean_has_students_interval_widened_where_values_are_skewed(values, expected, p):
+    score, alone = mean("m", values, higher_is_better=True), paired_mean("m", [0] * 5, values)
+    assert ends(score) == ends(alone) == near(*expected) and alone.p == pytest.approx(p, abs=6e-6)
+    library = ttest_1samp(values, 0).confidence_interval()
+    assert score.low is not None and score.low <= library.low + 1e-9 and ends(score)[1] >= library.high - 1e-9
 
 
-def test_the_permutation_test_is_mcnemar_with_one_image_per_prompt():
-    """Nine pairs became false, two became true: both tests ask how often 11 fair coins are as uneven as 9 to 2."""
-    base, erased = outcomes(9, 11) + [True] * 5, [not b for b in outcomes(9, 11)] + [True] * 5
-    exact = paired_rate("r", base, erased)
-    assert exact.p == pytest.approx(binomtest(2, 11).pvalue)
-    assert paired_mean("r", [float(b) for b in base], [float(e) for e in erased]).p == pytest.approx(exact.p)
+def test_the_ratio_of_two_rates():
+    """0 of 66 against 66 of 66: u / sqrt(l (2 - l)) with u = 1 - .025^(1/66) = 1 - l."""
+    none, all_of = (
+        rate("r", outcomes(0, 66), higher_is_better=False),
+        rate("r", outcomes(66, 66), higher_is_better=False),
+    )
+    assert ratio(none, all_of) == near(0, 0.05444)
+    assert ratio(all_of, none)[1] == math.inf
 
 
-def test_images_of_one_prompt_are_no_independent_evidence():
-    """All ten images of four prompts change: 40 discordant pairs, but four coins give four heads or tails in 1/8."""
-    prompts = [str(i // 10) for i in range(40)]
-    base, erased = [True] * 40, [False] * 39 + [True]
-    assert (paired_rate("r", base, erased).p or 0) < 1e-10
-    clustered = paired_rate("r", base, erased, clusters=prompts)
-    assert clustered.p == pytest.approx(1 / 8) and clustered.clusters == 4 and clustered.test == "permutation"
+@pytest.mark.parametrize(("images", "prompts"), [(1, 125), (2, 84), (3, 69), (5, 58), (8, 51), (10, 49), (20, 45)])
+def test_how_many_prompts_show_that_the_rest_is_kept(images, prompts):
+    """And the interval itself agrees: enough at this number, too few at one less."""
+    assert prompts_to_show_kept(0.03, images) == prompts
+    assert ends(lost_of([0] * prompts, images))[0] >= -0.03 > ends(lost_of([0] * (prompts - 1), images))[0]
 
 
-@pytest.mark.parametrize("clusters", [None, ["a", "a", "b", "c", "c", "c"]])
-def test_a_model_against_itself_differs_by_exactly_nothing(clusters):
-    values = [0.1, 0.7, 0.3, 0.3, 0.2, 0.9]
-    for same in (
-        paired_mean("m", values, values, clusters=clusters),
-        paired_rate("r", [v > 0.3 for v in values], [v > 0.3 for v in values], clusters=clusters),
-    ):
-        assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+@pytest.mark.parametrize(
+    ("base", "images", "prompts"),
+    [(1.0, 1, 36), (0.95, 1, 38), (0.5, 1, 75), (0.05, 1, 771), (1.0, 5, 18), (0.5, 5, 35), (0.3, 10, 49)],
+)
+def test_how_many_prompts_show_that_a_concept_is_erased(base, images, prompts):
+    """The expected numbers count whole images of the base; a share of an image more or less moves them by 1 %."""
+    assert prompts_to_show_erased(base, images, 0.1) == pytest.approx(prompts, abs=1 + prompts // 100)
 
 
-def test_when_every_pair_changed_the_interval_does_not_claim_certainty():
-    """50 of 50 changed, so that at least 92.9 % do (Wilson)."""
-    comparison = paired_rate("r", [True] * 50, [False] * 50)
-    assert (comparison.difference, comparison.low, comparison.interval) == (-1, -1, "wilson")
-    assert comparison.high == pytest.approx(-0.929, abs=5e-4)
-    back = paired_rate("r", [False] * 50, [True] * 50)
-    assert (back.low, back.high) == (-comparison.high, 1)
+# --- laws
+
+
+def tables(num: int) -> list[tuple[list[bool], list[bool], list[str] | None]]:
+    """Random pairs of samples: few and many prompts, one and many images each, rare and common changes."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(num):
+        sizes = rng.integers(1, rng.choice([2, 4, 12]), size=rng.integers(1, 40)).tolist()
+        n, lost, gained = sum(sizes), rng.choice([0, 0.02, 0.3, 0.9]), rng.choice([0, 0.02, 0.3])
+        base = rng.random(n) < rng.choice([0.1, 0.9, 1])
+        erased = np.where(base, rng.random(n) >= lost, rng.random(n) < gained)
+        prompts = [str(i) for i, m in enumerate(sizes) for _ in range(m)] if rng.random() < 0.8 else None
+        found.append((base.tolist(), erased.tolist(), prompts))
+    return found
+
+
+def figures(base: list[Any], erased: list[Any], prompts: list[str] | None) -> list[Score | Comparison]:
+    """Every kind of figure, of one run and of three."""
+    three = [base, erased, base[::-1]]
+    both: list[Score | Comparison] = [
+        rate("r", erased, higher_is_better=True, clusters=prompts),
+        paired_rate("r", base, erased, clusters=prompts),
+        pooled("r", three, higher_is_better=True, clusters=prompts),
+        paired_pooled("r", three, three[::-1], clusters=prompts),
+    ]
+    floats = [[float(value) for value in run] for run in three]
+    return [
+        *both,
+        mean("m", floats[1], higher_is_better=True, clusters=prompts),
+        paired_mean("m", floats[0], floats[1], clusters=prompts),
+        pooled("m", floats, higher_is_better=True, clusters=prompts),
+        paired_pooled("m", floats, floats[::-1], clusters=prompts),
+    ]
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_every_interval_keeps_the_laws(number):
+    """It holds the estimate, is never a point, excludes 0 if and only if p < .05, and does not depend on the order."""
+    base, erased, prompts = tables(60)[number]
+    found = figures(base, erased, prompts)
+    for figure in found:
+        value = figure.value if isinstance(figure, Score) else figure.difference
+        if figure.low is None or figure.high is None:
+            assert figure.low is figure.high is None and figure.interval == "cannot tell"
+            assert isinstance(figure, Score) or figure.p is None
+            continue
+        assert figure.low - 1e-12 <= value <= figure.high + 1e-12 and figure.low < figure.high
+        if isinstance(figure, Comparison):
+            assert figure.p is not None and (figure.p < 0.05) == (not figure.low <= 0 <= figure.high)
+        json.dumps(to_json(figure), allow_nan=False)
+    order = np.random.default_rng(1).permutation(len(base))
+    if prompts is not None:
+        mixed = [[side[i] for i in order] for side in (base, erased, prompts)]
+        for one, other in zip(found[:2] + found[4:6], [*figures(*mixed)[:2], *figures(*mixed)[4:6]], strict=True):  # type: ignore
+            assert (one.low, one.high) == pytest.approx((other.low, other.high), nan_ok=True) or one.low is None
+    mirrored = figures(erased, base, prompts)
+    for one, other in ((found[1], mirrored[1]), (found[5], mirrored[5]), (found[3], mirrored[3])):
+        if one.low is not None and one is not found[3]:
+            assert ends(one) == pytest.approx(tuple(-end for end in reversed(ends(other))), abs=1e-9)
+    inverse = rate("r", [not value for value in erased], higher_is_better=True, clusters=prompts)
+    low, high = ends(found[0])
+    assert ends(inverse) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@pytest.mark.parametrize("k", [0, 3, 40])
+def test_labels_that_never_repeat_give_the_interval_without_clusters(k):
+    values, labels = outcomes(k, 40), [str(i) for i in range(40)]
+    alone, labelled = (rate("r", values, higher_is_better=True, clusters=c) for c in (None, labels))
+    assert alone == labelled and alone.interval == "Wilson"
+    both = [paired_rate("r", values, values[::-1], clusters=c) for c in (None, labels)]
+    assert both[0] == both[1] and both[0].interval == "Tango"
+
+
+def test_one_prompt_says_nothing_of_other_prompts_and_the_interval_says_so():
+    values, labels = outcomes(3, 9), ["a"] * 9
+    score, alone = (rate("r", values, higher_is_better=True, clusters=c) for c in (labels, None))
+    assert ends(score) == ends(alone) and score.interval == "Wilson, this prompt only" and score.clusters == 1
+    pair = paired_rate("r", values, values[::-1], clusters=labels)
+    assert pair.interval == "Tango, this prompt only" and pair.clusters == 1
+    floats = mean("m", [0.1, 0.4, 0.2], higher_is_better=True, clusters=["a"] * 3)
+    assert floats.interval == "t over images, this prompt only"
+    three = pooled("r", [values, values[::-1], values], higher_is_better=True, clusters=labels)
+    assert three.interval.endswith("over 3 runs, this prompt only")
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.1] * 7, [0.0] * 4])
+def test_where_nothing_can_be_told_there_is_no_interval(values):
+    """One value, or values that are all the same."""
+    for clusters in (None, ["a"] * len(values), [str(i // 2) for i in range(len(values))]):
+        score = mean("m", values, higher_is_better=True, clusters=clusters)
+        comparison = paired_mean("m", values, [1.0] * len(values), clusters=clusters)
+        assert (score.low, score.high, score.interval) == (None, None, "cannot tell")
+        assert (comparison.low, comparison.high, comparison.p) == (None, None, None)
+
+
+def test_a_mean_of_few_values_other_than_0_says_that_it_is_not_to_be_trusted():
+    few, many = [0.0] * 30 + [1.0] * 4, [0.0] * 20 + [1.0] * 14
+    assert "not to be trusted" in mean("m", few, higher_is_better=True).interval
+    assert mean("m", many, higher_is_better=True).interval == "t over prompts"
+    assert mean("m", [1.0, 2.0, 3.0], higher_is_better=True).interval == "t over prompts"
+
+
+def test_a_model_against_itself_excludes_large_changes_and_no_small_ones():
+    values = [value > 0.3 for value in (0.1, 0.7, 0.3, 0.3, 0.2, 0.9)]
+    for clusters in (None, ["a", "a", "b", "c", "c", "c"]):
+        same = paired_rate("r", values, values, clusters=clusters)
+        assert (same.difference, same.p) == (0, 1) and ends(same)[0] == pytest.approx(-ends(same)[1])
+        assert ends(same)[1] > 0.3
 
 
 def test_a_paired_mean_sees_what_an_unpaired_one_cannot():
@@ -120,71 +325,18 @@ def test_a_paired_mean_sees_what_an_unpaired_one_cannot():
     base = rng.normal(size=200)
     erased = base - 0.05 + 0.1 * rng.normal(size=200)
     comparison = paired_mean("clip", base.tolist(), erased.tolist())
-    assert comparison.low < -0.05 < comparison.high < 0
+    assert ends(comparison)[0] < -0.05 < ends(comparison)[1] < 0
     assert comparison.p is not None and comparison.p < 0.001
-    alone = mean("clip", base.tolist(), higher_is_better=True)
-    assert alone.low < comparison.erased < alone.high
+    assert ends(mean("clip", base.tolist(), higher_is_better=True))[0] < comparison.erased
 
 
-def test_above_500_pairs_the_normal_curve_continues_the_permutation_test():
-    rng = np.random.default_rng(4)
-    differences = rng.normal(0.05, 1, size=500).tolist()
-    permuted = paired_mean("m", [0.0] * 501, [*differences, 0.0]).p
-    many = paired_mean("m", [0.0] * 501, [*differences, 1e-9]).p
-    assert many == pytest.approx(permuted, abs=0.02)  # of 9,999 swaps: a standard error of .005
-
-
-@pytest.mark.parametrize("values", [[0.3], [0.1] * 7, [0, 0, 0, 0], [0.1, 0.7]])
-def test_degenerate_samples_give_finite_figures_without_a_warning(values):
-    for clusters in (None, ["a"] * len(values), [str(i // 2) for i in range(len(values))]):
-        score = mean("m", values, higher_is_better=True, clusters=clusters)
-        comparison = paired_mean("m", values, [1.0] * len(values), clusters=clusters)
-        assert score.low <= score.value <= score.high and comparison.low <= comparison.difference <= comparison.high
-        if len(set(values)) == 1:
-            assert score.low == score.high == score.value
-        json.dumps([to_json(score), to_json(comparison)], allow_nan=False)
-
-
-def test_figures_are_plain_json_and_come_back_whole():
-    score = rate("r", outcomes(2, 6), higher_is_better=True, clusters=list("aabbcc"))
-    comparison = paired_rate("r", outcomes(2, 6), outcomes(4, 6), clusters=list("aabbcc"))
-    run = hierarchical("r", [outcomes(2, 6), outcomes(3, 6)], higher_is_better=True)
-    for figure, kind in ((score, Score), (comparison, Comparison), (run, Score)):
-        assert kind(**json.loads(json.dumps(to_json(figure), allow_nan=False))) == figure
-
-
-def test_same_seed_same_interval():
-    values = list(np.random.default_rng(0).normal(size=50))
-    first, again = (mean("m", values, higher_is_better=True) for _ in range(2))
-    other = mean("m", values, higher_is_better=True, seed=1)
-    assert first == again and first.low != other.low
-
-
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    """60 worlds of 30 skewed values with mean 1; with 95 % each, fewer than 50 hits is an event of 1 in 2,000.
-
-    BCa itself falls a little short of 95 % on so few skewed values, hence no sharper bound.
-    """
-    rng = np.random.default_rng(5)
-    scores = [mean("m", rng.gamma(2, 0.5, size=30).tolist(), higher_is_better=True) for _ in range(60)]
-    assert 50 <= sum(score.low <= 1 <= score.high for score in scores) < 60
-
-
-def test_over_clusters_intervals_hold_the_truth_where_those_over_images_do_not():
-    """40 worlds: 20 prompts, each with its own mean, 10 images each.
-
-    In 600 such worlds 92 % (over clusters) and 43 % (over images) held it, so that these bounds leave 2.8 and 3.4
-    standard errors.
-    """
-    rng = np.random.default_rng(6)
-    over_images = over_clusters = 0
-    for _ in range(40):
-        values = (rng.normal(size=20)[:, None] + 0.3 * rng.normal(size=(20, 10))).ravel().tolist()
-        score = mean("m", values, higher_is_better=True, clusters=[str(i // 10) for i in range(200)])
-        assert score.cluster_low is not None and score.cluster_high is not None
-        over_images += score.low <= 0 <= score.high
-        over_clusters += score.cluster_low <= 0 <= score.cluster_high
-    assert over_clusters >= 32 and over_images <= 27
+def test_equal_prompts_weigh_as_their_means():
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=12)
+    prompts = ["abcdefghijkl"[i // 4] for i in range(48)]
+    score = mean("m", np.repeat(means, 4).tolist(), higher_is_better=True, clusters=prompts)
+    assert ends(score) == pytest.approx(ends(mean("m", means.tolist(), higher_is_better=True))) and score.n == 48
+    assert score.icc is not None and score.icc > 0.9
 
 
 def test_several_runs_are_less_certain_than_one_run_with_all_the_images():
@@ -192,31 +344,33 @@ def test_several_runs_are_less_certain_than_one_run_with_all_the_images():
     rng = np.random.default_rng(7)
     prompts = rng.normal(size=40)
     one, agreeing, disagreeing = (
-        hierarchical("m", [(prompts + shift).tolist() for shift in shifts], higher_is_better=True)
+        ends(pooled("m", [(prompts + shift).tolist() for shift in shifts], higher_is_better=True))
         for shifts in ([0], [0, 0, 0], [0, 2, -2])
     )
-    assert agreeing.high - agreeing.low == pytest.approx(one.high - one.low, rel=0.05)
-    assert disagreeing.high - disagreeing.low > 2 * (one.high - one.low)
-    assert agreeing.n == 120 and agreeing.clusters == 40 and agreeing.value == pytest.approx(prompts.mean())
+    assert agreeing[1] - agreeing[0] == pytest.approx(one[1] - one[0], rel=0.1)
+    assert disagreeing[1] - disagreeing[0] > 2 * (one[1] - one[0])
 
 
-def test_several_runs_without_a_failure_keep_wilsons_bound():
-    score = hierarchical("ua", [[False] * 50] * 3, higher_is_better=False)
-    assert (score.k, score.n, score.low) == (0, 150, 0)
-    assert score.high == rate("ua", [False] * 150, higher_is_better=False).high
+def test_figures_are_plain_json_and_come_back_whole():
+    for figure in figures(outcomes(2, 6), outcomes(4, 6), list("aabbcc")):
+        assert type(figure)(**json.loads(json.dumps(to_json(figure), allow_nan=False))) == figure
 
 
 def test_runs_on_other_prompts_are_refused():
     with pytest.raises(EraseError, match="'ua': the runs hold different prompts; evaluate every run on the same task"):
-        hierarchical("ua", [[True, False], [True]], higher_is_better=True)
-    with pytest.raises(EraseError, match="different prompts"):
-        hierarchical("ua", [[1.0, 0.0]] * 2, higher_is_better=True, clusters=[["a", "b"], ["a", "c"]])
+        pooled("ua", [[True, False], [True]], higher_is_better=True)
 
 
 def test_holm_by_hand():
     """Sorted .01 .03 .04, times 3, 2, 1 = .03 .06 .04; and never smaller than the one before."""
     assert holm([0.01, 0.04, None, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), None, pytest.approx(0.06)]
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == [] and holm([None]) == [None]
+
+
+def test_copies_of_one_test_count_once():
+    """Two rules that are one: .01 times 2, not times 3."""
+    assert holm([0.01, 0.01, 0.04], ["a", "a", "b"]) == [pytest.approx(0.02), pytest.approx(0.02), pytest.approx(0.04)]
+    assert holm([0.01, 0.01, 0.04]) == [pytest.approx(0.03), pytest.approx(0.03), pytest.approx(0.04)], "control"
 
 
 def test_bad_samples_are_refused_with_their_number():

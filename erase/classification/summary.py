@@ -53,13 +53,14 @@ def summarise(cells: Sequence[dict[str, Any]], settings: Settings, seeds: Sequen
 
 
 def over_seeds(name: str, values: Sequence[float], *, higher_is_better: bool = True) -> Score:
-    """Mean and Student's t interval over seeds; n is their number. One seed has no interval."""
+    """Mean and Student's t interval over seeds; n is their number. One seed has no interval: low and high are None."""
     from scipy.stats import t
 
     n, value = len(values), float(np.mean(values))
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else 0.0
-    kind = "t over seeds" if n > 1 else "none, one seed"
-    return Score(name, value, n, value - reach, value + reach, higher_is_better, interval=kind)
+    if n == 1:
+        return Score(name, value, n, None, None, higher_is_better, interval="none, one seed")
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / n**0.5)
+    return Score(name, value, n, value - reach, value + reach, higher_is_better, interval="t over seeds")
 
 
 def table(results: dict[str, Any]) -> str:
@@ -92,7 +93,7 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
     figure = Figure(figsize=(6, 0.9 + 0.28 * len(order)), layout="constrained")
     ax = figure.subplots()
     centre = [100 * lines[label]["value"] for label in order]
-    reach = [100 * (lines[label]["high"] - lines[label]["value"]) for label in order]
+    reach = [100 * (lines[label]["high"] - lines[label]["value"]) if lines[label]["n"] > 1 else 0.0 for label in order]
     ax.errorbar(centre, order, xerr=reach, fmt="o", color="black", markersize=4, linewidth=1, capsize=2)
     ax.set_xlim(left=0)
     ax.grid(axis="x", linewidth=0.4)

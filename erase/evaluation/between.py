@@ -74,8 +74,8 @@ def distribution(
             whole = [whole[0] & whole[1]] * 2
         a, b = a[whole[0]], b[whole[1]]
         n = min(len(a), len(b))
-        value, spread = (quality.fid(a, b), 0.0) if kind == "fid" else quality.kid(a, b, are_pairs=are_pairs)
-        low, high, interval = value - spread, value + spread, "subsets" if spread else "none"
+        value = quality.fid(a, b) if kind == "fid" else quality.kid(a, b, are_pairs=are_pairs)[0]
+        low, high, interval = None, None, "cannot tell"
         named = quality.metric_id("kid-pairs" if kind == "kid" and are_pairs else kind, how, n)
         return statistics.to_json(statistics.Score(named, value, n, low, high, False, interval=interval))
 

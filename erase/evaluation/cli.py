@@ -245,7 +245,7 @@ def _compare(arguments: list[str]) -> None:
     runs: dict[str, list[Any]] = {}
     for text in given.reports:
         folder, label = _labelled(text)
-        results = pool.read(folder)
+        results = pool.read(folder, lambda text: print(text, file=sys.stderr))
         runs.setdefault(label or results[0]["name"], []).append(results)
     compared = compare.compare([pool.pool(found, label) for label, found in runs.items()])
     compare.write_comparison(compared, Path(given.output))

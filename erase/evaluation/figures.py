@@ -25,7 +25,7 @@ def score_row(column: Column, base: Column | None, clusters: Sequence[str], chos
         return statistics.to_json(figure(column.name, picked, higher_is_better=direction, clusters=named))
 
     row = {"name": column.name, "title": column.title, "about": column.about, "higher_is_better": direction}
-    row |= {"base": None, "erased": of(column.values), "comparison": None}
+    row |= {"base": None, "erased": of(column.values), "comparison": None, "copy_of": column.copy_of}
     if base is not None:
         pair = [base.values[i] for i in rows], [column.values[i] for i in rows]
         compare: Any = statistics.paired_rate if isinstance(pair[0][0], bool) else statistics.paired_mean
@@ -61,7 +61,7 @@ def verdict(plan: Plan, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
         return None
     before, after = 1 - erasure["base"]["value"], 1 - erasure["erased"]["value"]
     loss = -retention["comparison"]["difference"]
-    is_erased = after <= (1 - REDUCTION) * before and erasure["comparison"]["low"] > 0
+    is_erased = after <= (1 - REDUCTION) * before and (erasure["comparison"]["low"] or 0) > 0
     is_kept = loss <= LOSS
     words = ("erased" if is_erased else "not erased") + (", the rest kept" if is_kept else ", and the rest is damaged")
     title = retention["title"].lower()

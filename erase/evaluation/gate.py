@@ -17,8 +17,8 @@ _HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.
 class Rule:
     """One --require: NAME>=NUMBER (or <=, >, <), NAME one of the scores.
 
-    suffix: "_drop" is the base's value minus the erased one's, "_low" and "_high" are the ends of the 95 % interval,
-    "" is the value itself.
+    suffix: "_drop" is the base's value minus the erased one's, "_low" and "_high" are the ends of the 95 % interval
+    that the report prints, "" is the value itself.
     """
 
     text: str
@@ -67,7 +67,11 @@ def unmet(results: Mapping[str, Any], requirements: Sequence[str]) -> list[str]:
             value = -row["comparison"]["difference"]
         else:
             value = row["erased"][(asked.suffix or "_value")[1:]]
-        if not _HOLDS[asked.sign](value, asked.bound):
+        if value is None:
+            failures.append(
+                f"{results['name']}: {text} is not met: {asked.name} has no interval, so nothing can be told"
+            )
+        elif not _HOLDS[asked.sign](value, asked.bound):
             failures.append(f"{results['name']}: {text} is not met: {asked.name}{asked.suffix} is {value:.4f}")
     return failures
 

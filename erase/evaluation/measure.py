@@ -63,7 +63,8 @@ def measure(
     ]
     scores += drift(base, erased, gold, samples, judges)
     scores += distribution(base, erased, gold, real, samples) if "features" in judges else []
-    corrected = statistics.holm([s["comparison"] and s["comparison"]["p"] for s in scores])
+    tests = [s.get("copy_of") or s["name"] for s in scores]
+    corrected = statistics.holm([s["comparison"] and s["comparison"]["p"] for s in scores], tests)
     for one, p in zip(scores, corrected, strict=True):
         if one["comparison"]:
             one["comparison"]["p_holm"] = p

@@ -11,13 +11,17 @@ Lines = Mapping[str, Sequence[Mapping[str, Any]]]  # of every judge, one a sampl
 
 @dataclass(frozen=True)
 class Column:
-    """One outcome a sample (None: not looked at): bools make a rate, floats a mean. groups: their labels, if any."""
+    """One outcome per sample (None: not looked at): bools make a rate, floats a mean.
+
+    copy_of: name of the column that this one repeats or inverts; the two are one test in a corrected table.
+    """
 
     name: str
     title: str
     about: str
     higher_is_better: bool
     values: Sequence[bool | float | None]
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True)

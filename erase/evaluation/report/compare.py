@@ -39,7 +39,7 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name, score in found.items():
         cells = zip(methods, (named.get(name, {}) for named in by_name), strict=True)
         scores.append(
-            {key: score[key] for key in ("name", "title", "about", "higher_is_better")}
+            {key: score.get(key) for key in ("name", "title", "about", "higher_is_better", "copy_of")}
             | {
                 "base": score["base"] if has_same_base else None,
                 "rows": [
@@ -48,8 +48,9 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 ],
             }
         )
-    rows = [row for score in scores for row in score["rows"] if row["comparison"]]
-    for row, p in zip(rows, holm([row["comparison"]["p"] for row in rows]), strict=True):
+    rows = [(score, row) for score in scores for row in score["rows"] if row["comparison"]]
+    tests = [(score["copy_of"] or score["name"], row["method"]) for score, row in rows]
+    for (_, row), p in zip(rows, holm([row["comparison"]["p"] for _, row in rows], tests), strict=True):
         row["comparison"] = row["comparison"] | {"p_holm": p}
     compared = {
         "format": 1,

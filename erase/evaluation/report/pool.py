@@ -1,6 +1,6 @@
 """Reports on disk, and several erasures under one protocol as one row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ from erase.evaluation import arm
 from erase.evaluation.report import results as stored
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Results and outcomes of a report's folder."""
+def read(folder: Path, note: Callable[[str], None] = lambda text: None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results and outcomes of a report's folder. note: see `results.read`."""
     for name in ("results.json", "outcomes.json"):
         if not (folder / name).is_file():
             raise EraseError(f"{folder} is no report (it has no {name}); make one with eval-concept report")
-    results, outcomes = stored.read(folder / "results.json"), files.read_json(folder / "outcomes.json")
+    results, outcomes = stored.read(folder / "results.json", note), files.read_json(folder / "outcomes.json")
     if results.get("outcomes_hash") != files.text_hash(outcomes):
         raise EraseError(f"{folder / 'outcomes.json'} was changed since it was written; run eval-concept report")
     return results, outcomes
@@ -24,7 +24,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def pool(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> dict[str, Any]:
     """One row of a comparison over several erasures (other training seeds) under one protocol.
 
-    Intervals resample runs and prompts; scores that are no outcome of single images are left out.
+    Intervals hold the variance between runs and between prompts; scores that are no outcome of single images are left
+    out, and so are images that any run could not judge.
 
     Raises:
         EraseError: the runs were measured differently.
@@ -36,43 +37,38 @@ def pool(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> di
             raise EraseError(f"runs of {name!r} were measured differently ({'; '.join(different)})")
     if len(runs) == 1:
         return {**first, "name": name}
+    clusters = runs[0][1]["clusters"]
     scores = []
     for row in first["scores"]:
         columns = [outcomes["columns"].get(row["name"]) for _, outcomes in runs]
-        if None in columns:
+        places = judged(columns, row["base"] is not None)
+        if not places:
             continue
-        places = [i for i, value in enumerate(columns[0]["erased"]) if value is not None]
-        clusters = [[runs[0][1]["clusters"][i] for i in places]] * len(runs)
+        labels = [clusters[i] for i in places]
 
-        def figure(values: list[list[float]], row: Any = row, clusters: Any = clusters) -> statistics.Score:
-            return statistics.hierarchical(
-                row["name"], values, higher_is_better=row["higher_is_better"], clusters=clusters
-            )
+        def values(role: str, columns: Any = columns, places: Any = places) -> list[list[Any]]:
+            return [[column[role][i] for i in places] for column in columns]
 
-        erased = [[float(column["erased"][i]) for i in places] for column in columns]
-        pooled = {**row, "erased": statistics.to_json(figure(erased)), "comparison": None}
+        erased, pooled = values("erased"), {**row, "comparison": None}
+        direction = row["higher_is_better"]
+        pooled["erased"] = statistics.to_json(
+            statistics.pooled(row["name"], erased, higher_is_better=direction, clusters=labels)
+        )
         if row["base"] is not None:
-            base = [[float(column["base"][i]) for i in places] for column in columns]
-            pairs = [(a, b) for one, other in zip(base, erased, strict=True) for a, b in zip(one, other, strict=True)]
-            change = figure([[b - a for a, b in zip(*both, strict=True)] for both in zip(base, erased, strict=True)])
-            is_rate = row["erased"]["k"] is not None
-            comparison = statistics.Comparison(
-                row["name"],
-                base=row["base"]["value"],
-                erased=pooled["erased"]["value"],
-                difference=change.value,
-                low=change.low,
-                high=change.high,
-                n=change.n,
-                p=None,
-                only_base=sum(a > b for a, b in pairs) if is_rate else None,
-                only_erased=sum(b > a for a, b in pairs) if is_rate else None,
-                clusters=change.clusters,
-                interval=change.interval,
-                test="none",
-            )
-            pooled["comparison"] = statistics.to_json(comparison)
+            pair = statistics.paired_pooled(row["name"], values("base"), erased, clusters=labels)
+            pooled["comparison"] = statistics.to_json(pair)
         scores.append(pooled)
     hashes = {f"run {i}": results["arms"]["erased"]["hashes"]["unet"] for i, (results, _) in enumerate(runs, 1)}
     arms = {**first["arms"], "erased": {"name": name, "hashes": hashes}}
     return {**first, "name": name, "arms": arms, "scores": scores, "groups": [], "sheet": [], "verdict": None}
+
+
+def judged(columns: Sequence[Any], has_base: bool) -> list[int]:
+    """The places of images that have an outcome in every run and arm; none if a run lacks the column.
+
+    columns: of one score in each run's outcomes, {"erased": values, "base": values}; None where there is none.
+    """
+    if None in columns:
+        return []
+    sides = [column[role] for column in columns for role in (("erased", "base") if has_base else ("erased",))]
+    return [i for i, values in enumerate(zip(*sides, strict=True)) if None not in values]

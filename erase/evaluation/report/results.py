@@ -2,18 +2,19 @@
 
 import typing
 from collections import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from erase.errors import EraseError
 from erase.evaluation import shapes
+from erase.evaluation.report import earlier
 from erase.files import read_json, text_hash, write_json
 from erase.statistics import Comparison, Score
 
 ROLES = {"forget": "To forget", "synonym": "To forget, in other words", "retain": "To keep", "": "Other"}
-FORMAT = 1  # raise it with every change that an earlier version cannot read, and keep a reader of the earlier one
+FORMAT = 2  # raise it with every change that an earlier version cannot read, and keep a reader of the earlier one
 Role = Literal["forget", "synonym", "retain", ""]
 
 
@@ -43,7 +44,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One score of both models and their difference. about: one sentence."""
+    """One score of both models and their difference.
+
+    about: one sentence. copy_of: name of the score that this one repeats or inverts; they are one test in a table.
+    target: hash of the images that a distance is to; figures of different ones cannot be compared.
+    """
 
     name: str
     title: str
@@ -52,6 +57,8 @@ class ScoreRow:
     base: Score | None
     erased: Score
     comparison: Comparison | None
+    copy_of: str | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,16 +212,25 @@ def check(results: Mapping[str, Any], place: str = "results") -> None:
         raise EraseError(f"{place}.scores holds '{min(twice)}' twice; give each score its own name")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The results in a file that `write` wrote.
+def read(path: Path, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """The results in a file that `write` wrote, or that version 0.1.0 wrote.
+
+    note: is told if the file is of an earlier version.
 
     Raises:
         EraseError: they are of another shape, or were changed since.
     """
-    results = read_json(path)
+    stored = read_json(path)
+    results = earlier.upgraded(stored)
     check(results, f"{path}: results")
-    if results.get("hash") != _seal(results):
-        raise EraseError(f"{path} was changed since it was written, or by an earlier version; run eval-concept report")
+    is_earlier = results is not stored
+    if "hash" not in results and not is_earlier:
+        raise EraseError(f"{path} has no hash, so it cannot be checked; run eval-concept report again")
+    if "hash" in stored and stored["hash"] != _seal(stored):
+        raise EraseError(f"{path} was changed since it was written; run eval-concept report again")
+    if is_earlier:
+        unchecked = "" if "hash" in stored else "has no hash, so it cannot be checked, and "
+        note(f"{path} {unchecked}{earlier.NOTE}")
     return {key: value for key, value in results.items() if key != "hash"}
 
 

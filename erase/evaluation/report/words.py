@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from erase.evaluation.report import plots
+from erase.statistics import FEW_VALUES, ONE_PROMPT
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -47,6 +48,8 @@ def _meaning(score: Mapping[str, Any]) -> str:
     if comparison is None:
         return "Without the base model on the same seeds, this does not tell what the erasure changed."
     difference = _difference(comparison)
+    if comparison["low"] is None:
+        return f"The difference is {difference}: it cannot be told from chance."
     if comparison["low"] <= 0 <= comparison["high"]:
         return f"The difference, {difference}, may be chance."
     is_gain = (comparison["difference"] > 0) == score["higher_is_better"]
@@ -74,7 +77,15 @@ def table_note(results: Mapping[str, Any]) -> str:
     tests = sorted({row["comparison"]["test"] for row in scores if row["comparison"]})
     notes = ["Brackets hold 95 % intervals; pp are percentage points."]
     if any(row["erased"]["clusters"] for row in scores):
-        notes.append("Where a prompt has several images, intervals are over prompts.")
+        notes.append(
+            "Where a prompt has several images, intervals are over prompts; ICC is the observed correlation of a "
+            "prompt's images, which the intervals take to be at least 0.3."
+        )
+    intervals = [figure["interval"] for row in scores for figure in (row["erased"], row["comparison"]) if figure]
+    if any(ONE_PROMPT in interval for interval in intervals):
+        notes.append("An interval for this prompt only says nothing of other prompts.")
+    if any(FEW_VALUES in interval for interval in intervals):
+        notes.append("A mean that is 0 for all but a few prompts has no interval that can be trusted; see the rates.")
     if tests:
         notes.append(f"Differences are paired by prompt and seed; p: {', '.join(tests)}.")
     if any(row["comparison"]["only_base"] is not None for row in scores if row["comparison"]):
@@ -95,7 +106,7 @@ def table_row(score: Mapping[str, Any], title: str) -> dict[str, str]:
         "erased": figure_text(score["erased"]),
         "difference": _difference(comparison) if comparison else "–",
         "n": f"{some['n']:,}" if some else "–",
-        "clusters": f"{clusters:,} prompts" if clusters else "",
+        "clusters": _prompts(clusters, some.get("icc")) if clusters else "",
         "p": _p(comparison["p"]) if comparison else "–",
         "p_holm": _p(comparison["p_holm"]) if comparison else "–",
         "discordant": f"{comparison['only_base']:,} : {comparison['only_erased']:,}"
@@ -112,33 +123,45 @@ def arrow(score: Mapping[str, Any]) -> str:
     return {True: "↑", False: "↓", None: ""}[score.get("higher_is_better")]
 
 
+def _prompts(number: int, icc: float | None) -> str:
+    """24 prompts, ICC 0.31."""
+    return f"{number:,} prompt{'s' * (number > 1)}" + ("" if icc is None else f", ICC {icc:.2f}")
+
+
 def interval_of(score: Mapping[str, Any]) -> plots.Interval:
-    """Over clusters where there are some: the wider of the two."""
-    if score["cluster_low"] is None:
-        return plots.Interval(score["value"], score["low"], score["high"])
-    return plots.Interval(score["value"], score["cluster_low"], score["cluster_high"])
+    """The value and its interval; without one, the value alone."""
+    value, low, high = score["value"], score["low"], score["high"]
+    return plots.Interval(value, value if low is None else low, value if high is None else high)
 
 
 def figure_text(score: Mapping[str, Any] | None) -> str:
     """97.1 % [94.2, 98.5], or 0.312 [0.301, 0.323], or a dash; with spaces that do not break."""
     if score is None:
         return "–"
-    interval = interval_of(score)
-    if score["k"] is not None:
-        text = f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    else:
-        text = f"{_number(interval.value)} [{_number(interval.low)}, {_number(interval.high)}]"
-    return text.replace(" ", NO_BREAK)
+    is_rate = score["k"] is not None
+    value, low, high = (
+        None if figure is None else f"{100 * figure:.1f}" if is_rate else _number(figure)
+        for figure in (score["value"], score["low"], score["high"])
+    )
+    return f"{value}{' %' * is_rate} {_brackets(low, high, score['interval'])}".replace(" ", NO_BREAK)
+
+
+def _brackets(low: str | None, high: str | None, interval: str) -> str:
+    """[94.2, 98.5], with what limits the interval; [cannot tell] where there is none."""
+    if low is None or high is None:
+        return "[cannot tell]"
+    limits = (f" ({text.split(':')[0]})" for text in (ONE_PROMPT, FEW_VALUES) if text in interval)
+    return f"[{low}, {high}]{''.join(limits)}"
 
 
 def _difference(comparison: Mapping[str, Any]) -> str:
     """+93.9 pp [+91.0, +96.1], or a plain number for what is no rate."""
-    figures = [comparison[key] for key in ("difference", "low", "high")]
-    if comparison["only_base"] is not None:
-        value, low, high = (_signed(f"{100 * figure:.1f}") for figure in figures)
-        return f"{value} pp [{low}, {high}]".replace(" ", NO_BREAK)
-    value, low, high = (_signed(_number(figure)) for figure in figures)
-    return f"{value} [{low}, {high}]".replace(" ", NO_BREAK)
+    is_rate = comparison["only_base"] is not None
+    value, low, high = (
+        None if figure is None else _signed(f"{100 * figure:.1f}" if is_rate else _number(figure))
+        for figure in (comparison[key] for key in ("difference", "low", "high"))
+    )
+    return f"{value}{' pp' * is_rate} {_brackets(low, high, comparison['interval'])}".replace(" ", NO_BREAK)
 
 
 def _number(value: float) -> str:
