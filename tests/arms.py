@@ -39,7 +39,7 @@ class Stub(Judge):
 def make_arm(
     folder: Path, forget: Sequence[str], retain: Sequence[str], *, unet: str = "u", prompts: int | None = None
 ) -> Path:
-    """A drawn and scored arm in which the images show these words ("black": flat) on circle and square prompts.
+    """A drawn and scored arm whose images show these words ("black": flat) on circle and square prompts.
 
     prompts: of each of the two, in turn; None for three, or for one per image of arms of `MANY` images or more.
     """
