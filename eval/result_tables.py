@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import interval_coverage
 import mini_methods
 import sampler_effect
 
@@ -150,6 +151,11 @@ def without_mia(name: str, forget: str) -> str:
     return mini_methods.markdown(["", "gap over UA, RA, TA, MIA", "gap over UA, RA, TA"], lines)
 
 
+def intervals() -> str:
+    """How often 95 % intervals hold the truth of simulated worlds."""
+    return interval_coverage.table(stored("coverage.json")["rows"])
+
+
 def speed(name: str) -> str:
     """Medians of a bench, side by side with plain implementations of the same job."""
     results = stored(f"bench-{name}.json")
@@ -179,7 +185,12 @@ def growth() -> str:
     return mini_methods.markdown(["sweep", "x", "side", "CPU seconds", "memory"], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"summary": summary, "samplers": samplers, "growth": growth}
+TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "samplers": samplers,
+    "growth": growth,
+    "coverage": intervals,
+}
 for _concept in mini_methods.CONCEPTS:
     for _kind in (methods, masks, differences, scores):
         TABLES[f"{_kind.__name__} {_concept}"] = functools.partial(_kind, _concept)

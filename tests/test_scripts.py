@@ -85,6 +85,8 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
     one |= {"recovered": "0001"}
     cells = [one | {"variant": "base"}, one | {"variant": "salun", "seconds": {"train": 2.0}}]
     asked = []
+    monkeypatch.setattr(module, "prompts_of", lambda concept: ("a", "b", "b", "c"))
+    monkeypatch.setattr(module, "prompts_of_word", lambda: ["a", "a", "b", "b"])
     monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     monkeypatch.setattr(module, "cell", lambda folder, *what: asked.append(what))
 
