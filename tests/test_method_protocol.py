@@ -65,7 +65,7 @@ def test_a_method_without_batches_to_prepare_from_prepares_nothing():
         ({"needs_bse": True}, "has 'needs_bse', which is neither .*; did you mean needs_base"),
         ({"retain": False}, "has 'retain', .*did you mean retains"),
         ({"teacher_decy": 0.9}, "has 'teacher_decy', .*did you mean teacher_decay"),
-        ({"images": "anchor"}, "has 'images', which is neither a hyperparameter nor a part of a TrainedMethod; start "),
+        ({"zoom": 2}, "has 'zoom', which is neither a hyperparameter nor a part of a TrainedMethod; start "),
         ({"images": "anchr"}, "has the images 'anchr'; choose concept, anchor, trajectory, noise"),
         ({"prepare": lambda *_: None}, "has prepare but not prepare_batches"),
         ({"solve": lambda *_: ({}, {})}, "has a loss and a solve; a method has one of them"),

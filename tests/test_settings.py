@@ -241,3 +241,17 @@ def test_the_documented_defaults_are_those_that_are_read(tmp_path):
     folder_defaults(tmp_path, json.loads(section.partition("```json")[2].partition("```")[0]))
     named = set(re.findall(r"`(\w+)`", section.partition("At the top")[2]))
     assert named == {*model_defaults._OF_METHOD}
+
+
+def test_what_the_authors_use_for_nudity_is_the_methods_default_there_and_loses_to_all_that_is_given():
+    def found(kind: str, defaults: dict[str, Any] | None = None, **given: Any) -> tuple[Any, ...]:
+        settings = resolve(Settings("c", method="erasediff", **given), kind, defaults or {})
+        return settings.scope, settings.num_train_steps, made(settings).epochs, made(settings).rounds
+
+    assert found("object") == ("full", 200, 2, 1)
+    assert found("nudity") == ("noxattn", 1000, 5, 2)
+    folder = {"methods": {"erasediff": {"num_train_steps": 40, "scope": "xattn", "set": ["epochs=3"]}}}
+    assert found("nudity", folder) == ("xattn", 40, 3, 2)
+    assert found("nudity", folder, scope="selfattn", num_train_steps=8, set=("epochs=1", "rounds=1")) == (
+        *("selfattn", 8, 1, 1),
+    )

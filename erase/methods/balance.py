@@ -26,11 +26,3 @@ def projected(ff: float, fr: float, rr: float) -> tuple[float, float]:
     GEM (Lopez-Paz & Ranzato, NeurIPS 2017) with one constraint.
     """
     return 1.0, 1.0 if rr == 0 else 1 - min(0.0, fr) / rr
-
-
-def barrier(eta: float, ff: float, fr: float, rr: float) -> tuple[float, float]:
-    """g_r + lambda g_f, lambda = max(0, eta - <g_f, g_r> / ||g_f||^2): the forget loss falls at a rate of eta or more.
-
-    BOME (Liu et al., NeurIPS 2022): <step, g_f> >= eta ||g_f||^2, and lambda is the smallest that does it.
-    """
-    return (0.0 if ff == 0 else max(0.0, eta - fr / ff)), 1.0

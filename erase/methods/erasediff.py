@@ -1,44 +1,53 @@
-"""EraseDiff (Wu et al., 2024): keep as the aim, forgetting as its constraint."""
+"""EraseDiff (Wu et al., 2024): a bilevel problem, solved by an inner loop that only forgets and an outer loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 from torch import Tensor
 
-from erase.methods.balance import barrier, nash
+from erase.errors import EraseError
 from erase.methods.inputs import Batch, Predictor
-from erase.methods.protocol import TrainedMethod
+from erase.methods.protocol import TrainedMethod, Turn
 from erase.methods.terms import denoised, relabelled
 
 
 @dataclass(frozen=True)
 class EraseDiff(TrainedMethod):
-    """Steps along grad L_r + lambda grad q, q = L_f(theta) - sg L_f(theta^K), where
-        L_f = ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements.
+    """In each epoch, from theta_i, `rounds` times: N steps down L_f; theta <- theta_i; N steps down L_r + lambda q.
 
-    theta^K, theta after K inner steps down L_f, enters q as a constant only: grad q = grad L_f, whatever the inner loop
-    finds. It changes no weight and is not run here; the published code spends K epochs on it.
+    L_f = ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements, and
+    q = L_f - sg L_f(theta^K), theta^K the end of the inner loop: grad q = grad L_f.
+    One Adam takes all steps. Its moments go on when the weights go back, and that is all that the inner loop changes.
+    With the default of `--num-train-steps`, N is a pass over the forget images, as in the authors' code.
 
-    forget_weight: lambda under "sum".
-    balancing: "bome" takes lambda = max(0, eta - <g_r, g_f> / ||g_f||^2) (Liu et al., NeurIPS 2022), "nash" the weights
-        of MUNBa; both take memory for two gradients.
-    eta: of "bome", the rate at which L_f must fall, in units of ||g_f||^2; ours.
+    forget_weight: lambda; more forgets more and keeps less. The authors' scripts have 1.
+    epochs: the weights that an epoch begins with are those that its rounds go back to. N is the number of optimizer
+        steps / (2 epochs rounds), so that more epochs mean shorter loops.
+    rounds: K. Only the last round's outer loop changes the weights; earlier ones change Adam's moments alone.
 
-    Costs three passes forward and two back a step, no base. Known to break: the target moves with the model, and the
-    diffusion loss on the model's own images keeps them less well than the base's predictions do.
+    An inner step costs two passes forward and one back, an outer one three and two; a copy of the weights that may
+    move. Known to break: half of the steps or more are thrown away, the target moves with the model, and the diffusion
+    loss on the model's own images keeps them less well than the base's predictions do.
     """
 
-    forget_weight: float = 0.1
-    balancing: Literal["sum", "bome", "nash"] = "sum"
-    eta: float = 0.5
+    forget_weight: float = 1.0
+    epochs: int = 2
+    rounds: int = 1
 
-    @property
-    def balance(self) -> Callable[[float, float, float], tuple[float, float]] | None:
-        return {"sum": None, "bome": partial(barrier, self.eta), "nash": nash}[self.balancing]
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.rounds < 1:
+            raise EraseError(f"erasediff has epochs={self.epochs} and rounds={self.rounds}; both must be at least 1")
+
+    def turn(self, step: int, num_steps: int) -> Turn:
+        loops = 2 * self.epochs * self.rounds
+        now, before = (((s + 1) * loops - 1) // num_steps if s >= 0 else -1 for s in (step, step - 1))
+        begins, is_outer = now != before, now % 2 == 1
+        return Turn(
+            terms={"forget": self.forget_weight, "retain": 1.0} if is_outer else {"forget": 1.0},
+            remember=begins and (before < 0 or now // (2 * self.rounds) != before // (2 * self.rounds)),
+            rewind=begins and is_outer,
+        )
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        weight = self.forget_weight if self.balancing == "sum" else 1.0
-        yield "forget", weight * relabelled(model, model, batch)
+        yield "forget", relabelled(model, model, batch)
         yield "retain", denoised(model, batch)

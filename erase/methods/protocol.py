@@ -18,7 +18,7 @@ public attribute that is neither a hyperparameter nor a part below is an error, 
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from erase.words import did_you_mean
@@ -31,6 +31,20 @@ if TYPE_CHECKING:
 
 Images = Literal["concept", "anchor", "trajectory", "noise"]
 Balance = Callable[[float, float, float], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one step of the loop does; the defaults descend the whole loss and nothing else.
+
+    terms: the factor of each term of the loss that the step descends; None: all terms, each with factor 1.
+    remember: keep a copy of the weights that may move, as they are before the step.
+    rewind: put the weights back to the last copy before the step; the optimizer's moments stay.
+    """
+
+    terms: Mapping[str, float] | None = None
+    remember: bool = False
+    rewind: bool = False
 
 
 class Method:
@@ -104,6 +118,15 @@ class TrainedMethod(Method, ABC):
 
     def shrink(self, moved: "Mapping[str, Tensor]", step: int, num_steps: int) -> None:
         """Change, in place after each step, how far the weights that may move are from the base."""
+
+    def turn(self, step: int, num_steps: int) -> Turn:
+        """What the step does, counted from 0. The first step must remember if any later one rewinds."""
+        return Turn()
+
+    @property
+    def turns(self) -> bool:
+        """Whether the method defines `turn`. Not to be overridden."""
+        return type(self).turn is not TrainedMethod.turn
 
     @property
     def prepares(self) -> bool:

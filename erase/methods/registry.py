@@ -20,6 +20,7 @@ class Preset:
 
     path: "file:Class" in this package. hyperparameters: those that differ from the class's own defaults.
     target: "anchor" where the paper has nothing else; None leaves it to the recipe.
+    nudity: settings that the authors use for nudity instead, and under "hyperparameters" those of the method.
     """
 
     path: str
@@ -35,12 +36,19 @@ class Preset:
     max_grad_norm: float | None = None
     num_forget: int | None = None
     num_inference_steps: int | None = None
+    nudity: Mapping[str, Any] = field(default_factory=dict)
 
-    def defaults(self) -> dict[str, Any]:
-        """The settings that this name implies."""
+    def defaults(self, kind: str | None = None) -> dict[str, Any]:
+        """The settings that this name implies for a concept of this kind."""
         found = {item.name: getattr(self, item.name) for item in fields(self)}
         found["alpha"] = self.hyperparameters.get("alpha")
-        return {k: v for k, v in found.items() if k not in {"path", "hyperparameters"} and v is not None}
+        found |= self.nudity if kind == "nudity" else {}
+        return {k: v for k, v in found.items() if k not in {"path", "hyperparameters", "nudity"} and v is not None}
+
+    def settings_of_method(self, kind: str) -> tuple[str, ...]:
+        """Hyperparameters that differ for a concept of this kind, as --set takes them."""
+        found = self.nudity.get("hyperparameters", {}) if kind == "nudity" else {}
+        return tuple(f"{name}={value}" for name, value in found.items())
 
 
 # one new method is one new file and one line here
@@ -108,7 +116,12 @@ METHODS: dict[str, Preset] = {
         weight_decay=0.01,
     ),
     "sdd": Preset("sdd:SelfDistillation", scope="xattn", num_train_steps=1500, batch_size=1, num_inference_steps=50),
-    "erasediff": Preset("erasediff:EraseDiff"),
+    "erasediff": Preset(
+        "erasediff:EraseDiff",
+        num_train_steps=200,
+        batch_size=16,
+        nudity={"scope": "noxattn", "num_train_steps": 1000, "hyperparameters": {"epochs": 5, "rounds": 2}},
+    ),
     "scissorhands": Preset("scissorhands:Scissorhands", learning_rate=2e-5, num_train_steps=150, batch_size=16),
     "uce": Preset("uce:UCE", scope="xattn-kv"),
     "rece": Preset("rece:RECE", scope="xattn-kv"),

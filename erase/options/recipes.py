@@ -62,8 +62,12 @@ def resolve(
     own = {k: v for k, v in model_defaults.items() if k in OF_MODEL and k not in of_recipe}
     of_method = model_defaults.get("methods", {}).get(settings.method, {})
     of_method = {k: v for k, v in of_method.items() if k not in of_recipe}
-    taken = _given_hyperparameters(settings)
-    own_set = [text for text in of_method.pop("set", ()) if hyperparameter_name(text) not in taken]
+    preset, taken = find(settings.method), _given_hyperparameters(settings)
+    own_set = [  # of two texts with one name the later wins
+        text
+        for text in (*preset.settings_of_method(kind), *of_method.pop("set", ()))
+        if hyperparameter_name(text) not in taken
+    ]
     settings = replace(settings, set=(*own_set, *settings.set))
     if "num_inference_steps" in own:
         own.setdefault("sampler", "model")  # the steps were chosen for it
@@ -73,7 +77,7 @@ def resolve(
             "mask_guidance": recipe.mask_guidance,
             "target": recipe.target or ("anchor" if nudity else "fixed"),
             "alpha": recipe.alpha if recipe.alpha is not None else (0.1 if nudity else 0.5),
-            **find(settings.method).defaults(),
+            **preset.defaults(kind),
         }
     )
     settings = settings.filled({"sampler": recipe.sampler})

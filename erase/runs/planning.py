@@ -108,7 +108,7 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
         part=None if isinstance(method, methods.ClosedForm) else part_size(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
-        needs_base=isinstance(method, methods.TrainedMethod) and (method.needs_base or method.shrinks),
+        needs_base=isinstance(method, methods.TrainedMethod) and (method.needs_base or method.shrinks or method.turns),
     )
 
 

@@ -32,16 +32,19 @@ def keep(
     optimizer: MaskedAdam,
     accelerator: Accelerator,
     losses: list[dict[str, float]],
-    teacher: Exchanged | None,
+    kept: Mapping[str, Exchanged],
 ) -> None:
-    """Write all that the next step depends on: of the weights those inside the mask, since no other one moves."""
+    """Write all that the next step depends on: of the weights those inside the mask, since no other one moves.
+
+    kept: other values of these weights that the training goes on with, by name.
+    """
     tensors = {f"weights/{name}": weights for name, weights in optimizer.masked_weights().items()}
     moments: dict[str, dict[str, Any]] = {}
     for number, state in optimizer.state_dict()["state"].items():
         moments[str(number)] = {key: value for key, value in state.items() if not torch.is_tensor(value)}
         tensors |= {f"optimizer/{number}/{key}": value for key, value in state.items() if torch.is_tensor(value)}
-    if teacher is not None:
-        tensors |= {f"teacher/{name}": weights for name, weights in teacher.values.items()}
+    for part, held in kept.items():
+        tensors |= {f"{part}/{name}": weights for name, weights in held.values.items()}
     header: dict[str, Any] = {"kind": "training state", "losses": losses, "optimizer": moments}
     if accelerator.scaler is not None:
         header["scaler"] = accelerator.scaler.state_dict()
@@ -52,7 +55,7 @@ def restore(
     path: Path,
     optimizer: MaskedAdam,
     accelerator: Accelerator,
-    teacher: Exchanged | None,
+    kept: Mapping[str, Exchanged],
     num_steps: int,
 ) -> list[dict[str, float]]:
     """Put a stored state in place; returns the losses of the steps that led to it.
@@ -68,14 +71,14 @@ def restore(
             raise EraseError(f"{path} is damaged: its header does not have the hash that it states")
         if len(header["losses"]) > num_steps:
             raise EraseError(f"{path} holds {len(header['losses'])} steps of {num_steps}")
-        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "teacher": {}}
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, **{name: {} for name in kept}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
+            parts.setdefault(part, {})[rest] = tensor
         weights = optimizer.masked_weights()
         _require_like(path, parts["weights"], weights)
-        if teacher is not None:
-            _require_like(path, parts["teacher"], weights)
+        for part in kept:
+            _require_like(path, parts[part], weights)
         state: dict[int, dict[str, Any]] = {int(number): dict(of) for number, of in header["optimizer"].items()}
         for name, tensor in parts["optimizer"].items():
             number, _, key = name.partition("/")
@@ -84,8 +87,8 @@ def restore(
     optimizer.exchange({name: parts["weights"][name].to(now.device) for name, now in weights.items()})
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(header["scaler"])
-    if teacher is not None:
-        teacher.values = {name: parts["teacher"][name].to(now.device) for name, now in weights.items()}
+    for part, held in kept.items():
+        held.values = {name: parts[part][name].to(now.device) for name, now in weights.items()}
     return header["losses"]
 
 

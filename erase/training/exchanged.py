@@ -40,6 +40,14 @@ class Exchanged:
         """Set the masked weights so far from these values."""
         self._optimizer.exchange({name: value + moved[name] for name, value in self.values.items()})
 
+    def take(self) -> None:
+        """Make these values the model's present ones."""
+        self.values = self._optimizer.masked_weights()
+
+    def put(self) -> None:
+        """Give the model these values, which stay what they are."""
+        self._optimizer.exchange({name: value.clone() for name, value in self.values.items()})
+
     def follow(self, decay: float) -> None:
         """Let these values go after the model's: decay * value + (1 - decay) * now."""
         for name, now in self._optimizer.masked_weights().items():

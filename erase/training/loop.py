@@ -15,7 +15,7 @@ from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.methods.inputs import Batch
-from erase.methods.protocol import Balance, TrainedMethod
+from erase.methods.protocol import Balance, TrainedMethod, Turn
 from erase.optim import MaskedAdam
 from erase.progress import progress
 from erase.training.batches import Recipe, batches, generator
@@ -62,13 +62,16 @@ def train(
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves
     gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
+    kept = {"teacher": teacher} if teacher is not None else {}
+    if method.turns:
+        kept["remembered"] = Exchanged(model, optimizer)
     losses: list[dict[str, float]] = []
     if state_path.exists():
-        losses = restore(state_path, optimizer, accelerator, teacher, recipe.num_steps)
+        losses = restore(state_path, optimizer, accelerator, kept, recipe.num_steps)
 
     def checkpoint() -> None:
         if accelerator.is_main_process:
-            keep(state_path, optimizer, accelerator, losses, teacher)
+            keep(state_path, optimizer, accelerator, losses, kept)
 
     silent = quiet or not accelerator.is_main_process
     reporting = progress(recipe.num_steps, "train", "steps", done=len(losses), quiet=silent)
@@ -76,8 +79,11 @@ def train(
         if method.prepares and not losses and recipe.num_steps:
             _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
         for step in range(len(losses), recipe.num_steps):
+            turn = method.turn(step, recipe.num_steps)
+            if method.turns:
+                _before_the_step(turn, kept["remembered"])
             parts = batches(model, data, recipe, step, share, accelerator, teacher)
-            values = _gradients(model, method, frozen, parts, recipe, accelerator, optimizer)
+            values = _gradients(model, method, frozen, parts, turn, recipe, accelerator, optimizer)
             if not all(math.isfinite(value) for value in values.values()):
                 if step > 0:
                     checkpoint()
@@ -128,7 +134,7 @@ def _refuse_what_does_not_fit(
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
     if is_scaled and (method.balance or method.prepares):
         raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
-    if is_rounded and (method.prepares or method.shrinks or method.teacher_decay is not None):
+    if is_rounded and (method.prepares or method.shrinks or method.turns or method.teacher_decay is not None):
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
 
 
@@ -137,6 +143,7 @@ def _gradients(
     method: TrainedMethod,
     frozen: Exchanged | None,
     parts: Iterator[Batch],
+    turn: Turn,
     recipe: Recipe,
     accelerator: Accelerator,
     optimizer: MaskedAdam,
@@ -145,11 +152,18 @@ def _gradients(
     values: dict[str, float] = {}
     gradients: dict[str, list[Tensor]] = {}
     for batch in parts:
+        wanted = None if turn.terms is None else dict(turn.terms)
         for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
+            if wanted is not None:
+                if name not in wanted:
+                    continue
+                term = wanted.pop(name) * term
             values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
             accelerator.backward(term / recipe.accumulation)
             if method.balance:
                 _set_aside(optimizer, gradients, name)
+            if wanted is not None and not wanted:
+                break  # the other terms are not even computed
     if method.balance:
         _weigh(method.balance, optimizer, gradients, accelerator)
     elif accelerator.num_processes > 1:
@@ -161,6 +175,14 @@ def _gradients(
         mean = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
         values = dict(zip(names, mean.tolist(), strict=True))
     return values
+
+
+def _before_the_step(turn: Turn, remembered: Exchanged) -> None:
+    """Remember the weights, or put them back."""
+    if turn.remember:
+        remembered.take()
+    if turn.rewind:
+        remembered.put()
 
 
 def _after_the_step(
