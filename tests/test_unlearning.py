@@ -10,6 +10,7 @@ from scipy.stats import t
 
 from erase.classification import cli as classifier_cli
 from erase.classification import data, run
+from erase.classification.cells import Row
 from erase.classification.compare import compare, rows
 from erase.classification.data import Dataset, Images
 from erase.classification.presets import PRESETS
@@ -101,6 +102,10 @@ def test_a_method_that_diverges_is_a_line_without_figures(tmp_path):
     results = compare(settings, rows(settings, ["ft", "iu"]), [0], tmp_path, tmp_path)
     assert results["rows"]["ft"] == {"diverged": 1} and "UA" in results["rows"]["iu"]
     assert "| ft | diverged on 1 of 1 |" in (tmp_path / "table.md").read_text()
+    too_far = Row("iu", toy_settings(method="iu", set=("alpha=1e30",)))  # its weights are finite, its logits are not
+    far = [*rows(toy_settings(), ["ft"]), too_far]
+    results = compare(toy_settings(), far, [0], tmp_path / "far", tmp_path)
+    assert results["rows"]["iu"] == {"diverged": 1} and "UA" in results["rows"]["ft"]
     settings = toy_settings(train_learning_rate=1e18)
     with pytest.raises(EraseError, match="the loss is|retraining diverged"):
         compare(settings, rows(settings, []), [0], tmp_path / "other", tmp_path)

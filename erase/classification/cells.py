@@ -120,11 +120,11 @@ def cell(row: Row, bench: Bench) -> dict[str, Any]:
     made: dict[str, Any] = {"label": row.label, "seed": seed, "settings": identity, "split": chosen.digest}
     try:
         model, seconds = _model(row.label, settings, bench)
+        parts = split.parts(dataset, chosen)
+        scores = membership.measure(model, *parts, seed=seed, shadows=bench.shadows())
     except Diverged as error:
         made["diverged"] = str(error)
     else:
-        parts = split.parts(dataset, chosen)
-        scores = membership.measure(model, *parts, seed=seed, shadows=bench.shadows())
         made |= {"scores": {name: asdict(score) for name, score in scores.items()}, "seconds": seconds}
     files.write_json(path, made)
     return made

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from erase import masks
-from erase.classification.data import Images, augment
+from erase.classification.data import Images, loader
 from erase.classification.methods import Plan, Progress, Values
 from erase.device import LOSS_SCALE, Compute
 from erase.errors import EraseError
@@ -24,7 +25,7 @@ from erase.progress import each
 
 
 class Diverged(EraseError):
-    """The loss is not finite; a smaller learning rate may help."""
+    """The loss or the model's answer is not finite; a smaller learning rate may help."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +85,20 @@ def descend(
     moving = named if mask is None else {name: named[name] for name in mask}
     if recipe.epochs == 0 or not moving:
         return
-    write(model, plan.start, mask)
     optimizer = _optimizer(moving, mask, plan.extra, recipe)
     at = Progress(0, recipe.epochs, 0, 0)
     with _training(model, moving, recipe.batch_norm), computing(model, recipe.precision):
+        if plan.start:
+            write(model, plan.start(), mask)
         for epoch in each(range(recipe.epochs), label, "epochs", quiet=quiet):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(epoch)
             passes = plan.passes()
             steps = recipe.epochs * sum(math.ceil(len(images) / recipe.batch_size) for images in passes)
-            for batch in _batches(passes, recipe.batch_size, generator):
+            how: dict[str, Any] = {"padding": recipe.padding, "flip": recipe.flip}
+            for batch in chain.from_iterable(loader(part, recipe.batch_size, generator, **how) for part in passes):
                 at = Progress(epoch, recipe.epochs, at.step, steps)
-                x = Images(augment(batch.x, recipe.padding, recipe.flip, generator), batch.y).pixels
+                x = batch.pixels
                 loss = plan.loss(x, batch.y, at) if plan.loss else F.cross_entropy(model(x), batch.y)
                 optimizer.zero_grad()
                 (loss * LOSS_SCALE[recipe.precision]).backward()
@@ -134,13 +137,17 @@ def saliency_mask(
     largest: bool = True,
     batch_size: int = 256,
     precision: Precision = "fp32",
+    generator: torch.Generator | None = None,
+    padding: int = 0,
+    flip: bool = False,
 ) -> masks.Mask:
-    """The weights that matter most for the forget set: |grad CE|, one pass in eval mode without augmentation.
+    """The weights that matter most for the forget set: |grad CE|, one pass in eval mode.
 
     density: share of the weights in the mask, in (0, 1].
-    largest: False selects the smallest scores instead. batch_size, precision: see `saliency_scores`.
+    largest: False selects the smallest scores instead. All others: see `saliency_scores`.
     """
-    scores = saliency_scores(model, forget, score, batch_size=batch_size, precision=precision)
+    how: dict[str, Any] = {"generator": generator, "padding": padding, "flip": flip}
+    scores = saliency_scores(model, forget, score, batch_size=batch_size, precision=precision, **how)
     return masks.select(scores, density, per_tensor=per_tensor, largest=largest)
 
 
@@ -151,17 +158,25 @@ def saliency_scores(
     *,
     batch_size: int = 256,
     precision: Precision = "fp32",
+    generator: torch.Generator | None = None,
+    padding: int = 0,
+    flip: bool = False,
 ) -> dict[str, Tensor]:
-    """The scores that `saliency_mask` selects from. Every image has the same weight, also in a short last batch.
+    """The scores that `saliency_mask` selects from: of the gradients of each batch's mean loss, as in SalUn's code.
 
-    batch_size: changes the scores sum_abs and sum_sq, which are sums over batches; for abs_sum it changes the memory
-        only. precision: see `computing`.
+    Every batch has the same weight, so an image has a larger weight in a short last batch.
+    generator: of the order and the augmentation. None: stored order, no augmentation.
+    padding, flip: see `augment`. precision: see `computing`.
     """
+    if generator is None:
+        batches = forget.batches(batch_size)
+    else:
+        batches = loader(forget, batch_size, generator, padding=padding, flip=flip)
     with in_eval(model), computing(model, precision):
         accumulated = masks.Saliency(dict(model.named_parameters()), score)
         with accumulated.collecting():
-            for batch in forget.batches(batch_size):
-                loss = F.cross_entropy(model(batch.pixels), batch.y, reduction="sum") / len(forget)
+            for batch in batches:
+                loss = F.cross_entropy(model(batch.pixels), batch.y)
                 (loss * LOSS_SCALE[precision]).backward()  # scaling does not change the order of the scores
     return accumulated.scores()
 
@@ -199,13 +214,6 @@ def _optimizer(
         return MaskedAdam(named, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     settings = {"lr": recipe.learning_rate, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
     return MaskedSGD(named, mask, **settings)
-
-
-def _batches(passes: list[Images], size: int, generator: torch.Generator) -> Iterator[Images]:
-    for images in passes:
-        order = torch.randperm(len(images), generator=generator).to(images.y.device)
-        for positions in order.split(size):
-            yield images[positions]
 
 
 @contextmanager

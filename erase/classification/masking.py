@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from erase import delta, masks
@@ -14,11 +15,11 @@ from erase.errors import EraseError
 
 
 def make_mask(
-    settings: Settings, model: nn.Module, forget: Images
+    settings: Settings, model: nn.Module, forget: Images, *, padding: int = 0, flip: bool = False
 ) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
     """The mask that the settings ask for, and the header of its file. The mask is None if all weights may change.
 
-    settings: resolved.
+    settings: resolved. padding, flip: of the augmentation.
 
     Raises:
         EraseError: there is no such kind of mask and no such file, or the file is for another model.
@@ -34,6 +35,9 @@ def make_mask(
             "largest": kind == "saliency",
             "batch_size": settings.batch_size,
             "precision": settings.precision,
+            "generator": torch.Generator().manual_seed(settings.seed),
+            "padding": padding,
+            "flip": flip,
         }
         mask = saliency_mask(model, forget, settings.density, settings.score, **how)
         return mask, {**header, "mask": kind, "score": settings.score, "per_tensor": settings.per_tensor}

@@ -16,9 +16,8 @@ from torch import nn
 
 from erase import statistics
 from erase.classification.data import Images
-from erase.classification.descent import in_eval
+from erase.classification.descent import Diverged, in_eval
 from erase.classification.svc import Svc
-from erase.errors import EraseError
 from erase.statistics import Score
 
 if TYPE_CHECKING:
@@ -48,12 +47,12 @@ def outputs(model: nn.Module, images: Images, *, batch_size: int = 512) -> Outpu
     """The model's answers in eval mode, without augmentation.
 
     Raises:
-        EraseError: a logit is not finite.
+        Diverged: a logit is not finite.
     """
     with in_eval(model), torch.no_grad():
         logits = torch.cat([model(batch.pixels) for batch in images.batches(batch_size)])
     if not torch.isfinite(logits).all():
-        raise EraseError("the model returns logits that are not finite; did its training diverge?")
+        raise Diverged("the model returns logits that are not finite; did its training diverge?")
     return Outputs(logits.double().softmax(1).cpu().numpy(), images.y.cpu().numpy())
 
 

@@ -85,7 +85,8 @@ def unlearn(
     data.require_labels(retain, num_classes, "the images to retain")
     require_classes(model, forget, num_classes)
     with in_eval(model):
-        task = Task(model, forget, retain, num_classes, torch.Generator().manual_seed(seed))
+        how = (recipe.batch_size, recipe.padding, recipe.flip)
+        task = Task(model, forget, retain, num_classes, torch.Generator().manual_seed(seed), *how)
         if isinstance(method, Descends):
             descend(model, method.plan(task), recipe, task.generator, mask, label="unlearn", quiet=quiet)
         else:
@@ -226,7 +227,7 @@ def unlearned(
     model = networks.build(shape, seed=0).to(device_of(settings))
     model.load_state_dict(original.state_dict())
     with _timing(seconds, "mask"):
-        mask, header = make_mask(settings, model, forget)
+        mask, header = make_mask(settings, model, forget, padding=dataset.padding, flip=dataset.flip)
     how: dict[str, Any] = {"num_classes": len(dataset.classes), "seed": settings.seed, "mask": mask, "quiet": quiet}
     with _timing(seconds, "unlearn"):
         unlearn(model, forget, retain, make(settings), recipes(settings, dataset)[1], **how)

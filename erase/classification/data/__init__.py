@@ -3,7 +3,7 @@
 `load` returns a `Dataset` by name or folder; `Images` is what all other modules work on.
 """
 
-from erase.classification.data.augmentation import augment
+from erase.classification.data.augmentation import augment, loader
 from erase.classification.data.built_in import digits, drawings
 from erase.classification.data.cifar import cifar
 from erase.classification.data.folder import image_folder
@@ -21,5 +21,6 @@ __all__ = [
     "drawings",
     "image_folder",
     "load",
+    "loader",
     "require_labels",
 ]

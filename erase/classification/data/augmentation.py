@@ -1,8 +1,33 @@
-"""Random crops and mirroring of training images."""
+"""Batches of training images: their order, random crops and mirroring."""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from erase.classification.data.labelled import Images
+
+
+def loader(
+    images: Images,
+    size: int,
+    generator: torch.Generator,
+    *,
+    padding: int = 0,
+    flip: bool = False,
+    shuffle: bool = True,
+) -> Iterator[Images]:
+    """Augmented batches; the last one may be smaller.
+
+    generator: on the CPU; the source of the order and of the augmentation. padding, flip: see `augment`.
+    shuffle: False keeps the order of the images.
+    """
+    n = len(images)
+    order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+    for positions in order.to(images.y.device).split(size):
+        batch = images[positions]
+        yield Images(augment(batch.x, padding, flip, generator), batch.y)
 
 
 def augment(x: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Gradients of the cross-entropy as flat vectors, summed over images or image by image."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,20 @@ def cross_entropy(model: nn.Module, images: Images) -> Tensor:
     return F.cross_entropy(model(images.pixels), images.y)
 
 
-def gradient_sum(model: nn.Module, images: Images) -> Tensor:
+def gradient_sum(model: nn.Module, batches: Iterable[Images]) -> Tensor:
     """sum_i grad CE(f(x_i), y_i), flat, [weights]."""
     weights = list(model.parameters())
-    total = torch.zeros(sum(w.numel() for w in weights), device=images.y.device)
-    for batch in images.batches(256):
+    total = torch.zeros_like(_flat(weights))
+    for batch in batches:
         total += len(batch) * _flat(torch.autograd.grad(cross_entropy(model, batch), weights))
     return total
 
 
-def single_gradients(model: nn.Module, images: Images) -> Iterator[Tensor]:
-    """grad CE(f(x_i), y_i) of each image, flat, [weights]."""
+def gradients(model: nn.Module, batches: Iterable[Images]) -> Iterator[Tensor]:
+    """grad CE of each batch, flat, [weights]."""
     weights = list(model.parameters())
-    for one in images.batches(1):
-        yield _flat(torch.autograd.grad(cross_entropy(model, one), weights))
+    for batch in batches:
+        yield _flat(torch.autograd.grad(cross_entropy(model, batch), weights))
 
 
 def by_name(flat: Tensor, named: Mapping[str, Tensor]) -> Values:
@@ -36,5 +36,5 @@ def by_name(flat: Tensor, named: Mapping[str, Tensor]) -> Values:
     return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
 
 
-def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])

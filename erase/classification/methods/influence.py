@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
-from erase.classification.methods.gradients import by_name, gradient_sum, single_gradients
+from erase.classification.methods.gradients import by_name, gradient_sum, gradients
 from erase.classification.methods.protocol import Solves, Task, Values, require_bounds
 
 
@@ -15,22 +15,24 @@ from erase.classification.methods.protocol import Solves, Task, Values, require_
 class Influence(Solves):
     """theta <- theta + alpha H^-1 v, with H^-1 v by WoodFisher.
 
-    v = sum_f g / (f + r) - f / (f + r) sum_r g / r over the f images of D_f and the r images of D_r.
+    v = sum_f g / (f + r) - f / (f + r) sum_r g / r over the f images of D_f and the r images of D_r. As in SalUn's
+    code, H is estimated from the first N + 2 images of D_r, where N is num_samples.
     """
 
     alpha: Annotated[float, "step length; a larger one forgets more and damages more; papers search 1 to 20"] = 1.0
-    num_samples: Annotated[int, "number of images of D_r that H is estimated from, and its N"] = 1000
+    num_samples: Annotated[int, "N of H = 1 + sum g g^T / N"] = 1000
+    shuffle: Annotated[bool, "estimate H from random images of D_r instead of the first ones"] = False
 
     def __post_init__(self) -> None:
         require_bounds(self, alpha=(0, 1e30), num_samples=(1, 1_000_000_000))
 
     def solve(self, task: Task) -> Values:
         named = task.parameters()
-        forget, retain = (gradient_sum(task.model, images) for images in (task.forget, task.retain))
+        parts = (task.forget, task.retain)
+        forget, retain = (gradient_sum(task.model, task.loader(part, shuffle=False)) for part in parts)
         v = influence_vector(forget, retain, len(task.forget), len(task.retain))
-        order = torch.randperm(len(task.retain), generator=task.generator)[: self.num_samples]
-        samples = single_gradients(task.model, task.retain[order.to(task.retain.y.device)])
-        k = woodfisher(samples, v, self.num_samples)
+        samples = islice(task.loader(task.retain, 1, shuffle=self.shuffle), self.num_samples + 2)
+        k = woodfisher(gradients(task.model, samples), v, self.num_samples)
         return {name: named[name].detach() + self.alpha * step for name, step in by_name(k, named).items()}
 
 

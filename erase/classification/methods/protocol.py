@@ -1,14 +1,14 @@
 """The contract of a method: what it receives (`Task`) and what it returns (`Plan`, or new values of the weights)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from erase.classification.data import Images
+from erase.classification.data import Images, loader
 from erase.errors import EraseError
 
 
@@ -18,6 +18,7 @@ class Task:
 
     model: in eval mode; returns logits for images in [0, 1].
     generator: the only source of randomness of a method.
+    batch_size, padding, flip: of the training; see `Task.loader`.
     """
 
     model: nn.Module
@@ -25,9 +26,20 @@ class Task:
     retain: Images
     num_classes: int
     generator: torch.Generator
+    batch_size: int = 256
+    padding: int = 0
+    flip: bool = False
 
     def parameters(self) -> dict[str, Parameter]:
         return dict(self.model.named_parameters())
+
+    def loader(self, images: Images, size: int | None = None, *, shuffle: bool = True) -> Iterator[Images]:
+        """Batches as the training sees them: augmented, and shuffled unless `shuffle` is False.
+
+        size: images per batch; None: `batch_size`.
+        """
+        how = {"padding": self.padding, "flip": self.flip}
+        return loader(images, size or self.batch_size, self.generator, **how, shuffle=shuffle)
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,10 @@ Loss = Callable[[Tensor, Tensor, Progress], Tensor]
 class Plan:
     """The training of a method that descends. Only `passes` is required.
 
-    passes: returns the image sets of one epoch, trained on in this order, each shuffled separately.
+    passes: returns the image sets of one epoch, trained on in this order, each shuffled separately; called when the
+        epoch begins.
     loss: loss of a batch of images and labels. None: the cross-entropy of the model's logits.
-    start: new values of weights, written before the first step.
+    start: returns new values of weights, written before the first step; the model is in train mode then.
     extra: parameters outside the model; trained without a mask and discarded at the end.
     bend: changes the gradients between the backward pass and the step.
     settle: returns new values of weights, written after each step.
@@ -58,7 +71,7 @@ class Plan:
 
     passes: Callable[[], list[Images]]
     loss: Loss | None = None
-    start: Values = field(default_factory=dict)
+    start: Callable[[], Values] | None = None
     extra: Mapping[str, Parameter] = field(default_factory=dict)
     bend: Callable[[], None] | None = None
     settle: Callable[[Progress], Values] | None = None
