@@ -130,7 +130,7 @@ def test_object_and_style_end_in_clips_own_figures(command, pair, clip_dir, tmp_
 
 def test_quality_ends_in_clip_scores_and_kid(command, pair, clip_dir, tmp_path):
     """The CLIP score recomputed with transformers, and KID of its embeddings to a folder of real images (6.10)."""
-    from erase.evaluation import quality
+    from erase.evaluation import kid
     from erase.evaluation.judges import features
 
     rng = np.random.default_rng(0)
@@ -149,8 +149,9 @@ def test_quality_ends_in_clip_scores_and_kid(command, pair, clip_dir, tmp_path):
         row = result(folders["erased"], "quality.clip_score")
         assert row[role]["value"] == pytest.approx(fit.mean().item(), abs=1e-3)
         there = [[features.decode(line) for line in score.load(f, "features")] for f in (folder, real)]
-        kid, _ = quality.kid(*(np.stack(one) for one in there))
-        assert result(folders["erased"], "quality.kid_real")[role]["value"] == pytest.approx(kid)
+        found = kid.kid_of_sets(*(np.stack(one) for one in there), prompts)
+        row = result(folders["erased"], "quality.kid_real")[role]
+        assert (row["value"], row["low"]) == (pytest.approx(found.value), pytest.approx(found.low))
         assert np.allclose(normalize(torch.tensor(np.stack(there[0]))), image, atol=1e-4)
     assert result(folders["erased"], "quality.kid_base")["base"] is None
 

@@ -167,7 +167,7 @@ def test_nudity_needs_a_whole_image_to_be_clean_and_counts_by_every_rule():
 
 
 def test_quality_of_the_base_to_itself_is_nothing_and_to_real_images_is_the_same(tmp_path, monkeypatch):
-    from erase.evaluation import quality
+    from erase.evaluation import kid, quality
     from erase.evaluation.judges import features
 
     def noise(folder: Path, num: int, seed: int) -> None:
@@ -177,7 +177,7 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_images_is_the_same
             Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
 
     noise(tmp_path / "drawn", 24, 0)
-    noise(tmp_path / "real", 24, 1)
+    noise(tmp_path / "real", 30, 1)
     samples = [Sample(f"c{i}", f"p{i}", i, "retain") for i in range(24)]
     task = SampleSet("quality", 1, {"features": "mini"}, tuple(samples), ("features",))
     arms = [tmp_path / name for name in ("base", "erased")]
@@ -190,12 +190,20 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_images_is_the_same
         score.score(folder, features.Features("mini"), quiet=True)
     arm.adopt(tmp_path / "real", tmp_path / "scored")
     score.score(tmp_path / "scored", features.Features("mini"), quiet=True)
-    monkeypatch.setattr(quality, "MIN_FID", 20)
+    monkeypatch.setattr(quality, "min_fid", lambda dimension: 20)
     results, _ = measure.measure(arms[1], arms[0], real=tmp_path / "scored", name="it", command="")
     assert row(results, "quality.fid_base")["erased"]["value"] == pytest.approx(0, abs=1e-3)
     to_real = row(results, "quality.fid_real")
     assert to_real["base"] == to_real["erased"] and to_real["base"]["value"] > 0.1
     assert row(results, "quality.kid_real")["erased"]["n"] == 24 and results["verdict"] is None
+    drawn, real = (
+        np.stack([features.decode(line) for line in score.load(folder, "features")])
+        for folder in (arms[1], tmp_path / "scored")
+    )
+    everything = kid.kid_of_sets(drawn, real)  # all 30 real images, not as many as the task has
+    assert row(results, "quality.kid_real")["erased"]["value"] == pytest.approx(everything.value)
+    assert row(results, "quality.kid_real")["erased"]["low"] == pytest.approx(everything.low)
+    assert row(results, "quality.fid_real")["erased"]["low"] is None
     check(results)
 
     kept = [features.decode(line) for line in score.load(arms[0], "features")]

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import t
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from erase.errors import EraseError
-from erase.evaluation import quality
+from erase.evaluation import kid, quality
 from erase.evaluation.judges.clip_score import ClipScore
 from erase.evaluation.judges.features import Features, decode
 from erase.evaluation.judges.networks import inception
 from erase.evaluation.judges.networks.inception import Inception, Network, resize
-from erase.evaluation.quality import fid, kid, load_features, metric_id, save_features
+from erase.evaluation.kid import kid_of_pairs, kid_of_sets
+from erase.evaluation.quality import fid, load_features, metric_id, save_features
 
 
 def make_images(num: int, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> list[np.ndarray]:
@@ -229,19 +231,25 @@ def test_fid_of_a_set_and_itself_is_nothing(n):
 
 
 def test_fid_of_few_images_is_refused_and_kid_is_not():
-    """One distribution, twice 200 images: FID is far from 0, for want of images; KID is as often below as above."""
+    """One distribution, twice 60 images: FID is far from 0, for want of images; KID is as often below as above."""
     rng = np.random.default_rng(0)
-    sets = [rng.normal(size=(200, 64)) for _ in range(9)]
-    with pytest.raises(EraseError, match="FID of 200 images is mostly bias, 2048 are the least; use KID"):
+    sets = [rng.normal(size=(60, 64)) for _ in range(9)]
+    with pytest.raises(EraseError, match="FID of 60 images is mostly bias, 64 are the least; use KID"):
         fid(sets[0], sets[1])
     assert fid(sets[0], sets[1], allow_small=True) > 5
-    values = np.array([kid(sets[0], other, subsets=5)[0] for other in sets[1:]])
-    shifted = kid(sets[0], sets[1] + 0.5, subsets=5)[0]
+    values = np.array([kid_of_sets(sets[0], other).value for other in sets[1:]])
     assert values.min() < 0 < values.max()
-    assert abs(values.mean()) < 0.05 * shifted
+    assert abs(values.mean()) < 0.05 * kid_of_sets(sets[0], sets[1] + 0.5).value
 
 
-def test_kid_is_torchmetrics_kid():
+def test_the_least_number_of_images_for_fid_is_that_of_the_features():
+    rng = np.random.default_rng(0)
+    assert fid(rng.normal(size=(64, 64)), rng.normal(size=(70, 64))) > 0
+    with pytest.raises(EraseError, match="128 are the least"):
+        fid(rng.normal(size=(64, 128)), rng.normal(size=(70, 128)))
+
+
+def test_kid_of_sets_is_torchmetrics_kid():
     """One subset that is the whole set: then its order, which is random, does not matter."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -251,48 +259,88 @@ def test_kid_is_torchmetrics_kid():
         metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=1, subset_size=60)  # pyright: ignore
     metric.update(torch.tensor(a), real=True)
     metric.update(torch.tensor(b), real=False)
-    mean, deviation = kid(a, b, subsets=1, subset_size=60)
-    assert mean == pytest.approx(metric.compute()[0].item(), rel=1e-12)
-    assert deviation == 0
+    assert kid_of_sets(a, b).value == pytest.approx(metric.compute()[0].item(), rel=1e-9)
 
 
-def test_kid_of_pairs_is_the_u_statistic_in_which_no_image_meets_its_own_pair():
-    """Images of two models on the same seeds resemble each other; plain KID counts that as a negative distance."""
+def kernel(x: np.ndarray, y: np.ndarray) -> float:
+    return float((x @ y / len(x) + 1) ** 3)
+
+
+def test_in_kid_of_pairs_only_images_of_different_prompts_meet():
+    """By hand, with prompts of different sizes; a set and itself are at 0, with nothing to tell an interval from."""
     rng = np.random.default_rng(0)
-    a = rng.normal(size=(40, 8))
-    assert kid(a, a, are_pairs=True) == (0, 0) and kid(a, a)[0] < -0.1
+    a = rng.normal(size=(12, 8))
+    b = a + rng.normal(size=a.shape) * 0.1 + 0.3
+    prompts = [*"aabbbcddddee"]
 
-    b, d = a + rng.normal(size=a.shape) * 0.1 + 0.3, a.shape[1]
-    k = lambda x, y: (x @ y / d + 1) ** 3  # noqa: E731
-    apart = [(i, j) for i in range(40) for j in range(40) if i != j]
-    expected = np.mean([k(a[i], a[j]) + k(b[i], b[j]) - k(a[i], b[j]) - k(a[j], b[i]) for i, j in apart])
-    assert kid(a, b, are_pairs=True, subsets=1, subset_size=40)[0] == pytest.approx(expected, rel=1e-9)
-    with pytest.raises(EraseError, match="40 and 39 features are no pairs"):
-        kid(a, b[1:], are_pairs=True)
+    def by_hand(kept: list[int]) -> float:
+        apart = [(i, j) for i in kept for j in kept if prompts[i] != prompts[j]]
+        return float(np.mean([kernel(a[i], a[j]) + kernel(b[i], b[j]) - kernel(a[i], b[j]) - kernel(a[j], b[i])
+                              for i, j in apart]))  # fmt: skip
+
+    found = kid_of_pairs(a, b, prompts)
+    assert found.value == pytest.approx(by_hand(list(range(12))), rel=1e-9)
+    without = [by_hand([i for i in range(12) if prompts[i] != label]) for label in "abcde"]
+    reach = t.ppf(0.975, 4) * np.sqrt(4 / 5 * ((np.array(without) - np.mean(without)) ** 2).sum())
+    assert (found.low, found.high) == (pytest.approx(found.value - reach), pytest.approx(found.value + reach))
+    alone = kid_of_pairs(a, a, prompts)
+    assert alone.value == pytest.approx(0, abs=1e-12) and alone.low is None
+    with pytest.raises(EraseError, match="12 and 11 features are no pairs"):
+        kid_of_pairs(a, b[1:])
+
+
+def test_images_of_one_prompt_do_not_count_as_distance():
+    """Ten prompts x five images of one distribution: same-prompt pairs lift KID far above 0."""
+    rng = np.random.default_rng(2)
+    prompts = [str(i // 5) for i in range(50)]
+    apart, together = [], []
+    for _ in range(30):
+        base, other = (np.repeat(rng.normal(size=(10, 8)), 5, 0) + rng.normal(size=(50, 8)) for _ in "ab")
+        apart.append(kid_of_sets(base, rng.normal(size=(200, 8)) * 2**0.5, prompts).value)
+        together.append(kid_of_sets(base, rng.normal(size=(200, 8)) * 2**0.5).value)
+    assert abs(np.mean(apart)) < 0.05 and np.mean(together) > 0.2
 
 
 def test_kid_of_pairs_says_the_same_however_alike_the_pairs_are():
     """Two distributions' distance does not depend on the seeds that the images share."""
     rng = np.random.default_rng(1)
     a, noise = rng.normal(size=(600, 8)), rng.normal(size=(600, 8))
-    near, far = (a + 0.5, noise + 0.5)
-    values = [kid(a, b, are_pairs=True)[0] for b in (near, far)]
-    assert values[0] == pytest.approx(values[1], rel=0.25)
+    near, far = (kid_of_pairs(a, b) for b in (a + 0.5, noise + 0.5))
+    assert near.value == pytest.approx(far.value, rel=0.25)
 
 
-def test_kid_is_a_function_of_its_seed_alone():
+def test_kids_interval_holds_the_truth_in_simulated_worlds():
+    """24 prompts x 4 images, 60 worlds; 95 % of them are 57, and fewer than 50 an event of 1 in 500."""
+
+    def world(seed: int, num: int, images: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        rng = np.random.default_rng(seed)
+        shared = np.repeat(rng.normal(size=(num, 16)), images, 0) + rng.normal(size=(num * images, 16))
+        change = np.repeat(rng.normal(size=(num, 16)) * 0.2 + 0.2, images, 0)
+        a, b = (shared + 0.5 * rng.normal(size=shared.shape) for _ in "ab")
+        return a, b + change, [str(i // images) for i in range(len(a))]
+
+    truth = kid_of_pairs(*world(10**6, 2000, 1)).value
+    found = [kid_of_pairs(*world(seed, 24, 4)) for seed in range(60)]
+    assert 50 <= sum(one.low is not None and one.high is not None and one.low <= truth <= one.high for one in found)
+    assert np.mean([one.value for one in found]) == pytest.approx(truth, rel=0.1)
+
+
+def test_kid_says_where_it_knows_nothing_of_other_prompts():
+    a = np.random.default_rng(0).normal(size=(10, 4))
+    assert kid_of_pairs(a, a + 0.5, ["x"] * 10).interval == "jackknife over images, this prompt only"
+    assert kid_of_pairs(a, a + 0.5, ["x"] * 5 + ["y"] * 5).interval == "cannot tell"
+
+
+def test_of_many_images_kid_takes_evenly_chosen_prompts(monkeypatch):
+    monkeypatch.setattr(kid, "MOST_KID", 40)
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(60, 16)), rng.normal(size=(50, 16))
-    first = kid(a, b, subsets=10)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    assert kid(a, b, subsets=10) == first
-    assert torch.equal(torch.get_rng_state(), before)
-    assert kid(a, b, subsets=10, seed=1) != first
-    assert first[1] > 0
+    a, prompts = rng.normal(size=(200, 4)), [str(i // 2) for i in range(200)]
+    assert kid_of_pairs(a, a + 0.5, prompts).n == 40
+    monkeypatch.setattr(kid, "_BLOCK", 7)
+    assert kid_of_pairs(a[:40], a[:40] + 0.5, prompts[:40]).n == 40
 
 
-@pytest.mark.parametrize("distance", [lambda a, b: fid(a, b, allow_small=True), kid])
+@pytest.mark.parametrize("distance", [lambda a, b: fid(a, b, allow_small=True), kid_of_pairs, kid_of_sets])
 def test_features_that_cannot_be_compared_are_refused(distance):
     a = np.random.default_rng(0).normal(size=(10, 4))
     with pytest.raises(EraseError, match=r"\[10, 4\] and \[10, 3\]"):
@@ -306,6 +354,6 @@ def test_features_that_cannot_be_compared_are_refused(distance):
 def test_torchmetrics_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(quality, "find_spec", lambda name: None)
     features = np.random.default_rng(0).normal(size=(10, 4))
-    for distance in (lambda: fid(features, features, allow_small=True), lambda: kid(features, features)):
-        with pytest.raises(EraseError, match="^torchmetrics is not installed; pip install torchmetrics$"):
-            distance()
+    with pytest.raises(EraseError, match="^torchmetrics is not installed; pip install torchmetrics$"):
+        fid(features, features, allow_small=True)
+    assert kid_of_pairs(features, features + 1).value > 0

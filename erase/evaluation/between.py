@@ -44,20 +44,20 @@ def distribution(
 
     What should stay is compared only: images of the concept are to be others.
     """
-    from erase.evaluation import quality
+    from erase.evaluation import kid, quality
     from erase.evaluation.judges import features
 
     how = score.identity(erased, "features")
 
-    def vectors(folder: Path) -> np.ndarray:
-        """[n, d]; a row of NaN for a broken image."""
+    def vectors(folder: Path, *, is_real: bool = False) -> np.ndarray:
+        """[n, d], of retained images, or of all real ones; a row of NaN for a broken image."""
         if folder.is_file():
             return quality.load_features(folder, how)
         different = arm.differences(how, score.identity(folder, "features"))
         if different:
             raise EraseError(f"{folder} has features of another kind ({'; '.join(different)})")
-        lines = zip(samples, score.load(folder, "features"), strict=False)
-        kept = [line for sample, line in lines if is_kept(sample)]
+        lines = score.load(folder, "features")
+        kept = lines if is_real else [line for sample, line in zip(samples, lines, strict=True) if is_kept(sample)]
         found = [None if line["invalid"] else features.decode(line) for line in kept]
         widths = {len(one) for one in found if one is not None}
         if len(widths) != 1:
@@ -66,27 +66,33 @@ def distribution(
         (width,) = widths
         return np.stack([np.full(width, np.nan, np.float32) if one is None else one for one in found])
 
+    prompts = [sample.cluster for sample in samples if is_kept(sample)]
+
     def figure(kind: Literal["fid", "kid"], a: np.ndarray, b: np.ndarray, *, are_pairs: bool) -> dict[str, Any]:
-        whole = [np.isfinite(one).all(1) for one in (a, b)]
+        whole: list[np.ndarray] = [np.asarray(np.isfinite(one).all(1)) for one in (a, b)]
         if are_pairs and len(a) != len(b):
             raise EraseError(f"features of {len(a)} and of {len(b)} retained images are not of the same prompts")
         if are_pairs:
             whole = [whole[0] & whole[1]] * 2
         a, b = a[whole[0]], b[whole[1]]
-        n = min(len(a), len(b))
-        value = quality.fid(a, b) if kind == "fid" else quality.kid(a, b, are_pairs=are_pairs)[0]
-        low, high, interval = None, None, "cannot tell"
-        named = quality.metric_id("kid-pairs" if kind == "kid" and are_pairs else kind, how, n)
-        return statistics.to_json(statistics.Score(named, value, n, low, high, False, interval=interval))
+        if kind == "fid":
+            found = kid.Kid(quality.fid(a, b), None, None, min(len(a), len(b)), "none")
+        else:
+            of = [prompt for prompt, is_whole in zip(prompts, whole[0], strict=True) if is_whole]
+            found = (kid.kid_of_pairs if are_pairs else kid.kid_of_sets)(a, b, of)
+        named = quality.metric_id("kid-pairs" if kind == "kid" and are_pairs else kind, how, found.n)
+        return statistics.to_json(
+            statistics.Score(named, found.value, found.n, found.low, found.high, False, interval=found.interval)
+        )
 
     vectors_of, rows = {"erased": vectors(erased)} | ({"base": vectors(base)} if base else {}), []
     targets = [("base", vectors_of["base"])] if base else []
     targets += [("gold", vectors(gold))] if gold else []
-    targets += [("real", vectors(real))] if real else []
+    targets += [("real", vectors(real, is_real=True))] if real else []
     called = {"base": "the base's", "gold": "those of the model trained without the concept", "real": "real ones"}
     for target, vector in targets:
         n = min(np.isfinite(f).all(1).sum() for f in (vector, *vectors_of.values()))
-        for kind in ("kid", "fid") if n >= quality.MIN_FID else ("kid",):
+        for kind in ("kid", "fid") if n >= quality.min_fid(vector.shape[1]) else ("kid",):
             of = {
                 role: None if role == target else figure(kind, f, vector, are_pairs=target != "real")
                 for role, f in vectors_of.items()
@@ -96,3 +102,11 @@ def distribution(
             row |= {"higher_is_better": False, "base": of.get("base"), "erased": of["erased"], "comparison": None}
             rows.append(row)
     return rows
+
+
+def dimension(folder: Path) -> int | None:
+    """Of the features that were stored for a folder; None if all its images are invalid."""
+    from erase.evaluation.judges import features
+
+    line = next((line for line in score.load(folder, "features") if not line["invalid"]), None)
+    return len(features.decode(line)) if line else None

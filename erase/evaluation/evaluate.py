@@ -90,8 +90,15 @@ def run(request: Request, tell: Callable[[str], None], note: Callable[[str], Non
     judges = [_judges(request, job) for job in jobs]
     others = {"base": True, "gold": bool(request.gold)}
     names = [
-        measure.names(job.task.identity(), job.task.samples, job.judges, **others, real=bool(_real(request, job)))
-        for job in jobs
+        measure.names(
+            job.task.identity(),
+            job.task.samples,
+            job.judges,
+            **others,
+            real=bool(_real(request, job)),
+            dimension=getattr(made.get("features"), "dimension", None),
+        )
+        for job, made in zip(jobs, judges, strict=True)
     ]
     check_rules(request.require, names)
     for job, made in zip(jobs, judges, strict=True):
@@ -139,7 +146,8 @@ def run_images(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
             raise EraseError("--real goes with --judge features")
         arm.adopt(Path(request.real), others["real"], options)
     has = {role: role in others for role in ("base", "gold", "real")}
-    names = measure.names(task, arm.samples(folder), request.judges, **has)
+    dimension = getattr(made.get("features"), "dimension", None)
+    names = measure.names(task, arm.samples(folder), request.judges, **has, dimension=dimension)
     check_rules(request.require, [names], has_base="base" in others)
     for role, place in {"images": folder, **others}.items():
         for name in ["features"] if role == "real" else request.judges:

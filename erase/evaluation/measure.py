@@ -101,11 +101,18 @@ def measure(
 
 
 def names(
-    task: Mapping[str, Any], samples: Sequence[Sample], judges: Sequence[str], *, base: bool, gold: bool, real: bool
+    task: Mapping[str, Any],
+    samples: Sequence[Sample],
+    judges: Sequence[str],
+    *,
+    base: bool,
+    gold: bool,
+    real: bool,
+    dimension: int | None = None,
 ) -> list[str]:
     """The names of the scores that a report will have, known before there is an image: those of invalid ones.
 
-    base, gold, real: whether there will be such an arm.
+    base, gold, real: whether there will be such an arm. dimension: of the features, if it is known.
 
     Raises:
         EraseError: no judge, or too few images for KID.
@@ -119,11 +126,11 @@ def names(
     if "thumbnails" in judges and kept:
         found += ["pixels.drift"] * base + ["pixels.to_gold"] * gold
     if "features" in judges and (base or gold or real):
-        from erase.evaluation import quality
+        from erase.evaluation import kid, quality
 
-        if kept < quality.MIN_KID:
-            raise EraseError(f"KID needs at least {quality.MIN_KID} images that show no forgotten concept, not {kept}")
-        kinds = ("kid", "fid") if kept >= quality.MIN_FID else ("kid",)
+        if kept < kid.MIN_KID:
+            raise EraseError(f"KID needs at least {kid.MIN_KID} images that show no forgotten concept, not {kept}")
+        kinds = ("kid", "fid") if kept >= quality.min_fid(dimension or quality.INCEPTION) else ("kid",)
         roles = {"base": base, "gold": gold, "real": real}
         found += [f"quality.{kind}_{role}" for role, there in roles.items() if there for kind in kinds]
     return list(dict.fromkeys(found))

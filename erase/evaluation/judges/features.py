@@ -50,14 +50,17 @@ class Features(Judge):
         self.origin: dict[str, str] = {}
         if kind == "inception2015":
             self.eye = Inception(source, device)
+            self.dimension = 2048
             details = {"kind": kind, "resize": f"{SIZE}-bilinear-tf1", **self.eye.identity}
         elif kind == "clip":
             self.eye = Clip(source or "openai/clip-vit-base-patch32", device, revision)
             self.origin = self.eye.origin
+            self.dimension = int(self.eye.network.config.projection_dim)
             details = {"kind": f"clip-{self.eye.weights[:8]}", "resize": self.eye.resize, **self.eye.identity}
         elif kind == "mini":
             self.eye = MiniJudge(Path(source) if source else None)
             self.size = self.eye.size
+            self.dimension = int(self.eye.network.heads["object"].in_features)  # pyright: ignore
             details = self.eye.identity()
             details = {"kind": f"mini-{details['weights'][:8]}", "resize": details["preprocessing"], **details}
         else:
