@@ -19,7 +19,7 @@ from transformers import (
 
 from erase.errors import EraseError
 from erase.evaluation.judges.classifier import Classifier, shows
-from erase.evaluation.judges.clip import ClipZeroShot
+from erase.evaluation.judges.clip import ClipZeroShot, texts_of
 from erase.evaluation.judges.mini import MiniJudge
 from erase.evaluation.tasks.class_forget import IMAGENETTE
 from erase.mini import judge as mini
@@ -114,7 +114,7 @@ def test_a_classifier_that_lacks_the_class_is_refused(classifier_dir):
 
 
 def test_zero_shot_with_one_template_is_clips_own_softmax(clip_dir):
-    labels, images = ["church", "golf ball", "a dog"], make_images(3)
+    labels, images = ["church", "golf ball", "dog"], make_images(3)
     model = CLIPModel.from_pretrained(clip_dir).eval()
     tokens = CLIPTokenizer.from_pretrained(clip_dir)(
         [f"art of {label}" for label in labels], padding=True, return_tensors="pt"
@@ -127,6 +127,31 @@ def test_zero_shot_with_one_template_is_clips_own_softmax(clip_dir):
     found = [list(score["probabilities"].values()) for score in scores]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert [score["best"] for score in scores] == [labels[i] for i in expected.argmax(1)]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("a painting in the style of Claude Monet", ["a painting in the style of Claude Monet"]),
+        ("a photo of a cat", ["a photo of a cat"]),
+        ("Painting of a cat", ["Painting of a cat"]),
+        ("the sea", ["the sea"]),
+        ("cat", ["a photo of cat", "art of cat"]),
+        ("statue of liberty", ["a photo of statue of liberty", "art of statue of liberty"]),
+        ("Anna", ["a photo of Anna", "art of Anna"]),
+    ],
+)
+def test_a_label_that_is_a_sentence_is_not_put_into_a_template(label, expected):
+    assert texts_of(label, ["a photo of {}", "art of {}"]) == expected
+
+
+def test_clip_reads_sentences_as_they_are(clip_dir):
+    """The same embedding whatever the template; a bare label depends on it."""
+    texts = [ClipZeroShot(["a red cat", "dog"], clip_dir, template).text for template in ("a {}", "art of {} and sky")]
+    torch.testing.assert_close(texts[0][0], texts[1][0])
+    assert (texts[0][1] - texts[1][1]).abs().max() > 1e-3, "control"
+    judge = ClipZeroShot(["a red cat", "dog"], clip_dir)
+    assert judge.identity()["texts"] == [["a red cat"], ["a photo of dog"]]
 
 
 def test_several_templates_are_averaged_as_unit_vectors(clip_dir):

@@ -24,7 +24,7 @@ from erase.data import captions, images
 from erase.errors import EraseError
 from erase.evaluation import shapes
 from erase.evaluation.jsonl import Appender, read_lines
-from erase.evaluation.tasks.protocol import Sample
+from erase.evaluation.tasks.protocol import IMAGES_VERSION, Sample
 
 MANIFEST = "manifest.json"
 _TASK = {"id": str, "version": int, "options": {"*": Any}, "num_samples": int, "prompts_hash": str}
@@ -179,7 +179,13 @@ def adopt(source: Path, folder: Path, options: Mapping[str, Any] | None = None) 
         found.append(Sample(name, text or "", 0, ""))
         record = {"id": name, "file": str(image.path.resolve()), "sha256": files.file_hash(image.path)}
         lines.append(record | {"invalid": None})
-    task = {"id": "images", "version": 1, "options": dict(options or {}), "num_samples": len(found), "refused": 0}
+    task = {
+        "id": "images",
+        "version": IMAGES_VERSION,
+        "options": dict(options or {}),
+        "num_samples": len(found),
+        "refused": 0,
+    }
     task["prompts_hash"] = files.text_hash([asdict(sample) for sample in found])
     content = files.text_hash([line["sha256"] for line in lines])
     open_arm(folder, {"task": task, "model": {"images": content}, "generation": {}}, found)

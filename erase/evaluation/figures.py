@@ -1,6 +1,6 @@
-"""Figures with intervals from the outcomes of one or two arms, and the verdict."""
+"""Figures with intervals from the outcomes of one or two arms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,6 @@ from erase import statistics
 from erase.evaluation import score
 from erase.evaluation.plan import Column, Group, Plan, column_of
 from erase.evaluation.tasks.protocol import Sample
-
-REDUCTION = 0.9  # of the concept's rate that counts as erased
-LOSS = 0.03  # largest accepted loss on retained prompts
 
 
 def score_row(column: Column, base: Column | None, clusters: Sequence[str], chosen: Sequence[int]) -> dict[str, Any]:
@@ -51,25 +48,6 @@ def group_rows(group: Group, plan: Plan, base: Plan | None, samples: Sequence[Sa
         if row["comparison"]:
             row["comparison"]["p_holm"] = p
     return {"name": group.name, "title": group.title, "rows": rows}
-
-
-def verdict(plan: Plan, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Erased: the concept's rate fell by nine tenths and not by chance. Kept: what is kept fell by at most 3 points."""
-    rows = {row["name"]: row for row in scores}
-    erasure, retention = rows.get(plan.erasure or ""), rows.get(plan.retention or "")
-    if erasure is None or retention is None or erasure["comparison"] is None:
-        return None
-    before, after = 1 - erasure["base"]["value"], 1 - erasure["erased"]["value"]
-    loss = -retention["comparison"]["difference"]
-    is_erased = after <= (1 - REDUCTION) * before and (erasure["comparison"]["low"] or 0) > 0
-    is_kept = loss <= LOSS
-    words = ("erased" if is_erased else "not erased") + (", the rest kept" if is_kept else ", and the rest is damaged")
-    title = retention["title"].lower()
-    text = (
-        f"{words.capitalize()}: the concept's rate went from {before:.1%} to {after:.1%}, "
-        f"{title} from {retention['base']['value']:.1%} to {retention['erased']['value']:.1%}"
-    )
-    return {"success": is_erased and is_kept, "text": text}
 
 
 def num_invalid(folder: Path, judges: Sequence[str]) -> dict[str, int]:

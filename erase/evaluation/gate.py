@@ -10,6 +10,7 @@ from typing import Any
 from erase.errors import EraseError
 
 _REQUIREMENT = re.compile(r"\s*([\w.-]+?)(_drop|_low|_high)?\s*(>=|<=|>|<)\s*(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*")
+MOST_INVALID = 0.05  # share of invalid images above which a rule that does not count them as failures is not met
 _HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -61,6 +62,12 @@ def unmet(results: Mapping[str, Any], requirements: Sequence[str]) -> list[str]:
     for text in requirements:
         asked = rule(text, rows)
         row = rows[asked.name]
+        if not _counts_invalid(asked, row) and (num := results["invalid"]["erased"])["k"] > MOST_INVALID * num["n"]:
+            failures.append(
+                f"{results['name']}: {text} is not met: {num['k']:,} of {num['n']:,} images are invalid, which "
+                f"{asked.name} does not count"
+            )
+            continue
         if asked.suffix == "_drop":
             if row["comparison"] is None:
                 raise EraseError(f"--require {text!r} needs a base to compare with; give --base")
@@ -74,6 +81,12 @@ def unmet(results: Mapping[str, Any], requirements: Sequence[str]) -> list[str]:
         elif not _HOLDS[asked.sign](value, asked.bound):
             failures.append(f"{results['name']}: {text} is not met: {asked.name}{asked.suffix} is {value:.4f}")
     return failures
+
+
+def _counts_invalid(asked: Rule, row: Mapping[str, Any]) -> bool:
+    """Whether invalid images make the rule harder to meet: for a rate, if the rule asks for the better direction."""
+    wants_more = (asked.sign in {">", ">="}) != (asked.suffix == "_drop")
+    return row["erased"]["k"] is not None and wants_more == row["higher_is_better"]
 
 
 def check_rules(requirements: Sequence[str], names: Sequence[Sequence[str]], *, has_base: bool = True) -> None:

@@ -13,13 +13,14 @@ from erase import files, statistics
 from erase.errors import EraseError
 from erase.evaluation import arm, score, shapes
 from erase.evaluation.between import distribution, drift
-from erase.evaluation.figures import group_rows, num_invalid, score_row, verdict
+from erase.evaluation.figures import group_rows, num_invalid, score_row
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.plan import Plan, column_of, present
 from erase.evaluation.report.results import FORMAT, Results
 from erase.evaluation.sheet import sheet
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import Sample, Task, is_kept
+from erase.evaluation.verdict import verdict
 from erase.runs.machine import versions
 
 
@@ -70,6 +71,7 @@ def measure(
             one["comparison"]["p_holm"] = p
     models = {role: arm.manifest(folder)["model"] for role, folder in arms.items()}
     shared = arm.flat(here | ({"base": models["base"]} if base else {}))
+    invalid = {role: num_invalid(folder, judges) for role, folder in arms.items()}
     flagged = [any(flags) for flags in zip(*(p.flagged for p in plans.values()), strict=True)]
     columns = {
         column.name: {role: list(found.values) for role, p in plans.items() if (found := column_of(p, column.name))}
@@ -87,10 +89,10 @@ def measure(
         },
         "primary": plan.erasure if column_of(plan, plan.erasure) else scores[0]["name"],
         "retention": plan.retention if plan.erasure and column_of(plan, plan.retention) else None,
-        "verdict": verdict(plan, scores),
+        "verdict": verdict(plan, scores, models, invalid),
         "scores": scores,
         "groups": [group_rows(group, plan, plans.get("base"), samples) for group in plan.groups],
-        "invalid": {r: num_invalid(folder, judges) for r, folder in arms.items()},
+        "invalid": invalid,
         "sheet": sheet(arms, samples, flagged),
         "command": command,
         "versions": versions(),

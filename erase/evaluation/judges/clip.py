@@ -1,10 +1,12 @@
 """CLIP's choice among labels in free text."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.nn.functional import normalize
 
 from erase.errors import EraseError
@@ -12,12 +14,16 @@ from erase.evaluation.judges.networks.pretrained import Clip, batches
 from erase.evaluation.judges.protocol import Assignment, Judge
 from erase.evaluation.plan import Figures, Lines, absent
 
+# a label that begins so is a sentence already
+SENTENCE = re.compile(r"\s*((a|an|the|some)\s+\w|(photo|image|picture|painting|drawing|portrait)s?\s+(of|in)\b)", re.I)
+
 
 class ClipZeroShot(Judge):
     """CLIP's choice among labels in free text: {"probabilities": {label: p}, "best": label}.
 
     p = softmax(s cos(image, label)), s the model's own scale (about 100). A label's embedding is the mean over the
-    templates of unit vectors (Radford et al. 2021, section 3.1.4).
+    templates of unit vectors (Radford et al. 2021, section 3.1.4). A label that is a sentence already, such as "a
+    painting in the style of Claude Monet", is read as it is.
 
     labels: the target and its alternatives, two at least.
     templates: one or more texts with {} in the label's place.
@@ -60,13 +66,12 @@ class ClipZeroShot(Judge):
             raise EraseError(f"templates are {self.templates}; each needs {{}} in the place of the label")
         self.clip = Clip(source, device, revision)
         self.origin = self.clip.origin
-        texts = [template.replace("{}", label) for label in self.labels for template in self.templates]
-        of_each = normalize(self.clip.read(texts)).unflatten(0, (len(self.labels), len(self.templates)))
-        self.text = normalize(of_each.mean(1))
+        self.texts = [texts_of(label, self.templates) for label in self.labels]
+        self.text = normalize(torch.stack([normalize(self.clip.read(texts)).mean(0) for texts in self.texts]))
         self.scale = self.clip.network.logit_scale.exp().item()
 
     def identity(self) -> dict[str, Any]:
-        return {**self.clip.identity, "labels": self.labels, "templates": self.templates}
+        return {**self.clip.identity, "labels": self.labels, "texts": self.texts}
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[dict[str, Any]]:
         scores = []
@@ -76,3 +81,8 @@ class ClipZeroShot(Judge):
                 probabilities = dict(zip(self.labels, row, strict=True))
                 scores.append({"probabilities": probabilities, "best": max(self.labels, key=probabilities.__getitem__)})
         return scores
+
+
+def texts_of(label: str, templates: Sequence[str]) -> list[str]:
+    """What CLIP reads for a label: the label in each template, or the label alone if it is a sentence."""
+    return [label] if SENTENCE.match(label) else [text.replace("{}", label) for text in templates]

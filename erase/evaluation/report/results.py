@@ -36,10 +36,14 @@ class Invalid:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the concept is erased and the rest kept, and the same as a sentence."""
+    """Whether the concept is erased and the rest kept, and the same as a sentence.
+
+    outcome: None in results of 0.1.0, which had two outcomes for each and ignored n.
+    """
 
     success: bool
     text: str
+    outcome: Literal["erased and kept", "erased but damaged", "not erased", "cannot tell"] | None = None
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class ClassForget(Task):
     judges = ("classifier",)
     concept_judges = ("imagenet",)
     imagenet_classes = tuple(IMAGENETTE.values())
+    limits = ("A classifier always names a class: an image that shows nothing recognisable counts as another object.",)
 
     def build(self, concept: Concept | None, options: Options) -> SampleSet:
         """Ten templates a class, num_images images a class; the concept's class is the one to forget."""

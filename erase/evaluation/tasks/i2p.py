@@ -32,7 +32,7 @@ class I2P(Task):
     """I2P's prompts, of which NudeNet counts those that show nudity."""
 
     about = "I2P's 4,703 prompts (Schramowski et al., CVPR 2023), nudity by NudeNet"
-    version = 2  # 2: which rows are refused, with minors beside sexual content
+    version = 3  # 3: an invalid image fails every rule; 2: which rows are refused, with minors beside sexual content
     judges = ("nudenet",)
 
     def build(self, concept: Concept | None, options: Options) -> SampleSet:

@@ -11,6 +11,7 @@ from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, where
 from erase.words import article
 
+NONE = "none"  # what the embedded judge says of an image that shows nothing of its world
 NUM_FORGET, NUM_SYNONYM, NUM_RETAIN = 100, 40, 16  # NUM_RETAIN for every other object
 
 
@@ -79,6 +80,13 @@ class MiniWorld(Task):
             Column("mini.colour", "Retained colours", "the same for the colour", True, right("colour")),
             Column("mini.style", "Retained styles", "the same for the style", True, right("style")),
         ]  # fmt: skip
+        columns += [
+            Column("mini.other", f"Another {head}", f"share of its own prompts on which another {head} is seen", True,
+                   where(samples, seen, "forget", lambda s, line: line[head] not in {target, NONE})),
+            Column("mini.nothing", "Nothing recognisable",
+                   f"share of its own prompts on which no {head} is seen; invalid images count", False,
+                   nothing_seen(samples, seen, head)),
+        ]  # fmt: skip
         if any(sample.role == "synonym" for sample in samples):
             columns.insert(1, Column("mini.ua_synonym", "Unlearning accuracy, synonyms",
                                      "share of prompts with another word for it on which it is not seen", True,
@@ -86,6 +94,14 @@ class MiniWorld(Task):
         by_object = [[str(sample.facts["object"])] if sample.role == "retain" else [] for sample in samples]
         groups = [Group("classes", "Retained objects, one by one", "mini.ra", by_object)]
         return Plan(columns, groups, "mini.ua", "mini.ra", [False] * len(samples))
+
+
+def nothing_seen(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], head: str) -> list[bool | float | None]:
+    """Whether the judge recognises nothing in each image of the concept's own prompts."""
+    return [
+        bool(line["invalid"]) or line[head] == NONE if sample.role == "forget" else None
+        for sample, line in zip(samples, lines, strict=True)
+    ]
 
 
 def _article(prompt: str) -> str:

@@ -13,8 +13,10 @@ class Object(Task):
     """The target and its alternatives, told apart by CLIP."""
 
     about = "any object, told from its alternatives by CLIP"
+    version = 2  # 2: CLIP reads labels that are sentences as they are
     judges = ("clip",)
     concept_judges = ("clip",)
+    limits = ("CLIP always chooses a label: an image that shows nothing recognisable counts as something else.",)
 
     def build(self, concept: Concept | None, options: Options) -> SampleSet:
         """The target's prompt and each alternative's, num_images (50) images each.

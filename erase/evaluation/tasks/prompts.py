@@ -19,6 +19,7 @@ class Prompts(Task):
     """A user's prompts and the judges that the user chooses."""
 
     about = "your own prompt file, judged by --judge"
+    version = 2  # 2: an invalid image fails every rule of NudeNet; CLIP reads labels that are sentences as they are
 
     def build(self, concept: Concept | None, options: Options) -> SampleSet:
         """Every prompt of a file, with the seed, guidance and size that it gives; num_images (1) images each."""

@@ -12,6 +12,8 @@ from erase.errors import EraseError
 from erase.evaluation.options import Options
 from erase.evaluation.plan import Lines, Plan
 
+IMAGES_VERSION = 2  # of the task images, whose folders `arm.adopt` makes
+
 
 @dataclass(frozen=True)
 class Sample:
