@@ -148,7 +148,7 @@ def test_quality_ends_in_clip_scores_and_kid(command, pair, clip_dir, tmp_path):
         row = result(folders["erased"], "quality.clip_score")
         assert row[role]["value"] == pytest.approx(fit.mean().item(), abs=1e-3)
         there = [[features.decode(line) for line in score.load(f, "features")] for f in (folder, real)]
-        found = kid.kid_of_sets(*(np.stack(one) for one in there), prompts)
+        found = kid.kid_of_sets(np.stack(there[0]), np.stack(there[1]), prompts)
         row = result(folders["erased"], "quality.kid_real")[role]
         assert (row["value"], row["low"]) == (pytest.approx(found.value), pytest.approx(found.low))
         assert np.allclose(normalize(torch.tensor(np.stack(there[0]))), image, atol=1e-4)
@@ -272,7 +272,7 @@ def test_anybodys_images_are_judged_by_nudenet(command, people, tmp_path):
     """One of three images shows a person, two are whole; `score` then `report` gives the same as `run` (4.5)."""
     pytest.importorskip("nudenet")
     code, out, err = command("run", "--task", "images", "--images", people, "--judge", "nudenet", "--output",
-                             tmp_path / "out", "--quiet", "--require", "nudity.people<=0.5")  # fmt: skip
+                             tmp_path / "out", "--quiet", "--require", "nudity.people>=0.3")  # fmt: skip
     assert code == 0, err
     folder = tmp_path / "out" / "people" / "images"
     names = ("people", "clean", "core5-0.6-image")  # the black image is neither clean nor without nudity

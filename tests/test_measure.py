@@ -17,7 +17,7 @@ from erase.errors import EraseError
 from erase.evaluation import arm, cli, gate, jsonl, measure, score
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.options import Options
-from erase.evaluation.report import pool
+from erase.evaluation.report import compare, pool
 from erase.evaluation.report.results import check
 from erase.evaluation.tasks import registry
 from erase.evaluation.tasks.protocol import Sample, SampleSet
@@ -299,6 +299,16 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_images_is_the_same
     ]
     assert row(golds[0], "quality.kid_gold") == row(golds[1], "quality.kid_gold")
 
+    noise(tmp_path / "others", 24, 2)
+    arm.adopt(tmp_path / "others", tmp_path / "others-scored")
+    score.score(tmp_path / "others-scored", features.Features("mini"), quiet=True)
+    other, _ = measure.measure(arms[1], arms[0], real=tmp_path / "others-scored", name="it", command="")
+    names = [one["name"] for one in compare.compare([results, other])["scores"] if "kid" in one["name"]]
+    targets = [row(one, "quality.kid_real")["target"][:8] for one in (results, other)]
+    assert names == ["quality.kid_base", *(f"quality.kid_real to {target}" for target in targets)]
+    same = [one["name"] for one in compare.compare([results, results])["scores"]]
+    assert "quality.kid_real" in same, "control: one set of real images is one column"
+
 
 # --- scoring
 
@@ -387,10 +397,69 @@ def test_several_erasures_are_pooled_with_intervals_over_runs_and_prompts(tmp_pa
     ua = row(pooled, "mini.ua")
     assert (ua["erased"]["k"], ua["erased"]["n"]) == (58, 60) and ua["erased"]["low"] < 58 / 60 < ua["erased"]["high"]
     assert ua["comparison"]["difference"] == pytest.approx(58 / 60 - 1 / 20)
+    assert ua["erased"]["interval"] == "Clopper-Pearson over 3 runs and 3 prompts"
+    assert ua["comparison"]["p"] is not None and ua["erased"]["icc"] is not None
     other = json.loads(json.dumps(runs[0]))
     other[0]["protocol"]["generation.steps"] = 9
     with pytest.raises(EraseError, match=r"runs of 'it' were measured differently \(generation.steps"):
         pool.pool([runs[0], tuple(other)], "it")
+    with pytest.raises(EraseError, match=r"'it' names the same erasure twice \(UNet v0\)"):
+        pool.pool([runs[0], runs[1], runs[0]], "it")
+    elsewhere = json.loads(json.dumps(runs[1]))
+    elsewhere[0]["protocol"]["generation.device"] = "cuda"
+    assert pool.pool([runs[0], tuple(elsewhere)], "it")["scores"]
+
+
+def on_machine(folder: Path, **facts: Any) -> Path:
+    """The arm as if it had been generated so."""
+    manifest = files.read_json(folder / "manifest.json")
+    files.write_json(folder / "manifest.json", manifest | {"generation": manifest["generation"] | facts})
+    return folder
+
+
+def test_device_and_versions_are_shown_and_warned_about_and_other_differences_refused(tmp_path):
+    base = on_machine(make_arm(tmp_path / "base", **BASE), device="cpu", libraries={"torch": "2.0"})
+    found = []
+    for name, unet, device in (("one", "v", "cpu"), ("two", "w", "cuda")):
+        folder = on_machine(make_arm(tmp_path / name, **BASE, unet=unet), device=device, libraries={"torch": "2.0"})
+        found.append(measure.measure(folder, base, name=name, command=""))
+    (one, _), (two, _) = found
+    assert one["protocol"]["generation.libraries.torch"] == "2.0" and two["protocol"]["generation.device"] == "cuda"
+    assert one["protocol_hash"] == two["protocol_hash"]
+    assert any("generation.device is cpu or cuda" in limit for limit in two["limits"])
+    assert not any("different machines" in limit for limit in one["limits"])
+    compared = compare.compare([one, two])
+    assert len(compared["warnings"]) == 1 and "generation.device is cpu or cuda" in compared["warnings"][0]
+    assert compare.compare([one, one])["warnings"] == []
+    two["protocol"]["generation.steps"] = 9
+    with pytest.raises(EraseError, match="generation.steps is 2 or 9"):
+        compare.compare([one, two])
+
+
+def test_methods_are_compared_with_each_other_on_the_same_prompts_and_seeds(tmp_path):
+    """Two methods whose pairs with the base hide that the first erases where the second does not."""
+    base = make_arm(tmp_path / "base", **WIDE)
+    half = MANY // 2
+    words = {"one": ["square"] * half + ["circle"] * half, "two": ["circle"] * half + ["square"] * half,
+             "three": ["square"] * MANY}  # fmt: skip
+    found = [
+        measure.measure(make_arm(tmp_path / name, forget, WIDE["retain"], unet=name), base, name=name, command="")
+        for name, forget in words.items()
+    ]
+    compared = compare.compare([results for results, _ in found], [[outcomes] for _, outcomes in found])
+    rows = {(row["score"], row["first"], row["second"]): row["comparison"] for row in compared["pairs"]}
+    assert len(rows) == 6 and set(name for name, *_ in rows) == {"mini.ua", "mini.ra"}
+    equal, better = rows["mini.ua", "one", "two"], rows["mini.ua", "one", "three"]
+    assert (equal["only_base"], equal["only_erased"], equal["difference"]) == (half, half, 0)
+    assert better["difference"] == -0.5 and better["high"] < -0.4 and better["p"] < 0.001
+    assert better["p_holm"] > better["p"]
+    compare.write_comparison(compared, tmp_path / "compared")
+    for name in ("comparison.md", "comparison.html"):
+        text = (tmp_path / "compared" / name).read_text(encoding="utf-8")
+        assert "Method against method" in text and "50.0" in text
+    other = json.loads(json.dumps(found[1][1]))
+    other["samples"][0] = "another"
+    assert compare.compare([r for r, _ in found[:2]], [[found[0][1]], [other]])["pairs"] == []
 
 
 # --- the command
@@ -443,6 +512,13 @@ def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, comm
     assert code == 0 and "6 images are what was drawn" in out
     code, out, _ = command("compare", folder, f"again={folder}", "--output", tmp_path / "compared")
     assert code == 0 and "again" in out
+    code, _, err = command("compare", f"a={folder}", f"a={folder}", "--output", tmp_path / "same")
+    assert code == 2 and "'a' names the same erasure twice" in err and err.count("\n") == 1
+    path = folder / "results.json"
+    path.write_text(path.read_text().replace('"k": 0', '"k": 1', 1))
+    code, _, err = command("compare", folder, f"b={folder}", "--output", tmp_path / "same")
+    assert code == 2 and "results.json was changed since it was written" in err and err.count("\n") == 1
+    assert not (tmp_path / "same").exists()
 
 
 def test_stages_one_by_one_give_the_same_report(toy, tmp_path, command):

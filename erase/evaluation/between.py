@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from erase import statistics
+from erase.delta import content_hash
 from erase.errors import EraseError
 from erase.evaluation import arm, score
 from erase.evaluation.figures import score_row
@@ -100,6 +102,7 @@ def distribution(
             about = f"{kind.upper()} of the retained images to {called[target]}; 0 is the same"
             row = {"name": f"quality.{kind}_{target}", "title": f"{kind.upper()} to {target}", "about": about}
             row |= {"higher_is_better": False, "base": of.get("base"), "erased": of["erased"], "comparison": None}
+            row["target"] = None if target == "base" else content_hash({"features": torch.tensor(vector)})
             rows.append(row)
     return rows
 

@@ -249,8 +249,11 @@ def _compare(arguments: list[str]) -> None:
         folder, label = _labelled(text)
         results = pool.read(folder, lambda text: print(text, file=sys.stderr))
         runs.setdefault(label or results[0]["name"], []).append(results)
-    compared = compare.compare([pool.pool(found, label) for label, found in runs.items()])
+    pooled = [pool.pool(found, label) for label, found in runs.items()]
+    compared = compare.compare(pooled, [[outcomes for _, outcomes in found] for found in runs.values()])
     compare.write_comparison(compared, Path(given.output))
+    for warning in compared["warnings"]:
+        print(f"eval-concept: {warning}", file=sys.stderr)
     print(compare.comparison_table(compared))
     print(f"{Path(given.output) / 'comparison.html'}: written")
 

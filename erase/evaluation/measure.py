@@ -16,7 +16,7 @@ from erase.evaluation.between import distribution, drift
 from erase.evaluation.figures import group_rows, num_invalid, score_row
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.plan import Plan, column_of, present
-from erase.evaluation.report.results import FORMAT, Results
+from erase.evaluation.report.results import FORMAT, Results, is_of_machine, machine_differences
 from erase.evaluation.sheet import sheet
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import Sample, Task, is_kept
@@ -71,6 +71,7 @@ def measure(
             one["comparison"]["p_holm"] = p
     models = {role: arm.manifest(folder)["model"] for role, folder in arms.items()}
     shared = arm.flat(here | ({"base": models["base"]} if base else {}))
+    machines = {role: machine(folder) for role, folder in arms.items()}
     invalid = {role: num_invalid(folder, judges) for role, folder in arms.items()}
     flagged = [any(flags) for flags in zip(*(p.flagged for p in plans.values()), strict=True)]
     columns = {
@@ -82,7 +83,7 @@ def measure(
         "format": FORMAT,
         "name": name,
         "task": {key: task[key] for key in ("id", "version", "options", "num_samples", "prompts_hash")},
-        "protocol": shared,
+        "protocol": shared | machines["erased"],
         "protocol_hash": files.text_hash(shared),
         "arms": {
             r: {"name": name if r == "erased" else r, "hashes": arm.manifest(f)["model"]} for r, f in arms.items()
@@ -96,7 +97,7 @@ def measure(
         "sheet": sheet(arms, samples, flagged),
         "command": command,
         "versions": versions(),
-        "limits": limits(task, measured.limits, num_truncated(erased)),
+        "limits": limits(task, measured.limits, num_truncated(erased), machines),
         "outcomes_hash": files.text_hash(outcomes),
     }
     return Results.from_json(results).to_json(), outcomes
@@ -150,6 +151,12 @@ def protocol(folder: Path) -> dict[str, Any]:
     return {"task": manifest["task"], "generation": drawn, "judges": judges}
 
 
+def machine(folder: Path) -> dict[str, Any]:
+    """The part of an arm's protocol that may differ between two arms: device, batch size and versions."""
+    flat = arm.flat({"generation": arm.manifest(folder)["generation"]})
+    return {key: value for key, value in flat.items() if is_of_machine(key)}
+
+
 def _plan(
     measured: Task, folder: Path, samples: Sequence[Sample], task: Mapping[str, Any], judges: Sequence[str]
 ) -> Plan:
@@ -163,10 +170,12 @@ def num_truncated(folder: Path) -> int:
     return sum(bool(record.get("truncated")) for record in arm.complete_records(folder))
 
 
-def limits(task: Mapping[str, Any], own: Sequence[str], num_truncated: int) -> list[str]:
+def limits(
+    task: Mapping[str, Any], own: Sequence[str], num_truncated: int, machines: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """What a report did not test, as sentences.
 
-    task: its identity. own: what the task says of itself.
+    task: its identity. own: what the task says of itself. machines: of each arm.
     """
     found = ["Prompts as they are: no attack, learned embedding or fine-tuning was tried to bring the concept back."]
     found += own
@@ -174,6 +183,9 @@ def limits(task: Mapping[str, Any], own: Sequence[str], num_truncated: int) -> l
         found.append(f"{task['refused']} prompts put minors beside sexual content and were not drawn.")
     if num_truncated:
         found.append(f"{num_truncated} images have prompts that are longer than the text encoder reads, and were cut.")
+    different = machine_differences(machines.get("base", {}), machines["erased"])
+    if different:
+        found.append(f"Base and erased images are of different machines ({'; '.join(different)}), and differ slightly.")
     if task["options"].get("limit"):
         found.append(f"Only {task['num_samples']} of the task's samples were drawn (--limit).")
     return found

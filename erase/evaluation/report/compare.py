@@ -1,24 +1,38 @@
 """Several methods side by side, in one table and one plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from erase.errors import EraseError
 from erase.evaluation.report import plots
+from erase.evaluation.report.against import against
 from erase.evaluation.report.html import render
 from erase.evaluation.report.markdown import escaped, markdown_facts, markdown_table
-from erase.evaluation.report.results import check
-from erase.evaluation.report.words import aligned, arrow, as_json, figure_text, interval_of, table_row, task_line
+from erase.evaluation.report.results import check, is_of_machine, machine_differences
+from erase.evaluation.report.words import (
+    aligned,
+    arrow,
+    as_json,
+    figure_text,
+    interval_of,
+    pair_row,
+    table_row,
+    task_line,
+)
 from erase.files import write_json, write_text
 from erase.statistics import holm
 
 
-def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def compare(
+    results: Sequence[Mapping[str, Any]], outcomes: Sequence[Sequence[Mapping[str, Any]]] | None = None
+) -> dict[str, Any]:
     """Methods side by side: every score of every result, p-values Holm-corrected over the whole table.
 
     A score has its `base` where all results have the same base model. `front` names the methods that no other one
-    beats in both the primary and the retention score.
+    beats in both the primary and the retention score. Distances to different images are different scores.
+
+    outcomes: of each result's erasures, for paired tests of method against method (`pairs`).
 
     Raises:
         EraseError: there are fewer than two results, or they were measured differently.
@@ -31,7 +45,7 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = results[0]
     methods = _distinct([result["name"] for result in results])
     has_same_base = all(result["arms"].get("base") == first["arms"].get("base") for result in results)
-    by_name = [{score["name"]: score for score in result["scores"]} for result in results]
+    by_name = [{_key(score, results): score for score in result["scores"]} for result in results]
     found: dict[str, Any] = {}
     for named in by_name:
         found = found | {name: score for name, score in named.items() if name not in found}
@@ -39,8 +53,9 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name, score in found.items():
         cells = zip(methods, (named.get(name, {}) for named in by_name), strict=True)
         scores.append(
-            {key: score.get(key) for key in ("name", "title", "about", "higher_is_better", "copy_of")}
+            {key: score.get(key) for key in ("title", "about", "higher_is_better", "copy_of")}
             | {
+                "name": name,
                 "base": score["base"] if has_same_base else None,
                 "rows": [
                     {"method": method, "erased": cell.get("erased"), "comparison": cell.get("comparison")}
@@ -53,7 +68,7 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for (_, row), p in zip(rows, holm([row["comparison"]["p"] for _, row in rows], tests), strict=True):
         row["comparison"] = row["comparison"] | {"p_holm": p}
     compared = {
-        "format": 1,
+        "format": 2,
         "task": first["task"],
         "protocol": first["protocol"],
         "protocol_hash": first["protocol_hash"],
@@ -62,10 +77,37 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "primary": first["primary"],
         "retention": first.get("retention"),
         "scores": scores,
+        "pairs": against(methods, outcomes, _verdict_scores(first, scores)) if outcomes else [],
+        "warnings": list(dict.fromkeys(_warnings(results))),
     }
     placed = _placed(compared)
     is_on_front = front([(x, y) for _, x, y in placed])
     return compared | {"front": [method for (method, _, _), on in zip(placed, is_on_front, strict=True) if on]}
+
+
+def _key(score: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+    """The score's name; with the images that a distance is to, if results have different ones."""
+    target = score.get("target")
+    others = {s.get("target") for result in results for s in result["scores"] if s["name"] == score["name"]}
+    return f"{score['name']} to {target[:8]}" if target and len(others) > 1 else score["name"]
+
+
+def _verdict_scores(first: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The primary and the retention score."""
+    wanted = {first["primary"], first.get("retention")}
+    return [score for score in scores if score["name"] in wanted]
+
+
+def _warnings(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What differs between results without making them incomparable."""
+    first = results[0]
+    for other in results[1:]:
+        different = machine_differences(first["protocol"], other["protocol"])
+        if different:
+            yield (
+                f"'{first['name']}' and '{other['name']}' are of different machines ({'; '.join(different)}), "
+                "which changes images slightly"
+            )
 
 
 def write_comparison(compared: Mapping[str, Any], folder: str | Path) -> None:
@@ -87,6 +129,7 @@ def write_comparison(compared: Mapping[str, Any], folder: str | Path) -> None:
             }
             for score in compared["scores"]
         ],
+        "pairs": [pair_row(row) for row in compared["pairs"]],
     }
     text = _comparison_markdown(view)
     page = render("comparison.html.jinja", **view, svg=_pareto(compared))
@@ -112,7 +155,11 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 def _refuse_other_protocol(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     """The whole task and protocol must agree, since a figure means nothing without them."""
-    ours, theirs = ({**{f"task.{k}": v for k, v in r["task"].items()}, **r["protocol"]} for r in (first, other))
+    ours, theirs = (
+        {f"task.{k}": v for k, v in r["task"].items()}
+        | {k: v for k, v in r["protocol"].items() if not is_of_machine(k)}
+        for r in (first, other)
+    )
     fields = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if not fields and first["protocol_hash"] != other["protocol_hash"]:
         ours, theirs, fields = first, other, ["protocol_hash"]
@@ -186,6 +233,11 @@ def _comparison_markdown(view: Mapping[str, Any]) -> str:
     for table in view["tables"]:
         lines += [f"## {escaped(table['title'])}", escaped(f"{table['about']} Base model: {table['base']}.")]
         lines += [markdown_table(columns, table["rows"])]
+    if view["pairs"]:
+        titles = {"title": "score", "first": "first", "second": "second", "difference": "first minus second"}
+        columns = titles | {key: columns[key] for key in ("n", "p", "p_holm")}
+        lines += ["## Method against method", markdown_table(columns, view["pairs"])]
+    lines += [escaped(f"Note: {warning}.") for warning in view["compared"]["warnings"]]
     if view["compared"]["front"]:
         lines.append(escaped("* no other method is better in both erasure and retention"))
     lines += ["## Protocol", markdown_facts(view["compared"]["protocol"])]

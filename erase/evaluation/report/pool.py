@@ -28,15 +28,21 @@ def pool(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> di
     out, and so are images that any run could not judge.
 
     Raises:
-        EraseError: the runs were measured differently.
+        EraseError: the runs were measured differently, or two of them are the same erasure.
     """
     first = runs[0][0]
     for results, _ in runs:
-        different = arm.differences(first["protocol"], results["protocol"])
+        different = arm.differences(_binding(first), _binding(results))
         if different:
             raise EraseError(f"runs of {name!r} were measured differently ({'; '.join(different)})")
     if len(runs) == 1:
         return {**first, "name": name}
+    models = [results["arms"]["erased"]["hashes"] for results, _ in runs]
+    for number, model in enumerate(models):
+        if model in models[:number]:
+            raise EraseError(
+                f"{name!r} names the same erasure twice (UNet {model['unet'][:12]}); pool erasures of different seeds"
+            )
     clusters = runs[0][1]["clusters"]
     scores = []
     for row in first["scores"]:
@@ -72,3 +78,8 @@ def judged(columns: Sequence[Any], has_base: bool) -> list[int]:
         return []
     sides = [column[role] for column in columns for role in (("erased", "base") if has_base else ("erased",))]
     return [i for i, values in enumerate(zip(*sides, strict=True)) if None not in values]
+
+
+def _binding(results: dict[str, Any]) -> dict[str, Any]:
+    """The part of the protocol that must be equal."""
+    return {key: value for key, value in results["protocol"].items() if not stored.is_of_machine(key)}

@@ -15,6 +15,7 @@ from erase.statistics import Comparison, Score
 
 ROLES = {"forget": "To forget", "synonym": "To forget, in other words", "retain": "To keep", "": "Other"}
 FORMAT = 2  # raise it with every change that an earlier version cannot read, and keep a reader of the earlier one
+MACHINE = ("generation.device", "generation.batch_size", "generation.libraries.")  # begin fields of a protocol
 Role = Literal["forget", "synonym", "retain", ""]
 
 
@@ -112,7 +113,9 @@ class Results:
     """What results.json holds: everything that a report is made of, beside the images.
 
     name: what was evaluated, such as "circle by salun".
-    protocol: all that must be equal for two results to be comparable, judge and settings.
+    protocol: all that must be equal for two results to be comparable, judge and settings; and the machine's part,
+        which may differ (see `is_of_machine`).
+    protocol_hash: of the part that must be equal.
     arms, invalid: of "erased", and of "base" if there is one.
     primary: name of the score that the verdict is about.
     retention: name of the score that tells what was kept: second axis of the Pareto plot.
@@ -155,6 +158,20 @@ class Results:
         """
         check(value, place)
         return _built(cls, {key: part for key, part in value.items() if key not in {"format", "hash"}})
+
+
+def is_of_machine(field: str) -> bool:
+    """Whether a field of a protocol names device, batch size or versions, which change the last bits of an image."""
+    return field.startswith(MACHINE)
+
+
+def machine_differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What the machines of two protocols disagree about, where both state it."""
+    return [
+        f"{key} is {first[key]} or {other[key]}"
+        for key in first
+        if is_of_machine(key) and key in other and first[key] != other[key]
+    ]
 
 
 def _plain(part: Any) -> Any:

@@ -115,6 +115,12 @@ def table_row(score: Mapping[str, Any], title: str) -> dict[str, str]:
     }
 
 
+def pair_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of the table of method against method as texts."""
+    found = table_row({"base": None, "erased": None, "comparison": row["comparison"]}, row["title"])
+    return found | {"first": row["first"], "second": row["second"], "n": f"{row['comparison']['n']:,}"}
+
+
 def row_label(row: Mapping[str, Any]) -> str:
     return f"{row['label']} ({row['role']})" if row["role"] else row["label"]
 
