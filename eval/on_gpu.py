@@ -686,7 +686,7 @@ class Ours:
         self.model.precision = compute.precision
         self.settings = resolve(given, "nudity", self.model.defaults, on_gpu=job.on_cuda)
         self.plan, self.method = planning.make_plan(self.settings, self.model), planning.make_method(self.settings)
-        self.recipe = planning.make_recipe(self.settings, self.plan)
+        self.recipe = planning.make_recipe(self.settings, self.plan, "object")
         self.parameters = scope.inside(dict(self.model.unet.named_parameters()), str(self.settings.scope))
         self.mask = masks.pack(jobs.random_mask_of(self.model.unet, self.settings.density))
         self.data = jobs.random_data(self.model, 6 * batch)

@@ -94,15 +94,17 @@ def test_read_text_names_the_tokens_in_which_a_prompt_differs_from_its_anchor(to
 # --- independent solutions ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"lamb": 0.1, "erase_scale": 2.0, "preserve_scale": 0.3}])
+@pytest.mark.parametrize("options", [{}, {"lamb": 0.1, "erase_scale": 2.0, "preserve_scale": 0.3, "keep_empty": True}])
 def test_uce_is_the_least_squares_solution(text, weights, options):
     method = UCE(**options)
     new, notes = method.solve(weights, text)
     c_e, c_a = columns(text.forget, text.forget_at), columns(text.anchor, text.anchor_at)
-    c_p = np.concatenate([columns(text.retain, text.retain_at), text.empty[0, :1].double().numpy().T], axis=1)
+    c_p = columns(text.retain, text.retain_at)
+    if method.keep_empty:
+        c_p = np.concatenate([c_p, text.empty[0, :1].double().numpy().T], axis=1)
     A = method.lamb * np.eye(D) + method.erase_scale * c_e @ c_e.T + method.preserve_scale * c_p @ c_p.T
     assert notes["condition_number"] == pytest.approx(np.linalg.cond(A), rel=1e-9)
-    assert (notes["forget_tokens"], notes["retain_tokens_kept"]) == (3, 5)
+    assert (notes["forget_tokens"], notes["retain_tokens_kept"]) == (3, 4 + method.keep_empty)
     for name, weight in weights.items():
         W = weight.double().numpy()
         expected = least_squares(
@@ -188,24 +190,62 @@ def test_speed_with_a_loose_constraint_is_the_least_squares_solution_with_a_pena
         np.testing.assert_allclose(found.numpy(), W + least_squares(W, *moves) @ B.T, rtol=0, atol=1e-9)
 
 
-def test_the_filter_keeps_what_would_move_most_and_augmentation_follows_its_own_seed(text, weights):
+@pytest.mark.parametrize(
+    ("filters", "augment", "num"), [(True, 10, 28), (False, 10, 28), (True, 0, 28), (False, 3, 200)]
+)
+def test_speeds_null_space_is_that_of_the_published_filter_and_augmentation(text, weights, filters, augment, num):
+    """`filter` is of the given embeddings, and only if some are augmented; the augmented ones are always filtered, in
+    parts of 128. Written with rows and with torch.linalg.inv, as their code has it.
+    """
     W = weights["up.attn2.to_v.weight"].double()
     c_e, c_a = text.pairs("last")
-    S_tt, away = c_e @ c_e.T / 3, (c_a - c_e) @ c_e.T / 3
-    r = text.kept("all")
+    S_tt, S_at = c_e @ c_e.T / 3, c_a @ c_e.T / 3
+    rows = torch.randn(num, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
-    def space(seed: int, **options: Any) -> Tensor:
-        draw = torch.Generator().manual_seed(seed)
-        return null_space(SPEED(**{"threshold": 0.7, **options}), W, away, S_tt, r, draw)
+    def space(seed: int) -> Tensor:
+        method = SPEED(threshold=0.7, filter=filters, augment=augment)
+        return null_space(method, W, S_at - S_tt, S_tt, rows.T, torch.Generator().manual_seed(seed))
 
-    assert torch.equal(space(0), space(0))
-    assert not torch.allclose(space(0), space(1))
-    assert torch.equal(space(0, augment=0), space(1, augment=0))
-    influence = (W @ away @ torch.linalg.inv(torch.eye(D, dtype=torch.float64) + S_tt) @ r).norm(dim=0)
-    most = r[:, influence >= influence.mean()]
-    values, U = torch.linalg.eigh(most @ most.T / most.shape[1])
+    identity = torch.eye(D, dtype=torch.float64)
+    erase_weight = W @ (S_at - S_tt) @ torch.linalg.inv(identity + S_tt)
+    least = torch.linalg.svd(W).Vh[-1]
+    draw, kept = torch.Generator().manual_seed(0), rows
+    if augment and filters:
+        norms = (rows @ erase_weight.T).norm(dim=1)
+        kept = rows[norms > norms.mean()]
+    total, number = torch.zeros(D, D, dtype=torch.float64), 0
+    for part in kept.split(128):
+        chunk = part
+        if augment:
+            around = part.repeat(augment, 1)
+            noise = torch.randn(D, len(around), generator=draw, dtype=torch.float64).T
+            perturbed = around + noise @ torch.outer(least, least)
+            norms = (perturbed @ erase_weight.T).norm(dim=1)
+            chunk = torch.cat([part, perturbed[norms > norms.mean()]])
+        total, number = total + chunk.T @ chunk, number + len(chunk)
+    values, U = torch.linalg.eigh(total / number)
     expected = U[:, values < 0.7] @ U[:, values < 0.7].T
-    torch.testing.assert_close(space(0, augment=0), expected, rtol=0, atol=1e-9)
+    assert 0 < int(expected.trace().round()) < D
+    torch.testing.assert_close(space(0), expected, rtol=0, atol=1e-9)
+    assert torch.equal(space(0), space(0)) and torch.equal(space(0), space(1)) == (augment == 0)
+
+
+def test_uce_is_the_published_sum_of_outer_products(text, weights):
+    """mat1 mat2^-1 with one embedding a prompt; the empty prompt is kept only if it is asked for."""
+    new, _ = UCE().solve(weights, text)
+    with_empty, _ = UCE(keep_empty=True).solve(weights, text)
+    c_e, c_a, c_p = (
+        torch.from_numpy(columns(*of)).T
+        for of in ((text.forget, text.forget_at), (text.anchor, text.anchor_at), (text.retain, text.retain_at))
+    )
+    for name, weight in weights.items():
+        W = weight.double()
+        mat1, mat2 = 0.5 * W, 0.5 * torch.eye(D, dtype=torch.float64)
+        for concept, guide in [*zip(c_e, c_a, strict=True), *zip(c_p, c_p, strict=True)]:
+            mat1 = mat1 + torch.outer(W @ guide, concept)
+            mat2 = mat2 + torch.outer(concept, concept)
+        torch.testing.assert_close(new[name], mat1 @ torch.linalg.inv(mat2), rtol=0, atol=1e-10)
+        assert (with_empty[name] - new[name]).abs().max() > 0.01
 
 
 def test_augmented_embeddings_leave_along_one_line_the_weights_least_direction():
@@ -246,7 +286,7 @@ def gradient(cost: Any, W: Tensor) -> Tensor:
 def test_the_gradient_of_uces_cost_is_zero_at_the_answer_and_not_before(text, weights):
     new, _ = UCE().solve(weights, text)
     c_e, c_a = text.pairs("last")
-    c_p = torch.cat([text.kept("last"), text.empty[0, :1].double().T], dim=1)
+    c_p = text.kept("last")
     for name, weight in weights.items():
         W = weight.double()
 

@@ -83,7 +83,7 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         forget_images="f",
         retain_images="r",
     )
-    recipe = planning.make_recipe(settings, replace(plan, trajectory_guidance=4.5))
+    recipe = planning.make_recipe(settings, replace(plan, trajectory_guidance=4.5), "nudity")
     assert recipe == batches.Recipe(
         num_steps=16,
         batch_size=17,
@@ -93,6 +93,7 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         accumulation=18,
         target="random",
         in_order=True,
+        retain_order="in_order",
         independent_latents=True,
         seed=15,
         checkpoint_every=19,

@@ -12,6 +12,7 @@ SCOPES = {
     "full": lambda name: True,
     "xattn": lambda name: ".attn2." in name,
     "xattn-kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+    "attn": lambda name: ".attn1." in name or ".attn2." in name,
     "selfattn": lambda name: ".attn1." in name,
     "noxattn": lambda name: ".attn2." not in name and not name.startswith((*_OUTSIDE, "time_embedding")),
     "notime": lambda name: not name.startswith((*_OUTSIDE, "time_embedding")),

@@ -14,10 +14,11 @@ from erase.methods.terms import denoised, relabelled
 class Ablation(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps_target(x_t | c_a)||^2 + alpha ||eps(x_t' | c_r) - eps'||^2, means over elements.
 
-    x_t is noised from images of the anchor, which are named by the forget prompt.
+    x_t is noised from images of the anchor, which are named by the forget prompt. No gradient passes the key and the
+    value of the start token, which is the same in every prompt.
 
-    alpha: weight of the prior's diffusion loss; the paper needs none, because all its images are of what stays.
-    frozen_target: eps_target is the untouched base; otherwise the model itself as it moves, as in the paper.
+    alpha: weight of the prior's diffusion loss; the authors have 1 for nudity and none for objects and styles.
+    frozen_target: eps_target is the untouched base (ours); otherwise the model itself as it moves, as in their code.
 
     Costs two passes forward and one back a step, with a prior one more of each, and images of the anchor instead of
     the concept. Known to break: the model is never shown the concept, so that images begun from it, and prompts far
@@ -25,9 +26,10 @@ class Ablation(TrainedMethod):
     """
 
     images = "anchor"
+    detaches_start = True
 
     alpha: float = 0.0
-    frozen_target: bool = True
+    frozen_target: bool = False
 
     @property
     def needs_base(self) -> bool:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from erase.methods.inputs import Batch, Predictor, Text
 
 Images = Literal["concept", "anchor", "trajectory", "noise"]
+Follows = Literal["base", "edited", "average"]
 Balance = Callable[[float, float, float], tuple[float, float]]
 
 
@@ -70,15 +71,17 @@ class TrainedMethod(Method, ABC):
     """A method that trains: the loop descends `loss`. All other parts are optional.
 
     images: what the forget latents of a batch are: noised images of the "concept", noised images of its "anchor"
-        under the forget prompt, points on the base model's "trajectory" from noise to the concept, or points on the
-        trajectory of the averaged model, which begins at "noise" in each step (with `teacher_decay`).
+        under the forget prompt, stored points on the base model's "trajectory" from noise to the concept, or "noise":
+        points on a new trajectory in each step, of the model that `follows` names.
     teacher_decay: d of the running average of the weights, average = d * average + (1 - d) * weights. Trajectories are
         then generated with the average, and the average is the result. None: no average is kept. A method may make it a
         hyperparameter.
     prepare_batches: the number of batches over which the gradients for `prepare` are summed; 0: no preparation.
+    detaches_start: True if no gradient passes the key and the value of the start token in cross-attention.
     """
 
-    images: Images = "concept"
+    images: Any = "concept"
+    detaches_start: bool = False
     teacher_decay: Any = None
     prepare_batches: int = 0
 
@@ -103,6 +106,17 @@ class TrainedMethod(Method, ABC):
         """
         return None
 
+    @property
+    def follows(self) -> Follows | None:
+        """The model that generates a step's trajectories if `images` is "noise": the base, the edited model, or the
+        average. None: there are none, and the noise itself is seen.
+        """
+        return None if self.teacher_decay is None else "average"
+
+    def prepare_loss(self, model: "Predictor", batch: "Batch") -> "Tensor":
+        """The loss whose gradients `prepare` gets; by default the forget term."""
+        return dict([next(self.loss(model, model, batch))])["forget"]
+
     def prepare(
         self,
         weights: "Mapping[str, Tensor]",
@@ -112,8 +126,8 @@ class TrainedMethod(Method, ABC):
     ) -> None:
         """Change weights in place before the first step.
 
-        weights: those that may move, by parameter, flat. gradients: of the same shape, the sum of |gradient of the
-            forget term| over `prepare_batches` batches. shapes: of the whole parameters.
+        weights: those that may move, by parameter, flat. gradients: of the same shape, the sum of |gradient of
+            `prepare_loss`| over `prepare_batches` batches. shapes: of the whole parameters.
         """
 
     def shrink(self, moved: "Mapping[str, Tensor]", step: int, num_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Scissorhands (Wu & Harandi, ECCV 2024): cut what the concept hangs on, then mend all else."""
+"""Scissorhands (Wu & Harandi, ECCV 2024): reset the weights that the concept depends on most, then train."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -6,41 +6,60 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from erase.masks import select
+from erase.masks import kth_largest
 from erase.methods.balance import nash, projected
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import TrainedMethod
 from erase.methods.terms import denoised, relabelled
 
+# self-attention of CompVis' output_blocks.4 and output_blocks.7, in the names of diffusers
+RESET = ("up_blocks.1.attentions.1.", "up_blocks.2.attentions.1.")
+
 
 @dataclass(frozen=True)
 class Scissorhands(TrainedMethod):
-    """First the most sensitive weights, s = |w| sum_b |grad L_f|, get new random values; then L = L_r + lambda L_f.
+    """First the most sensitive weights, s = |w| sum_b |grad L_s|, get new values; then L = L_r - lambda L_f (classes).
 
-    L_f = ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements. s is SNIP's
-    score (Lee et al., ICLR 2019); the new values are Kaiming's uniform ones, |w| <= sqrt(6 / inputs).
+    L_s = ||eps - [(1 + g) eps(x_t | c_f) - g eps(x_t | "")]||^2 over `prepare_batches` batches; s is SNIP's score (Lee
+    et al., ICLR 2019). L_f = ||eps(x_t | c_f) - eps||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements.
+    A weight is sensitive if its s is above the `sparsity` quantile of all weights that may change. Of these only those
+    in the self-attention of two blocks are reset, `RESET`; a scope without these blocks resets nothing. New values of
+    matrices are random, those of biases 0.
+    For nudity the authors train L_r + lambda ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, with g = 0.
 
-    sparsity: share of the weights that keep their values; 0.995 in the authors' recipe for nudity.
-    forget_weight: lambda.
-    balancing: "gem" takes from grad L_f what would raise L_r, "nash" weighs the two as MUNBa does; both take memory for
-        two gradients.
-    prepare_batches: over which s is summed.
+    sparsity: share of the weights that are not sensitive; raising it resets less. 0.995 for nudity.
+    forget_weight: lambda; more forgets more and keeps less.
+    forgetting: "ascent" climbs the concept's diffusion loss, "relabel" answers it with the anchor's prediction.
+    guidance: g of L_s; 0 for nudity.
+    renewal: "normal" draws new matrices from N(0, 0.02^2), "kaiming" uniformly within sqrt(6 / inputs), for nudity.
+    balancing: "gem" takes from the forget gradient what would raise L_r, "nash" weighs the two gradients as MUNBa does;
+        both take memory for two gradients.
 
-    Differs from the authors: norms and biases stay as they are, because a new scale of 0 would silence a channel.
-    Costs three passes forward and two back a step, no base. Known to break: a small model, or a small share of
-    steps to mend it, keeps the damage in every image.
+    Costs two passes forward and two back a step ("relabel" one forward more), no base. Known to break: nothing bounds
+    the ascent from below, so that too many or too large steps damage all images.
     """
 
     sparsity: float = 0.999
     forget_weight: float = 0.1
+    forgetting: Literal["ascent", "relabel"] = "ascent"
+    guidance: float = 7.5
+    renewal: Literal["normal", "kaiming"] = "normal"
     balancing: Literal["sum", "gem", "nash"] = "sum"
     prepare_batches: int = 10
 
     @property
     def balance(self) -> Callable[[float, float, float], tuple[float, float]] | None:
         return {"sum": None, "gem": projected, "nash": nash}[self.balancing]
+
+    def prepare_loss(self, model: Predictor, batch: Batch) -> Tensor:
+        x, t = batch.x_forget, batch.t_forget
+        predicted = model(x, t, batch.c_forget)
+        if self.guidance:
+            predicted = (1 + self.guidance) * predicted - self.guidance * model(x, t, batch.c_empty)
+        return F.mse_loss(predicted, batch.eps_forget)
 
     def prepare(
         self,
@@ -49,14 +68,28 @@ class Scissorhands(TrainedMethod):
         shapes: Mapping[str, tuple[int, ...]],
         draw: torch.Generator,
     ) -> None:
-        """New values for the most sensitive entries of matrices and kernels, in place."""
-        names = [name for name, shape in shapes.items() if len(shape) > 1 and weights[name].numel()]
-        scores = {name: gradients[name] * weights[name].abs() for name in names}
-        for name, chosen in select(scores, 1 - self.sparsity).items():
-            bound = math.sqrt(6 / math.prod(shapes[name][1:]))
-            values = (2 * torch.rand(int(chosen.count_nonzero()), generator=draw) - 1) * bound
+        """New values for the sensitive weights of the two blocks, in place."""
+        scores = {name: gradients[name] * weights[name].abs() for name in gradients}
+        total = sum(score.numel() for score in scores.values())
+        num_kept = int(self.sparsity * total)
+        if num_kept == total:
+            return
+        threshold = kth_largest(scores, total - num_kept + 1) if num_kept else -math.inf
+        for name, score in scores.items():
+            if ".attn1." not in name or not any(block in name for block in RESET):
+                continue
+            chosen, shape = score > threshold, shapes[name]
+            values = torch.zeros(int(chosen.count_nonzero()))
+            if len(shape) > 1 and self.renewal == "normal":
+                values = 0.02 * torch.randn(len(values), generator=draw)
+            elif len(shape) > 1:
+                values = (2 * torch.rand(len(values), generator=draw) - 1) * math.sqrt(6 / math.prod(shape[1:]))
             weights[name][chosen] = values.to(weights[name])
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        yield "forget", self.forget_weight * relabelled(model, model, batch)
+        if self.forgetting == "ascent":
+            seen = model(batch.x_forget, batch.t_forget, batch.c_forget)
+            yield "forget", -self.forget_weight * F.mse_loss(seen, batch.eps_forget)
+        else:
+            yield "forget", self.forget_weight * relabelled(model, model, batch)
         yield "retain", denoised(model, batch)

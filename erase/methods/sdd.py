@@ -16,7 +16,7 @@ class SelfDistillation(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps(x_t | "")||^2, x_t a point on the teacher's trajectory from noise to the concept.
 
     The teacher is the average of the weights, theta* <- decay theta* + (1 - decay) theta, and is the result. The forget
-    prompt is drawn anew for each row, among all that the concept has.
+    prompt of each row is random, among all that the concept has.
 
     teacher_decay: of the average; nearer 1 the result follows later and more smoothly.
 

@@ -12,6 +12,8 @@ from erase.methods.inputs import Text, Tokens
 from erase.methods.protocol import ClosedForm
 from erase.methods.ridge import solve_right
 
+CHUNK = 128  # retained embeddings that are augmented and filtered together, as in the authors' code
+
 
 @dataclass(frozen=True)
 class SPEED(ClosedForm):
@@ -19,7 +21,8 @@ class SPEED(ClosedForm):
 
     for every W of attn2.to_v. S_tt = mean c_e c_e^T, S_at = mean c_a c_e^T. P projects on the eigenvectors of
     R = mean r r^T whose eigenvalues are below `threshold`: the null space of the retained embeddings r, of which
-      influence-based filtering keeps those that W (S_at - S_tt)(I + S_tt)^-1 moves more than the mean one, and
+      influence-based filtering keeps those that W (S_at - S_tt)(I + S_tt)^-1 moves more than the mean one (not if
+      there is no augmentation), and
       directed augmentation adds r + v v^T eps, eps ~ N(0, I), v the right singular vector of W with the smallest
       singular value, filtered alike.
     K = [start token, `centres` k-means centres of the empty prompt's other tokens]; with lamb = 0, dW K = 0 exactly.
@@ -33,7 +36,7 @@ class SPEED(ClosedForm):
     rho: Annotated[float, "how much dW is held back; more erases less"] = 1.0
     lamb: Annotated[float, "how loosely the empty prompt is kept; 0 keeps it exactly"] = 0.0
     threshold: Annotated[float, "eigenvalues of R that count as null; more leaves more room and keeps less"] = 0.1
-    filter: Annotated[bool, "influence-based filtering of what is retained"] = True
+    filter: Annotated[bool, "influence-based filtering of what is retained; the augmented are always filtered"] = True
     augment: Annotated[int, "augmented embeddings for each retained one; more keeps a wider surrounding"] = 10
     centres: Annotated[int, "k-means centres of the empty prompt's tokens"] = 3
     tokens: Annotated[Tokens, "which tokens of the forget prompts are redirected"] = "last"
@@ -73,14 +76,17 @@ def null_space(method: SPEED, W: Tensor, away: Tensor, S_tt: Tensor, retained: T
 
     def influenced(columns: Tensor) -> Tensor:
         influence = (D_0 @ columns).norm(dim=0)
-        return columns[:, influence >= influence.mean()] if method.filter else columns
+        return columns[:, influence >= influence.mean()]  # a single one stays
 
-    r = influenced(retained)
+    r = influenced(retained) if method.filter and method.augment else retained
     if method.augment:
         v = torch.linalg.svd(W, full_matrices=True).Vh[-1:].T
-        around = r.repeat(1, method.augment)
-        eps = torch.randn(around.shape, generator=draw, dtype=torch.float64)
-        r = torch.cat([r, influenced(around + v @ (v.T @ eps))], dim=1)
+        parts = [r]
+        for part in r.split(CHUNK, dim=1):  # the mean is over the embeddings around one part
+            around = part.repeat(1, method.augment)
+            eps = torch.randn(around.shape, generator=draw, dtype=torch.float64)
+            parts.append(influenced(around + v @ (v.T @ eps)))
+        r = torch.cat(parts, dim=1)
     eigenvalues, U = torch.linalg.eigh(r @ r.T / r.shape[1])
     U = U[:, eigenvalues < method.threshold]
     return U @ U.T

@@ -17,7 +17,7 @@ class UCE(ClosedForm):
     """W' = (lamb W + sum_e s_e W c_a c_e^T + sum_p s_p W c_p c_p^T) A^-1
 
     with A = lamb I + sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T, for every W of attn2.to_k and attn2.to_v;
-    c_e, c_a, c_p: embeddings to erase, of their anchors and to preserve, those of the empty prompt included.
+    c_e, c_a, c_p: embeddings to erase, of their anchors and to preserve.
     arXiv:2308.14761; lamb and the scales are those of the authors' code (its first version had lamb 0.1).
 
     Costs one solve, no images. Known to break: behind the last token the end tokens still say the concept, and a
@@ -29,11 +29,14 @@ class UCE(ClosedForm):
     preserve_scale: Annotated[float, "s_p; more keeps the retained tokens nearer to what they were"] = 1.0
     tokens: Annotated[Tokens, "which tokens of the forget prompts are redirected"] = "last"
     retain_tokens: Annotated[Tokens, "which tokens of the retain prompts are kept"] = "last"
+    keep_empty: Annotated[bool, "keep the empty prompt too, with `last` its start token (ours)"] = False
 
     def solve(self, weights: Mapping[str, Tensor], text: Text) -> tuple[dict[str, Tensor], dict[str, Any]]:
         c_e, c_a = text.pairs(self.tokens)
-        empty = text.empty[0] if self.retain_tokens != "last" else text.empty[0, :1]
-        c_p = torch.cat([text.kept(self.retain_tokens), empty.double().T], dim=1)
+        c_p = text.kept(self.retain_tokens)
+        if self.keep_empty:
+            empty = text.empty[0] if self.retain_tokens != "last" else text.empty[0, :1]
+            c_p = torch.cat([c_p, empty.double().T], dim=1)
         D, condition = ridge(self.lamb, (self.erase_scale, c_e, c_a), (self.preserve_scale, c_p, c_p))
         new = {name: W.double() + W.double() @ D for name, W in weights.items()}
         notes = {"condition_number": condition, "forget_tokens": c_e.shape[1], "retain_tokens_kept": c_p.shape[1]}

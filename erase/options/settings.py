@@ -83,6 +83,13 @@ class Settings:
     recipe: Literal["default", "paper", "reference"] = option(
         "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
     )
+    prompts: Literal["ours", "code"] | None = option(
+        None,
+        "prompts of a preset or of free text: this project's lists, or those of SalUn's code, one to forget and one to "
+        "keep, where class c becomes class c + 1; --forget, --anchor and --retain replace either",
+        group="how",
+        shown="ours; other recipes code",
+    )
     set: tuple[str, ...] = option(
         (),
         "hyperparameter of the method; may be repeated (a wrong name lists them)",
@@ -90,7 +97,7 @@ class Settings:
         shown="the paper's",
         metavar="NAME=VALUE",
     )
-    scope: Literal["full", "xattn", "xattn-kv", "selfattn", "noxattn", "notime"] | None = option(
+    scope: Literal["full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime"] | None = option(
         None, "parameters that may move at all", group="how", shown="the method's own, full for salun"
     )
     mask: str | None = option(

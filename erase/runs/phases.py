@@ -73,7 +73,7 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
             model.reload_network()
         return Trained([], closed_form.solve(decided.model, method, data.text, decided.parameters, mask))
     assert data.images is not None
-    recipe = make_recipe(settings, make_plan(settings, model))
+    recipe = make_recipe(settings, make_plan(settings, model), decided.concept.kind)
     how: dict[str, Any] = {
         "state_path": decided.work / "training.safetensors",
         "checkpointing": settings.gradient_checkpointing,

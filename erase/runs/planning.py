@@ -34,8 +34,11 @@ def make_plan(settings: Settings, model: Family) -> latents.Plan:
     )
 
 
-def make_recipe(settings: Settings, plan: latents.Plan) -> batches.Recipe:
-    """How the run trains; methods without training never ask."""
+def make_recipe(settings: Settings, plan: latents.Plan, kind: str = "object") -> batches.Recipe:
+    """How the run trains; methods without training never ask.
+
+    kind: of the concept; SalUn's code shuffles retain images except for nudity.
+    """
     recipe = RECIPES[settings.recipe]
     return batches.Recipe(
         num_steps=whole(settings.num_train_steps),
@@ -46,6 +49,7 @@ def make_recipe(settings: Settings, plan: latents.Plan) -> batches.Recipe:
         accumulation=settings.gradient_accumulation_steps,
         target=str(settings.target),
         in_order=recipe.in_order,
+        retain_order="random" if not recipe.in_order else "in_order" if kind == "nudity" else "shuffled",
         independent_latents=not recipe.shared_latent,
         seed=settings.seed,
         checkpoint_every=settings.checkpointing_steps,
@@ -59,6 +63,9 @@ def make_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedFor
     """The method with its hyperparameters, as recipe and options say."""
     recipe = RECIPES[settings.recipe]
     general: dict[str, Any] = {"frozen_target": recipe.frozen_target, "distill_retain": recipe.distill_retain}
+    general = {
+        name: value for name, value in general.items() if name not in methods.find(settings.method).hyperparameters
+    }
     general["seed"] = settings.seed
     if settings.alpha is not None:
         general["alpha"] = settings.alpha

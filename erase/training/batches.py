@@ -2,9 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,8 @@ from erase.conditioning import Conditioning
 from erase.data.latents import Data, ImageLatents
 from erase.families.protocol import Family
 from erase.methods.inputs import Batch
-from erase.training.exchanged import Exchanged
+
+Walker = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,10 @@ class Recipe:
     num_steps: optimizer steps; 0 leaves the model as it is.
     target: where a forget image's new words come from: "anchor" its own anchor, "random" another class's prompt drawn
         anew for every image, "fixed" the first of the other classes.
-    in_order: go through the forget images in order, epoch by epoch, instead of drawing them at random.
+    in_order: go through the forget images in order, epoch by epoch, instead of drawing them at random; the last batch
+        of an epoch is short if the images do not fill it.
+    retain_order: the order of the retain images: each batch drawn at "random", "shuffled" in each epoch of the forget
+        images, or "in_order"; in the last two the last batch wraps.
     independent_latents: the target branch sees a second sample of the VAE's posterior, as SalUn's code does.
     accumulation: parts that a batch is cut into, to save memory; the result is the same up to rounding.
     eight_bit: Adam's moments take a byte each instead of four.
@@ -40,6 +45,7 @@ class Recipe:
     accumulation: int = 1
     target: str = "anchor"
     in_order: bool = False
+    retain_order: Literal["random", "shuffled", "in_order"] = "random"
     independent_latents: bool = False
     seed: int = 0
     checkpoint_every: int = 50
@@ -61,36 +67,32 @@ def batches(
     step: Any,
     share: int,
     accelerator: Accelerator,
-    teacher: Exchanged | None = None,
+    walker: Walker | None = None,
 ) -> Iterator[Batch]:
     """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would.
 
-    teacher: generates a trajectory from noise to the concept; the forget latents are points on it.
+    walker: inside what it gives, the model generates a trajectory from noise to the concept, on which the forget
+        latents are; None if there is none.
     """
     draw, num = generator(recipe.seed, "train", step), recipe.batch_size
-    if recipe.in_order:
-        per_epoch = math.ceil(len(data.forget) / num)
-        first = step % per_epoch * num
-        f = torch.arange(first, first + num) % len(data.forget)
-    else:
-        f = torch.randint(len(data.forget), (num,), generator=draw)
-    r = torch.randint(len(data.retain), (num,), generator=draw)
+    f, r = _rows(data, recipe, step, draw)
     t_f, t_r = (torch.randint(0, model.num_timesteps, (num,), generator=draw) for _ in range(2))
+    t_f = t_f[: len(f)]
     if data.forget.t is not None:
         t_f = data.forget.t[f]
     x_f, x_r = sample(data.forget, f, draw), sample(data.retain, r, draw)
     x_p = sample(data.forget, f, draw) if recipe.independent_latents else x_f
-    eps_f, eps_r = (torch.randn(x_f.shape, generator=draw) for _ in range(2))
+    eps_f, eps_r = (torch.randn(x.shape, generator=draw) for x in (x_f, x_r))
     if recipe.target == "anchor":
         words = data.anchor[f]
     elif recipe.target == "random":
-        words = data.others[torch.randint(len(data.others), (num,), generator=draw)]
+        words = data.others[torch.randint(len(data.others), (len(f),), generator=draw)]
     else:
-        words = data.others[:1].expand(num)
-    index = torch.randint(recipe.trajectory_steps, (num,), generator=draw) if teacher is not None else t_f
-    for part in range(recipe.accumulation):
-        start = (accelerator.process_index * recipe.accumulation + part) * share
-        rows = slice(start, start + share)
+        words = data.others[:1].expand(len(f))
+    index = torch.randint(recipe.trajectory_steps, (len(f),), generator=draw) if walker is not None else t_f
+    num_parts = num // share
+    for part in range(accelerator.process_index * recipe.accumulation, num_parts)[: recipe.accumulation]:
+        rows, kept = (slice(part * n // num_parts, (part + 1) * n // num_parts) for n in (len(f), num))
 
         def here(tensor: Tensor, rows: slice = rows) -> Tensor:
             return tensor[rows].to(model.device)
@@ -98,10 +100,10 @@ def batches(
         def told(c: Conditioning, rows: slice = rows) -> Conditioning:
             return c[rows].to(model.device)
 
-        c_f, c_0 = told(data.text[data.forget.prompt[f]]), told(data.text[:1].expand(num))
+        c_f, c_0 = told(data.text[data.forget.prompt[f]]), told(data.text[:1].expand(len(f)))
         t, noisy, noisy_p = here(t_f), here(x_f), here(x_p)
-        if teacher is not None:
-            with teacher.inside():
+        if walker is not None:
+            with walker():
                 noisy, t = model.trajectory(
                     here(eps_f),
                     index[rows],
@@ -116,18 +118,34 @@ def batches(
         yield Batch(
             x_forget=noisy,
             x_target=noisy_p,
-            x_retain=model.add_noise(here(x_r), here(eps_r), here(t_r)),
+            x_retain=model.add_noise(here(x_r, kept), here(eps_r, kept), here(t_r, kept)),
             t_forget=t,
-            t_retain=here(t_r),
+            t_retain=here(t_r, kept),
             eps_forget=here(eps_f),
-            eps_retain=here(eps_r),
+            eps_retain=here(eps_r, kept),
             c_forget=c_f,
             c_target=told(data.text[words]),
-            c_retain=told(data.text[data.retain.prompt[r]]),
+            c_retain=told(data.text[data.retain.prompt[r]], kept),
             c_empty=c_0,
             words=here(data.words[f]),
             end=here(data.end[f]),
         )
+
+
+def _rows(data: Data, recipe: Recipe, step: Any, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The forget and the retain images of a step."""
+    num, number = recipe.batch_size, step[1] if isinstance(step, tuple) else step
+    epoch, place = divmod(number, math.ceil(len(data.forget) / num))
+    if recipe.in_order:
+        f = torch.arange(place * num, min((place + 1) * num, len(data.forget)))
+    else:
+        f = torch.randint(len(data.forget), (num,), generator=draw)
+    if recipe.retain_order == "random":
+        return f, torch.randint(len(data.retain), (num,), generator=draw)
+    r = torch.arange(place * num, (place + 1) * num) % len(data.retain)
+    if recipe.retain_order == "shuffled":
+        r = torch.randperm(len(data.retain), generator=generator(recipe.seed, "retain order", epoch))[r]
+    return f, r
 
 
 def sample(images: ImageLatents, rows: Tensor, draw: torch.Generator) -> Tensor:

@@ -18,10 +18,10 @@ from erase.methods.inputs import Batch
 from erase.methods.protocol import Balance, TrainedMethod, Turn
 from erase.optim import MaskedAdam
 from erase.progress import progress
-from erase.training.batches import Recipe, batches, generator
+from erase.training.batches import Recipe, Walker, batches, generator
 from erase.training.checkpoint import keep, restore
 from erase.training.exchanged import Exchanged
-from erase.training.gradients import taking_gradients
+from erase.training.gradients import start_detached, taking_gradients
 
 
 def train(
@@ -51,17 +51,26 @@ def train(
     """
     share = _share(recipe, accelerator)
     is_rounded = model.network.dtype != torch.float32
-    _refuse_what_does_not_fit(method, data, recipe, is_scaled=accelerator.scaler is not None, is_rounded=is_rounded)
+    _refuse_what_does_not_fit(
+        method,
+        data,
+        recipe,
+        num_parts=recipe.batch_size // share,
+        is_scaled=accelerator.scaler is not None,
+        is_rounded=is_rounded,
+    )
     optimizer = MaskedAdam(
         parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, eight_bit=recipe.eight_bit
     )
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_network().named_parameters()))
-    frozen = Exchanged(model, optimizer) if method.needs_base or method.shrinks else None
+    walks = method.follows if method.images == "noise" else None
+    frozen = Exchanged(model, optimizer) if method.needs_base or method.shrinks or walks == "base" else None
     teacher = Exchanged(model, optimizer) if method.teacher_decay is not None else None
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves
     gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
+    walker = _walker(walks, frozen, teacher)
     kept = {"teacher": teacher} if teacher is not None else {}
     if method.turns:
         kept["remembered"] = Exchanged(model, optimizer)
@@ -75,14 +84,15 @@ def train(
 
     silent = quiet or not accelerator.is_main_process
     reporting = progress(recipe.num_steps, "train", "steps", done=len(losses), quiet=silent)
-    with taking_gradients(model, parameters, checkpointing), gathering, reporting as bar:
+    detaching = start_detached(model) if method.detaches_start else nullcontext()
+    with taking_gradients(model, parameters, checkpointing), gathering, detaching, reporting as bar:
         if method.prepares and not losses and recipe.num_steps:
             _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
         for step in range(len(losses), recipe.num_steps):
             turn = method.turn(step, recipe.num_steps)
             if method.turns:
                 _before_the_step(turn, kept["remembered"])
-            parts = batches(model, data, recipe, step, share, accelerator, teacher)
+            parts = batches(model, data, recipe, step, share, accelerator, walker)
             values = _gradients(model, method, frozen, parts, turn, recipe, accelerator, optimizer)
             if not all(math.isfinite(value) for value in values.values()):
                 if step > 0:
@@ -113,6 +123,15 @@ def train(
     return losses
 
 
+def _walker(follows: str | None, frozen: Exchanged | None, teacher: Exchanged | None) -> Walker | None:
+    """Inside what it gives, the model is the one that generates trajectories; None if none are generated."""
+    if follows is None or follows == "edited":
+        return nullcontext if follows else None
+    held = frozen if follows == "base" else teacher
+    assert held is not None
+    return held.inside
+
+
 def _share(recipe: Recipe, accelerator: Accelerator) -> int:
     """Rows of a batch that one process sees in one part."""
     share, rest = divmod(recipe.batch_size, accelerator.num_processes * recipe.accumulation)
@@ -125,9 +144,15 @@ def _share(recipe: Recipe, accelerator: Accelerator) -> int:
 
 
 def _refuse_what_does_not_fit(
-    method: TrainedMethod, data: Data, recipe: Recipe, *, is_scaled: bool, is_rounded: bool
+    method: TrainedMethod, data: Data, recipe: Recipe, *, num_parts: int, is_scaled: bool, is_rounded: bool
 ) -> None:
     """Raise an EraseError where the method does not go with the target, the precision or the storage of weights."""
+    last = len(data.forget) % recipe.batch_size if recipe.in_order else 0
+    if last % num_parts:
+        raise EraseError(
+            f"the last batch of an epoch has {last} of {len(data.forget)} forget images, which do not divide into "
+            f"{num_parts} parts; choose another --num-forget or --batch-size"
+        )
     if recipe.target != "anchor" and method.images == "anchor":
         raise EraseError(f"--target is {recipe.target}, but this method's images show the anchor; leave it out")
     if recipe.target != "anchor" and not len(data.others):
@@ -239,12 +264,13 @@ def _prepare(
     accelerator: Accelerator,
     optimizer: MaskedAdam,
 ) -> None:
-    """Let the method change masked weights before the first step, from sum_b |grad L_forget| over `prepare_batches`."""
+    """Let the method change masked weights before the first step, from sum_b |gradient| over `prepare_batches`."""
     sums = {name: torch.zeros_like(weights) for name, weights in optimizer.masked_weights().items() if len(weights)}
     for number in range(method.prepare_batches):
         for batch in batches(model, data, recipe, ("prepare", number), share, accelerator):
-            terms = _terms(method.loss(model, model, batch), accelerator)
-            accelerator.backward(dict([next(terms)])["forget"] / recipe.accumulation)
+            with accelerator.autocast():
+                loss = method.prepare_loss(model, batch)
+            accelerator.backward(loss / recipe.accumulation)
         for total, gradient in zip(sums.values(), optimizer.gradients(), strict=True):
             mean: Any = accelerator.reduce(gradient, reduction="mean")
             total.add_(mean.abs().reshape(-1))
