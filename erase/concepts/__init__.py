@@ -11,3 +11,4 @@ from erase.concepts.describe import describe as describe
 from erase.concepts.presets import find as find
 from erase.concepts.presets import load as load
 from erase.concepts.presets import names as names
+from erase.concepts.reference import in_prompts_of_the_code as in_prompts_of_the_code

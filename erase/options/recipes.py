@@ -19,7 +19,8 @@ class Recipe:
     shared_latent: both branches see one noisy latent; the code draws two from the VAE's posterior.
     frozen_target: the target comes from the untouched base; paper and code take the moving model itself.
     distill_retain: keep the base's prediction on retain prompts; paper and code use the diffusion loss.
-    in_order: forget images in order, epoch by epoch, as the code's unshuffled loader does.
+    in_order: images epoch by epoch as the code's loaders give them: forget images in order, retain images shuffled, or
+        in order for nudity; the last batch of an epoch is short. Otherwise each batch is drawn at random.
     sampler: of training images and samples.png.
     """
 
@@ -35,9 +36,14 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(True, True, True, False, mask_guidance=0.0, target="anchor", alpha=1.0, sampler="dpm++"),
-    "paper": Recipe(True, False, False, False, mask_guidance=0.0, target=None, alpha=None),
+    "paper": Recipe(True, False, False, True, mask_guidance=0.0, target=None, alpha=None),
     "reference": Recipe(False, False, False, True, mask_guidance=7.5, target=None, alpha=None),
 }
+
+
+def prompts_of(settings: Settings) -> str:
+    """Whose prompts a preset or free text has: "ours" or "code"."""
+    return settings.prompts or ("ours" if settings.recipe == "default" else "code")
 
 
 def resolve(
@@ -80,7 +86,7 @@ def resolve(
             **preset.defaults(kind),
         }
     )
-    settings = settings.filled({"sampler": recipe.sampler})
+    settings = settings.filled({"sampler": recipe.sampler, "prompts": prompts_of(settings)})
     settings = settings.filled({"num_inference_steps": SAMPLER_STEPS[str(settings.sampler)]})
     settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
     _require_use(settings)

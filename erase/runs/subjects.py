@@ -9,6 +9,7 @@ from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.methods import Method
 from erase.mini import world
+from erase.options.recipes import prompts_of
 from erase.options.settings import Settings
 
 
@@ -36,9 +37,10 @@ def find_concept(settings: Settings, name: str, concept: Concept | None, model: 
     given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
     if concept is None:
         family = "mini" if model and model.is_mini else None
-        concept = concepts.find(name, settings.kind, model_family=family, **given)
-    else:
-        concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
+        concept = concepts.find(name, settings.kind, model_family=family)
+        if prompts_of(settings) == "code" and not name.lower().endswith(".toml"):  # a file's prompts are the user's
+            concept = concepts.in_prompts_of_the_code(concept)
+    concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
     if model and model.is_mini:
         require_known(concept, settings)
     if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
