@@ -101,6 +101,17 @@ def test_a_wrong_line_is_named_with_its_table(text, message, tmp_path):
     assert str(error.value).startswith(str(path))
 
 
+def test_statistics_move_as_published_unless_a_data_set_says_otherwise():
+    assert {name: training.batch_norm for name, training in TRAINING.items()} == {
+        "default": "moving",
+        "digits": "frozen",
+        "drawings": "frozen",
+    }
+    assert Settings(data="cifar10").resolved().batch_norm == "moving"
+    assert Settings(data="digits").resolved().batch_norm == "frozen"
+    assert Settings(data="digits", batch_norm="moving").resolved().batch_norm == "moving"
+
+
 def test_a_file_that_is_not_there_or_has_no_default_is_one_line(tmp_path):
     with pytest.raises(EraseError, match="cannot be read"):
         read(tmp_path / "none.toml")

@@ -34,8 +34,8 @@ class Recipe:
 
     schedule: of the learning rate: "constant", "cosine" to zero, or "steps", a tenth after half and a hundredth after
         three quarters of the epochs, as SalUn's code trains its original models.
-    batch_norm: "frozen" normalises with the model's statistics and does not change them; "moving" normalises with the
-        batch's statistics and updates the model's, as in SalUn's code, outside any mask.
+    batch_norm: "moving" normalises with the batch's statistics and updates the model's, as in SalUn's code, outside any
+        mask; "frozen" normalises with the model's statistics and does not change them, and bears smaller steps.
     padding, flip: see `augment`. precision: see `computing`.
     """
 
@@ -46,7 +46,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: Literal["constant", "cosine", "steps"] = "constant"
-    batch_norm: Literal["frozen", "moving"] = "frozen"
+    batch_norm: Literal["frozen", "moving"] = "moving"
     padding: int = 0
     flip: bool = False
     precision: Precision = "fp32"

@@ -5,7 +5,7 @@ Standard library only, so that `--help` needs no torch.
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,12 +34,16 @@ class Preset:
 
 @dataclass(frozen=True)
 class Training:
-    """Defaults of a data set: the network of its original model, and the training of this and the retrained model."""
+    """Defaults of a data set: the network of its original model, and the training of this and the retrained model.
+
+    batch_norm: of unlearning, see `descent.Recipe`.
+    """
 
     network: str
     batch_size: int
     epochs: int
     learning_rate: float
+    batch_norm: str = "moving"
 
 
 @dataclass(frozen=True)
@@ -114,10 +118,11 @@ _NOUNS = {str: "a text", int: "a whole number, 0 or more", float: "a number, 0 o
 
 def _values(cls: type[Preset] | type[Training], row: dict[str, Any], where: str) -> dict[str, Any]:
     """The row as arguments of the dataclass."""
-    kinds: dict[str, type] = {"method": str, "network": str, "mask": str, "options": tuple, "learning_rate": float}
+    texts: dict[str, type] = dict.fromkeys(("method", "network", "mask", "batch_norm"), str)
+    kinds = texts | {"options": tuple, "learning_rate": float}
     names = [item.name for item in fields(cls)]
     _require_names(row, names, where)
-    missing = [name for name in names if cls is Training and name not in row]
+    missing = [item.name for item in fields(cls) if item.default is MISSING and item.name not in row]
     if missing:
         raise EraseError(f"{where} has no {missing[0]}")
     return {name: _value(value, kinds.get(name, int), f"{where}: {name}") for name, value in row.items()}

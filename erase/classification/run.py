@@ -73,7 +73,7 @@ def unlearn(
 ) -> None:
     """Unlearn `forget` in any classifier, in place.
 
-    Weights outside the mask keep their bits; so do all buffers, unless the recipe has batch_norm "moving". The same
+    Weights outside the mask keep their bits; so do all buffers if the recipe has batch_norm "frozen". The same
     seed gives the same weights.
     model: returns logits, [n, num_classes], for float images in [0, 1].
 
@@ -203,7 +203,8 @@ def run(
         provenance = {"made_for": f"{shape.network} on {dataset.name}", "settings": record["settings"]}
         change = delta.difference(before, after, provenance)
         delta.save(folder / records.DELTA, change)
-        record["weights"]["changed"] = sum(change.changed.values())
+        weights = dict(done.model.named_parameters())  # buffers are in the delta too
+        record["weights"]["changed"] = sum(num for name, num in change.changed.items() if name in weights)
     if done.mask is not None:
         masks.save(folder / records.MASK, done.mask, done.header)
         record["weights"]["may_move"] = masks.count(done.mask)

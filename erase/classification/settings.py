@@ -69,10 +69,11 @@ class Settings:
         "abs_sum", "saliency score: |sum g| (as in SalUn's code), sum |g| or sum g^2", group="how"
     )
     per_tensor: bool = option(False, "same density in every tensor instead of one global threshold", group="how")
-    batch_norm: Literal["frozen", "moving"] = option(
-        "frozen",
-        "batch normalisation statistics during unlearning: frozen, or moving as in SalUn's code (outside any mask)",
+    batch_norm: Literal["frozen", "moving"] | None = option(
+        None,
+        "batch normalisation statistics during unlearning: moving as in SalUn's code (outside any mask), or frozen",
         group="how",
+        shown="moving; frozen for digits and drawings",
     )
 
     # training
@@ -159,6 +160,7 @@ class Settings:
             "batch_size": training.batch_size,
             "train_epochs": training.epochs,
             "train_learning_rate": training.learning_rate,
+            "batch_norm": training.batch_norm,
             "precision": choose(self.device, self.precision).precision,
         }
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
