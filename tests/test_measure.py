@@ -1,5 +1,6 @@
 """From scores to figures: pairs, denominators, verdicts and gates; whole runs of the command on a toy pipeline."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -512,6 +513,13 @@ def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, comm
     assert code == 0 and "6 images are what was drawn" in out
     code, out, _ = command("compare", folder, f"again={folder}", "--output", tmp_path / "compared")
     assert code == 0 and "again" in out
+    code, out, _ = command("export", folder, "--output", tmp_path / "outcomes.csv")
+    assert code == 0 and "rows written" in out
+    with open(tmp_path / "outcomes.csv", encoding="utf-8", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["score"] == "mini.ra"]
+    ra = row(results, "mini.ra")
+    assert len(rows) == ra["erased"]["n"] and sum(row["erased"] == "1" for row in rows) == ra["erased"]["k"]
+    assert sum(row["base"] == "1" for row in rows) == ra["base"]["k"]
     code, _, err = command("compare", f"a={folder}", f"a={folder}", "--output", tmp_path / "same")
     assert code == 2 and "'a' names the same erasure twice" in err and err.count("\n") == 1
     path = folder / "results.json"

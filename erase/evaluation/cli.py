@@ -29,7 +29,8 @@ commands (each has its own --help):
   run       images, scores and report of erased models and their base
   generate  images of one model             score    a judge's raw outputs for them
   report    the figures, from the scores    compare  several reports in one table
-  verify    hash and score again            list     the tasks
+  export    every outcome as CSV            verify   hash and score again
+  list      the tasks
 
 examples:
   eval-concept run --model runs/circle --task mini
@@ -247,15 +248,34 @@ def _compare(arguments: list[str]) -> None:
     runs: dict[str, list[Any]] = {}
     for text in given.reports:
         folder, label = _labelled(text)
-        results = pool.read(folder, lambda text: print(text, file=sys.stderr))
+        results = pool.read(folder, _note)
         runs.setdefault(label or results[0]["name"], []).append(results)
     pooled = [pool.pool(found, label) for label, found in runs.items()]
     compared = compare.compare(pooled, [[outcomes for _, outcomes in found] for found in runs.values()])
     compare.write_comparison(compared, Path(given.output))
     for warning in compared["warnings"]:
-        print(f"eval-concept: {warning}", file=sys.stderr)
+        _note(warning)
     print(compare.comparison_table(compared))
     print(f"{Path(given.output) / 'comparison.html'}: written")
+
+
+def _export(arguments: list[str]) -> None:
+    parser = Parser(
+        "eval-concept export",
+        "Every outcome of a report as CSV: one row per image and score.",
+        example="runs/evaluation/circle/mini --output circle.csv",
+    )
+    parser.add_argument("report", help="folder of a report")
+    parser.add_argument("--output", required=True, metavar="FILE", help="CSV file")
+    given = parser.parse_args(arguments)
+    from erase.evaluation.report import pool, table_file
+
+    num = table_file.write_table(given.output, *pool.read(Path(given.report), _note))
+    print(f"{given.output}: {num:,} rows written")
+
+
+def _note(text: str) -> None:
+    print(f"eval-concept: {text}", file=sys.stderr)
 
 
 def _labelled(text: str) -> tuple[Path, str | None]:
@@ -306,6 +326,7 @@ COMMANDS: dict[str, Command] = {
     "score": _score,
     "report": _report,
     "compare": _compare,
+    "export": _export,
     "verify": _verify,
     "list": _list,
 }
