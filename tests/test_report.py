@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from erase.errors import EraseError
+from erase.evaluation import cli
 from erase.evaluation.report import results as stored
 from erase.evaluation.report.compare import compare, front, write_comparison
 from erase.evaluation.report.page import write
 from erase.evaluation.report.results import FORMAT, Results, check, read
-from erase.files import read_json, write_json
+from erase.files import read_json, text_hash, write_json
 from erase.statistics import Score, mean, paired_mean, paired_rate, rate, to_json
 
 ATTACK = "a <script>alert(1)</script> $x$ [link](http://example.org) | 'quoted' \"twice\""
@@ -316,6 +317,21 @@ def test_results_that_0_1_0_wrote_are_read_with_a_note_and_written_as_the_presen
         is_point = then["comparison"]["low"] == then["comparison"]["high"]
         assert (now["comparison"]["low"] is None) == is_point
     write(found, tmp_path, images=tmp_path)  # a report can still be made of them
+
+
+def test_a_report_of_0_1_0_is_compared_with_a_note(tmp_path, capsys):
+    """Its outcomes are read as they are; here three images of the concept."""
+    places = range(30)
+    columns = {"class.ua": {role: [i < 2 if i < 3 else None for i in places] for role in ("base", "erased")}}
+    outcomes = {"samples": [str(i) for i in places], "clusters": [f"p{i}" for i in places], "columns": columns}
+    old = {key: value for key, value in read_json(OLD).items() if key != "hash"}
+    write_json(tmp_path / "outcomes.json", outcomes)
+    write_json(tmp_path / "results.json", old | {"outcomes_hash": text_hash(outcomes)})
+    cli.main(["compare", f"a={tmp_path}", f"b={tmp_path}", "--output", str(tmp_path / "compared")])
+    captured = capsys.readouterr()
+    assert captured.err.count("was written by version 0.1.0") == 2 and "66.7 %" in captured.out
+    (row,) = read_json(tmp_path / "compared" / "comparison.json")["pairs"]
+    assert row["score"] == "class.ua" and row["comparison"]["n"] == 3
 
 
 def test_an_old_file_without_a_hash_is_read_with_a_note_and_an_edited_file_is_an_error(results, images, tmp_path):
