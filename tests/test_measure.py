@@ -101,6 +101,15 @@ def test_another_object_and_nothing_recognisable_are_two_figures(tmp_path):
     assert counts == {"ua": 16, "other": 10, "nothing": 7}
 
 
+def test_failures_have_a_place_of_their_own_in_the_sheet(tmp_path):
+    results = results_of(tmp_path, ["square"] * 18 + ["circle"] * 2, ["none"] * 3 + BASE["retain"][3:])
+    shown = {role: [pair["erased"] for pair in results["sheet"] if pair["role"] == role] for role in ("still", "lost")}
+    assert shown == {
+        "still": ["erased/images/00018.png", "erased/images/00019.png"],
+        "lost": [f"erased/images/0002{i}.png" for i in range(3)],
+    }
+
+
 @pytest.mark.parametrize(
     ("rule", "holds"),
     [

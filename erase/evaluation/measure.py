@@ -17,7 +17,7 @@ from erase.evaluation.figures import group_rows, num_invalid, score_row
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.plan import Plan, column_of, present
 from erase.evaluation.report.results import FORMAT, Results, is_of_machine, machine_differences
-from erase.evaluation.sheet import sheet
+from erase.evaluation.sheet import failures, sheet
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import Sample, Task, is_kept
 from erase.evaluation.verdict import verdict
@@ -94,7 +94,7 @@ def measure(
         "scores": scores,
         "groups": [group_rows(group, plan, plans.get("base"), samples) for group in plan.groups],
         "invalid": invalid,
-        "sheet": sheet(arms, samples, flagged),
+        "sheet": sheet(arms, samples, flagged, failures(plan, plans.get("base"))),
         "command": command,
         "versions": versions(),
         "limits": limits(task, measured.limits, num_truncated(erased), machines),

@@ -13,10 +13,17 @@ from erase.evaluation.report import earlier
 from erase.files import read_json, text_hash, write_json
 from erase.statistics import Comparison, Score
 
-ROLES = {"forget": "To forget", "synonym": "To forget, in other words", "retain": "To keep", "": "Other"}
+ROLES = {
+    "forget": "To forget",
+    "synonym": "To forget, in other words",
+    "retain": "To keep",
+    "": "Other",
+    "still": "Failures: still shows the concept, or is invalid",
+    "lost": "Failures: right with the base, wrong with the erased model",
+}
 FORMAT = 2  # raise it with every change that an earlier version cannot read, and keep a reader of the earlier one
 MACHINE = ("generation.device", "generation.batch_size", "generation.libraries.")  # begin fields of a protocol
-Role = Literal["forget", "synonym", "retain", ""]
+Role = Literal["forget", "synonym", "retain", "", "still", "lost"]
 
 
 @dataclass(frozen=True)
