@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
         "ga": {"learning_rate": 1e-4, "num_train_steps": 30, "set": ["alpha=1"]},
         "esd-x": {"learning_rate": 0.0004, "batch_size": 4},
         "esd-strict": {"learning_rate": 0.0004, "batch_size": 4},
-        "leco": {"learning_rate": 0.002, "batch_size": 4},
+        "leco": {"learning_rate": 0.001, "batch_size": 4},
         "esd-u": {"learning_rate": 0.00005, "batch_size": 4},
         "esd-full": {"learning_rate": 0.00005, "batch_size": 4},
         "fmn": {"learning_rate": 5e-05, "num_train_steps": 35, "batch_size": 8},
