@@ -20,7 +20,7 @@ import sampler_effect
 from erase import files
 from erase.classification import compare
 from erase.classification.membership import GAP_OVER
-from erase.classification.summary import over_seeds
+from erase.classification.summary import over_seeds, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -141,13 +141,11 @@ def without_mia(name: str, forget: str) -> str:
             lines.append([label, f"diverged on {row['diverged']} of {len(results['seeds'])}", ""])
             continue
         cells = [cell for cell in results["cells"] if cell["label"] == label]
-        shown = []
+        found: list[str] = []
         for names in (GAP_OVER, [figure for figure in GAP_OVER if figure != "MIA"]):
             gaps = [sum(abs(c[n] - retrained[c["seed"]][n]) for n in names) / len(names) for c in cells]
-            score = over_seeds("gap", gaps, higher_is_better=False)
-            reach = "" if score.high is None else f" ±{100 * (score.high - score.value):.1f}"
-            shown.append(f"{100 * score.value:.1f}{reach}")
-        lines.append([label, *shown])
+            found.append(shown(vars(over_seeds("gap", gaps, higher_is_better=False))))
+        lines.append([label, *found])
     return mini_methods.markdown(["", "gap over UA, RA, TA, MIA", "gap over UA, RA, TA"], lines)
 
 

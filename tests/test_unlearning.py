@@ -15,7 +15,7 @@ from erase.classification.compare import compare, rows
 from erase.classification.data import Dataset, Images
 from erase.classification.presets import PRESETS
 from erase.classification.settings import Settings
-from erase.classification.summary import over_seeds
+from erase.classification.summary import over_seeds, shown
 from erase.errors import EraseError
 
 
@@ -145,13 +145,19 @@ def test_seeds_that_leave_no_room_for_second_trainings_are_refused_before_any_wo
 
 
 def test_the_interval_over_seeds_is_students():
-    """Of 1, 2, 3: deviation 1, so t(.975, 2) / sqrt(3) to each side; one seed says nothing of others."""
+    """Of 1, 2, 3: deviation 1, so t(.975, 2) / sqrt(3) to each side.
+
+    One seed says nothing of others, and neither do seeds that are all alike: no interval, no plus-minus in the table.
+    """
     score = over_seeds("UA", [1, 2, 3])
     assert (score.value, score.n) == (2, 3)
     reach = t.ppf(0.975, 2) / 3**0.5
     assert (score.low, score.high) == (pytest.approx(2 - reach), pytest.approx(2 + reach))
-    alone = over_seeds("UA", [1])
-    assert (alone.low, alone.high, alone.interval) == (None, None, "none, one seed")
+    assert score.interval == "t over seeds" and shown(vars(score)) == "200.0 ±248.4"
+    for values in ([1.0], [1.0, 1.0, 1.0]):
+        alike = over_seeds("UA", values)
+        assert (alike.value, alike.low, alike.high, alike.interval) == (1, None, None, "cannot tell")
+        assert shown(vars(alike)) == "100.0"
 
 
 # The command

@@ -1,6 +1,6 @@
 """The result of a comparison: means and intervals over seeds, as JSON, as a Markdown table and as a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from erase.classification.cells import RETRAIN
 from erase.classification.membership import GAP_OVER
 from erase.classification.settings import Settings
 from erase.errors import EraseError
-from erase.statistics import CONFIDENCE, Score
+from erase.statistics.figures import CONFIDENCE, Score, values_of
+from erase.statistics.intervals import quantile
+from erase.statistics.means import CANNOT_TELL
 
 _NOT_SHARED = {"method", "output", "seed", "device", "mask", "set", "allow_pickle"}  # settings that lines may differ in
 
@@ -53,18 +55,24 @@ def summarise(cells: Sequence[dict[str, Any]], settings: Settings, seeds: Sequen
 
 
 def over_seeds(name: str, values: Sequence[float], *, higher_is_better: bool = True) -> Score:
-    """Mean and Student's t interval over seeds; n is their number. One seed has no interval: low and high are None."""
-    from scipy.stats import t
+    """Mean and Student's t interval over seeds; n is their number.
 
-    n, value = len(values), float(np.mean(values))
-    if n == 1:
-        return Score(name, value, n, None, None, higher_is_better, interval="none, one seed")
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / n**0.5)
+    One seed says nothing of others, and nor do seeds with equal values: low and high are None. There is no correction
+    for skewness, unlike in `statistics.mean`: the skewness cannot be estimated from five seeds.
+    """
+    array = values_of(name, values)
+    n, value, deviation = len(array), float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0
+    if deviation <= 1e-12 * max(abs(value), 1e-300):
+        return Score(name, value, n, None, None, higher_is_better, interval=CANNOT_TELL)
+    reach = quantile(CONFIDENCE, n - 1) * deviation / n**0.5
     return Score(name, value, n, value - reach, value + reach, higher_is_better, interval="t over seeds")
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: mean and half the 95 % interval over seeds, in per cent; seconds of the unlearning alone."""
+    """Markdown: mean and half the 95 % interval over seeds, in per cent.
+
+    Without the interval if all seeds have the same value. Seconds are those of the unlearning alone.
+    """
     lines = results["rows"]
     optional = ["LiRA"] if "LiRA" in lines[RETRAIN] else []
     names = [*GAP_OVER, *optional, "gap"]
@@ -76,7 +84,7 @@ def table(results: dict[str, Any]) -> str:
                 f"| {label} | diverged on {line['diverged']} of {len(results['seeds'])} |" + " |" * (len(head) - 2)
             )
             continue
-        figures = [_shown(line[name]) for name in names]
+        figures = [shown(line[name]) for name in names]
         gap = f"{100 * line['gap_of_means']:.1f}"
         text.append("| " + " | ".join([label, *figures, gap, f"{line['seconds']['value']:.2g}"]) + " |")
     what = results["settings"]
@@ -93,8 +101,11 @@ def plot(path: str | Path, results: dict[str, Any]) -> None:
     figure = Figure(figsize=(6, 0.9 + 0.28 * len(order)), layout="constrained")
     ax = figure.subplots()
     centre = [100 * lines[label]["value"] for label in order]
-    reach = [100 * (lines[label]["high"] - lines[label]["value"]) if lines[label]["n"] > 1 else 0.0 for label in order]
-    ax.errorbar(centre, order, xerr=reach, fmt="o", color="black", markersize=4, linewidth=1, capsize=2)
+    ends = [(line["low"], line["value"], line["high"]) for line in (lines[label] for label in order)]
+    reach = [(0.0, 0.0) if low is None else (100 * (value - low), 100 * (high - value)) for low, value, high in ends]
+    ax.errorbar(
+        centre, order, xerr=np.reshape(reach, (-1, 2)).T, fmt="o", color="black", markersize=4, linewidth=1, capsize=2
+    )
     ax.set_xlim(left=0)
     ax.grid(axis="x", linewidth=0.4)
     ax.set_xlabel("average gap to retraining, points; mean and 95 % interval over seeds")
@@ -111,5 +122,12 @@ def _means(of_seeds: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([one[name] for one in of_seeds])) for name in of_seeds[0]}
 
 
-def _shown(score: dict[str, Any]) -> str:
-    return f"{100 * score['value']:.1f}" + (f" ±{100 * (score['high'] - score['value']):.1f}" if score["n"] > 1 else "")
+def shown(score: Mapping[str, Any]) -> str:
+    """Per cent, and half the interval; alone if there is none.
+
+    Records of 0.1.0 have intervals of no width, which are not shown either.
+    """
+    value, low, high = score["value"], score["low"], score["high"]
+    if low is None or low == high:
+        return f"{100 * value:.1f}"
+    return f"{100 * value:.1f} ±{100 * (high - value):.1f}"
