@@ -76,23 +76,23 @@ def _erase(arguments: list[str]) -> None:
         again = "the same command without --overwrite" if settings.overwrite else "the same command"
         print(f"erase-concept: interrupted; {again} continues", file=sys.stderr)
         raise SystemExit(130) from None
-    if not result.record:  # a helper process of a distributed run
+    if not result.is_main_process:
         return
-    from erase.runs import records
+    from erase.runs import folders
 
-    record, weights = result.record, result.record["weights"]
+    record, weights = result.record, result.record.weights
     if result.is_new:
-        erased = dict.fromkeys(one["name"] for one in record["concepts"][: len(settings.concept)])
-        total = sum(record["seconds"].values())
-        phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items())
-        told = f"{', '.join(erased)} erased from {record['settings']['model']} in {total:.0f} s ({phases})"
+        erased = dict.fromkeys(one.name for one in record.concepts[: len(settings.concept)])
+        total = sum(record.seconds.values())
+        phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record.seconds.items())
+        told = f"{', '.join(erased)} erased from {record.settings['model']} in {total:.0f} s ({phases})"
     else:
-        told = f"finished already{records.when(record)}, files verified; --overwrite makes it again"
+        told = f"finished already{folders.when(record)}, files verified; --overwrite makes it again"
     print(printable(f"{result.folder}: {told}"))
     if result.added:
         print(f"written beside it: {', '.join(result.added)}")
-    print(f"{weights['changed']:,} of {weights['total']:,} weights changed; delta.safetensors takes it back exactly")
-    if "model_index.json" in record["files"]:
+    print(f"{weights.changed:,} of {weights.total:,} weights changed; delta.safetensors takes it back exactly")
+    if "model_index.json" in record.files:
         print(f"load it: {load_line(result.folder)}")
 
 

@@ -1,4 +1,5 @@
 """Inputs of a diffusion model other than noisy latents and a timestep."""
+# pyright: strict
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields

@@ -1,4 +1,5 @@
 """The error that a user can cause and mend, and how text from elsewhere is printed."""
+# pyright: strict
 
 from pathlib import Path
 

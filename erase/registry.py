@@ -3,6 +3,7 @@
 A registry knows our own parts, the parts that installed packages name in their entry points, and any class that is
 given as "module:Class". It lists names without importing a part, and imports a part when it is used.
 """
+# pyright: strict
 
 import inspect
 import pkgutil
@@ -193,7 +194,7 @@ def misspelt(cls: type, base: type) -> dict[str, str]:
     Fields of a dataclass are left out: they are the part's own options.
     """
     known = {name for name in dir(base) if not name.startswith("_")}
-    options = {field.name for field in fields(cls)} if is_dataclass(cls) else set()
+    options = {field.name for field in fields(cls)} if is_dataclass(cls) else set[str]()
     own = {name for name in dir(cls) if not name.startswith("_")} - known - options
     guesses = {name: closest(name, known, cutoff=0.8) for name in sorted(own)}
     return {name: guess[0] for name, guess in guesses.items() if guess}

@@ -78,7 +78,7 @@ def cell(folder: Path, concept: str, variant: str | None, seed: int) -> None:
     run = erase_concept(concept, "mini", output=str(folder / "runs" / name), quiet=True, **options)
     erased = arm(folder / "arms" / name, concept, run.folder / "delta.safetensors")
     results, outcomes = measure.measure(erased, base, name=variant, command="python eval/mini_effect.py")
-    record = {"seconds": sum(run.record["seconds"].values()), "changed": run.record["weights"]["changed"]}
+    record = {"seconds": sum(run.record.seconds.values()), "changed": run.record.weights.changed}
     files.write_json(path, {"concept": concept, "seed": seed, **record, "results": results, "outcomes": outcomes})
     shutil.rmtree(erased)
     shutil.rmtree(run.folder)

@@ -144,10 +144,10 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
         run = erase_concept(concept, "mini", output=str(folder / "runs" / name), quiet=True, **options)
         model, delta = "mini", run.folder / "delta.safetensors"
         record |= {
-            "seconds": run.record["seconds"],
-            "peak_memory": run.record["peak_memory_bytes"]["process"],
+            "seconds": run.record.seconds,
+            "peak_memory": run.record.peak_memory_bytes["process"],
             "bytes": delta.stat().st_size,
-            "changed": run.record["weights"]["changed"],
+            "changed": run.record.weights.changed,
         }
         erased = draw_and_judge(folder / "arms" / name, concept, delta=delta)
     results, outcomes = measure.measure(

@@ -442,12 +442,12 @@ def one_method(job: Job, name: str) -> dict[str, Any]:
         **few,
     )
     seconds = time.monotonic() - start
-    losses = [value for step in run.record["losses"] for value in step.values()]
+    losses = [value for step in run.record.losses for value in step.values()]
     if not all(map(math.isfinite, losses)):
         raise RuntimeError(f"a loss is not finite: {losses}")
     loading.load(folder)
     change = delta.load(folder / "delta.safetensors")
-    changed = run.record["weights"]["changed"]
+    changed = run.record.weights.changed
     may_move = None
     if (folder / "mask.safetensors").is_file():
         mask, _ = masks.load(folder / "mask.safetensors")
@@ -459,7 +459,7 @@ def one_method(job: Job, name: str) -> dict[str, Any]:
             raise RuntimeError(f"{outside[0]} changed outside the mask")
     if not changed or changed != sum(change.changed.values()):
         raise RuntimeError(f"{changed} weights changed")
-    return {"seconds": rounded(seconds), "steps": len(run.record["losses"]), "changed": changed, "may_move": may_move}
+    return {"seconds": rounded(seconds), "steps": len(run.record.losses), "changed": changed, "may_move": may_move}
 
 
 def mini(job: Job) -> Part:

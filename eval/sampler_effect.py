@@ -57,7 +57,7 @@ def cell(folder: Path, concept: str, sampler: str, seed: int) -> None:
     results, _ = measure.measure(erased, base, name=name, command="python eval/sampler_effect.py")
     figures = {one["name"]: one["erased"]["value"] for one in results["scores"] if one["name"] in FIGURES}
     record = {"concept": concept, "sampler": sampler, "seed": seed, "model": model_hash(), "figures": figures}
-    files.write_json(path, {**record, "seconds": run.record["seconds"]})
+    files.write_json(path, {**record, "seconds": run.record.seconds})
     shutil.rmtree(erased)
     shutil.rmtree(run.folder)
 

@@ -370,7 +370,7 @@ def test_same_seed_same_delta_and_the_record_says_how_it_was_solved(toy_pipeline
     assert record["method"]["name"] == name and np.all(np.array(record["method"]["condition_number"]) >= 1)
     assert record["settings"]["scope"] == "xattn-kv" and record["settings"]["mask"] == "none" and not record["losses"]
     assert record["weights"]["changed"] > 0
-    assert record["model"]["result_hash"] == runs[1].record["model"]["result_hash"]
+    assert record["model"]["result_hash"] == runs[1].record.model.result_hash
     base = {f"unet.{key}": tensor for key, tensor in stored_unet.load_unet(toy_pipeline_dir).state_dict().items()}
     applied = delta.apply(base, delta.load(tmp_path / "a" / "delta.safetensors"))
     stored = stored_unet.load_unet(tmp_path / "a").state_dict()
@@ -383,7 +383,7 @@ def test_the_runs_seed_is_speeds(toy_pipeline_dir, tmp_path):
         erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / str(seed)), seed=seed, **options).record
         for seed in (0, 1)
     ]
-    assert [record["method"]["seed"] for record in found] == [0, 1]
+    assert [record.method["seed"] for record in found] == [0, 1]
 
 
 def test_a_saliency_mask_and_rounded_weights_go_with_a_closed_form(toy_pipeline_dir, tmp_path):

@@ -32,7 +32,7 @@ MINI_STYLES = "solid outline striped checked".split()
 MINI_COLOURS = "red yellow green blue purple pink".split()
 MINI_SYNONYMS = "disc box crescent cottage pine stripy chequered outlined filled naked mannequin".split()
 MINI_GRAMMAR = re.compile(
-    r"(?:an? (?:photo|image|drawing|image) of )?"
+    r"(?:an? (?:photo|picture|drawing|image) of )?"
     rf"an? (?:(?:(?:{'|'.join([*MINI_STYLES, *MINI_SYNONYMS])}) )?(?:(?:{'|'.join(MINI_COLOURS)}) )?"
     rf"(?:{'|'.join([*MINI_OBJECTS, *MINI_SYNONYMS])})"
     rf"|(?:nude|naked) (?:person|mannequin)|(?:person|mannequin) wearing (?:(?:{'|'.join(MINI_COLOURS)}) )?clothes)"

@@ -244,7 +244,7 @@ def test_a_closed_form_a_trajectory_and_soft_thresholds_run(tmp_path, method):
         "circle", "mini", method=method, output=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), quiet=True,
         num_forget=2, num_retain=2, num_inference_steps=2, num_train_steps=2, batch_size=2, num_samples=1,
     )  # fmt: skip
-    assert run.record["weights"]["changed"] > 0 and run.record["compute"]["device"].startswith("cuda")
+    assert run.record.weights.changed > 0 and run.record.compute["device"].startswith("cuda")
 
 
 def test_eval_concept_generates_on_the_gpu_in_its_precision(tmp_path):

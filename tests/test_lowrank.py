@@ -49,7 +49,7 @@ def test_every_change_is_of_that_rank_and_all_of_it_is_in_the_lora(toy_pipeline_
 
 def test_no_step_changes_nothing_and_a_continued_run_ends_the_same(toy_pipeline_dir, tmp_path, monkeypatch):
     nothing = erase(toy_pipeline_dir, tmp_path / "nothing", num_train_steps=0)
-    assert nothing.record["weights"]["changed"] == 0
+    assert nothing.record.weights.changed == 0
     whole = erase(toy_pipeline_dir, tmp_path / "whole")
     keep = files.replacing
 
@@ -62,8 +62,8 @@ def test_no_step_changes_nothing_and_a_continued_run_ends_the_same(toy_pipeline_
         patch.setattr(tensor_files, "replacing", interrupted)
         erase(toy_pipeline_dir, tmp_path / "continued")
     continued = erase(toy_pipeline_dir, tmp_path / "continued")
-    assert continued.record["model"]["result_hash"] == whole.record["model"]["result_hash"]
-    assert continued.record["losses"] == whole.record["losses"]
+    assert continued.record.model.result_hash == whole.record.model.result_hash
+    assert continued.record.losses == whole.record.losses
 
 
 def test_the_model_is_whole_again_after_an_error(toy_pipeline_dir):

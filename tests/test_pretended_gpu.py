@@ -28,6 +28,7 @@ from erase.families import loading, sd, stored_unet
 from erase.families.protocol import Family
 from erase.methods import METHODS
 from erase.runs import samples
+from erase.runs.record import RunRecord
 from erase.training import loop, saliency_pass
 
 CONCEPT = Concept(
@@ -82,9 +83,9 @@ def test_the_pretended_gpu_allows_what_a_real_one_allows(gpu):
     assert layer.weight.grad is not None and layer.weight.grad.device == layer.weight.device == x.device
 
 
-def erase(model: Path, output: Path, **options: Any) -> dict[str, Any]:
+def erase(model: Path, output: Path, **options: Any) -> RunRecord:
     record = erase_concept(CONCEPT, str(model), output=str(output), **{**OPTIONS, **options}).record
-    assert record["compute"]["device"] == "cuda:0" and (output / "samples.png").is_file()
+    assert record.compute["device"] == "cuda:0" and (output / "samples.png").is_file()
     return record
 
 
@@ -93,8 +94,8 @@ def erase(model: Path, output: Path, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_to_one_device(gpu, toy_pipeline_dir, tmp_path, method):
     record = erase(toy_pipeline_dir, tmp_path / "run", method=method)
-    assert record["compute"] == {"device": "cuda:0", "precision": "bf16", "name": "pretended GPU"}
-    assert record["settings"]["precision"] == "bf16" and record["weights"]["changed"] > 0
+    assert record.compute == {"device": "cuda:0", "precision": "bf16", "name": "pretended GPU"}
+    assert record.settings["precision"] == "bf16" and record.weights.changed > 0
 
 
 @pytest.mark.slow
@@ -104,7 +105,7 @@ def test_every_recipe_and_every_form_of_saving_keep_to_one_device(gpu, toy_pipel
     """(1.1)"""
     save = ("pipeline", "unet", "delta", "single-file", "lora")
     record = erase(toy_pipeline_dir, tmp_path / "run", recipe=recipe, save=save, target="anchor")
-    assert {"unet.safetensors", "pytorch_lora_weights.safetensors", "run.safetensors"} <= record["files"].keys()
+    assert {"unet.safetensors", "pytorch_lora_weights.safetensors", "run.safetensors"} <= record.files.keys()
 
 
 @pytest.mark.slow
@@ -130,7 +131,7 @@ def test_a_card_without_bf16_computes_in_fp16_and_where_that_cannot_be_in_fp32(t
     """(1.2)"""
     with pretend_device.gpu(has_bf16=False):
         options: dict[str, Any] = {"num_samples": 1, "method": "scissorhands"}
-        assert erase(toy_pipeline_dir, tmp_path / "run", **options)["compute"]["precision"] == "fp32"
+        assert erase(toy_pipeline_dir, tmp_path / "run", **options).compute["precision"] == "fp32"
         assert device_of_model(toy_pipeline_dir).precision == "fp16"
 
 
@@ -266,7 +267,7 @@ def test_every_pass_of_a_run_computes_in_its_precision(seen, toy_pipeline_dir, t
     """(1.2)"""
     options: dict[str, Any] = {**OPTIONS, "device": "cpu", "precision": precision, "method": method}
     record = erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **options).record
-    assert record["compute"] == {"device": "cpu", "precision": precision}
+    assert record.compute == {"device": "cpu", "precision": precision}
     assert seen.pop("load") == {torch.float32}
     assert seen == {phase: {DTYPES[precision]} for phase in phases}
     assert {t.dtype for t in stored_unet.load_unet(tmp_path / "run").state_dict().values()} == {torch.float32}

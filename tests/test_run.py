@@ -24,7 +24,7 @@ from erase.errors import EraseError
 from erase.families import stored_unet
 from erase.methods.relabel import Relabel
 from erase.options.settings import Settings
-from erase.runs import job, machine, records, subjects
+from erase.runs import folders, job, machine, subjects
 from erase.training import loop
 
 CONCEPT = Concept(
@@ -67,7 +67,7 @@ def test_a_run_folder_holds_what_it_promises(finished, toy_pipeline_dir):
     assert {"model_index.json", "unet", "delta.safetensors", "mask.safetensors", "run.json", "README.md"} <= names
     assert "samples.png" in names and "work" not in names
     record = json.loads((finished.folder / "run.json").read_text())
-    assert record == json.loads(json.dumps(finished.record))
+    assert record == finished.record.as_json()
     assert record["status"] == "done" and len(record["losses"]) == 4
     for name, digest in record["files"].items():
         assert files.file_hash(finished.folder / name) == digest, name
@@ -85,7 +85,7 @@ def test_only_masked_weights_differ_from_the_base(finished, toy_pipeline_dir):
     base = stored_unet.load_unet(toy_pipeline_dir).state_dict()
     erased = stored_unet.load_unet(finished.folder).state_dict()
     changed = {name: base[name].view(torch.int32) != erased[name].view(torch.int32) for name in base}
-    assert sum(int(c.sum()) for c in changed.values()) == finished.record["weights"]["changed"] > 0
+    assert sum(int(c.sum()) for c in changed.values()) == finished.record.weights.changed > 0
     assert not any((changed[name] & ~mask[name]).any() for name in base)
 
 
@@ -182,7 +182,7 @@ def test_what_does_not_decide_the_weights_makes_no_other_run(finished, toy_pipel
     same = replace(CONCEPT, name="kitten", synonyms=("puss",), judge=judge)
     options = {**OPTIONS, "num_samples": 0, "checkpointing_steps": 7}
     again = erase_concept(same, str(toy_pipeline_dir), output=str(folder), **options)
-    assert not again.is_new and again.record["finished"] == finished.record["finished"]
+    assert not again.is_new and again.record.finished == finished.record.finished
     with pytest.raises(EraseError, match="differs in concept"):
         erase_concept(replace(CONCEPT, retain=("a tree",)), str(toy_pipeline_dir), output=str(folder), **OPTIONS)
 
@@ -193,8 +193,8 @@ def test_a_form_asked_for_later_is_added(finished, toy_pipeline_dir, tmp_path, c
     again = erase(toy_pipeline_dir, folder, save=("lora",), lora_rank=2)
     assert again.added == ("lora",) and not again.is_new
     lora = files.file_hash(folder / "pytorch_lora_weights.safetensors")
-    assert again.record["files"]["pytorch_lora_weights.safetensors"] == lora
-    assert again.record["finished"] == finished.record["finished"]
+    assert again.record.files["pytorch_lora_weights.safetensors"] == lora
+    assert again.record.finished == finished.record.finished
     cli.main(["export", str(folder), "--to", "unet", "--to", "lora", "--lora-rank", "2", "--to", "single-file"])
     out = capsys.readouterr().out
     assert f"{folder / 'unet.safetensors'}: written (unet)" in out and f"{folder / 'cat.safetensors'}: written" in out
@@ -226,7 +226,7 @@ def test_export_wants_a_finished_whole_run(finished, tmp_path, capsys):
     altered = copied(finished, tmp_path)
     (altered / "delta.safetensors").unlink()
     unfinished = tmp_path / "unfinished"
-    files.write_json(unfinished / "run.json", {"status": "running", "identity": finished.record["identity"]})
+    files.write_json(unfinished / "run.json", {"status": "running", "identity": finished.record.identity})
     for folder, told in ((tmp_path / "empty", "not a run folder"), (altered, "delta.safetensors is missing")):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["export", str(folder), "--to", "unet"])
@@ -240,7 +240,7 @@ def test_export_wants_a_finished_whole_run(finished, tmp_path, capsys):
 def old_record(finished) -> dict[str, Any]:
     """What version 0.1.0 wrote for the very run, with today's hashes of the files."""
     old = json.loads((Path(__file__).parent / "old" / "run-0.1.0.json").read_text())
-    new = finished.record
+    new = finished.record.as_json()
     old["files"], old["model"] = new["files"], new["model"]
     old["identity"]["base_hash"] = new["identity"]["base_hash"]
     return old
@@ -254,7 +254,7 @@ def test_a_finished_run_of_version_0_1_0_is_the_same_run(finished, toy_pipeline_
     folder = copied(finished, tmp_path)
     (folder / "run.json").write_text(json.dumps(old_record(finished)))
     again = erase(toy_pipeline_dir, folder, sampler="model")
-    assert not again.is_new and records.when(again.record) == ""
+    assert not again.is_new and folders.when(again.record) == ""
     with pytest.raises(EraseError, match=r"holds another run \(it differs in --density, --precision, --seed\)"):
         erase(toy_pipeline_dir, folder, density=0.1, seed=3, precision="bf16", sampler="model")
     with pytest.raises(EraseError, match="differs in concept"):
@@ -280,7 +280,7 @@ RECORDS = {
     "half": lambda record: json.dumps(record)[:1000],
     "no status": lambda record: json.dumps({**record, "status": "?"}),
     "no identity": lambda record: json.dumps({**record, "identity": 3}),
-    "later format": lambda record: json.dumps({**record, "identity": {**record["identity"], "format": 9}}),
+    "later format": lambda record: json.dumps({**record, "format": 9}),
     "no format": lambda record: json.dumps({**record, "identity": {"settings": 1}}),
     "no settings": lambda record: json.dumps({**record, "identity": {**record["identity"], "settings": []}}),
     "no files": lambda record: json.dumps({**record, "files": None}),
@@ -295,7 +295,7 @@ def test_a_damaged_record_is_one_line(kind, finished, toy_pipeline_dir, tmp_path
     """(4.10)"""
     folder = tmp_path / "cat"
     folder.mkdir()
-    (folder / "run.json").write_text(RECORDS[kind](finished.record))
+    (folder / "run.json").write_text(RECORDS[kind](finished.record.as_json()))
     with pytest.raises(EraseError, match="run.json") as caught:
         erase(toy_pipeline_dir, folder)
     assert "\n" not in str(caught.value) and [path.name for path in folder.iterdir()] == ["run.json"]
@@ -307,18 +307,18 @@ def test_same_seed_same_delta_and_another_seed_another(finished, toy_pipeline_di
     again = erase(toy_pipeline_dir, finished.folder.parent / "again" / "cat", cache_dir=str(tmp_path / "fresh"))
     assert files.file_hash(again.folder / "delta.safetensors") == digest
     other = erase(toy_pipeline_dir, tmp_path / "other", seed=1)
-    assert other.record["model"]["result_hash"] != finished.record["model"]["result_hash"]
+    assert other.record.model.result_hash != finished.record.model.result_hash
 
 
 @pytest.mark.parametrize("mask", ["random", "inverse", "none"])
 def test_controls_run_and_differ_from_the_salient_mask(finished, toy_pipeline_dir, tmp_path, mask):
     record = erase(toy_pipeline_dir, tmp_path / mask, mask=mask, num_samples=0).record
-    assert record["model"]["result_hash"] != finished.record["model"]["result_hash"]
+    assert record.model.result_hash != finished.record.model.result_hash
     if mask == "none":
-        assert record["mask"] is None and not (tmp_path / mask / "mask.safetensors").exists()
-        assert record["weights"]["changed"] > finished.record["weights"]["changed"]
+        assert record.mask is None and not (tmp_path / mask / "mask.safetensors").exists()
+        assert record.weights.changed > finished.record.weights.changed
     else:
-        assert record["mask"]["ones"] == finished.record["mask"]["ones"]
+        assert record.mask == finished.record.mask
         mine = masks.load(tmp_path / mask / "mask.safetensors")[0]
         assert masks.iou(mine, masks.load(finished.folder / "mask.safetensors")[0]) < 0.5
 
@@ -326,7 +326,7 @@ def test_controls_run_and_differ_from_the_salient_mask(finished, toy_pipeline_di
 def test_a_mask_file_gives_the_run_that_made_it(finished, toy_pipeline_dir, tmp_path):
     path = str(finished.folder / "mask.safetensors")
     again = erase(toy_pipeline_dir, tmp_path / "run", mask=path, num_samples=0)
-    assert again.record["model"]["result_hash"] == finished.record["model"]["result_hash"]
+    assert again.record.model.result_hash == finished.record.model.result_hash
 
 
 def test_the_references_mask_layout_is_read_and_another_scopes_mask_refused(tiny_pipeline_dir, tmp_path):
@@ -338,8 +338,8 @@ def test_the_references_mask_layout_is_read_and_another_scopes_mask_refused(tiny
     masks.save_reference(tmp_path / "with_0.2.pt", mask, names.__getitem__)
     options = {"mask": str(tmp_path / "with_0.2.pt"), "num_samples": 0, "save": ("delta",), "num_train_steps": 1}
     record = erase(tiny_pipeline_dir, tmp_path / "run", **options).record
-    assert record["mask"]["ones"] == masks.count(mask)
-    assert 0 < record["weights"]["changed"] <= masks.count(mask)
+    assert record.mask and record.mask.ones == masks.count(mask)
+    assert 0 < record.weights.changed <= masks.count(mask)
     partial = {name: bits for name, bits in mask.items() if ".attn2." in name}
     masks.save(tmp_path / "partial.safetensors", partial, {})
     with pytest.raises(EraseError, match="has no entry for .* made for another --scope"):
@@ -350,9 +350,9 @@ def test_the_references_mask_layout_is_read_and_another_scopes_mask_refused(tiny
 @pytest.mark.parametrize("recipe", ["paper", "reference"])
 def test_the_other_recipes_run(finished, toy_pipeline_dir, tmp_path, recipe):
     record = erase(toy_pipeline_dir, tmp_path / recipe, recipe=recipe, num_samples=0).record
-    assert record["settings"]["alpha"] == 0.5 and record["settings"]["target"] == "fixed"
-    assert record["settings"]["mask_guidance"] == (7.5 if recipe == "reference" else 0.0)
-    assert record["model"]["result_hash"] != finished.record["model"]["result_hash"]
+    assert record.settings["alpha"] == 0.5 and record.settings["target"] == "fixed"
+    assert record.settings["mask_guidance"] == (7.5 if recipe == "reference" else 0.0)
+    assert record.model.result_hash != finished.record.model.result_hash
 
 
 def test_apply_and_remove_restore_each_other_from_the_shell(finished, toy_pipeline_dir, tmp_path, capsys):
@@ -368,7 +368,7 @@ def test_apply_and_remove_restore_each_other_from_the_shell(finished, toy_pipeli
     with pytest.raises(SystemExit, match="2"):
         cli.main(["apply", "--delta", change, "--model", str(finished.folder), "--output", str(tmp_path / "no")])
     error = capsys.readouterr().err
-    assert finished.record["model"]["base_hash"][:12] in error and "already" in error and error.count("\n") == 1
+    assert finished.record.model.base_hash[:12] in error and "already" in error and error.count("\n") == 1
     assert not (tmp_path / "no").exists()
 
 
@@ -521,7 +521,7 @@ def test_low_memory_says_first_what_it_needs_and_moves_no_bit_outside_the_mask(
     settings = Settings("cat", str(toy_pipeline_dir), **options)
     record = job.run(settings, CONCEPT, quiet=quiet, tell=said.append).record
     assert re.fullmatch(r"needs about 0\.5 GB of memory \(mask 0\.5, training 0\.5, writing 0\.5\)", said[1])
-    assert record["settings"]["gradient_accumulation_steps"] == 1 and record["settings"]["gradient_checkpointing"]
+    assert record.settings["gradient_accumulation_steps"] == 1 and record.settings["gradient_checkpointing"]
     mask, _ = masks.load(tmp_path / "run" / "mask.safetensors")
     base, erased = (stored_unet.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))
     moved = {name: base[name].view(torch.int32) != erased[name].view(torch.int32) for name in base}
@@ -606,7 +606,7 @@ def test_a_prompt_whose_concept_is_cut_off_is_refused_and_a_long_one_is_said(toy
     options = {**OPTIONS, "num_train_steps": 1, "num_samples": 0, "save": ("delta",), "output": str(tmp_path / "run")}
     del options["quiet"]
     record = job.run(Settings("cat", str(toy_pipeline_dir), **options), shown, quiet=True, tell=said.append).record
-    assert record["data"]["truncated_prompts"] == [shown.forget[0], shown.retain[1]]
+    assert record.data["truncated_prompts"] == [shown.forget[0], shown.retain[1]]
     assert said[1].startswith("longer than the 77 tokens that the text encoder reads, and cut: 'a cat in a very")
     assert said[1].endswith("and 1 more")
 
@@ -633,7 +633,7 @@ def test_overwriting_deletes_what_a_run_made_and_nothing_else(finished, toy_pipe
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     made = {"run.json", "README.md", "delta.safetensors", "mask.safetensors"}
     assert left == made | {"notes.txt", "unet/notes.txt", "photos/a.png"}
-    assert again.record["files"].keys() == made - {"run.json"}
+    assert again.record.files.keys() == made - {"run.json"}
 
 
 @pytest.mark.parametrize("record", [{"results": 1}, {"status": "done", "name": "of another program"}, {}])
@@ -654,7 +654,7 @@ def test_links_inside_an_unfinished_run_are_not_followed(overwrite, finished, to
     (victim / "unet" / "diffusion_pytorch_model.bin").write_text("mine")
     (victim / "mask.safetensors").write_text("mine")
     outputs = ["unet/diffusion_pytorch_model.bin", "mask.safetensors"]
-    running_record = {"status": "running", "identity": finished.record["identity"], "outputs": outputs}
+    running_record = {"status": "running", "identity": finished.record.identity, "outputs": outputs}
     files.write_json(folder / "run.json", running_record)
     (folder / "mask.safetensors").symlink_to(victim / "mask.safetensors")
     (folder / "unet").symlink_to(victim / "unet")
@@ -669,7 +669,7 @@ def test_links_inside_an_unfinished_run_are_not_followed(overwrite, finished, to
 def test_a_record_that_names_files_elsewhere_deletes_none(finished, toy_pipeline_dir, tmp_path):
     (tmp_path / "mine").write_text("mine")
     folder = tmp_path / "cat"
-    identity = finished.record["identity"]
+    identity = finished.record.identity
     files.write_json(folder / "run.json", {"status": "running", "identity": identity, "outputs": ["../mine"]})
     with pytest.raises(EraseError, match="it names the file '../mine'"):
         erase(toy_pipeline_dir, folder, overwrite=True)
@@ -679,19 +679,19 @@ def test_a_record_that_names_files_elsewhere_deletes_none(finished, toy_pipeline
 def test_temporaries_of_a_killed_run_are_not_kept_or_listed(finished, toy_pipeline_dir, tmp_path):
     """(2.4)"""
     folder = tmp_path / "cat"
-    files.write_json(folder / "run.json", {"status": "running", "identity": finished.record["identity"]})
+    files.write_json(folder / "run.json", {"status": "running", "identity": finished.record.identity})
     for name in ("delta.safetensors", "samples.png", "unet/diffusion_pytorch_model.safetensors"):
         (folder / name).parent.mkdir(exist_ok=True)
         files.partial(folder / name).write_text("half")
     record = erase(toy_pipeline_dir, folder, num_samples=0).record
-    assert not [path for path in folder.rglob(".*")] and not any("partial" in name for name in record["files"])
+    assert not [path for path in folder.rglob(".*")] and not any("partial" in name for name in record.files)
 
 
 @pytest.mark.parametrize("kind", ["half", "a tensor of zeros", "no hash", "another hash"])
 def test_a_damaged_mask_of_an_unfinished_run_is_one_line(kind, finished, toy_pipeline_dir, tmp_path):
     """(2.2)"""
     folder = tmp_path / "cat"
-    files.write_json(folder / "run.json", {"status": "running", "identity": finished.record["identity"]})
+    files.write_json(folder / "run.json", {"status": "running", "identity": finished.record.identity})
     (folder / "work").mkdir()
     shutil.copy(finished.folder / "mask.safetensors", folder / "work" / "mask.safetensors")
     damage.DAMAGES[kind](folder / "work" / "mask.safetensors")
@@ -702,7 +702,7 @@ def test_a_damaged_mask_of_an_unfinished_run_is_one_line(kind, finished, toy_pip
 def test_a_mask_of_another_model_names_both_hashes(finished, toy_pipeline_dir, tmp_path):
     path, mask = tmp_path / "mask.safetensors", masks.load(finished.folder / "mask.safetensors")[0]
     masks.save(path, mask, {"base": "another", "base_hash": "f" * 64})
-    base = finished.record["model"]["base_hash"][:12]
+    base = finished.record.model.base_hash[:12]
     with pytest.raises(EraseError, match=f"ffffffffffff.*{base}"):
         erase(toy_pipeline_dir, tmp_path / "run", mask=str(path))
     assert not (tmp_path / "run").exists()
@@ -747,7 +747,7 @@ def test_a_full_disk_is_one_line_and_the_run_can_continue(toy_pipeline_dir, tmp_
         erase(toy_pipeline_dir, tmp_path / "run", num_samples=0)
     assert not list((tmp_path / "run").glob("*delta*"))
     monkeypatch.setattr(delta, "save", original)
-    assert erase(toy_pipeline_dir, tmp_path / "run", num_samples=0).record["status"] == "done"
+    assert erase(toy_pipeline_dir, tmp_path / "run", num_samples=0).record.finished
 
 
 # --- interruptions and processes ------------------------------------------------------------------------------------
@@ -781,7 +781,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_delta(finished
         assert process.returncode in expected, errors
     assert interruptions >= 1
     assert json.loads((output / "run.json").read_text())["status"] == "done"
-    assert delta.load(output / "delta.safetensors").result_hash == finished.record["model"]["result_hash"]
+    assert delta.load(output / "delta.safetensors").result_hash == finished.record.model.result_hash
 
 
 @pytest.mark.slow
@@ -805,7 +805,7 @@ def test_two_processes_draw_the_same_images_and_reach_the_same_weights(finished,
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "two" / "run.json").read_text())
-    assert record["data"]["fingerprint"] == finished.record["data"]["fingerprint"]
+    assert record["data"]["fingerprint"] == finished.record.data["fingerprint"]
     one = stored_unet.load_unet(finished.folder).state_dict()
     two, base = (stored_unet.load_unet(folder).state_dict() for folder in (tmp_path / "two", toy_pipeline_dir))
     apart = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])

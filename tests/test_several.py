@@ -148,7 +148,7 @@ def test_the_mask_is_the_union_of_one_for_each_at_the_density(both, toy_pipeline
     mask, header = masks.load(both.folder / "mask.safetensors")
     half = header.total // 2
     assert half < header.ones < 2 * half and header.made["concepts"] == ["cat", "lorry"]
-    assert both.record["mask"]["ones"] == header.ones
+    assert both.record.mask.ones == header.ones
     # one after the other by hand: what the pass over each one's images selects
     seen: list[Any] = []
     select = masks.select
@@ -247,9 +247,9 @@ def test_names_and_concepts_may_be_mixed_and_one_concept_is_as_before(toy_pipeli
     monkeypatch.chdir(tmp_path)
     options = {**OPTIONS, "method": "uce", "save": ("pipeline",)}
     mixed = erase_concept(["church", CAT], str(toy_pipeline_dir), **options)
-    assert str(mixed.folder) == "runs/church_and_cat" and mixed.record["concept"]["name"] == "church and cat"
+    assert str(mixed.folder) == "runs/church_and_cat" and mixed.record.concept.name == "church and cat"
     single = erase_concept("golf ball", str(toy_pipeline_dir), **options)
-    assert str(single.folder) == "runs/golf_ball" and single.record["settings"]["concept"] == ["golf ball"]
+    assert str(single.folder) == "runs/golf_ball" and single.record.settings["concept"] == ["golf ball"]
     assert Settings("church").concept == ("church",) and Settings(("church", "tench")).concept == ("church", "tench")
     with pytest.raises(EraseError, match="--forget and --anchor go with one --concept"):
         Settings(("church", "tench"), forget=("a church",))
@@ -270,22 +270,23 @@ def first(toy_pipeline_dir, tmp_path_factory):
 def test_a_second_run_goes_on_from_the_first(first, toy_pipeline_dir, tmp_path):
     second = erase_concept(LORRY, base=str(first.folder), output=str(tmp_path / "run"), density=0.1, **OPTIONS)
     record = second.record
-    assert record["model"]["base_hash"] == first.record["model"]["result_hash"]
-    assert record["model"]["origin"] == str(toy_pipeline_dir)
-    assert record["model"]["origin_hash"] == first.record["model"]["base_hash"]
-    assert record["base"]["run"] == str(first.folder) and record["base"]["concepts"] == ["cat"]
-    assert [part["name"] for part in record["concepts"]] == ["lorry", "cat"]
-    assert {"a cat", "a lorry"} <= set(record["concept"]["forget"])  # the earlier one is trained along
+    assert record.model.base_hash == first.record.model.result_hash
+    assert record.model.origin == str(toy_pipeline_dir)
+    assert record.model.origin_hash == first.record.model.base_hash
+    assert record.base and record.base["run"] == str(first.folder) and record.base["concepts"] == ["cat"]
+    assert [part.name for part in record.concepts] == ["lorry", "cat"]
+    assert {"a cat", "a lorry"} <= set(record.concept.forget)  # the earlier one is trained along
     text = (second.folder / "README.md").read_text()
     names = [card.escaped(path.name) for path in (first.folder, toy_pipeline_dir)]
     assert f"The base is another run, {names[0]}, which had erased cat from {names[1]}." in text
     # masks united: the first one's, and a tenth for the new concept
     old, new = (masks.load(run.folder / "mask.safetensors")[0] for run in (first, second))
     assert all((new[name] | ~old[name]).all() for name in old)
-    total = record["mask"]["weights"]
+    assert record.mask is not None
+    total = record.mask.weights
     assert masks.count(old) < masks.count(new) <= int(0.2 * total) + int(0.1 * total)
     moved = tensor_files.read_metadata(second.folder / "mask.safetensors")
-    assert moved["united_with"] == str(first.folder) and moved["base_hash"] == record["model"]["base_hash"]
+    assert moved["united_with"] == str(first.folder) and moved["base_hash"] == record.model.base_hash
     # its delta takes it back to the first run, bit for bit
     state = {f"unet.{name}": tensor for name, tensor in stored_unet.load_unet(second.folder).state_dict().items()}
     restored = delta.remove(state, delta.load(second.folder / "delta.safetensors"))
@@ -298,9 +299,9 @@ def test_a_third_run_keeps_both_and_the_same_call_finds_the_finished_one(first, 
     second = erase_concept(LORRY, base=str(first.folder), output=str(tmp_path / "second"), **options)
     bird = Concept("bird", "object", ("a bird",), ("a leaf",), retain=("a tree",))
     third = erase_concept(bird, base=str(second.folder), output=str(tmp_path / "third"), **options)
-    assert [part["name"] for part in third.record["concepts"]] == ["bird", "lorry", "cat"]
-    assert third.record["model"]["origin"] == str(toy_pipeline_dir)
-    assert third.record["model"]["origin_hash"] == first.record["model"]["base_hash"]
+    assert [part.name for part in third.record.concepts] == ["bird", "lorry", "cat"]
+    assert third.record.model.origin == str(toy_pipeline_dir)
+    assert third.record.model.origin_hash == first.record.model.base_hash
     again = erase_concept(bird, base=str(second.folder), output=str(tmp_path / "third"), **options)
     assert again.record == third.record
 

@@ -1,10 +1,11 @@
 """What to erase, as data: prompts to forget, what to say instead, what to keep, and how to tell whether it is there."""
+# pyright: strict
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, cycle, islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from erase.concepts import refusal
 from erase.errors import EraseError
@@ -43,12 +44,12 @@ class Concept:
     anchor: tuple[str, ...]
     retain: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
-    judge: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    judge: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
     synonyms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise an EraseError unless the parts have their types, fit together and leave minors out."""
-        if not isinstance(self.name, str):
+        if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance] - users give anything
             raise EraseError(f"'name' must be a text, not {type_name(self.name)}")
         for key in PROMPT_KEYS:
             object.__setattr__(self, key, texts(getattr(self, key), key))
@@ -169,7 +170,7 @@ def apart(concepts: Sequence[Concept]) -> list[Concept]:
     if len(set(concepts)) == 1:
         return list(concepts)
     instead = dict(reversed(list(chain.from_iterable(concept.pairs() for concept in concepts))))
-    parts = []
+    parts: list[Concept] = []
     for concept in concepts:
         rest = [other for other in concepts if other != concept]
         ends = [(forget, _followed(anchor, instead)) for forget, anchor in concept.pairs()]
@@ -202,19 +203,22 @@ def _mentions(prompt: str, concepts: Iterable[Concept]) -> bool:
 def texts(value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise EraseError(f"'{key}' must be a list of texts, not {type_name(value)}")
-    for item in value:
+    found: list[str] = []
+    for item in cast(Sequence[Any], value):
         if not isinstance(item, str):
             raise EraseError(f"'{key}' must be a list of texts, but holds {type_name(item)}: {item!r}")
-    return tuple(value)
+        found.append(item)
+    return tuple(found)
 
 
 def read_judge(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise EraseError(f"'judge' must be a table, not {type_name(value)}")
-    for key, item in value.items():
+    judge = dict(cast(Mapping[str, Any], value))
+    for key, item in judge.items():
         if not isinstance(item, (str, int)):
             texts(item, f"judge.{key}")
-    return dict(value)
+    return judge
 
 
 def _check_judge(judge: Mapping[str, Any]) -> None:
@@ -233,7 +237,14 @@ def _check_judge(judge: Mapping[str, Any]) -> None:
 
 
 def type_name(value: Any) -> str:
-    kinds = {bool: "true or false", str: "a text", int: "a number", float: "a number", list: "a list", dict: "a table"}
+    kinds: dict[type[Any], str] = {
+        bool: "true or false",
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "a table",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 

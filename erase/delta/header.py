@@ -1,9 +1,10 @@
 """The header of a delta's file: the base model, the result, and how the change was made."""
+# pyright: strict
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from erase.errors import EraseError
 from erase.tensor_files import CONTENT
@@ -71,18 +72,22 @@ def _problems(header: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
             yield f"has {name} {value!r:.40} instead of 64 hexadecimal digits"
     provenance = header.get("provenance")
-    if not isinstance(provenance, dict) or not isinstance(provenance.get("concept", ""), dict | str):
+    if not isinstance(provenance, dict) or not isinstance(
+        cast(dict[str, Any], provenance).get("concept", ""), dict | str
+    ):
         yield "does not say how the delta was made (provenance)"
     layout = header.get("layout")
     if not isinstance(layout, dict) or not layout:
         yield "has no layout of the base model"
         return
-    for name, entry in layout.items():
-        if not isinstance(entry, list) or len(entry) != 2:
+    for name, entry in cast(dict[str, Any], layout).items():
+        if not isinstance(entry, list) or len(cast(list[Any], entry)) != 2:
             yield f"gives {name!r:.80} no dtype and shape"
             continue
-        dtype, shape = entry
+        dtype, shape = cast(list[Any], entry)
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             yield f"gives {name!r:.80} the dtype {dtype!r:.40}"
-        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+        if not isinstance(shape, list) or not all(
+            type(size) is int and 0 <= size < 2**40 for size in cast(list[Any], shape)
+        ):
             yield f"gives {name!r:.80} the shape {shape!r:.40}"

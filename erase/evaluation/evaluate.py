@@ -27,6 +27,7 @@ from erase.evaluation.sources import (
 )
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
+from erase.runs.record import Models
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Job:
     judges: Sequence[str]
     folder: Path
     sources: dict[str, Source]
-    made_from: Mapping[str, Any]
+    made_from: Models | None
     is_checked: bool
     folders: dict[str, Path] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
@@ -181,15 +182,15 @@ def _job(request: Request, model: str, name: str) -> Job:
     if task.judges and request.judges:
         raise EraseError(f"--judge goes with the tasks prompts and images; {name} has {', '.join(task.judges)}")
     record = run_record(model)
-    made_from = record.get("model", {})
+    made_from = record and record.model
     is_changed = bool(drawing.delta or drawing.unet or guard)
-    named = made_from.get("origin") or made_from.get("name")
+    named = made_from and made_from.origin
     base = request.base or named or (model if is_changed else None)
     if not base:
         raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
     config = drawing.config
-    if not request.base and named:  # what the run read its single file with
-        config = config or record.get("settings", {}).get("config")
+    if not request.base and record:  # what the run read its single file with
+        config = config or record.settings.get("config")
     label = label_of(model)
     if drawing.delta:
         label = label_of(Path(drawing.delta).resolve().parent.name)
@@ -255,14 +256,10 @@ def _check_source(
 
 def _check_origin(job: Job) -> None:
     """The weights are those that run.json says: with a mixed-up base any figure would look real."""
-    if not job.is_checked:
+    if not job.is_checked or job.made_from is None:
         return
-    said = {
-        "base": job.made_from.get("origin_hash", job.made_from.get("base_hash")),
-        "erased": job.made_from.get("result_hash"),
-    }
-    for role, wanted in said.items():
-        if wanted and wanted != job.hashes[role]:
+    for role, wanted in (("base", job.made_from.origin_hash), ("erased", job.made_from.result_hash)):
+        if wanted != job.hashes[role]:
             raise EraseError(
                 f"{job.sources['erased'].model}/run.json says that the {role} model's UNet is {wanted[:12]}, but "
                 f"that of {job.sources[role].model} is {job.hashes[role][:12]}; give the right --base, or erase again"

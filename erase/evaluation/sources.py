@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from erase import concepts, files, guards, words
+from erase import concepts, guards, words
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.evaluation import generate
@@ -13,6 +13,8 @@ from erase.evaluation.options import Drawing, Options
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
 from erase.families.protocol import Family
+from erase.runs import record
+from erase.runs.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,25 @@ class Source:
         )
 
 
-def run_record(model: str) -> dict[str, Any]:
-    """The run.json of a run folder; empty for any other model."""
+def run_record(model: str) -> RunRecord | None:
+    """The record of a finished run's folder; None for any other model."""
     path = Path(model) / "run.json"
-    return files.read_json(path) if path.is_file() else {}
+    found = record.read(path) if path.is_file() else None
+    return found if isinstance(found, RunRecord) else None
 
 
 def erased_concepts(model: str) -> list[Concept]:
     """The concepts that a run folder says were erased."""
-    record = run_record(model)
-    try:
-        return [Concept(**part) for part in record.get("concepts", [record["concept"]] if "concept" in record else [])]
-    except TypeError as error:
-        raise EraseError(f"{Path(model) / 'run.json'} is damaged: its concepts cannot be read ({error})") from error
+    found = run_record(model)
+    return list(found.concepts) if found else []
 
 
 def concept_of(name: str | None, kind: Any, model: str) -> Concept | None:
     """The concept of this name, else the one that the run folder says was erased."""
-    record, erased = run_record(model), erased_concepts(model)
+    made, erased = run_record(model), erased_concepts(model)
     if name:
         known = [part for part in erased if part.name.lower() == name.lower().replace("_", " ")]
-        made_from = record.get("model", {})
-        family = "mini" if "mini" in {model, made_from.get("name"), made_from.get("origin")} else None
+        family = "mini" if "mini" in {model, *([made.model.name, made.model.origin] if made else [])} else None
         return known[0] if known else concepts.find(name, kind, model_family=family)
     if len(erased) > 1:
         raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")

@@ -1,4 +1,5 @@
 """What the other rooms may ask of a model, whatever its architecture."""
+# pyright: strict, reportPrivateImportUsage=false
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

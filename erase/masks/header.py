@@ -1,9 +1,10 @@
 """The header of a mask's file: which weights it is for, how many may move, and how it was made."""
+# pyright: strict
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from erase.errors import EraseError
 from erase.tensor_files import CONTENT
@@ -59,11 +60,11 @@ def header_from_json(stored: Mapping[str, Any], path: object) -> Header:
 def _problems(header: Mapping[str, Any]) -> Iterator[str]:
     """What is missing or of another type in the header of a mask's file."""
     shapes = header.get("shapes")
-    pairs = shapes if isinstance(shapes, list) and shapes else [None]
+    pairs = cast(list[list[Any] | None], shapes if isinstance(shapes, list) and shapes else [None])
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
             yield "has no names and shapes of the masked weights"
-        elif not isinstance(pair[1], list) or not all(type(size) is int and 0 <= size < 2**40 for size in pair[1]):
+        elif not isinstance(pair[1], list) or not all(type(size) is int and 0 <= size < 2**40 for size in cast(list[Any], pair[1])):
             yield f"gives {pair[0]!r:.80} the shape {pair[1]!r:.40}"
     if len({str(pair[0]) for pair in pairs if isinstance(pair, list) and pair}) != len(pairs):
         yield "names a weight twice"

@@ -1,7 +1,8 @@
 """What methods see of a model, of images and of words: plain tensors, whatever made them."""
+# pyright: strict
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -77,10 +78,10 @@ class Text:
         tokens: "last" the last own token of each prompt, "tail" that one and all behind it (a causal text encoder
         says the whole sentence again in each), "all" every token but the start, place by place.
         """
-        forget, anchor, num = [], [], self.forget.shape[1]
-        for c_e, c_a, i, j in zip(
-            self.forget, self.anchor, *map(Tensor.tolist, (self.forget_at, self.anchor_at)), strict=True
-        ):
+        forget: list[Tensor] = []
+        anchor: list[Tensor] = []
+        num = self.forget.shape[1]
+        for c_e, c_a, i, j in zip(self.forget, self.anchor, _ints(self.forget_at), _ints(self.anchor_at), strict=True):
             if tokens == "all":
                 i = j = 1
             length = 1 if tokens == "last" else num - max(i, j)
@@ -92,5 +93,9 @@ class Text:
         """Embeddings to keep, as columns: float64, [d, n]; with "all" the start token too, as often as it occurs."""
         start = {"last": self.retain_at, "tail": self.retain_at, "all": torch.zeros_like(self.retain_at)}[tokens]
         stop = start + 1 if tokens == "last" else torch.full_like(start, self.retain.shape[1])
-        found = [c[i:j] for c, i, j in zip(self.retain, start.tolist(), stop.tolist(), strict=True)]
+        found = [c[i:j] for c, i, j in zip(self.retain, _ints(start), _ints(stop), strict=True)]
         return torch.cat([self.empty[0, :0], *found]).double().T
+
+
+def _ints(values: Tensor) -> list[int]:
+    return cast(list[int], values.tolist())  # pyright: ignore[reportUnknownMemberType] - torch's is untyped

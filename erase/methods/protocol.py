@@ -14,6 +14,7 @@ Derive from `TrainedMethod` or `ClosedForm`, as a frozen dataclass whose fields 
 A class that defines the same parts without deriving is a method too. Either is checked when it is registered: any
 public attribute that is neither a hyperparameter nor a part below is an error, so that no part can be misspelt.
 """
+# pyright: strict
 
 import functools
 from abc import ABC, abstractmethod

@@ -19,8 +19,9 @@ from erase.families import loading, scope
 from erase.families.protocol import Family
 from erase.options.recipes import resolve
 from erase.options.settings import Settings, require_consistent
-from erase.runs import forms, records
+from erase.runs import forms
 from erase.runs.earlier import Base, read_base
+from erase.runs.identity import of_run
 from erase.runs.machine import make_accelerator
 from erase.runs.mask_files import load_mask, saliency_hash
 from erase.runs.planning import can_scale, make_method, needed_memory, require_precision, require_rank
@@ -107,7 +108,7 @@ def decide(
     parameters = scope.inside(dict(model.network.named_parameters()), str(settings.scope))
     base_hash = delta.content_hash(unet_state(model.network))
     given_mask = load_mask(settings, model, parameters, base_hash)
-    identity = records.identity(
+    identity = of_run(
         settings,
         [concept, *everything],
         base_hash=base_hash,

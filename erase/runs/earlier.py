@@ -8,7 +8,8 @@ from erase import masks
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.options.settings import Settings
-from erase.runs import records
+from erase.runs import folders
+from erase.runs.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,22 @@ def read_base(settings: Settings, output: Path) -> Base | None:
     if settings.unet is not None:
         raise EraseError(f"--unet {settings.unet} does not go with --base, whose UNet is what it erased; leave one out")
     folder = Path(settings.base).expanduser()
-    record = records.read(folder) if (folder / records.RECORD).is_file() else {}
-    if record.get("status") != "done" or not (folder / "model_index.json").is_file():
+    record = folders.read(folder) if (folder / folders.RECORD).is_file() else None
+    if not isinstance(record, RunRecord) or not (folder / "model_index.json").is_file():
         raise EraseError(f"--base is {settings.base!r}, which is no finished run with a pipeline; give a run folder")
     if folder.resolve() == output.resolve():
         raise EraseError(f"--base {settings.base} is this run's own output; choose another --output")
-    origin = record["model"].get("origin", record["model"]["name"])
+    origin = record.model.origin
     default = Settings.__dataclass_fields__["model"].default
     if settings.model not in {default, origin, settings.base}:
         raise EraseError(f"{settings.base} was made from {origin}, not from {settings.model}; leave out --model")
-    records.verify(folder, record)
-    try:
-        erased = [Concept(**part) for part in record.get("concepts", [record["concept"]])]
-    except (KeyError, TypeError) as error:
-        raise EraseError(f"{folder / records.RECORD} is damaged: its concepts cannot be read ({error})") from error
+    folders.verify(folder, record)
     mask_path = folder / "mask.safetensors"
     told = {
         "run": str(folder),
         "model": origin,
-        "model_hash": record["model"].get("origin_hash", record["model"]["base_hash"]),
-        "concepts": [part.name for part in erased],
-        "hash": record["model"]["result_hash"],
+        "model_hash": record.model.origin_hash,
+        "concepts": [part.name for part in record.concepts],
+        "hash": record.model.result_hash,
     }
-    return Base(erased, masks.load(mask_path)[0] if mask_path.is_file() else None, told)
+    return Base(list(record.concepts), masks.load(mask_path)[0] if mask_path.is_file() else None, told)

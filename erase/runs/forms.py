@@ -6,12 +6,12 @@ from typing import Any
 
 from erase import delta, files, tensor_files
 from erase.delta import State
-from erase.errors import EraseError
 from erase.export import ldm, lora, pipeline
 from erase.export.states import plain, unet_state
 from erase.families import loading, pipeline_folder, stored_unet
 from erase.options.settings import Settings
-from erase.runs import records
+from erase.runs import folders
+from erase.runs.record import RunRecord
 
 FORMS = ("pipeline", "unet", "single-file", "lora")
 
@@ -23,7 +23,7 @@ def names(form: str, run_folder: Path, source: Path) -> list[str]:
     """
     if form == "pipeline":
         return pipeline_folder.published_names(source)
-    return {"unet": [records.UNET], "lora": [records.LORA], "single-file": [single_file(run_folder)], "delta": []}[form]
+    return {"unet": [folders.UNET], "lora": [folders.LORA], "single-file": [single_file(run_folder)], "delta": []}[form]
 
 
 def published(settings: Settings) -> list[str]:
@@ -36,24 +36,24 @@ def planned(settings: Settings, folder: Path, source: Path) -> list[str]:
 
     source: diffusers folder of the base model.
     """
-    files = [records.DELTA, records.CARD]
-    files += [records.MASK] if settings.mask != "none" or settings.base else []
-    files += [records.SAMPLES] if settings.num_samples else []
+    files = [folders.DELTA, folders.CARD]
+    files += [folders.MASK] if settings.mask != "none" or settings.base else []
+    files += [folders.SAMPLES] if settings.num_samples else []
     return files + [name for form in published(settings) for name in names(form, folder, source)]
 
 
 def single_file(run_folder: Path) -> str:
     """The name of the single file: that of the run folder, unless another file has it."""
     name = f"{run_folder.resolve().name}.safetensors"
-    return f"checkpoint-{name}" if name in records.KNOWN else name
+    return f"checkpoint-{name}" if name in folders.KNOWN else name
 
 
-def held(run_folder: Path, record: Mapping[str, Any]) -> list[str]:
+def held(run_folder: Path, record: RunRecord) -> list[str]:
     """The forms that a finished run's folder holds."""
-    known = {"pipeline": "model_index.json", "unet": records.UNET, "lora": records.LORA}
-    forms = [form for form, name in known.items() if name in record["files"]]
-    others = [name for name in record["files"] if "/" not in name and name.endswith(".safetensors")]
-    return forms + (["single-file"] if set(others) - set(records.KNOWN) else [])
+    known = {"pipeline": "model_index.json", "unet": folders.UNET, "lora": folders.LORA}
+    forms = [form for form, name in known.items() if name in record.files]
+    others = [name for name in record.files if "/" not in name and name.endswith(".safetensors")]
+    return forms + (["single-file"] if set(others) - set(folders.KNOWN) else [])
 
 
 def write(
@@ -74,9 +74,9 @@ def write(
     if form == "pipeline" and source.resolve() != target.resolve():
         pipeline.save_pipeline(source, target, new)
     elif form == "unet":
-        tensor_files.write_tensors(target / records.UNET, new)
+        tensor_files.write_tensors(target / folders.UNET, new)
     elif form == "lora":
-        lora.save_lora(target / records.LORA, base, new, rank=rank)
+        lora.save_lora(target / folders.LORA, base, new, rank=rank)
     elif form == "single-file":
         ldm.save_single_file(target / single_file(run_folder), source, unet=new, provenance=provenance)
 
@@ -99,20 +99,16 @@ def add(
     Raises:
         EraseError: no finished run, files that are missing or altered, or a base that cannot be loaded.
     """
-    if not (run_folder / records.RECORD).is_file():
-        raise EraseError(f"{run_folder} is not a run folder (it has no {records.RECORD}); give the output of a run")
-    record = records.read(run_folder)
-    if record["status"] != "done":
-        raise EraseError(f"{run_folder} holds an unfinished run; repeat its command first")
-    records.verify(run_folder, record)
+    record = folders.read_finished(run_folder)
+    folders.verify(run_folder, record)
     files.refuse_links(run_folder)
-    change, settings = delta.load(run_folder / records.DELTA), record["settings"]
+    change, settings = delta.load(run_folder / folders.DELTA), record.settings
     if "pipeline" in held(run_folder, record):
         source, after = run_folder, unet_state(stored_unet.load_unet(run_folder))
         before = delta.remove(after, change) if "lora" in forms else after
     else:
         source = loading.locate(
-            model or record["model"]["name"],
+            model or record.model.name,
             allow_pickle=allow_pickle or bool(settings.get("allow_pickle")),
             config=config or settings.get("config"),
             revision=settings.get("revision") if model is None else None,
@@ -134,5 +130,5 @@ def add(
         )
     written = [name for form in forms for name in names(form, run_folder, source)]
     if target.resolve() == run_folder.resolve():
-        records.finish(run_folder, record, [*record["files"], *written])
+        folders.finish(run_folder, record, [*record.files, *written])
     return {form: target if form == "pipeline" else target / names(form, run_folder, source)[0] for form in forms}

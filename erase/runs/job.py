@@ -1,4 +1,5 @@
 """The whole job: model and concept in, mask, masked fine-tuning, and a run folder that stock diffusers opens."""
+# pyright: strict, reportPrivateImportUsage=false, reportDeprecated=false
 
 import gc
 import os
@@ -7,35 +8,47 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import StableDiffusionPipeline
 
-from erase import delta, files, masks, methods
+from erase import delta, masks, methods
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.families import single_file
 from erase.options.settings import Settings
-from erase.runs import forms, outputs, phases, records
+from erase.runs import folders, forms, outputs, phases
 from erase.runs.decisions import Decisions, announce, decide
 from erase.runs.machine import peak_memory, versions
 from erase.runs.masking import choose_mask
+from erase.runs.record import Changes, MaskSize, Models, RunRecord
 
 
 @dataclass(frozen=True)
 class Run:
     """What one run left behind.
 
-    folder: the run folder, a diffusers pipeline. record: what `run.json` holds.
+    folder: the run folder, a diffusers pipeline.
     is_new: False where the folder held the finished run already.
     added: forms that were written beside such a run.
+    is_main_process: False in the other processes of a distributed run, which may end before the folder is whole.
     """
 
     folder: Path
-    record: dict[str, Any]
     is_new: bool = True
     added: tuple[str, ...] = ()
+    is_main_process: bool = True
+
+    @cached_property
+    def record(self) -> RunRecord:
+        """What run.json holds.
+
+        Raises:
+            EraseError: the run is not finished yet, which can happen outside the main process.
+        """
+        return folders.read_finished(self.folder)
 
 
 def erase_concept(
@@ -73,8 +86,9 @@ def erase_concept(
     given: Any = [set] if isinstance(set, str) else set
     if not isinstance(method, str):
         method, own = methods.give(method)
-        more = given.items() if isinstance(given, Mapping) else (text.partition("=")[::2] for text in given)
-        given = own | dict(more)
+        if not isinstance(given, Mapping):
+            given = {name: value for name, _, value in (text.partition("=") for text in given)}
+        given = own | dict(cast(Mapping[str, Any], given))
     settings = Settings(concept=names, model=os.fspath(model), method=method, set=given, **options)
     return run(settings, [one if isinstance(one, Concept) else None for one in several], quiet=quiet)
 
@@ -96,17 +110,17 @@ def run(
     folder, accelerator = decided.folder, decided.accelerator
     if accelerator.is_main_process:
         how = {"overwrite": settings.overwrite, "resume": settings.resume}
-        records.begin(folder, decided.identity, outputs=decided.outputs, default=decided.default, **how)
+        folders.begin(folder, decided.identity, outputs=decided.outputs, default=decided.default, **how)
     accelerator.wait_for_everyone()
-    record = records.read(folder)
-    if record["status"] == "done":
+    record = folders.read(folder)
+    if isinstance(record, RunRecord):
         return finished(folder, record, decided.settings, accelerator.is_main_process)
     announce(decided)
     try:
         return _carry_out(decided, started)
     except EraseError:
-        if accelerator.is_main_process and [path.name for path in folder.iterdir()] == [records.RECORD]:
-            (folder / records.RECORD).unlink()  # nothing to continue from: bad input leaves nothing behind
+        if accelerator.is_main_process and [path.name for path in folder.iterdir()] == [folders.RECORD]:
+            (folder / folders.RECORD).unlink()  # nothing to continue from: bad input leaves nothing behind
             folder.rmdir()
         raise
 
@@ -116,7 +130,7 @@ def _carry_out(decided: Decisions, started: float) -> Run:
     accelerator, seconds = decided.accelerator, {"load": time.time() - started}
     if decided.settings.report_to:
         told = {name: str(value) for name, value in asdict(decided.settings).items()}
-        accelerator.init_trackers("erase-concept", config=told)
+        accelerator.init_trackers("erase-concept", config=told)  # pyright: ignore[reportUnknownMemberType]
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
@@ -132,66 +146,69 @@ def _carry_out(decided: Decisions, started: float) -> Run:
         trained = phases.train(decided, data, mask)
     accelerator.end_training()
     if not accelerator.is_main_process:
-        return Run(decided.folder, {})
+        return Run(decided.folder, is_main_process=False)
     gc.collect()
     with timed("output"):
         change = outputs.write(decided, data.images, mask)
-    record = _record(decided, data, mask, trained, change) | {"seconds": seconds}
-    record = records.finish(decided.folder, record, decided.outputs)
+    folders.finish(decided.folder, _record(decided, data, mask, trained, change, seconds), decided.outputs)
     outputs.clean(decided.folder)
-    return Run(decided.folder, record)
+    return Run(decided.folder)
 
 
 def _record(
-    decided: Decisions, data: phases.Gathered, mask: masks.Packed | None, trained: phases.Trained, change: delta.Delta
-) -> dict[str, Any]:
-    """What run.json says of a run that is done, its times and files apart."""
-    settings, identity, images, earlier = decided.settings, decided.identity, data.images, decided.earlier
-    plugin = methods.origin(settings.method)
-    return {
-        "identity": identity,
-        "identity_hash": files.text_hash(identity),
-        "concept": asdict(decided.concept),
-        "concepts": [asdict(part) for part in decided.all_concepts],
-        "base": earlier and earlier.record,
-        "settings": asdict(settings),
-        "compute": decided.compute.record(),
-        "model": {
-            "name": settings.model,
-            "origin": earlier.record["model"] if earlier else settings.model,
-            "origin_hash": earlier.record["model_hash"] if earlier else decided.base_hash,
-            "base_hash": decided.base_hash,
-            "result_hash": change.result_hash,
-            "base_dtype": change.provenance["base_dtype"],
-        },
-        "mask": None if mask is None else {"weights": _total(mask), "ones": masks.count(mask)},
-        "weights": {"total": change.total, "changed": sum(change.changed.values())},
-        "data": {
+    decided: Decisions,
+    data: phases.Gathered,
+    mask: masks.Packed | None,
+    trained: phases.Trained,
+    change: delta.Delta,
+    seconds: Mapping[str, float],
+) -> RunRecord:
+    """What run.json says of a finished run, except for the time and the files."""
+    settings, images, earlier = decided.settings, data.images, decided.earlier
+    return RunRecord(
+        identity=decided.identity,
+        concept=decided.concept,
+        concepts=tuple(decided.all_concepts),
+        base=earlier and earlier.record,
+        settings=asdict(settings),
+        compute=decided.compute.record(),
+        model=Models(
+            settings.model,
+            decided.base_hash,
+            change.result_hash,
+            origin=earlier.record["model"] if earlier else settings.model,
+            origin_hash=earlier.record["model_hash"] if earlier else decided.base_hash,
+            base_dtype=change.provenance["base_dtype"],
+        ),
+        mask=None if mask is None else MaskSize(_total(mask), masks.count(mask)),
+        weights=Changes(change.total, sum(change.changed.values())),
+        data={
             **(images.record if images else {}),
             "fingerprint": outputs.data_hash(decided, images),
             "truncated_prompts": decided.truncated,
         },
-        "method": {"name": settings.method, **decided.method.hyperparameters(), **trained.notes},
-        "losses": trained.losses,
-        "peak_memory_bytes": peak_memory(),
-        "versions": versions(),
-        **({"plugin": plugin} if plugin else {}),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
+        method={"name": settings.method, **decided.method.hyperparameters(), **trained.notes},
+        losses=trained.losses,
+        seconds=dict(seconds),
+        peak_memory_bytes=peak_memory(),
+        versions=versions(),
+        plugin=methods.origin(settings.method),
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+    )
 
 
 def _total(mask: masks.Packed) -> int:
     return sum(bits.numel() for bits in mask.values())
 
 
-def finished(folder: Path, record: dict[str, Any], settings: Settings, is_main_process: bool) -> Run:
+def finished(folder: Path, record: RunRecord, settings: Settings, is_main_process: bool) -> Run:
     """A run that was finished before, verified, with the forms added that it lacks."""
     if not is_main_process:
-        return Run(folder, {}, is_new=False)
-    records.verify(folder, record)
+        return Run(folder, is_new=False, is_main_process=False)
+    folders.verify(folder, record)
     outputs.clean(folder)
     there = {"delta", *forms.held(folder, record)}
     added = tuple(form for form in settings.save if form not in there)
     if added:
         forms.add(folder, added, rank=settings.lora_rank)
-    return Run(folder, records.read(folder), is_new=False, added=added)
+    return Run(folder, is_new=False, added=added)

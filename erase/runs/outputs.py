@@ -15,7 +15,7 @@ from erase.errors import EraseError
 from erase.export import states
 from erase.export.states import unet_state
 from erase.families import pipeline_folder
-from erase.runs import card, forms, records, samples
+from erase.runs import card, folders, forms, samples
 from erase.runs.decisions import Decisions
 from erase.runs.planning import whole
 
@@ -39,16 +39,16 @@ def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | 
             f"{outside[0]!r} changed outside the mask or the scope; nothing was published. Delete {decided.work}, and "
             "the same command starts again"
         )
-    delta.save(decided.folder / records.DELTA, change)
+    delta.save(decided.folder / folders.DELTA, change)
     write_mask(decided, change, mask)
     write_forms(decided, base_unet, new, change)
     if decided.settings.num_samples:
-        samples.write_samples(decided.folder / records.SAMPLES, model, base_unet, decided.concept, decided.settings)
+        samples.write_samples(decided.folder / folders.SAMPLES, model, base_unet, decided.concept, decided.settings)
     dtype = ", dtype=torch.float32" if pipeline_folder.needs_dtype(model.folder) else ""
     loading = f'StableDiffusionPipeline.from_pretrained("this folder"{dtype})'
     after = decided.earlier and decided.earlier.record
     text = card.model_card(decided.settings, decided.concept, change, loading=loading, after=after)
-    files.write_text(decided.folder / records.CARD, text)
+    files.write_text(decided.folder / folders.CARD, text)
     return change
 
 
@@ -76,14 +76,14 @@ def data_hash(decided: Decisions, images: latents.Data | None) -> str:
 
 def write_mask(decided: Decisions, change: delta.Delta, mask: masks.Packed | None) -> None:
     """mask.safetensors, if there is a mask; one that was united with an earlier run's says so."""
-    made, earlier = decided.work / records.MASK, decided.earlier
+    made, earlier = decided.work / folders.MASK, decided.earlier
     if made.exists() and earlier is None:
-        files.copy(made, decided.folder / records.MASK)
+        files.copy(made, decided.folder / folders.MASK)
     elif mask is not None:
         how = dict(masks.load(made)[1].made) if made.exists() else {}
         how |= {"base": decided.settings.model, "base_hash": change.base_hash}
         how |= {"united_with": earlier.record["run"]} if earlier and earlier.mask else {}
-        masks.save(decided.folder / records.MASK, mask, how)
+        masks.save(decided.folder / folders.MASK, mask, how)
 
 
 def write_forms(decided: Decisions, base_unet: Any, new: delta.State, change: delta.Delta) -> None:

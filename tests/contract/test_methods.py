@@ -174,12 +174,12 @@ def test_a_whole_run_with_a_mask_records_its_method(toy_pipeline_dir, tmp_path, 
         quiet=True,
         **SIZES,
     )
-    assert run.record["method"]["name"] == name
-    assert 0 < run.record["weights"]["changed"] <= run.record["mask"]["ones"]
-    assert ("plugin" in run.record) == (name == EXAMPLE)
+    assert run.record.method["name"] == name
+    assert run.record.mask and 0 < run.record.weights.changed <= run.record.mask.ones
+    assert (run.record.plugin is not None) == (name == EXAMPLE)
     if isinstance(method, methods.TrainedMethod):
-        assert len(run.record["losses"]) == 2
-        assert run.record["data"]["num_retain"] == (2 if method.retains else 1)
+        assert len(run.record.losses) == 2
+        assert run.record.data["num_retain"] == (2 if method.retains else 1)
 
 
 def test_a_method_of_another_package_runs_from_the_command_line(toy_pipeline_dir, tmp_path):

@@ -1,4 +1,5 @@
 """The contract of a method: what it receives (`Task`) and what it returns (`Plan`, or new values of the weights)."""
+# pyright: strict
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -72,7 +73,7 @@ class Plan:
     passes: Callable[[], list[Images]]
     loss: Loss | None = None
     start: Callable[[], Values] | None = None
-    extra: Mapping[str, Parameter] = field(default_factory=dict)
+    extra: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
     bend: Callable[[], None] | None = None
     settle: Callable[[Progress], Values] | None = None
 

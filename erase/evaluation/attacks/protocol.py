@@ -1,4 +1,5 @@
 """What an attack is: it tries to make an erased model generate the concept again."""
+# pyright: strict
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -1,9 +1,10 @@
 """What a judge is: it looks at images, and its raw outputs are stored for every figure that is made of them."""
+# pyright: strict
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from erase.evaluation.plan import Figures, Lines
 
@@ -19,7 +20,7 @@ class Assignment:
     source: the judge's weights, a hub id, folder or file; None for its default. device: to compute on.
     """
 
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     imagenet_classes: tuple[int, ...] = ()
     source: str | None = None
     device: str = "cpu"
@@ -75,9 +76,11 @@ class Judge(ABC):
     def agrees(cls, stored: Any, again: Any) -> bool:
         """Whether two outputs for one image are the same up to another machine's rounding (1e-4)."""
         if isinstance(stored, dict) and isinstance(again, dict):
-            return stored.keys() == again.keys() and all(cls.agrees(stored[key], again[key]) for key in stored)
+            one, other = cast(dict[str, Any], stored), cast(dict[str, Any], again)
+            return one.keys() == other.keys() and all(cls.agrees(one[key], other[key]) for key in one)
         if isinstance(stored, list) and isinstance(again, list):
-            return len(stored) == len(again) and all(cls.agrees(a, b) for a, b in zip(stored, again, strict=True))
+            first, second = cast(list[Any], stored), cast(list[Any], again)
+            return len(first) == len(second) and all(map(cls.agrees, first, second))
         if isinstance(stored, float) and isinstance(again, float):
             return abs(stored - again) <= 1e-4 * max(1.0, abs(stored))
         return stored == again

@@ -1,4 +1,5 @@
 """What a task is: the samples to generate, and the figures that its judges' scores give."""
+# pyright: strict
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -32,7 +33,7 @@ class Sample:
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
 
     @property
     def cluster(self) -> str:
