@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from erase.errors import EraseError
 from erase.words import closest, did_you_mean
@@ -195,7 +195,7 @@ def misspelt(cls: type, base: type) -> dict[str, str]:
     """
     known = {name for name in dir(base) if not name.startswith("_")}
     options = {field.name for field in fields(cls)} if is_dataclass(cls) else set[str]()
-    own = {name for name in dir(cls) if not name.startswith("_")} - known - options
+    own = {name for name in dir(cast(type[Any], cls)) if not name.startswith("_")} - known - options
     guesses = {name: closest(name, known, cutoff=0.8) for name in sorted(own)}
     return {name: guess[0] for name, guess in guesses.items() if guess}
 

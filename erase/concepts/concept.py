@@ -245,7 +245,8 @@ def type_name(value: Any) -> str:
         list: "a list",
         dict: "a table",
     }
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    kind = cast(type[Any], type(value))
+    return kinds.get(kind, f"a {kind.__name__}")
 
 
 def _judged(concept: Concept) -> list[str]:

@@ -64,7 +64,9 @@ def _problems(header: Mapping[str, Any]) -> Iterator[str]:
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
             yield "has no names and shapes of the masked weights"
-        elif not isinstance(pair[1], list) or not all(type(size) is int and 0 <= size < 2**40 for size in cast(list[Any], pair[1])):
+        elif not isinstance(pair[1], list) or not all(
+            type(size) is int and 0 <= size < 2**40 for size in cast(list[Any], pair[1])
+        ):
             yield f"gives {pair[0]!r:.80} the shape {pair[1]!r:.40}"
     if len({str(pair[0]) for pair in pairs if isinstance(pair, list) and pair}) != len(pairs):
         yield "names a weight twice"

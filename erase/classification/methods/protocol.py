@@ -39,8 +39,8 @@ class Task:
 
         size: images per batch; None: `batch_size`.
         """
-        how = {"padding": self.padding, "flip": self.flip}
-        return loader(images, size or self.batch_size, self.generator, **how, shuffle=shuffle)
+        size = size or self.batch_size
+        return loader(images, size, self.generator, padding=self.padding, flip=self.flip, shuffle=shuffle)
 
 
 @dataclass(frozen=True)
