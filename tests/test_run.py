@@ -25,6 +25,8 @@ from erase.families import stored_unet
 from erase.methods.relabel import Relabel
 from erase.options.settings import Settings
 from erase.runs import folders, job, machine, subjects
+from erase.runs import record as run_json
+from erase.runs.record import Started
 from erase.training import loop
 
 CONCEPT = Concept(
@@ -226,7 +228,7 @@ def test_export_wants_a_finished_whole_run(finished, tmp_path, capsys):
     altered = copied(finished, tmp_path)
     (altered / "delta.safetensors").unlink()
     unfinished = tmp_path / "unfinished"
-    files.write_json(unfinished / "run.json", {"status": "running", "identity": finished.record.identity})
+    run_json.write(unfinished / "run.json", Started(finished.record.identity))
     for folder, told in ((tmp_path / "empty", "not a run folder"), (altered, "delta.safetensors is missing")):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["export", str(folder), "--to", "unet"])
@@ -654,8 +656,7 @@ def test_links_inside_an_unfinished_run_are_not_followed(overwrite, finished, to
     (victim / "unet" / "diffusion_pytorch_model.bin").write_text("mine")
     (victim / "mask.safetensors").write_text("mine")
     outputs = ["unet/diffusion_pytorch_model.bin", "mask.safetensors"]
-    running_record = {"status": "running", "identity": finished.record.identity, "outputs": outputs}
-    files.write_json(folder / "run.json", running_record)
+    run_json.write(folder / "run.json", Started(finished.record.identity, tuple(outputs)))
     (folder / "mask.safetensors").symlink_to(victim / "mask.safetensors")
     (folder / "unet").symlink_to(victim / "unet")
     with pytest.raises(EraseError, match="unet is a link to .*victim/unet; remove the link"):
@@ -670,7 +671,7 @@ def test_a_record_that_names_files_elsewhere_deletes_none(finished, toy_pipeline
     (tmp_path / "mine").write_text("mine")
     folder = tmp_path / "cat"
     identity = finished.record.identity
-    files.write_json(folder / "run.json", {"status": "running", "identity": identity, "outputs": ["../mine"]})
+    run_json.write(folder / "run.json", Started(identity, ("../mine",)))
     with pytest.raises(EraseError, match="it names the file '../mine'"):
         erase(toy_pipeline_dir, folder, overwrite=True)
     assert (tmp_path / "mine").read_text() == "mine"
@@ -679,7 +680,7 @@ def test_a_record_that_names_files_elsewhere_deletes_none(finished, toy_pipeline
 def test_temporaries_of_a_killed_run_are_not_kept_or_listed(finished, toy_pipeline_dir, tmp_path):
     """(2.4)"""
     folder = tmp_path / "cat"
-    files.write_json(folder / "run.json", {"status": "running", "identity": finished.record.identity})
+    run_json.write(folder / "run.json", Started(finished.record.identity))
     for name in ("delta.safetensors", "samples.png", "unet/diffusion_pytorch_model.safetensors"):
         (folder / name).parent.mkdir(exist_ok=True)
         files.partial(folder / name).write_text("half")
@@ -691,7 +692,7 @@ def test_temporaries_of_a_killed_run_are_not_kept_or_listed(finished, toy_pipeli
 def test_a_damaged_mask_of_an_unfinished_run_is_one_line(kind, finished, toy_pipeline_dir, tmp_path):
     """(2.2)"""
     folder = tmp_path / "cat"
-    files.write_json(folder / "run.json", {"status": "running", "identity": finished.record.identity})
+    run_json.write(folder / "run.json", Started(finished.record.identity))
     (folder / "work").mkdir()
     shutil.copy(finished.folder / "mask.safetensors", folder / "work" / "mask.safetensors")
     damage.DAMAGES[kind](folder / "work" / "mask.safetensors")

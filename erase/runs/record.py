@@ -99,12 +99,11 @@ class RunRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The record as run.json stores it."""
-        return {
-            "status": "done",
-            "format": FORMAT,
-            "identity_hash": files.text_hash(self.identity),
-            **{name: plain(value) for name, value in asdict(self).items() if name != "plugin" or value},
-        }
+        stored = {name: plain(value) for name, value in asdict(self).items()}
+        for name in ("plugin", "finished"):
+            if stored[name] is None:
+                del stored[name]
+        return {"status": "done", "format": FORMAT, "identity_hash": files.text_hash(self.identity), **stored}
 
 
 def plain(value: Any) -> Any:
@@ -152,7 +151,7 @@ def _finished(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> RunReco
     for digest in stored["files"].values():
         _require(digest, str)
     _require(stored["files"][DELTA], str)
-    if stored.get("finished") is not None:
+    if "finished" in stored:
         datetime.fromisoformat(stored["finished"])
     model, weights, mask = stored["model"], stored["weights"], stored["mask"]
     known |= {
