@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
     ConvNextImageProcessorPil,
 )
 
-from erase import erase_concept, files
+from erase import concepts, erase_concept, files
 from erase.evaluation import arm, cli, generate, score
 from erase.evaluation.report import pool
 from erase.export import ldm
@@ -430,23 +431,20 @@ def test_weights_that_are_not_those_of_run_json_are_refused(command, pair, toy_p
     hashes = {role: generate.model_hashes(loading.load(folder))["unet"] for role, folder in
               {"base": toy_pipeline_dir, "result": erased_dir}.items()}  # fmt: skip
     shutil.copytree(erased_dir, tmp_path / "run")
-    church = json.loads(json.dumps({"name": "church", "kind": "object"}))
-    from dataclasses import asdict
-
-    from erase import concepts
-
+    old = json.loads((Path(__file__).parent / "old" / "run-0.1.0.json").read_text())
     church = asdict(concepts.load("church"))
+    record = {**old, "concept": church, "concepts": [church]}
     made_from = {"name": str(toy_pipeline_dir), "origin": str(toy_pipeline_dir)}
     right = made_from | {"base_hash": hashes["base"], "origin_hash": hashes["base"], "result_hash": hashes["result"]}
     arguments = ("run", "--model", tmp_path / "run", "--task", "class-forget", "--num-images", 1, "--judge-model",
                  classifier_dir, "--output", tmp_path / "out", *FAST)  # fmt: skip
     for wrong, role in (({"origin_hash": "0" * 64}, "base"), ({"result_hash": "0" * 64}, "erased")):
-        files.write_json(tmp_path / "run" / "run.json", {"model": right | wrong, "concept": church})
+        files.write_json(tmp_path / "run" / "run.json", record | {"model": right | wrong})
         with monkeypatch.context() as patch:
             patch.setattr(sd.StableDiffusion, "draw", lambda *_, **__: pytest.fail("an image was generated"))
             code, _, err = command(*arguments)
         assert code == 2 and f"says that the {role} model's UNet is 000000000000" in err
-    files.write_json(tmp_path / "run" / "run.json", {"model": right, "concept": church})
+    files.write_json(tmp_path / "run" / "run.json", record | {"model": right})
     assert command(*arguments)[0] == 0
 
 

@@ -52,5 +52,8 @@ def test_a_concept_that_is_refused_today_is_named(tmp_path):
     stored = record.read(OLD).as_json()
     stored["concept"]["anchor"] = ["a", "b", "c"]
     files.write_json(tmp_path / "run.json", stored)
-    with pytest.raises(EraseError, match=r"run.json is damaged \(.*3 anchors for 2 forget prompts.*\); delete "):
+    with pytest.raises(
+        EraseError,
+        match=r"run.json is damaged: its concepts cannot be read: .*3 anchors for 2 forget prompts.*; delete ",
+    ):
         record.read(tmp_path / "run.json")

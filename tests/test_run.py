@@ -150,7 +150,7 @@ def test_a_record_whose_time_or_files_cannot_be_right_is_damaged(finished, toy_p
     folder = copied(finished, tmp_path)
     record = files.read_json(folder / "run.json")
     files.write_json(folder / "run.json", {**record, **change})
-    with pytest.raises(EraseError, match=r"run\.json is damaged .* choose another --output"):
+    with pytest.raises(EraseError, match=r"run\.json is damaged: .* choose another --output"):
         erase(toy_pipeline_dir, folder)
 
 

@@ -132,7 +132,7 @@ def read(path: Path) -> Started | RunRecord:
         return _finished(stored, identity) if stored["status"] == "done" else _started(stored, identity)
     except (KeyError, TypeError, ValueError, AttributeError, EraseError) as error:
         told = str(error) if isinstance(error, EraseError) else repr(error)
-        raise EraseError(f"{path} is damaged ({told}); delete {path.parent} or choose another --output") from error
+        raise EraseError(f"{path} is damaged: {told}; delete {path.parent} or choose another --output") from error
 
 
 def write(path: Path, record: Started | RunRecord) -> None:
@@ -153,11 +153,16 @@ def _finished(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> RunReco
     _require(stored["files"][DELTA], str)
     if "finished" in stored:
         datetime.fromisoformat(stored["finished"])
+    try:
+        concept = Concept(**stored["concept"])
+        concepts = tuple(Concept(**part) for part in stored.get("concepts", [stored["concept"]]))
+    except (KeyError, TypeError, EraseError) as error:
+        raise EraseError(f"its concepts cannot be read: {error}") from error
     model, weights, mask = stored["model"], stored["weights"], stored["mask"]
     known |= {
         "identity": identity,
-        "concept": Concept(**stored["concept"]),
-        "concepts": tuple(Concept(**part) for part in stored.get("concepts", [stored["concept"]])),
+        "concept": concept,
+        "concepts": concepts,
         "model": Models(
             name=_require(model["name"], str),
             base_hash=_require(model["base_hash"], str),
