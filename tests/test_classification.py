@@ -70,7 +70,7 @@ def trained(state: dict[str, Tensor]) -> nn.Sequential:
 
 
 def method_of(name: str) -> Any:
-    return methods.make(methods.find(PRESETS[name].method), name, {})
+    return methods.make(methods.find(name), name, {})
 
 
 def random_mask(model: nn.Module, density: float = 0.5) -> masks.Mask:

@@ -3,13 +3,18 @@
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 
-from erase.classification import methods
-from erase.classification.methods import METHODS, Descends, Plan, Solves, Task
+from erase import registry
+from erase.classification import methods, run
+from erase.classification.methods import REGISTRY, Descends, Plan, Solves, Task, Values
+from erase.classification.methods import registry as method_registry
 from erase.classification.presets import PATH, PRESETS, TRAINING, TUNED, Preset, read
 from erase.classification.settings import NETWORKS, Settings
 from erase.errors import EraseError
@@ -22,18 +27,18 @@ def test_every_preset_names_a_registered_method_with_options_that_it_has():
     for name, preset in named:
         if preset.method:
             options = {key: str(value) for key, value in preset.options}
-            method = methods.make(methods.find(preset.method), name, options)
-            assert type(method) is METHODS[preset.method]
+            method = methods.make(methods.find(name), name, options)
+            assert type(method).__name__ == preset.method.partition(":")[2]
         else:
             assert name == "retrain"
-    assert {preset.method for _, preset in named} - {""} == METHODS.keys()
+    assert [name for name in PRESETS if name != "retrain"] == REGISTRY.names()
     assert {training.network for training in TRAINING.values()} <= set(NETWORKS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", REGISTRY.names())
 def test_every_registered_method_is_a_frozen_dataclass_that_descends_or_solves(name):
-    cls: Any = METHODS[name]
-    assert cls.__name__ == name and cls.__dataclass_params__.frozen
+    cls: Any = methods.find(name)
+    assert cls.__dataclass_params__.frozen
     assert issubclass(cls, Descends) != issubclass(cls, Solves)
     assert cls.__doc__ and cls.__module__.startswith("erase.classification.methods.")
 
@@ -57,9 +62,68 @@ def test_a_method_with_a_misspelt_part_cannot_be_made():
     assert isinstance(Right(), Descends)
 
 
-def test_an_unknown_method_class_is_one_line():
-    with pytest.raises(EraseError, match="unknown method class 'FineTun'; did you mean FineTune?"):
-        methods.find("FineTun")
+def test_an_unknown_method_is_one_line():
+    with pytest.raises(EraseError, match="unknown method 'salum'; did you mean salun?"):
+        methods.find("salum")
+
+
+@dataclass(frozen=True)
+class Towards(Descends):
+    """A method as another package writes it, with its own defaults."""
+
+    epochs = 3
+    learning_rate = 0.02
+    strength: float = 1.0
+
+    def plan(self, task: Task) -> Plan:
+        loss = F.cross_entropy
+        return Plan(passes=lambda: [task.retain], loss=lambda x, y, at: self.strength * loss(task.model(x), y))
+
+
+@dataclass(frozen=True)
+class Nameless(Solves):
+    where: str = "here"
+
+    def solve(self, task: Task) -> Values:
+        return {}
+
+
+class Plain(Solves):
+    def solve(self, task: Task) -> Values:
+        return {}
+
+
+def installed(monkeypatch, **paths: str) -> None:
+    """As if packages registered these classes."""
+    points = [EntryPoint(name, path, "erase.classification.methods") for name, path in paths.items()]
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: points if group == "erase.classification.methods" else []
+    )
+    monkeypatch.setattr(method_registry, "REGISTRY", method_registry.made_registry())
+
+
+@pytest.mark.parametrize("name", ["towards", f"{__name__}:Towards"])
+def test_a_method_of_another_package_is_found_by_its_name_or_class(name, monkeypatch):
+    """It has its own defaults and options; without the package its name is unknown."""
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or import_module(__name__))
+    with pytest.raises(EraseError, match="--method is 'towards'"):
+        Settings(method="towards")
+    installed(monkeypatch, towards=f"{__name__}:Towards")
+    settings = Settings(method=name, set=("strength=2",)).resolved()
+    assert (settings.epochs, settings.learning_rate, settings.mask) == (3, 0.02, "none")
+    assert run.make(settings) == Towards(strength=2)
+    assert "towards" in methods.others() and "salun" not in methods.others()
+    with pytest.raises(EraseError, match="no option 'strenth'; did you mean strength?"):
+        run.check_method(Settings(method=name, set=("strenth=2",)).resolved())
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [("Nameless", "the option 'where' without a default that is a number"), ("Plain", "is not a dataclass")],
+)
+def test_a_class_that_does_not_fit_is_one_line(cls, message):
+    with pytest.raises(EraseError, match=message):
+        methods.find(f"{__name__}:{cls}")
 
 
 def test_a_tuned_line_replaces_fields_of_the_methods_general_line(tmp_path):

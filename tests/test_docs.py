@@ -317,6 +317,7 @@ def test_python_of_the_pages_runs_on_the_embedded_model(page, tmp_path, monkeypa
 def test_the_parts_of_the_page_run_from_the_command_line(tmp_path):
     """As docs/extending.md says, but for two steps on two images and three images to judge."""
     page, few = "docs/extending.md", {"erase-concept": FEW, "eval-concept": ["--num-images", "1", "--steps", "2"]}
+    few |= {"unlearn-classifier": ["--train-epochs", "2"]}
     for mark, text in blocks(page, "python"):
         (tmp_path / mark.removeprefix(FILE)).write_text(text)
     (tmp_path / "my_images").mkdir()
@@ -325,6 +326,7 @@ def test_the_parts_of_the_page_run_from_the_command_line(tmp_path):
             tmp_path / f"my_images/{angle}.png"
         )
     modules = {"erase-concept": "erase.cli", "eval-concept": "erase.evaluation.cli"}
+    modules |= {"unlearn-classifier": "erase.classification.cli"}
     for program, *arguments in commands(page):
         more = [] if "images" in arguments else few[program]
         done = subprocess.run(

@@ -130,10 +130,12 @@ def _compare(arguments: list[str]) -> None:
     for density in asked["densities"]:
         if not 0 < density <= 1:
             parser.error(f"--densities has {density}; each must be above 0 and at most 1")
-    unknown = [name for name in asked["methods"] if name not in ("all", *PRESETS)]
-    if unknown:
-        parser.error(f"unknown method {unknown[0]!r}; choose all, {', '.join(PRESETS)}")
     settings = _settings(given)
+    for name in asked["methods"]:
+        if name not in ("all", *PRESETS):
+            from erase.classification.methods import find
+
+            find(name)
 
     from erase.classification.compare import compare, rows, table
 

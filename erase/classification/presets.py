@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from erase.errors import EraseError
 from erase.words import did_you_mean
 
+MOST_SIZE = 4096  # of images, in pixels a side
 PATH = Path(__file__).with_name("presets.toml")
 Kind = Literal["share", "half", "class"]  # of a request: see `settings.kind_of`
 
@@ -20,7 +21,7 @@ Kind = Literal["share", "half", "class"]  # of a request: see `settings.kind_of`
 class Preset:
     """Defaults of a method.
 
-    method: name of its class in methods/; "" trains a new model on the retain set.
+    method: "file:Class" in methods/, or the name of another package's method; "" trains a new model on the retain set.
     mask: the weights that may move.
     options: values of the class's fields that differ from the class's own defaults.
     """

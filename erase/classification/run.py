@@ -15,7 +15,7 @@ from erase.classification import data, methods, networks, records, salun_checkpo
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, in_eval, write
 from erase.classification.masking import make_mask
-from erase.classification.methods import Descends, Method, Plan, Task
+from erase.classification.methods import Descends, Method, Plan, Solves, Task
 from erase.classification.networks import Classifier, Shape
 from erase.classification.settings import Settings, require_use
 from erase.classification.split import Split
@@ -90,6 +90,7 @@ def unlearn(
         if isinstance(method, Descends):
             descend(model, method.plan(task), recipe, task.generator, mask, label="unlearn", quiet=quiet)
         else:
+            assert isinstance(method, Solves), method
             if mask is not None:
                 masks.check(mask, {}, task.parameters())
             write(model, method.solve(task), mask)
@@ -105,7 +106,7 @@ def require_classes(model: nn.Module, images: Images, num_classes: int) -> None:
 
 def make(settings: Settings) -> Method:
     """The method of the settings, with its options."""
-    return methods.make(methods.find(settings.preset.method), settings.method, settings.method_options())
+    return methods.make(methods.find(settings.method), settings.method, settings.method_options())
 
 
 def check_method(settings: Settings) -> None:

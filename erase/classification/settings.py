@@ -6,12 +6,18 @@ Standard library only, so that the command line can be built from it without loa
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, Literal
 
-from erase.classification.presets import PRESETS, TRAINING, TUNED, Kind, Preset
+from erase.classification.presets import MOST_SIZE, PRESETS, TRAINING, TUNED, Kind, Preset
 from erase.errors import EraseError
 from erase.options.declare import Precision, agreed_precision, flag, make_plain, option
 
 NETWORKS = ("mlp", "small", "resnet18", "resnet18_imagenet", "resnet50", "vgg16_bn", "vit", "swin_t")
-MOST_SIZE = 4096  # pixels a side
+
+
+def _others() -> tuple[str, ...]:
+    """Methods of other packages; called for a name that is not ours."""
+    from erase.classification.methods import others
+
+    return others()
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,15 @@ class Settings:
     )
 
     # method
-    method: str = option("salun", "unlearning method", group="method", choices=tuple(PRESETS))
+    method: str = option(
+        "salun",
+        f"unlearning method: {', '.join(PRESETS)}, one of another package, or module:Class",
+        group="method",
+        choices=tuple(PRESETS),
+        more=_others,
+        also="module:Class",
+        metavar="METHOD",
+    )
     model: str | None = option(
         None,
         "folder or file of the original model, also a ResNet of SalUn's code (.pth.tar)",
@@ -140,6 +154,10 @@ class Settings:
     @property
     def preset(self) -> Preset:
         """Defaults of the method for this data set and this kind of request."""
+        if self.method not in PRESETS:
+            from erase.classification.methods import preset  # loads torch, which `--help` does not need
+
+            return preset(self.method)
         return TUNED.get((self.data, kind_of(self.forget)), {}).get(self.method, PRESETS[self.method])
 
     def resolved(self) -> "Settings":

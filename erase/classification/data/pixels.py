@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from erase.classification.settings import MOST_SIZE
+from erase.classification.presets import MOST_SIZE
 from erase.data.images import BadImage
 from erase.data.images import read as read_image
 from erase.errors import EraseError

@@ -1,6 +1,6 @@
 """Unlearning methods for classifiers: one paper per file, each a frozen dataclass with the paper's formula.
 
-A method subclasses `Descends` or `Solves` (protocol.py) and has one line in METHODS (registry.py).
+A method subclasses `Descends` or `Solves` (protocol.py) and has one line in presets.toml.
 
 In the docstrings: f are the model's logits, D_f and D_r the images to forget and to retain, CE the cross-entropy and
 theta_o the original weights.
@@ -14,12 +14,12 @@ from erase.classification.methods.influence import Influence
 from erase.classification.methods.l1_sparse import L1Sparse
 from erase.classification.methods.protocol import Descends, Loss, Method, Plan, Progress, Solves, Task, Values
 from erase.classification.methods.random_label import RandomLabel, RandomLabelJoint
-from erase.classification.methods.registry import METHODS, find, make
+from erase.classification.methods.registry import REGISTRY, find, make, others, preset
 from erase.classification.methods.scissorhands import Scissorhands
 from erase.classification.methods.soft_threshold import SoftThreshold
 
 __all__ = [
-    "METHODS",
+    "REGISTRY",
     "BoundaryExpand",
     "BoundaryShrink",
     "Descends",
@@ -41,4 +41,6 @@ __all__ = [
     "Values",
     "find",
     "make",
+    "others",
+    "preset",
 ]

@@ -4,6 +4,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,21 +79,33 @@ class Plan:
     settle: Callable[[Progress], Values] | None = None
 
 
-class Descends(ABC):
+class Method(ABC):  # noqa: B024  Descends and Solves have the abstract methods
+    """Defaults of a method of another package. Those of our methods stand in presets.toml.
+
+    epochs, learning_rate: of unlearning; 0 for a method that computes its weights in one step.
+    mask: the weights that may change, as `--mask` names them.
+    """
+
+    epochs: ClassVar[int] = 0
+    learning_rate: ClassVar[float] = 0.0
+    mask: ClassVar[str] = "none"
+
+
+class Descends(Method):
     """A method that trains by gradient descent. The loop in descent.py carries out its plan, inside the mask only."""
+
+    epochs: ClassVar[int] = 10
+    learning_rate: ClassVar[float] = 0.01
 
     @abstractmethod
     def plan(self, task: Task) -> Plan: ...
 
 
-class Solves(ABC):
+class Solves(Method):
     """A method that computes new weights without training. Only values inside the mask are written."""
 
     @abstractmethod
     def solve(self, task: Task) -> Values: ...
-
-
-Method = Descends | Solves
 
 
 def require_bounds(method: Method, **bounds: tuple[float, float]) -> None:

@@ -1,48 +1,68 @@
-"""All methods by class name, and how a method is made from option texts."""
+"""The methods by name: ours, those of other packages, and any class; and how a method is made from option texts.
+
+Packages register methods under the entry points `erase.classification.methods`; "module:Class" names any class that can
+be imported.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 
-from erase.classification.methods.boundary import BoundaryExpand, BoundaryShrink
-from erase.classification.methods.fine_tune import FineTune
-from erase.classification.methods.fisher import FisherForgetting
-from erase.classification.methods.gradient_ascent import GradientAscent
-from erase.classification.methods.influence import Influence
-from erase.classification.methods.l1_sparse import L1Sparse
-from erase.classification.methods.protocol import Method
-from erase.classification.methods.random_label import RandomLabel, RandomLabelJoint
-from erase.classification.methods.scissorhands import Scissorhands
-from erase.classification.methods.soft_threshold import SoftThreshold
+from erase.classification.methods.protocol import Descends, Method, Solves
+from erase.classification.presets import PRESETS, Preset
 from erase.errors import EraseError
+from erase.registry import Registry
 from erase.words import did_you_mean
 
-# a new method is a new file and one line here; presets.toml names it
-METHODS: dict[str, type[Method]] = {
-    "FineTune": FineTune,
-    "GradientAscent": GradientAscent,
-    "RandomLabel": RandomLabel,
-    "RandomLabelJoint": RandomLabelJoint,
-    "SoftThreshold": SoftThreshold,
-    "L1Sparse": L1Sparse,
-    "BoundaryShrink": BoundaryShrink,
-    "BoundaryExpand": BoundaryExpand,
-    "Scissorhands": Scissorhands,
-    "Influence": Influence,
-    "FisherForgetting": FisherForgetting,
-}
+
+def problem(cls: type[Method]) -> str | None:
+    """What is wrong with a method's class, in words that follow its name; None if nothing is."""
+    if not issubclass(cls, (Descends, Solves)):
+        return "derives from neither Descends nor Solves of erase.classification.methods"
+    if not is_dataclass(cls):
+        return "is not a dataclass; write @dataclass(frozen=True) above it"
+    for item in fields(cls):
+        if item.default is MISSING or type(item.default) not in (bool, int, float):
+            return f"has the option {item.name!r} without a default that is a number, True or False"
+    return None
+
+
+def made_registry() -> Registry[Method]:
+    """A registry of our methods and of those that are installed now."""
+    return Registry(
+        "method",
+        base=Method,
+        group="erase.classification.methods",
+        own={name: f"{__package__}.{preset.method}" for name, preset in PRESETS.items() if preset.method},
+        check=problem,
+    )
+
+
+REGISTRY = made_registry()  # one new method of ours is one new file and one line in presets.toml
+
+
+def others() -> tuple[str, ...]:
+    """Names of the methods that other installed packages register."""
+    return tuple(name for name in REGISTRY.names() if name not in PRESETS)
 
 
 def find(name: str) -> type[Method]:
     """The class of a method.
 
     Raises:
-        EraseError: no such class.
+        EraseError: no such method, or its class does not fit the contract in protocol.py.
     """
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS).rstrip() or f"choose {', '.join(METHODS)}"
-        raise EraseError(f"unknown method class {name!r}; {hint}")
-    return METHODS[name]
+    return REGISTRY.load(name)
+
+
+def preset(name: str) -> Preset:
+    """Defaults of a method of another package, which its class states.
+
+    Raises:
+        EraseError: see `find`.
+    """
+    cls = find(name)
+    return Preset(name, cls.epochs, cls.learning_rate, cls.mask)
 
 
 def make(class_of: type[Method], label: str, options: Mapping[str, str]) -> Method:
@@ -54,7 +74,6 @@ def make(class_of: type[Method], label: str, options: Mapping[str, str]) -> Meth
         EraseError: the method has no such option, or the value has the wrong type.
     """
     known = {item.name: item.default for item in fields(class_of)}  # pyright: ignore[reportArgumentType]
-    assert MISSING not in known.values(), class_of
     values: dict[str, object] = {}
     for name, text in options.items():
         if name not in known:
