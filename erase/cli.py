@@ -98,12 +98,10 @@ def _erase(arguments: list[str]) -> None:
 
 def load_line(folder: Path) -> str:
     """Python that loads a pipeline so that it generates images, whatever characters its path has."""
-    from erase.families import pipeline_folder
+    from erase.families import loading
 
-    dtype = ", dtype=torch.float32" if pipeline_folder.needs_dtype(folder) else ""
-    torch = "import torch; " if dtype else ""
-    loading = f"pipeline = SD.from_pretrained({str(folder)!r}{dtype})"
-    return f"{torch}from diffusers import StableDiffusionPipeline as SD; {loading}"
+    family = loading.family_of(folder)
+    return "; ".join(family.loading_code(folder, repr(str(folder)), alias=family.family.upper()))
 
 
 def _delta_parser(command: str, description: str, example: str) -> Parser:
@@ -149,7 +147,7 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
 
     from erase import files
     from erase.export import pipeline, states
-    from erase.families import components, loading, stored_unet
+    from erase.families import components, loading
 
     folder = loading.locate(
         given.model,
@@ -159,9 +157,11 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
         cache_dir=Path(given.cache_dir).expanduser() if given.cache_dir else None,
         tell=_tell,
     )
-    for part in ("vae", "text_encoder"):  # copied: who opens the result must meet no pickle that was not allowed
+    family = loading.family_of(folder)
+    for part in family.data_parts:  # copied: who opens the result must meet no pickle that was not allowed
         components.weight_files(folder / part, allow_pickle=given.allow_pickle)
-    state = states.unet_state(stored_unet.load_unet(folder, given.allow_pickle, given.unet, _tell))
+    network = family.read_network(folder, allow_pickle=given.allow_pickle, weights_file=given.unet, tell=_tell)
+    state = family.state_of(network)
     new = delta.apply(state, change) if direction == "apply" else delta.remove(state, change)
     exact = ""
     if direction == "remove":
@@ -169,11 +169,12 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
         exact = ", the base's bit for bit" if dtype else ", the base's value for value (its dtype is not recorded)"
     else:
         dtype = None
-    if is_taken and not pipeline.is_result(folder, output, states.plain(new), dtype=dtype):
+    weights = delta.in_component(family.part, new)
+    if is_taken and not pipeline.is_result(folder, output, weights, dtype=dtype):
         raise EraseError(f"{output} exists already; choose another --output")
     if not is_taken:
         with files.replacing_folder(output) as whole:
-            pipeline.save_pipeline(folder, whole, states.plain(new), dtype=dtype)
+            pipeline.save_pipeline(folder, whole, weights, dtype=dtype)
     word = "written already" if is_taken else "written"
     print(f"{printable(output)}: {word}; UNet {delta.content_hash(new)[:12]}{exact}")
     print(f"load it: {load_line(output)}")
@@ -237,7 +238,7 @@ def _inspect(arguments: list[str]) -> None:
         word = "may move"
     else:
         change = delta.load(path)
-        shares = delta.summary(change, lambda name: layers.block_of(name.removeprefix("unet.")))
+        shares = delta.summary(change, layers.block_of)
         concept = change.provenance.get("concept", {})
         described = {
             "kind": "delta (exact)",

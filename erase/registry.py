@@ -1,4 +1,4 @@
-"""Named parts that other packages may add to: methods, tasks, judges, attacks.
+"""Named parts that other packages may add to: model families, methods, tasks, judges, attacks.
 
 A registry knows our own parts, the parts that installed packages name in their entry points, and any class that is
 given as "module:Class". It lists names without importing a part, and imports a part when it is used.
@@ -45,6 +45,7 @@ class Registry(Generic[T]):
     kind: what a part is called in messages, such as "judge". base: the class that every part derives from.
     group: the entry points under which other packages name their parts, such as "erase.judges".
     own: our own parts, name to path (see `Entry`); `in_folder` finds them.
+    has_option: whether the user chooses the part by an option, which also takes "module:Class".
     check: what else is wrong with a class, in words, such as "has no loss"; None if nothing is.
     """
 
@@ -56,10 +57,11 @@ class Registry(Generic[T]):
         group: str,
         own: Mapping[str, str],
         check: Callable[[type[T]], str | None] | None = None,
+        has_option: bool = True,
     ) -> None:
         self.kind, self.base, self.group = kind, base, group
         self._own = [Entry(name, path, OWN) for name, path in own.items()]
-        self._check = check
+        self._check, self._has_option = check, has_option
         self._given: dict[str, type[T]] = {}
         self._loaded: dict[str, type[T]] = {}
 
@@ -87,9 +89,10 @@ class Registry(Generic[T]):
             raise EraseError(f"unknown {self.kind} {name!r}{hint} ({', '.join(self.names())})")
         if len(found) > 1:
             packages = " and ".join(entry.distribution for entry in found)
+            by_class = f", or choose one by its class: {' or '.join(entry.path for entry in found)}"
             raise EraseError(
-                f"the {self.kind} {name!r} is in {len(found)} installed packages, {packages}; uninstall all but one, "
-                f"or choose one by its class: {' or '.join(entry.path for entry in found)}"
+                f"the {self.kind} {name!r} is in {len(found)} installed packages, {packages}; uninstall all but one"
+                f"{by_class if self._has_option else ''}"
             )
         return found[0]
 

@@ -46,7 +46,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
     text = Conditioning(torch.randn(4, 77, 768))
     places = torch.zeros(1, 77, dtype=torch.bool)
     instead, names = torch.tensor([2]), ("", "f", "a", "r")
-    data = Data(images(1), images(3), instead, torch.tensor([]), places, places, names, text, "random", {})
+    data = Data(images(1), images(3), instead, torch.tensor([]), places, places, names, text, text[:1], "random", {})
     phases: dict[str, Any] = {}
     clock = time.perf_counter()
 

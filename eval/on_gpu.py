@@ -682,7 +682,7 @@ class Ours:
         compute = device.choose(given.device, given.precision)
         given = replace(given, precision=compute.precision)
         self.accelerator = machine.make_accelerator(given, job.work / "steps", compute)
-        self.model = loading.load(folder, device=compute.device)
+        self.model: Any = loading.load(folder, device=compute.device)  # a Stable Diffusion, whose parts are used below
         self.model.precision = compute.precision
         self.settings = resolve(given, "nudity", self.model.defaults, on_gpu=job.on_cuda)
         self.plan, self.method = planning.make_plan(self.settings, self.model), planning.make_method(self.settings)

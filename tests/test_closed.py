@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loaded import load_sd
 from torch import Tensor
 
 from erase import concepts, delta, erase_concept, masks, methods
 from erase.concepts import Concept
 from erase.data import prompt_states
 from erase.errors import EraseError
-from erase.families import loading, scope, stored_unet
+from erase.families import scope, stored_unet
 from erase.methods.inputs import Text
 from erase.methods.rece import RECE, derive
 from erase.methods.ridge import ridge
@@ -84,7 +85,7 @@ def test_all_tokens_are_those_behind_the_start(text):
 
 def test_read_text_names_the_tokens_in_which_a_prompt_differs_from_its_anchor(toy_pipeline_dir):
     """A token is a letter: "a cat" and "a dog" differ from place 2 to 4; an empty anchor stands at its start token."""
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     concept = Concept("cat", "object", forget=("a cat", "cat here", "cat"), anchor=("a dog", "dog here", ""))
     found = prompt_states.read_text(model, concept)
     assert found.forget_at.tolist() == [4, 3, 3] and found.anchor_at.tolist() == [4, 3, 0]
@@ -150,12 +151,16 @@ def test_rece_without_epochs_is_uce_on_the_same_tokens(text, weights):
         torch.testing.assert_close(ours[name], W.double() + W.double() @ change, rtol=0, atol=1e-12)
 
 
+def values_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: W for name, W in weights.items() if name.endswith("to_v.weight")}
+
+
 def test_speed_is_the_constrained_least_squares_solution(text, weights):
     """Without filter and augmentation P is known, and with lamb = 0 the unknown is a matrix on a basis of what P and
     the constraints leave: dW = Y B^T with B orthonormal, R B small and K^T B = 0."""
     method = SPEED(filter=False, augment=0, rho=0.3, threshold=0.5, centres=1)
-    new, notes = method.solve(weights, text)
-    assert set(new) == {name for name in weights if name.endswith("to_v.weight")}
+    new, notes = method.solve(values_of(weights), text)
+    assert set(new) == set(values_of(weights))
     c_e, c_a = columns(text.forget, text.forget_at), columns(text.anchor, text.anchor_at)
     r = columns(text.retain, text.retain_at)
     values, U = np.linalg.eigh(r @ r.T / r.shape[1])
@@ -176,7 +181,7 @@ def test_speed_is_the_constrained_least_squares_solution(text, weights):
 
 def test_speed_with_a_loose_constraint_is_the_least_squares_solution_with_a_penalty(text, weights):
     method = SPEED(filter=False, augment=0, rho=0.3, threshold=0.5, centres=1, lamb=0.2)
-    new, _ = method.solve(weights, text)
+    new, _ = method.solve(values_of(weights), text)
     c_e, c_a = columns(text.forget, text.forget_at), columns(text.anchor, text.anchor_at)
     r = columns(text.retain, text.retain_at)
     values, U = np.linalg.eigh(r @ r.T / r.shape[1])
@@ -312,7 +317,7 @@ def test_the_gradient_of_reces_derived_embeddings_is_zero(text, weights):
 
 def test_the_gradient_of_speeds_cost_has_no_part_in_the_space_where_it_may_move(text, weights):
     method = SPEED(filter=False, augment=0, threshold=0.5, lamb=0.5)
-    new, _ = method.solve(weights, text)
+    new, _ = method.solve(values_of(weights), text)
     c_e, c_a = text.pairs("last")
     K = torch.cat([text.empty[0, :1], k_means(text.empty[0, 1:], 3, torch.Generator().manual_seed(0))]).double().T
     r = text.kept("last")
@@ -336,6 +341,7 @@ def test_the_gradient_of_speeds_cost_has_no_part_in_the_space_where_it_may_move(
 @pytest.mark.parametrize("name", CLOSED)
 def test_nothing_to_change_changes_nothing(text, weights, name):
     """A concept that is its own anchor; RECE's derived embeddings then are those that it began with."""
+    weights = values_of(weights) if methods.load(name).values_only else weights
     same = replace(text, anchor=text.forget, anchor_at=text.forget_at)
     new, _ = methods.make(name, {}, ["xi=1e-12"] if name == "rece" else []).solve(weights, same)
     for key, W in new.items():
@@ -345,7 +351,7 @@ def test_nothing_to_change_changes_nothing(text, weights, name):
 
 
 def test_a_scope_with_other_parameters_is_refused(toy_pipeline_dir):
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     parameters = scope.inside(dict(model.unet.named_parameters()), "xattn")
     with pytest.raises(EraseError, match="maps of the text states only, not .*to_q.*use --scope xattn-kv"):
         closed_form.solve(model, UCE(), prompt_states.read_text(model, CONCEPT), parameters, None)
@@ -419,11 +425,28 @@ def test_a_wrong_hyperparameter_is_one_clear_line(text, weights, name, given, me
         methods.make(name, {}, [given]).solve(weights, text)
 
 
-def test_speed_without_retain_prompts_or_values_is_refused(text, weights):
-    with pytest.raises(EraseError, match="needs attn2.to_v in its scope and retain prompts"):
+def test_speed_without_retain_prompts_or_values_is_refused(text, weights, toy_pipeline_dir):
+    wanted = "speed needs values of cross-attention in its scope and retain prompts; use --scope xattn-kv and --retain"
+    with pytest.raises(EraseError, match=wanted):
         SPEED().solve(weights, replace(text, retain=text.retain[:0], retain_at=text.retain_at[:0]))
-    with pytest.raises(EraseError, match="needs attn2.to_v"):
-        SPEED().solve({name: W for name, W in weights.items() if "to_k" in name}, text)
+    model = load_sd(toy_pipeline_dir)
+    keys = {name: p for name, p in model.trainable("xattn-kv").items() if "to_k" in name}
+    with pytest.raises(EraseError, match=wanted):
+        closed_form.solve(model, SPEED(), prompt_states.read_text(model, CONCEPT), keys, None)
+
+
+def test_speed_changes_only_what_the_family_calls_values(toy_pipeline_dir, monkeypatch):
+    model = load_sd(toy_pipeline_dir)
+    before = {name: p.clone() for name, p in model.trainable("xattn-kv").items()}
+    values = [name for name in before if model.is_value_map(name)]
+    assert len(values) == len(before) / 2
+    told, parameters = prompt_states.read_text(model, CONCEPT), model.trainable("xattn-kv")
+    closed_form.solve(model, SPEED(), told, parameters, None)
+    assert [name for name, p in parameters.items() if not torch.equal(p, before[name])] == values
+    monkeypatch.setattr(type(model), "is_value_map", lambda self, name: name == values[0])
+    model = load_sd(toy_pipeline_dir)
+    closed_form.solve(model, SPEED(), told, parameters := model.trainable("xattn-kv"), None)
+    assert [name for name, p in parameters.items() if not torch.equal(p, before[name])] == values[:1]
 
 
 def test_a_models_own_hyperparameters_come_before_the_users():
@@ -441,7 +464,7 @@ def test_on_the_embedded_model_other_prompts_predictions_move_far_less_than_the_
     """The papers' claim of locality. 1e-3 (mean square of the noise, which is 1) holds for UCE in whole sentences only:
     62 retained prompts of 16 tokens are more than 64 dimensions can keep exactly.
     """
-    model = loading.load("mini")
+    model = load_sd("mini")
     circle = concepts.load("circle", model_family="mini")
     method = methods.make(name, {}, model.defaults["methods"][name]["set"])
     parameters = scope.inside(dict(model.unet.named_parameters()), "xattn-kv")

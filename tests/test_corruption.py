@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from loaded import load_sd
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -61,7 +62,7 @@ def works(model: sd.StableDiffusion) -> None:
 
 def refused_or_works(folder: Path) -> str | None:
     try:
-        model = loading.load(folder)
+        model = load_sd(folder)
     except EraseError as error:
         message = str(error)
         assert "\n" not in message and len(message.replace(str(folder), "")) < 400, message
@@ -221,7 +222,7 @@ def test_a_value_that_old_configs_lack_has_its_default(model_dir):
     content = json.loads(path.read_text())
     del content["scaling_factor"]
     path.write_text(json.dumps(content))
-    assert loading.load(model_dir).vae.config["scaling_factor"] == 0.18215
+    assert load_sd(model_dir).vae.config["scaling_factor"] == 0.18215
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_weights_are_aligned_alike_whatever_wrote_their_file(length, model_dir):
     """Other writers pad headers to 8 bytes, and a mapped tensor that begins elsewhere gives other bits (2.13)."""
     for path in (UNET, VAE, TEXT):
         save_file(load_file(model_dir / path), model_dir / path, {"format": "pt", "note": "x" * length})
-    model = loading.load(model_dir)
+    model = load_sd(model_dir)
     for part in (model.unet, model.vae, model.text_encoder, model.stored_network()):
         for name, tensor in part.state_dict().items():
             assert tensor.data_ptr() % tensor_files.ALIGNMENT == 0, name
@@ -266,7 +267,7 @@ def test_weights_that_are_no_finite_numbers_are_refused(path, bad, model_dir):
     name = max(tensors, key=lambda name: tensors[name].numel())
     half = {key: tensor.half() for key, tensor in tensors.items()}
     save_file(half, model_dir / path)
-    works(loading.load(model_dir))  # control
+    works(load_sd(model_dir))  # control
     if bad in {"nan", "inf"}:
         half[name].view(-1)[-1] = float(bad)
     else:
@@ -299,8 +300,8 @@ def sharded(folder: Path, variant: str = "") -> Path:
 def test_an_index_names_safetensors_files_of_its_own_folder_and_nothing_else(variant, model_dir, whole, tmp_path):
     """A shard that is a pickle, outside the folder, missing, or no name: refused before it is opened (2.5)."""
     index = sharded(model_dir, variant)
-    loaded = loading.load(model_dir)  # control
-    assert torch.equal(loaded.unet.conv_in.weight, loading.load(whole).unet.conv_in.weight)
+    loaded = load_sd(model_dir)  # control
+    assert torch.equal(loaded.unet.conv_in.weight, load_sd(whole).unet.conv_in.weight)
     content = json.loads(index.read_text())
     names = list(content["weight_map"])
     torch.save(load_file(whole / UNET), model_dir / "unet" / "weights.bin")
@@ -332,19 +333,19 @@ def test_no_form_of_pickle_is_read_without_permission(model_dir, whole, tmp_path
         for file in (f"{stem}.bin", f"{stem}.fp16.bin", f"{stem}-00001-of-00001.bin"):
             (part / file).write_bytes(b"a pickle")
             with pytest.raises(EraseError, match="a pickle can run code when loaded"):
-                loading.load(folder)
+                load_sd(folder)
             (part / file).unlink()
         weights = {"weight_map": {"conv_in.weight": "evil.bin"}}
         (part / f"{stem}.bin.index.json").write_text(json.dumps(weights))
         with pytest.raises(EraseError):
-            loading.load(folder)
+            load_sd(folder)
 
 
 def test_a_pickle_beside_safetensors_weights_is_not_read(model_dir, monkeypatch):
     monkeypatch.setattr(torch, "load", None)
     for path in (UNET, VAE, TEXT):
         (model_dir / path).with_suffix(".bin").write_bytes(b"a pickle")
-    works(loading.load(model_dir))
+    works(load_sd(model_dir))
 
 
 # --- the system -----------------------------------------------------------------------------------------------------
@@ -373,19 +374,19 @@ def test_a_file_that_may_not_be_read_is_one_line(name, model_dir, monkeypatch):
     monkeypatch.setattr(builtins, "open", opened)
     monkeypatch.setattr(pathlib.Path, "is_file", is_file)
     with pytest.raises(EraseError, match="ermission denied") as error:
-        loading.load(model_dir)
+        load_sd(model_dir)
     check_line(error)
 
 
 def test_names_that_the_system_refuses_are_one_line(tmp_path, monkeypatch):
     for source in ("x" * 5000, "a/" + "x" * 300, "~nobody-here/model", "a\0b", "", " ", str(tmp_path / ("y" * 300))):
         with pytest.raises(EraseError) as error:
-            loading.load(source)
+            load_sd(source)
         assert "\n" not in str(error.value)
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(EraseError):
-        loading.load(loop)
+        load_sd(loop)
 
 
 # --- deltas ---------------------------------------------------------------------------------------------------------

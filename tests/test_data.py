@@ -14,6 +14,7 @@ import damage
 import numpy as np
 import pytest
 import torch
+from loaded import load_sd
 from PIL import Image
 
 from erase import tensor_files
@@ -22,7 +23,7 @@ from erase.data.cache import Workers
 from erase.data.latents import Data, Plan, gather
 from erase.data.sources import list_images
 from erase.errors import EraseError
-from erase.families import loading, sd
+from erase.families import sd
 
 CONCEPT = Concept(
     name="circle",
@@ -37,7 +38,7 @@ PLAN = Plan(num_forget=7, num_retain=4, steps=2, guidance=2.0, size=8, batch_siz
 
 @pytest.fixture(scope="module")
 def model(toy_pipeline_dir) -> sd.StableDiffusion:
-    return loading.load(toy_pipeline_dir)
+    return load_sd(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_images_of_another_job_are_not_taken(collect, drawn, changed):
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_images_of_a_model_with_another_vae_or_text_encoder_are_not_taken(part, toy_pipeline_dir, drawn, tmp_path):
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     gather(model, CONCEPT, PLAN, model_hash="toy", cache_dir=tmp_path, quiet=True)
     drawn.clear()
     with torch.no_grad():
@@ -200,7 +201,7 @@ def test_images_of_a_model_with_another_vae_or_text_encoder_are_not_taken(part, 
 
 def test_another_process_finds_the_cache_whatever_the_order_of_diffusers_notes(toy_pipeline_dir, drawn, tmp_path):
     """`_use_default_values` in a scheduler's config is a list made from a set: each process has its own order."""
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     scheduler: Any = model.scheduler
     for notes in (["a", "b"], ["b", "a"]):
         scheduler._internal_dict = type(scheduler.config)(dict(scheduler.config) | {"_use_default_values": notes})

@@ -8,13 +8,13 @@ from unittest import mock
 import pretend_device
 import pytest
 import torch
+from loaded import load_sd
 
 from erase import cli, device
 from erase.classification import cli as classifier_cli
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.errors import EraseError
 from erase.evaluation import cli as evaluation_cli
-from erase.families import loading
 from erase.options import declare
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
@@ -187,7 +187,7 @@ def test_rounding_is_undone_bit_for_bit_also_after_an_error():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_images_in_half_precision_are_near_those_in_float32(toy_pipeline_dir, precision):
     """To a few units of the precision's last place, relative to the largest value."""
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     how: dict[str, Any] = dict(steps=2, guidance=2.0, size=8)
     exact = model.draw(["a cat"], [0], **how)
     model.precision = precision

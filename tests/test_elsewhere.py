@@ -81,6 +81,9 @@ def test_the_line_that_loads_a_model_works_when_pasted(name, monkeypatch):
     """(2.7)"""
     from diffusers import StableDiffusionPipeline
 
+    from erase.families import loading, sd
+
+    monkeypatch.setattr(loading, "family_of", lambda folder: sd.StableDiffusion)
     seen: list[str] = []
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda path, **_: seen.append(path))
     exec(load_line(Path(name)), {})

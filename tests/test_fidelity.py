@@ -14,13 +14,14 @@ import pytest
 import torch
 import toy_training
 from accelerate import Accelerator
+from loaded import load_sd
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from toy_training import RECIPE
 
 from erase import methods
 from erase.data.latents import Data
-from erase.families import loading, scope, sd
+from erase.families import scope, sd
 from erase.methods.inputs import Batch
 from erase.training import batches, loop
 
@@ -30,7 +31,7 @@ SHORT = replace(RECIPE, num_steps=NUM_STEPS, learning_rate=1e-3, checkpoint_ever
 
 @pytest.fixture
 def model(toy_pipeline_dir) -> sd.StableDiffusion:
-    return loading.load(toy_pipeline_dir)
+    return load_sd(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def total_change(
     folder: Any, method: Any, data: Data, accelerator: Accelerator, path: Any, recipe: Any = SHORT, scope_name="full"
 ) -> Tensor:
     """By this project's loop, of all weights."""
-    model = loading.load(folder)
+    model = load_sd(folder)
     before = flat(model.unet)
     parameters = scope.inside(dict(model.unet.named_parameters()), scope_name)
     loop.train(model, method, data, parameters, None, recipe, accelerator, state_path=path, quiet=True)
@@ -164,7 +165,7 @@ def test_scissorhands_resets_sensitive_weights_of_two_blocks_and_no_other(
     tiny_pipeline_dir, cache_dir, accelerator, tmp_path, monkeypatch, options, guidance
 ):
     """On a network with all blocks of Stable Diffusion; before the first step nothing else has changed."""
-    base = loading.load(tiny_pipeline_dir)
+    base = load_sd(tiny_pipeline_dir)
     method = methods.make("scissorhands", {}, options)
     data = toy_training.gathered(base, method, cache_dir, size=64)
     result: dict[str, Tensor] = {}
@@ -175,7 +176,7 @@ def test_scissorhands_resets_sensitive_weights_of_two_blocks_and_no_other(
     def stop(self: Any, *_: Any) -> None:
         raise Stopped
 
-    model = loading.load(tiny_pipeline_dir)
+    model = load_sd(tiny_pipeline_dir)
     monkeypatch.setattr(loop.MaskedAdam, "step", stop)
     with pytest.raises(Stopped):
         parameters, path = dict(model.unet.named_parameters()), tmp_path / "t.safetensors"

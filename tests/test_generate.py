@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loaded import load_sd
 from PIL import Image
 
 from erase import delta
 from erase.errors import EraseError
 from erase.evaluation import arm, generate, jsonl, measure
 from erase.evaluation.tasks.protocol import Sample, SampleSet, seed_of
-from erase.families import loading, sd, stored_unet
+from erase.families import sd, stored_unet
 
 
 def make_task(num: int = 7, **options: Any) -> SampleSet:
@@ -39,7 +40,7 @@ def make_task(num: int = 7, **options: Any) -> SampleSet:
 
 @pytest.fixture(scope="module")
 def model(toy_pipeline_dir) -> sd.StableDiffusion:
-    return loading.load(str(toy_pipeline_dir))
+    return load_sd(str(toy_pipeline_dir))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -235,7 +236,7 @@ def test_a_full_disk_is_one_clear_line_and_no_record(model, tmp_path, monkeypatc
 
 
 def test_one_changed_weight_is_another_model(toy_pipeline_dir):
-    model = loading.load(str(toy_pipeline_dir))
+    model = load_sd(str(toy_pipeline_dir))
     before = generate.model_hashes(model)
     with torch.no_grad():
         next(iter(model.vae.parameters())).view(-1)[0] += 1e-3

@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from loaded import load_sd
 from PIL import Image
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +26,6 @@ from erase import cli, device, erase_concept, masks
 from erase.conditioning import Conditioning
 from erase.data.latents import Data, ImageLatents
 from erase.evaluation import cli as evaluation
-from erase.families import loading
 from erase.methods.relabel import Relabel
 from erase.optim import MaskedAdam
 from erase.training import batches, loop, saliency_pass
@@ -101,7 +101,7 @@ def run(folder: Path, where: str, state: Path, *, weights: torch.dtype = torch.f
     """Scores, mask and four steps on the toy pipeline in fp32; the UNet's weights and the scores, on the CPU."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=where == "cpu")
-    model = loading.load(folder, device=where)
+    model = load_sd(folder, device=where)
     draw = torch.Generator().manual_seed(1)
 
     def images(row: int) -> ImageLatents:
@@ -120,6 +120,7 @@ def run(folder: Path, where: str, state: Path, *, weights: torch.dtype = torch.f
         places,
         words,
         Conditioning(text),
+        Conditioning(text[:1]),
         "x",
         {},
     )
@@ -258,7 +259,7 @@ def test_eval_concept_generates_on_the_gpu_in_its_precision(tmp_path):
 
 def test_images_of_bf16_are_those_of_fp32_up_to_rounding():
     """bf16 keeps 8 bits, a relative error of 2^-9 an operation; through three steps the latents agree to a tenth."""
-    model = loading.load("mini", device="cuda")
+    model = load_sd("mini", device="cuda")
     how: dict[str, Any] = {"steps": 3, "guidance": 2.0, "size": model.resolution}
     exact = model.draw(["a red circle"] * 4, range(4), **how)
     rounded = replace(model, precision="bf16").draw(["a red circle"] * 4, range(4), **how)

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from loaded import load_sd
 
 from erase.errors import EraseError
 from erase.evaluation.attacks import inversion
 from erase.evaluation.attacks.inversion import WORD, Inversion
-from erase.families import loading, sd
+from erase.families import sd
 
 
 @pytest.fixture
 def model(toy_pipeline_dir) -> sd.StableDiffusion:
-    return loading.load(toy_pipeline_dir)
+    return load_sd(toy_pipeline_dir)
 
 
 def latents() -> torch.Tensor:
@@ -49,9 +50,8 @@ def test_the_same_seed_learns_the_same_word_and_another_seed_another(model):
 def test_a_word_that_was_taught_is_read_as_it_was_while_it_was_learnt(model):
     vector = torch.arange(8.0)
     prompt = Inversion().prompts(1)
-    ids = inversion._tokens(model, prompt)
-    with inversion._said(model, inversion._row(model), vector), torch.no_grad():
-        learnt = model.text_encoder(ids).last_hidden_state
+    with torch.no_grad():
+        learnt = model.encode_with(prompt, model.tokens(WORD)[0], vector).text_states
     untaught = model.encode_text(prompt)
     inversion.teach(model, vector)
     assert torch.equal(model.encode_text(prompt).text_states, learnt)

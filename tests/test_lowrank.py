@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from erase import erase_concept, files, tensor_files
 from erase.concepts import Concept
 from erase.errors import EraseError
-from erase.families import stored_unet
+from erase.families import loading, stored_unet
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.training import lowrank
@@ -67,9 +67,10 @@ def test_no_step_changes_nothing_and_a_continued_run_ends_the_same(toy_pipeline_
 
 
 def test_the_model_is_whole_again_after_an_error(toy_pipeline_dir):
-    unet = stored_unet.load_unet(toy_pipeline_dir)
+    model = loading.load(toy_pipeline_dir)
+    unet = model.network
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    with pytest.raises(KeyError), lowrank.factors(unet, dict(unet.named_parameters()), RANK, torch.Generator()):
+    with pytest.raises(KeyError), lowrank.factors(model, dict(unet.named_parameters()), RANK, torch.Generator()):
         assert unet.state_dict().keys() != before.keys()
         raise KeyError
     assert unet.state_dict().keys() == before.keys()

@@ -1,10 +1,12 @@
 """The estimate before a run, against what autograd really keeps; and what `--low-memory` chooses."""
 
+from typing import Any
+
 import pytest
 import torch
+from loaded import load_sd
 
 from erase.errors import EraseError
-from erase.families import loading, stored_unet
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.runs import planning
@@ -14,7 +16,8 @@ from erase.training import memory
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_a_real_forward_pass_keeps(tiny_pipeline_dir, checkpointing):
     """Without checkpointing to the byte; with it, of what is kept until backward, all but the block's own part."""
-    unet = stored_unet.load_unet(tiny_pipeline_dir).requires_grad_(True)
+    model = load_sd(tiny_pipeline_dir)
+    unet: Any = model.network.requires_grad_(True)
     weights, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -26,28 +29,28 @@ def test_activations_are_what_a_real_forward_pass_keeps(tiny_pipeline_dir, check
         output = unet(torch.randn(2, 4, 8, 8), torch.tensor([1, 5]), encoder_hidden_states=torch.randn(2, 77, 16))
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert output.sample.requires_grad
-    found = memory.activations(unet, (2, 4, 8, 8), 77, torch.float32, checkpointing=checkpointing)
+    found = memory.activations(model, 2, 64, torch.float32, checkpointing=checkpointing)
     assert found < 0.7 * real if checkpointing else found == real
 
 
 def test_the_estimate_counts_every_byte_once(tiny_pipeline_dir):
     """Activations aside it is arithmetic: N weights of 2 bytes; k = N / 10 have moments, master, gradient, base."""
-    unet = stored_unet.load_unet(tiny_pipeline_dir)
-    parameters = dict(unet.named_parameters())
+    model = load_sd(tiny_pipeline_dir)
+    parameters = dict(model.network.named_parameters())
     n = sum(p.numel() for p in parameters.values())
     k, largest = n // 10, max(p.numel() for p in parameters.values())
-    options = {"latent_size": 8, "tokens": 77, "mask_batch": 4, "part": 1, "checkpointing": True, "needs_base": True}
-    needs = memory.estimate(unet, parameters, density=0.1, dtype=torch.bfloat16, **options)
-    kept = memory.activations(unet, (1, 4, 8, 8), 77, torch.bfloat16, checkpointing=True)
+    options = {"resolution": 64, "mask_batch": 4, "part": 1, "checkpointing": True, "needs_base": True}
+    needs = memory.estimate(model, parameters, density=0.1, dtype=torch.bfloat16, **options)
+    kept = memory.activations(model, 1, 64, torch.bfloat16, checkpointing=True)
     expected = 2 * n + k * (8 + 4 + 2 + 2) + 2 * (n // 8) + kept + 2 * largest
     assert needs["training"] - memory.LIBRARIES == pytest.approx(expected, rel=1e-3)
     assert needs["mask"] > memory.LIBRARIES + 6 * n
-    whole = memory.estimate(unet, parameters, density=1.0, dtype=torch.float32, **{**options, "mask_batch": None})
+    whole = memory.estimate(model, parameters, density=1.0, dtype=torch.float32, **{**options, "mask_batch": None})
     assert "mask" not in whole and whole["training"] > needs["training"]
 
 
 def test_a_closed_form_needs_its_weights_twice_in_float64_and_neither_activations_nor_moments(tiny_pipeline_dir):
-    model = loading.load(tiny_pipeline_dir)
+    model = load_sd(tiny_pipeline_dir)
     settings = resolve(Settings("church", method="uce", low_memory=True), "object", {})
     parameters = {n: p for n, p in model.unet.named_parameters() if n.endswith(("attn2.to_k.weight", "to_v.weight"))}
     needs = planning.needed_memory(settings, model, parameters)
@@ -61,12 +64,12 @@ def test_low_memory_cuts_no_batch_whose_activations_are_small(toy_pipeline_dir):
 
     A megabyte an image makes a hundred of them; SD v1.4's 310 leave one.
     """
-    unet = stored_unet.load_unet(toy_pipeline_dir)
-    each = memory.activations(unet, (1, 4, 4, 4), 77, torch.float32, checkpointing=True)
-    assert memory.part_of_batch(unet, 4, 77) == memory.SMALL // each > 16
+    model = load_sd(toy_pipeline_dir)
+    each = memory.activations(model, 1, 4 * model.multiple, torch.float32, checkpointing=True)
+    assert memory.part_of_batch(model, 4 * model.multiple) == memory.SMALL // each > 16
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "activations", lambda *_, **__: 310_000_000)
-        assert memory.part_of_batch(unet, 64, 77) == 1
+        assert memory.part_of_batch(model, 64 * model.multiple) == 1
 
 
 def test_low_memory_chooses_checkpointing_parts_of_one_image_and_on_a_gpu_bf16_weights():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy_training
 from accelerate import Accelerator
+from loaded import load_sd
 from torch.nn.functional import mse_loss
 from toy_training import CONCEPT, RECIPE, erased, state_of
 
@@ -38,7 +39,7 @@ from erase.training import batches, exchanged, loop
 
 @pytest.fixture
 def model(toy_pipeline_dir) -> sd.StableDiffusion:
-    return loading.load(toy_pipeline_dir)
+    return load_sd(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def terms_of(method: Any, model: Any, frozen: Any, batch: Batch) -> dict[str, fl
 @pytest.fixture
 def moved_model(toy_pipeline_dir) -> sd.StableDiffusion:
     """The toy after some training: another model than the frozen one."""
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.unet.parameters():
@@ -357,7 +358,7 @@ def test_the_loop_weighs_the_gradients_of_masked_weights(
     recipe = replace(RECIPE, accumulation=2)
     with pytest.raises(Interrupted):
         erased(toy_pipeline_dir, method, data, accelerator, tmp_path / "t.pt", recipe=recipe, density=density)
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     parameters = dict(model.unet.named_parameters())
     mask = None
     if density is not None:

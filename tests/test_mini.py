@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loaded import load_sd
 from PIL import Image
 
 from erase.errors import EraseError
@@ -104,7 +105,7 @@ def test_training_continues_bit_for_bit_and_gives_a_pipeline(tmp_path, monkeypat
         train(tmp_path / "cut", budget=SMALL, stages=(stage,), quiet=True)
     for name in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
-    model = loading.load(whole)
+    model = load_sd(whole)
     assert model.is_mini and model.resolution == 64
     with pytest.raises(EraseError, match="holds another training"):
         train(tmp_path / "whole", seed=1, budget=SMALL, quiet=True)
@@ -146,7 +147,7 @@ def test_the_shipped_model_is_small_opens_in_diffusers_and_says_how_it_was_made(
     files = [path for path in loading.MINI_DIR.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 25e6
     assert {"vocab.json", "merges.txt"} <= {path.name for path in files}
-    model = loading.load("mini")
+    model = load_sd("mini")
     assert model.is_mini and len(model.tokenizer) == model.text_encoder.config.vocab_size
     card = (loading.MINI_DIR / "README.md").read_text()
     training = json.loads((loading.MINI_DIR / "training.json").read_text())
@@ -158,7 +159,7 @@ def test_the_shipped_model_is_small_opens_in_diffusers_and_says_how_it_was_made(
 @shipped
 def test_the_shipped_model_draws_what_it_is_asked():
     """26 images, two of every object: at the measured quality fewer than 22 right would be one in a million."""
-    model = loading.load("mini")
+    model = load_sd("mini")
     wishes = quality.balanced(2)
     images = quality.draw(model, [w.prompt for w in wishes], [1000 + i for i in range(len(wishes))])
     scores = quality.score(judge.name(judge.load(model.folder / "judge.safetensors"), images), wishes)

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from loaded import load_sd
 from safetensors.torch import load_file, save_file
 
 from erase.conditioning import Conditioning
@@ -26,7 +27,7 @@ TEXT = "text_encoder/model.safetensors"
 
 @pytest.fixture(scope="module")
 def toy(toy_pipeline_dir) -> StableDiffusion:
-    return loading.load(toy_pipeline_dir)
+    return load_sd(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def refused():
 
     def refused(source: str | Path, **options: Any) -> str:
         with pytest.raises(EraseError) as error:
-            loading.load(source, **options)
+            load_sd(source, **options)
         message = str(error.value)
         assert "\n" not in message and len(message) < 700
         return message
@@ -102,7 +103,7 @@ def test_a_velocity_becomes_the_noise(broken):
     """v = sqrt(a) eps - sqrt(1 - a) x0 of a known x0 and eps, so from x_t and v the noise must come back."""
     config = broken / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
-    model = loading.load(broken)
+    model = load_sd(broken)
     draw = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 2, 4, 4, 4, generator=draw)
     t = torch.tensor([3, 950])
@@ -142,7 +143,7 @@ def test_the_same_seed_is_the_same_image_in_any_batch_and_the_vae_is_not_asked(t
 
 def test_ten_steps_of_dpm_end_where_a_hundred_of_the_models_sampler_do():
     """Distances as shares of the image's norm. Control: ten steps of the model's own sampler end elsewhere."""
-    model = loading.load("mini")
+    model = load_sd("mini")
 
     def draw(steps: int, sampler: sd.Sampler) -> torch.Tensor:
         return model.draw(["a red circle", "a moon"], [0, 1], steps=steps, guidance=2.0, size=64, sampler=sampler)
@@ -171,25 +172,25 @@ def test_images_and_latents_have_the_size_that_the_vae_says(toy, tiny_pipeline_d
     assert mean.shape == std.shape == (3, 4, 4, 4) and (std > 0).all()
     images = toy.decode(mean * 100, batch_size=2)
     assert images.shape == (3, 3, 8, 8) and images.abs().max() <= 1
-    assert loading.load(tiny_pipeline_dir).resolution == 64
+    assert load_sd(tiny_pipeline_dir).resolution == 64
 
 
 def test_only_a_folder_that_says_so_is_of_the_embedded_world(toy, broken):
     assert not toy.is_mini and toy.defaults == {}
     (broken / "erase_defaults.json").write_text('{"family": "mini", "batch_size": 2}')
-    assert loading.load(broken).is_mini
+    assert load_sd(broken).is_mini
     state = stored_unet.load_unet(broken).state_dict()
     pipeline.save_pipeline(broken, broken.parent / "out", state)
-    assert loading.load(broken.parent / "out").is_mini  # a run folder stays what its base was
+    assert load_sd(broken.parent / "out").is_mini  # a run folder stays what its base was
 
 
 def test_a_saved_folder_predicts_exactly_what_the_model_in_memory_predicts(broken):
-    model = loading.load(broken)
+    model = load_sd(broken)
     before = prediction(model)
     with torch.no_grad():
         model.unet.conv_in.weight.add_(0.1)
     pipeline.save_pipeline(broken, broken.parent / "out", model.unet.state_dict())
-    assert torch.equal(prediction(loading.load(broken.parent / "out")), prediction(model))
+    assert torch.equal(prediction(load_sd(broken.parent / "out")), prediction(model))
     assert not torch.equal(prediction(model), before)
 
 
@@ -208,7 +209,7 @@ def test_half_precision_variants_and_files_of_2022_load_in_single_precision(brok
 
     edit(broken / TEXT, text_of_2022)
     edit(broken / VAE, vae_of_2022)
-    model = loading.load(broken)
+    model = load_sd(broken)
     parts = (model.unet, model.vae, model.text_encoder)
     assert {tensor.dtype for part in parts for tensor in part.parameters()} == {torch.float32}
     assert not any(tensor.requires_grad for part in parts for tensor in part.parameters())
@@ -266,11 +267,11 @@ def test_the_hub_is_asked_for_more_only_when_the_plain_weights_are_not_there(bro
         return str(broken)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert loading.load("somebody/model").folder == broken
+    assert load_sd("somebody/model").folder == broken
     assert asked == ["unet/*.safetensors"]
     asked.clear()
     pickled(broken)
-    assert loading.load("somebody/model", allow_pickle=True).folder == broken
+    assert load_sd("somebody/model", allow_pickle=True).folder == broken
     assert asked == ["unet/*.safetensors", "unet/*.fp16.safetensors", "unet/*.bin"]
 
 
@@ -302,7 +303,7 @@ def test_weights_that_do_not_fit_are_named(path, name, broken, refused):
     message = refused(broken)
     assert str(folder) in message and name in message and "shape" in message and "ignore_mismatched" not in message
     save_file(whole, broken / path)
-    loading.load(broken)  # control
+    load_sd(broken)  # control
 
 
 @pytest.mark.parametrize("kept", [[], ["tokenizer_config.json"], ["vocab.json", "merges.txt"], ["vocab.json"]])
@@ -310,7 +311,7 @@ def test_a_tokenizer_without_its_files_is_never_the_stub(kept, toy, broken, refu
     """transformers makes a tokenizer of two tokens, or one that does not cut prompts, without an error."""
     pipeline_folder.write_pipeline(StableDiffusionPipeline.from_pretrained(broken), broken.parent / "full")
     folder = broken.parent / "full"
-    loading.load(folder)  # control
+    load_sd(folder)  # control
     for path in (folder / "tokenizer").iterdir():
         if path.name not in kept:
             path.unlink()
@@ -351,7 +352,7 @@ def test_pickles_are_read_only_when_they_are_allowed(broken, toy, refused):
     pickled(broken)
     message = refused(broken)
     assert message.startswith(f"{broken}/unet has no safetensors weights; a pickle can run code when loaded: ")
-    assert torch.equal(prediction(loading.load(broken, allow_pickle=True)), prediction(toy))
+    assert torch.equal(prediction(load_sd(broken, allow_pickle=True)), prediction(toy))
     (broken / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"no pickle")
     assert "diffusion_pytorch_model.bin cannot be read as a file of torch.save (" in refused(broken, allow_pickle=True)
 
@@ -369,8 +370,8 @@ def single_file(tiny_pipeline_dir, tmp_path_factory) -> Path:
 def test_a_single_file_predicts_exactly_what_its_folder_predicts(
     single_file, tiny_pipeline_dir, cache_dir, monkeypatch
 ):
-    model = loading.load(single_file, config=str(tiny_pipeline_dir))
-    base = loading.load(tiny_pipeline_dir)
+    model = load_sd(single_file, config=str(tiny_pipeline_dir))
+    base = load_sd(tiny_pipeline_dir)
     assert torch.equal(prediction(model), prediction(base))
     assert torch.equal(model.encode_text(["a moon"]).text_states, base.encode_text(["a moon"]).text_states)
     assert torch.equal(model.decode(torch.ones(1, 4, 8, 8)), base.decode(torch.ones(1, 4, 8, 8)))
@@ -378,23 +379,23 @@ def test_a_single_file_predicts_exactly_what_its_folder_predicts(
     assert model.folder.parent == cache_dir / "converted"
     assert [path.name for path in model.folder.parent.iterdir()] == [model.folder.name]
     monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", None)
-    assert loading.load(single_file, config=str(tiny_pipeline_dir)).folder == model.folder  # converted once
+    assert load_sd(single_file, config=str(tiny_pipeline_dir)).folder == model.folder  # converted once
 
 
 def test_a_single_file_with_another_config_is_converted_anew(single_file, tiny_pipeline_dir, tmp_path):
     shutil.copytree(tiny_pipeline_dir, tmp_path / "v")
     scheduler = tmp_path / "v" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
-    assert loading.load(single_file, config=str(tiny_pipeline_dir)).prediction_type == "epsilon"
-    assert loading.load(single_file, config=str(tmp_path / "v")).prediction_type == "v_prediction"
+    assert load_sd(single_file, config=str(tiny_pipeline_dir)).prediction_type == "epsilon"
+    assert load_sd(single_file, config=str(tmp_path / "v")).prediction_type == "v_prediction"
 
 
 def test_a_checkpoint_is_read_only_when_it_is_allowed(single_file, tiny_pipeline_dir, tmp_path, refused):
     path, config = tmp_path / "model.ckpt", str(tiny_pipeline_dir)
     torch.save({"state_dict": load_file(single_file)}, path)
     assert refused(path, config=config).startswith(f"{path} is a pickle, which can run code when loaded; ")
-    model = loading.load(path, config=config, allow_pickle=True)
-    assert torch.equal(prediction(model), prediction(loading.load(tiny_pipeline_dir)))
+    model = load_sd(path, config=config, allow_pickle=True)
+    assert torch.equal(prediction(model), prediction(load_sd(tiny_pipeline_dir)))
     path.write_bytes(path.read_bytes()[:5000])
     message = refused(path, config=config, allow_pickle=True)
     assert message == f"{path} cannot be read as a file of torch.save (it is cut short); copy or download it again"
@@ -427,10 +428,10 @@ def test_a_lightning_checkpoint_opens_with_its_callback_and_says_so(single_file,
     state |= {"model_ema.decay": torch.tensor(0.99), "model_ema.diffusion_modelout2bias": torch.zeros(4)}
     state["betas"] = state["sqrt_alphas"] = torch.linspace(0, 1, 5)  # two names for one memory
     torch.save({"callbacks": {ModelCheckpoint: ModelCheckpoint()}, "epoch": 1, "state_dict": state}, path)
-    model = loading.load(path, config=config, allow_pickle=True)
-    assert torch.equal(prediction(model), prediction(loading.load(tiny_pipeline_dir)))
+    model = load_sd(path, config=config, allow_pickle=True)
+    assert torch.equal(prediction(model), prediction(load_sd(tiny_pipeline_dir)))
     assert len(model.notes) == 1 and "ModelCheckpoint" in model.notes[0] and "none of their code ran" in model.notes[0]
-    assert loading.load(path, config=config, allow_pickle=True).notes == model.notes  # from the cache as well
+    assert load_sd(path, config=config, allow_pickle=True).notes == model.notes  # from the cache as well
 
 
 # --- parts that come and go -----------------------------------------------------------------------------------------
@@ -440,7 +441,7 @@ def test_released_parts_are_freed_and_come_back_as_they_were(toy_pipeline_dir):
     import gc
     import weakref
 
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     text, image = model.encode_text(["a cat"]).text_states, model.decode(torch.ones(1, 4, 4, 4))
     parts = [weakref.ref(model.vae), weakref.ref(model.text_encoder)]
     model.release()
@@ -456,7 +457,7 @@ def test_released_parts_are_freed_and_come_back_as_they_were(toy_pipeline_dir):
 
 
 def test_a_reloaded_unet_is_the_bases_in_the_same_parameters(toy_pipeline_dir):
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     base = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     parameters = dict(model.unet.named_parameters())
     model.round_network(torch.bfloat16)
@@ -471,7 +472,7 @@ def test_a_reloaded_unet_is_the_bases_in_the_same_parameters(toy_pipeline_dir):
 
 def test_a_damaged_conversion_is_made_again(single_file, tiny_pipeline_dir, cache_dir):
     """Files in the cache are compared with their hashes before they are used."""
-    folder = loading.load(single_file, config=str(tiny_pipeline_dir)).folder
+    folder = load_sd(single_file, config=str(tiny_pipeline_dir)).folder
     whole = (folder / UNET).read_bytes()
     for damage in (whole[:-4] + b"\0\0\0\0", b"", None):
         (folder / UNET).unlink() if damage is None else (folder / UNET).write_bytes(damage)
@@ -494,7 +495,7 @@ def test_what_a_single_file_became_can_be_removed_and_applied_offline(
     from erase import cli, delta, tensor_files
     from erase.export.states import unet_state
 
-    base = unet_state(loading.load(single_file, config=str(tiny_pipeline_dir)).unet)
+    base = unet_state(load_sd(single_file, config=str(tiny_pipeline_dir)).unet)
     new = {name: tensor + 0.5 if name.endswith("conv_in.bias") else tensor for name, tensor in base.items()}
     delta.save(tmp_path / "delta.safetensors", delta.difference(base, new))
     given = ["--model", str(single_file), "--config", str(tiny_pipeline_dir), "--cache-dir", str(tmp_path / "cache")]

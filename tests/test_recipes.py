@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from loaded import load_sd
 from toy_training import RECIPE, gathered
 
 from erase import concepts
 from erase.concepts import Concept
 from erase.errors import EraseError
-from erase.families import loading
 from erase.methods.relabel import Relabel
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
@@ -95,7 +95,7 @@ def test_options_win_over_the_recipe_and_the_model_folder():
 @pytest.mark.parametrize(("kind", "order"), [("object", "shuffled"), ("nudity", "in_order")])
 @pytest.mark.parametrize("recipe", ["paper", "reference"])
 def test_the_batches_of_the_recipes_are_those_of_the_codes_loaders(toy_pipeline_dir, recipe, kind, order):
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     settings = resolve(Settings("church", recipe=recipe), kind, {})
     made = planning.make_recipe(settings, planning.make_plan(settings, model), kind)
     assert (made.in_order, made.retain_order) == (True, order)
@@ -107,7 +107,7 @@ def test_the_batches_of_the_recipes_are_those_of_the_codes_loaders(toy_pipeline_
 @pytest.fixture
 def data(toy_pipeline_dir, cache_dir) -> Any:
     """Seven forget and five retain images, told apart by their prompts' rows."""
-    found = gathered(loading.load(toy_pipeline_dir), Relabel(), cache_dir, num_forget=7, num_retain=5)
+    found = gathered(load_sd(toy_pipeline_dir), Relabel(), cache_dir, num_forget=7, num_retain=5)
     text = found.text[torch.zeros(12, dtype=torch.int64)]
     assert text.states is not None
     states = text.states.clone()
@@ -122,7 +122,7 @@ def data(toy_pipeline_dir, cache_dir) -> Any:
 
 @pytest.mark.parametrize("order", ["shuffled", "in_order"])
 def test_an_epoch_ends_with_a_short_batch_and_retain_images_come_without_replacement(toy_pipeline_dir, data, order):
-    model, accelerator = loading.load(toy_pipeline_dir), Accelerator(cpu=True)
+    model, accelerator = load_sd(toy_pipeline_dir), Accelerator(cpu=True)
     recipe = replace(RECIPE, in_order=True, retain_order=order, batch_size=3)
     forget, retain = [], []
     for step in range(6):
@@ -140,7 +140,7 @@ def test_an_epoch_ends_with_a_short_batch_and_retain_images_come_without_replace
 
 
 def test_a_short_batch_that_does_not_divide_into_parts_is_refused(toy_pipeline_dir, data, tmp_path):
-    model, accelerator = loading.load(toy_pipeline_dir), Accelerator(cpu=True)
+    model, accelerator = load_sd(toy_pipeline_dir), Accelerator(cpu=True)
     parameters = dict(model.unet.named_parameters())
     recipe = replace(RECIPE, in_order=True, batch_size=4, accumulation=2)
     with pytest.raises(EraseError, match="the last batch of an epoch has 3 of 7 forget images, which do not divide"):

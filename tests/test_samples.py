@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loaded import load_sd
 from PIL import Image
 
 from erase import erase_concept
 from erase.concepts import Concept
 from erase.data import latents, pixels, sheet
 from erase.errors import EraseError
-from erase.families import loading, sd, stored_unet
+from erase.families import sd, stored_unet
 from erase.options.recipes import RECIPES, resolve
 from erase.options.settings import Settings
 from erase.runs import phases, planning, samples
@@ -34,7 +35,7 @@ QUICK: dict[str, Any] = dict(
 
 @pytest.fixture(scope="module")
 def toy(toy_pipeline_dir) -> sd.StableDiffusion:
-    return loading.load(toy_pipeline_dir)
+    return load_sd(toy_pipeline_dir)
 
 
 # --- settings -> plan, recipe, method ---------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def rows(monkeypatch) -> list[tuple[str, list[Image.Image], bool]]:
 
 def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows):
     """First and third row by the base, second and fourth by the erased model, on the same seeds. (1.1, 2.14)"""
-    model, base = loading.load(toy_pipeline_dir), stored_unet.load_unet(toy_pipeline_dir)
+    model, base = load_sd(toy_pipeline_dir), stored_unet.load_unet(toy_pipeline_dir)
     with torch.no_grad():
         for parameter in model.unet.parameters():
             parameter.add_(0.05)
@@ -176,7 +177,7 @@ def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows
         latents = of.draw(prompts, seeds, steps=2, guidance=2.0, size=8, sampler="dpm++")
         return [image.permute(1, 2, 0).numpy() for image in pixels.to_pixels(of.decode(latents))]
 
-    expected = {"base": generated(loading.load(toy_pipeline_dir)), "erased": generated(model)}
+    expected = {"base": generated(load_sd(toy_pipeline_dir)), "erased": generated(model)}
     assert all((a != b).any() for a, b in zip(*expected.values(), strict=True))
     samples.write_samples(tmp_path / "samples.png", model, base, CAT, settings)
     assert [title for title, _, _ in rows] == ["base", "'cat' erased", "base", "erased"]
@@ -191,7 +192,7 @@ def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows
 )
 def test_both_forget_rows_of_nudity_are_blurred(toy_pipeline_dir, tmp_path, rows, kind, is_mini, blurred):
     """(2.14)"""
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     model.defaults = {"family": "mini"} if is_mini else {}
     settings = Settings("cat", num_samples=1, num_inference_steps=1, guidance_scale=2.0, sampler="model")
     settings = settings.filled({"generation_batch_size": 8})
@@ -214,7 +215,7 @@ def test_both_forget_rows_of_nudity_are_blurred(toy_pipeline_dir, tmp_path, rows
 )
 def test_rows_of_sexual_prompts_are_blurred_whatever_the_kind(toy_pipeline_dir, tmp_path, rows, words, blurred):
     """Free text and files of others name nudity under any kind. (2.14)"""
-    model = loading.load(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     settings = Settings("cat", num_samples=1, num_inference_steps=1, guidance_scale=2.0, sampler="model")
     settings = settings.filled({"generation_batch_size": 8})
     concept = replace(CAT, **words)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaded import load_sd
 
 from erase import cli, concepts, delta, erase_concept, files, masks, tensor_files
 from erase.concepts import Concept, unite
@@ -15,7 +16,7 @@ from erase.errors import EraseError
 from erase.evaluation import evaluate, sources
 from erase.evaluation.options import Options
 from erase.evaluation.tasks import class_forget, registry
-from erase.families import loading, stored_unet
+from erase.families import stored_unet
 from erase.options.settings import Settings
 from erase.runs import card, job
 
@@ -231,7 +232,7 @@ def test_closed_forms_send_every_concept_to_its_anchor(toy_pipeline_dir, tmp_pat
     sets = {"uce": (), "rece": ("epochs=0",), "speed": ("threshold=1", "filter=false", "rho=0.01")}
     options = {**OPTIONS, "method": method, "set": sets[method]}
     erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **options)
-    base = loading.load(toy_pipeline_dir)
+    base = load_sd(toy_pipeline_dir)
     erased = stored_unet.load_unet(tmp_path / "run").state_dict()
     names = [name for name in erased if name.endswith("attn2.to_v.weight")]
     for concept in (CAT, LORRY):

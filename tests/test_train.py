@@ -13,13 +13,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from loaded import load_sd
 from torch.nn.functional import mse_loss
 
 from erase import files, masks, tensor_files
 from erase.conditioning import Conditioning
 from erase.data.latents import Data, ImageLatents
 from erase.errors import EraseError
-from erase.families import loading, scope, sd, stored_unet
+from erase.families import scope, sd, stored_unet
 from erase.methods.inputs import Batch
 from erase.methods.relabel import Relabel
 from erase.optim import MaskedAdam
@@ -28,7 +29,7 @@ from erase.training import batches, gradients, loop, saliency_pass
 
 @pytest.fixture
 def model(toy_pipeline_dir) -> sd.StableDiffusion:
-    return loading.load(toy_pipeline_dir)
+    return load_sd(toy_pipeline_dir)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def data(model) -> Data:
     text = model.encode_text(prompts)
     words, end = torch.zeros(6, 77, dtype=torch.bool), torch.zeros(6, 77, dtype=torch.bool)
     words[:, 2:5], end[:, 5:] = True, True
-    return Data(images(6, 1), images(5, 3), anchor, others, words, end, prompts, text, "fingerprint", {})
+    return Data(images(6, 1), images(5, 3), anchor, others, words, end, prompts, text, text[:1], "fingerprint", {})
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_what_is_saved_changes_no_bit(
 ):
     recipe, results = replace(RECIPE, num_steps=4), []
     for is_saving in (False, True):
-        model = loading.load(toy_pipeline_dir)
+        model = load_sd(toy_pipeline_dir)
         parameters = parameters_of(model, scope_name)
         shapes = {name: p.shape for name, p in parameters.items()}
         mask = None if density is None else masks.random_mask(shapes, density, seed=0)
@@ -194,7 +195,7 @@ def test_the_exchanged_base_is_the_base_in_mixed_precision_too(toy_pipeline_dir,
     try:
         accelerator, results = Accelerator(cpu=True, mixed_precision="bf16"), []
         for is_saving in (False, True):
-            model = loading.load(toy_pipeline_dir)
+            model = load_sd(toy_pipeline_dir)
             parameters = parameters_of(model)
             mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
             if is_saving:
@@ -212,7 +213,7 @@ def test_the_exchanged_base_is_the_base_in_mixed_precision_too(toy_pipeline_dir,
 
 
 def rounded_run(folder, data, accelerator, path, *, recipe=RECIPE, method=None, scope_name="full"):
-    model = loading.load(folder)
+    model = load_sd(folder)
     parameters = parameters_of(model, scope_name)
     mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.4, seed=0)
     model.round_network(torch.bfloat16)
@@ -279,7 +280,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     monkeypatch.setattr(Breaking, "calls", 0)
 
     def run(method: Relabel, path: Path) -> sd.StableDiffusion:
-        model = loading.load(toy_pipeline_dir)
+        model = load_sd(toy_pipeline_dir)
         mask = masks.random_mask({name: p.shape for name, p in parameters_of(model).items()}, 0.5, seed=0)
         parameters = parameters_of(model)
         loop.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
@@ -332,7 +333,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(toy_pipeline_dir, da
     """Means of equal parts are the mean of all, up to float32 rounding; Adam's first steps only see directions."""
     results = []
     for accumulation in (1, 2, 4):
-        model = loading.load(toy_pipeline_dir)
+        model = load_sd(toy_pipeline_dir)
         recipe = replace(RECIPE, accumulation=accumulation, num_steps=2, learning_rate=1e-3)
         path = tmp_path / f"{accumulation}.pt"
         losses = loop.train(
@@ -566,7 +567,7 @@ def interrupted(interrupted_dir, toy_pipeline_dir, data, accelerator) -> Path:
 
 
 def resumed(folder: Path, data: Data, accelerator, path: Path, method: Relabel) -> sd.StableDiffusion:
-    model = loading.load(folder)
+    model = load_sd(folder)
     parameters = parameters_of(model)
     mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
     loop.train(model, method, data, parameters, mask, RECIPE, accelerator, state_path=path, quiet=True)
@@ -595,7 +596,7 @@ def test_a_damaged_training_state_is_one_line_that_says_what_to_do(
 def test_the_training_state_holds_no_weight_outside_the_mask(interrupted, toy_pipeline_dir):
     """So that whatever it holds, no such weight can move (2.1)."""
     tensors, _ = tensor_files.read_own(interrupted)
-    parameters = parameters_of(loading.load(toy_pipeline_dir))
+    parameters = parameters_of(load_sd(toy_pipeline_dir))
     mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
     assert {n: len(t) for n, t in tensors.items() if n.startswith("weights/")} == {
         f"weights/{name}": int(bits.sum()) for name, bits in mask.items()

@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from loaded import load_sd
 from safetensors.torch import save_file
 
 from erase import delta
 from erase.errors import EraseError
-from erase.families import compvis, loading, sd, stored_unet
+from erase.families import compvis, sd, stored_unet
 
 SOME = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.fixture(scope="module")
 def base(toy_pipeline_dir) -> sd.StableDiffusion:
-    return loading.load(toy_pipeline_dir)
+    return load_sd(toy_pipeline_dir)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def named(weights: dict[str, torch.Tensor], base: sd.StableDiffusion, naming: st
 def test_every_published_naming_gives_the_same_unet(naming, base, weights, tmp_path):
     """diffusers' names, CompVis' names, and the prefixes of wrappers around them (4.3)."""
     path = written(tmp_path, named(weights, base, naming))
-    model = loading.load(base.folder, unet=path)
+    model = load_sd(base.folder, unet=path)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.unet.state_dict().items())
     assert model.notes == (f"{path} replaces {len(weights)} of the UNet's {len(weights)} tensors",)
     assert model.unet_file == str(path) and model.folder == base.folder and "unet.safetensors" in model.name
@@ -69,7 +70,7 @@ def test_every_published_naming_gives_the_same_unet(naming, base, weights, tmp_p
 def test_a_part_of_the_weights_replaces_that_part_and_says_so(base, weights, tmp_path):
     """ESD publishes the layers that it trained (4.3)."""
     path = written(tmp_path, {f"unet.{SOME}": weights[SOME].half()})
-    model = loading.load(base.folder, unet=path)
+    model = load_sd(base.folder, unet=path)
     different = [
         name for name, t in model.unet.state_dict().items() if not torch.equal(t, base.unet.state_dict()[name])
     ]
@@ -83,8 +84,8 @@ def test_a_pickle_needs_permission(base, weights, tmp_path, suffix):
     """Permission opens the file without running its code, and what was left out is said (2.5, 4.3)."""
     path = written(tmp_path, {"state_dict": weights, "trainer": Trainer()}, f"unet{suffix}")  # pyright: ignore
     with pytest.raises(EraseError, match="is a pickle, .*--allow-pickle"):
-        loading.load(base.folder, unet=path)
-    model = loading.load(base.folder, unet=path, allow_pickle=True)
+        load_sd(base.folder, unet=path)
+    model = load_sd(base.folder, unet=path, allow_pickle=True)
     assert torch.equal(model.unet.conv_in.weight, weights["conv_in.weight"])
     assert "Trainer" in model.notes[0] and "none of their code ran" in model.notes[0]
 
@@ -112,14 +113,14 @@ def test_what_does_not_fit_is_refused_by_name(base, weights, tmp_path):
             stored_unet.load_unet(base.folder, unet=path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(EraseError, match="no such file"):
-        loading.load(base.folder, unet=tmp_path / "gone.safetensors")
+        load_sd(base.folder, unet=tmp_path / "gone.safetensors")
     with pytest.raises(EraseError, match="is no file of weights"):
         (tmp_path / "weights.txt").write_text("")
-        loading.load(base.folder, unet=tmp_path / "weights.txt")
+        load_sd(base.folder, unet=tmp_path / "weights.txt")
     change = delta.difference({SOME: weights[SOME]}, {SOME: weights[SOME] + 1})
     delta.save(tmp_path / "delta.safetensors", change)
     with pytest.raises(EraseError, match="is a delta or a mask"):
-        loading.load(base.folder, unet=tmp_path / "delta.safetensors")
+        load_sd(base.folder, unet=tmp_path / "delta.safetensors")
 
 
 def test_a_unet_that_does_not_fit_leaves_the_weights_as_they_were(base, weights, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loaded import load_sd
 
 from erase.errors import EraseError
 from erase.families import loading, vocabulary
@@ -14,7 +15,7 @@ from erase.families import loading, vocabulary
 
 @pytest.fixture(scope="module")
 def text_encoder() -> Any:
-    return loading.load("mini").text_encoder
+    return load_sd("mini").text_encoder
 
 
 @pytest.fixture(params=["both", "older files", "tokenizer.json"])

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from loaded import load_sd
 from torch.nn import Parameter
 
 from erase import masks, methods
 from erase.concepts import Concept
 from erase.data import latents, prompt_states
 from erase.data.latents import Data
-from erase.families import loading, scope, sd
+from erase.families import scope, sd
 from erase.methods.scissorhands import Scissorhands
 from erase.methods.speed import SPEED
 from erase.training import batches, closed_form, loop
@@ -60,7 +61,7 @@ def masked(
     folder: Path, scope_name: str, density: float | None
 ) -> tuple[sd.StableDiffusion, dict[str, Parameter], dict[str, torch.Tensor] | None]:
     """A fresh model, the parameters of the scope, and a random mask of this density; without one there is no mask."""
-    model = loading.load(folder)
+    model = load_sd(folder)
     parameters = scope.inside(dict(model.unet.named_parameters()), scope_name)
     shapes = {name: p.shape for name, p in parameters.items()}
     return model, parameters, None if density is None else masks.random_mask(shapes, density, seed=0)

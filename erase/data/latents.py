@@ -45,7 +45,7 @@ class ImageLatents:
 class Data:
     """All that the mask and the training see; the VAE and the text encoder are not needed any more.
 
-    text: conditioning of `prompts`, row by row; row 0 is the unconditional one.
+    text: conditioning of `prompts`, row by row. unconditional: the single row that guidance starts from.
     anchor: int64, [len(forget)], what to say instead of each forget image's prompt.
     others: int64, [k], rows of other classes' prompts for random labels.
     words: bool, [len(forget), tokens], where the forget prompt's own words stand: those that its anchor lacks.
@@ -61,6 +61,7 @@ class Data:
     end: Tensor
     prompts: tuple[str, ...]
     text: Conditioning
+    unconditional: Conditioning
     fingerprint: str
     record: dict[str, Any]
 
@@ -107,7 +108,7 @@ def gather(
 ) -> Data:
     """Draw or read the concept's forget and retain sets; what is in the cache already is taken from there.
 
-    model_hash: content hash of the UNet; images of another model are never taken for its own.
+    model_hash: content hash of the network; images of another model are never taken for its own.
     tell: hears where captions come from, and of damaged files in the cache, which are made again.
 
     Raises:
@@ -149,8 +150,9 @@ def gather(
     }
     fingerprint = files.text_hash([forget_key, retain_key, list(rows), anchor.tolist(), others.tolist()])
     text = model.encode_text(list(rows))
+    unconditional = model.unconditional(text[:1])  # row 0 is the empty prompt's
     words, end = _places(model, forget_source.prompts, anchors)
-    return Data(forget, retain, anchor, others, words, end, tuple(rows), text, fingerprint, record)
+    return Data(forget, retain, anchor, others, words, end, tuple(rows), text, unconditional, fingerprint, record)
 
 
 def _sources(

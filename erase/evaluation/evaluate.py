@@ -250,7 +250,7 @@ def _check_source(
                 folder = request.output / "shared" / f"{label_of(source.model)}-{job.task.id}-{key}"
             arm.check_arm(folder, identity)
             job.folders[role] = folder
-            job.hashes[role] = hashes["unet"]
+            job.hashes[role] = hashes[model.part]
     return model.notes
 
 

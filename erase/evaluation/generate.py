@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from erase.device import DTYPES, choose
 from erase.errors import EraseError
 from erase.evaluation import arm, jsonl
 from erase.evaluation.tasks.protocol import Sample, SampleSet
-from erase.export.states import unet_state
 from erase.families import loading
 from erase.families.protocol import Family
 from erase.guards import Guard
@@ -44,19 +42,18 @@ def load_model(
     compute = choose(device, precision)
     model = loading.load(source, **options)
     if delta_path:
-        state = delta.apply(unet_state(model.network), delta.load(delta_path))
-        model.network.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
-        model = replace(model, name=f"{source} + {Path(delta_path).name}")
-    parts: Any = (model.network, model.vae, model.text_encoder)
-    for part in parts:
-        part.to(compute.device)
-    return replace(model, guard=guard, precision=compute.precision)
+        state = delta.apply(model.state_of(model.network), delta.load(delta_path))
+        model.network.load_state_dict(delta.in_component(model.part, state))
+        model.name = f"{source} + {Path(delta_path).name}"
+    model.to(compute.device)
+    model.guard, model.precision = guard, compute.precision
+    return model
 
 
 def model_hashes(model: Family) -> dict[str, str]:
     """Content hashes of all that decides an image, of the weights as they were loaded, and the guard beside them.
 
-    The UNet's is the one that deltas and run.json state, whatever the precision.
+    The network's is the one that deltas and run.json state, whatever the precision.
     """
     guard = {"guard": repr(model.guard)} if model.guard else {}
     return {part: model.hash_of(part) for part in model.parts} | guard

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from erase.delta import Delta, State
+from erase.delta import Delta, State, of_component
 
 
 def base_dtype(change: Delta, base: State) -> torch.dtype | None:
@@ -22,9 +22,4 @@ def base_dtype(change: Delta, base: State) -> torch.dtype | None:
 
 def unet_state(unet: Any) -> dict[str, Any]:
     """The UNet's weights on the CPU under names that say which part they belong to, as deltas want them."""
-    return {f"unet.{name}": tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
-
-
-def plain(weights: State) -> dict[str, Any]:
-    """The weights of `unet_state` under diffusers' names."""
-    return {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
+    return of_component("unet", {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()})

@@ -78,10 +78,21 @@ def components(folder: Path) -> dict[str, str]:
     return found
 
 
-def require_known(source: str | Path, folder: Path) -> None:
-    """Raise an EraseError that names the kind of a pipeline folder, unless it is text-to-image Stable Diffusion."""
+def pipeline_class(folder: Path) -> str:
+    """The class name of a pipeline folder, as its model_index.json states it.
+
+    Raises:
+        EraseError: the folder is not a pipeline's.
+    """
     if not (folder / "model_index.json").is_file():
         raise EraseError(_not_a_pipeline(folder))
+    components(folder)
+    return str(read_json(folder / "model_index.json").get("_class_name"))
+
+
+def require_known(source: str | Path, folder: Path) -> None:
+    """Raise an EraseError that names the kind of a pipeline folder, unless it is text-to-image Stable Diffusion."""
+    pipeline_class(folder)
     kind = of_pipeline(folder)
     if kind:
         raise refusal(source, kind)
@@ -89,7 +100,7 @@ def require_known(source: str | Path, folder: Path) -> None:
 
 def of_pipeline(folder: Path) -> str | None:
     """The kind of a pipeline folder; None for text-to-image Stable Diffusion."""
-    found, name = components(folder), str(read_json(folder / "model_index.json").get("_class_name"))
+    found, name = components(folder), pipeline_class(folder)
     if name.startswith("StableDiffusionXL") and "text_encoder" not in found:
         return "the refiner of Stable Diffusion XL"
     for start, kind in _PIPELINES.items():

@@ -4,21 +4,24 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.nn import Parameter
 
+from erase import delta
 from erase.conditioning import Conditioning
 from erase.errors import EraseError
+from erase.families.scope import inside
 from erase.guards import Guard
 
 Sampler = Literal["model", "dpm++"]
 
 
 class Family(ABC):
-    """One loaded model of one architecture. A family is a subclass in a file of its own, named in families/registry.py.
+    """One loaded model of one architecture. A family is a subclass in a file of its own, see `erase.families.registry`.
 
     Called with (x, t, c) it predicts the noise in the latents x, [n, c, h, w], at timesteps t, int64 [n], under the
     conditioning c. `methods` see nothing else of it; `training` updates `network`; `data` asks for latents and text
@@ -26,7 +29,8 @@ class Family(ABC):
 
     Every optional part is declared here with its default.
 
-    family: the name of the architecture. pipelines: class names in model_index.json that it loads.
+    family: the name of the architecture, an identifier. pipelines: class names in model_index.json that it loads; the
+        first opens the folders that are written. pipeline_module: where that class is imported from.
     part: the subfolder of the network that is trained, and the prefix of its weights' names in deltas.
     parts: all subfolders that decide an image. data_parts: those that make latents and text states.
     num_timesteps: of the training schedule. scopes: by name, which weights may be trained at all; see `scope`.
@@ -38,13 +42,14 @@ class Family(ABC):
     precision: of UNet and VAE in passes without gradients; their outputs are float32.
     """
 
-    family: ClassVar[str]
-    pipelines: ClassVar[tuple[str, ...]]
+    family: ClassVar[str] = ""
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    pipeline_module: ClassVar[str] = "diffusers"
     part: ClassVar[str] = "unet"
-    parts: ClassVar[tuple[str, ...]]
-    data_parts: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]] = ()
+    data_parts: ClassVar[tuple[str, ...]] = ()
     num_timesteps: ClassVar[int] = 1000
-    scopes: ClassVar[Mapping[str, Callable[[str], bool]]]
+    scopes: ClassVar[Mapping[str, Callable[[str], bool]]] = {}
 
     name: str
     folder: Path
@@ -52,6 +57,67 @@ class Family(ABC):
     guard: Guard | None
     notes: tuple[str, ...]
     precision: str
+
+    # --- folders ---
+
+    @classmethod
+    def other_kind(cls, folder: Path) -> str | None:
+        """What a pipeline folder of one of `pipelines` is, if this family cannot load it; None if it can."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def from_folder(
+        cls, source: str | Path, folder: Path, *, allow_pickle: bool = False, weights_file: str | Path | None = None
+    ) -> Self:
+        """The model of a diffusers folder, in float32 on the CPU, with its parts checked.
+
+        source: what the user gave, for messages and the model's name.
+        allow_pickle: accept weights that are not safetensors.
+        weights_file: weights of the network, all or some, that replace the folder's.
+
+        Raises:
+            EraseError: a part is missing, damaged or of another model.
+        """
+
+    @classmethod
+    @abstractmethod
+    def read_network(
+        cls,
+        folder: Path,
+        *,
+        allow_pickle: bool = False,
+        weights_file: str | Path | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> ModelMixin:
+        """The network alone of a diffusers folder, in float32 on the CPU, as `from_folder` reads it.
+
+        tell: hears what the user should know about `weights_file`.
+        """
+
+    @classmethod
+    def keep(cls, pipeline: Any, cache_dir: Path | None = None) -> Path:
+        """The folder of a pipeline in memory, written to the cache once with the same bits.
+
+        Raises:
+            EraseError: this family reads folders only, or the pipeline is incomplete.
+        """
+        raise EraseError(f"a {type(pipeline).__name__} in memory cannot be read; save it, and give its folder")
+
+    @classmethod
+    def needs_dtype(cls, folder: Path) -> bool:
+        """Whether `from_pretrained` opens a written folder correctly only with dtype=torch.float32."""
+        return False
+
+    @classmethod
+    def loading_code(cls, folder: Path, shown: str, alias: str = "") -> list[str]:
+        """Lines of Python that open a written folder as a pipeline. shown: the folder as the code names it."""
+        name, dtype = cls.pipelines[0], ", dtype=torch.float32" if cls.needs_dtype(folder) else ""
+        return [
+            *(["import torch"] if dtype else []),
+            f"from {cls.pipeline_module} import {name}{alias and f' as {alias}'}",
+            f"pipeline = {alias or name}.from_pretrained({shown}{dtype})",
+        ]
 
     # --- the network that is trained ---
 
@@ -63,6 +129,23 @@ class Family(ABC):
     @abstractmethod
     def stored_network(self) -> ModelMixin:
         """The base's network once more, read from the folder, in float32 on the CPU."""
+
+    @classmethod
+    def state_of(cls, network: nn.Module) -> delta.State:
+        """The weights of a network of this family on the CPU, under their names in deltas."""
+        return delta.of_component(cls.part, {name: w.detach().cpu() for name, w in network.state_dict().items()})
+
+    def trainable(self, scope: str) -> dict[str, Parameter]:
+        """The network's parameters in the scope, by name.
+
+        Raises:
+            EraseError: this family has no such scope, or the network has nothing in it.
+        """
+        return inside(dict(self.network.named_parameters()), scope, self.scopes)
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Move the network and all other parts to the device."""
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +171,22 @@ class Family(ABC):
     def is_text_map(self, name: str) -> bool:
         """Whether the weight is a linear map of the text states, which closed forms solve for; none by default."""
         return False
+
+    def is_value_map(self, name: str) -> bool:
+        """Whether the weight is one of the text maps that makes the values of cross-attention; none by default."""
+        return False
+
+    def fits_lora(self, name: str, weight: Tensor) -> bool:
+        """Whether a LoRA that the usual loaders read can change the weight; none by default."""
+        return False
+
+    def reference_names(self) -> dict[str, str]:
+        """The network's weights by their names in files of the original authors' code; none by default."""
+        return {}
+
+    @abstractmethod
+    def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Arguments of the network's `forward` for `num` square images of this side in pixels; values do not matter."""
 
     # --- prediction ---
 
@@ -135,9 +234,29 @@ class Family(ABC):
             EraseError: a prompt shows minors in a sexual context.
         """
 
-    def unconditional(self) -> Conditioning:
-        """The single row that guidance starts from: by default that of the empty prompt."""
-        return self.encode_text([""])
+    def unconditional(self, empty: Conditioning | None = None) -> Conditioning:
+        """The single row that guidance starts from: by default that of the empty prompt.
+
+        empty: the conditioning of the empty prompt, one row, if it is encoded already.
+        """
+        return self.encode_text([""]) if empty is None else empty
+
+    @property
+    def token_embeddings(self) -> Tensor:
+        """The text encoder's embedding of each token, [vocabulary, d]; writing to it changes what a token means.
+
+        Raises:
+            EraseError: this architecture has no single table of them.
+        """
+        raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
+
+    def encode_with(self, prompts: Sequence[str], token: int, embedding: Tensor) -> Conditioning:
+        """Conditioning of the prompts where one token has another embedding, [d], with gradients, on the device.
+
+        Raises:
+            EraseError: see `token_embeddings`; or a prompt shows minors in a sexual context.
+        """
+        raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
 
     @abstractmethod
     def tokens(self, prompt: str) -> list[int]:

@@ -1,6 +1,6 @@
 """Which parameters may move at all, by name: the scopes of ESD (Gandikota et al., ICCV 2023) and of SalUn."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from erase.errors import EraseError
@@ -8,7 +8,7 @@ from erase.errors import EraseError
 T = TypeVar("T")
 
 _OUTSIDE = ("conv_out", "conv_norm_out")  # what CompVis calls `out.`
-SCOPES = {
+SCOPES: Mapping[str, Callable[[str], bool]] = {
     "full": lambda name: True,
     "xattn": lambda name: ".attn2." in name,
     "xattn-kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
@@ -19,15 +19,19 @@ SCOPES = {
 }
 
 
-def inside(parameters: Mapping[str, T], scope: str) -> dict[str, T]:
+def inside(
+    parameters: Mapping[str, T], scope: str, scopes: Mapping[str, Callable[[str], bool]] = SCOPES
+) -> dict[str, T]:
     """The entries whose diffusers name is in the scope, in their order.
+
+    scopes: those of the model's family, by name.
 
     Raises:
         EraseError: unknown scope, or nothing of this model is in it.
     """
-    if scope not in SCOPES:
-        raise EraseError(f"unknown scope {scope!r}; choose {', '.join(SCOPES)}")
-    chosen = {name: value for name, value in parameters.items() if SCOPES[scope](name)}
+    if scope not in scopes:
+        raise EraseError(f"unknown scope {scope!r}; choose {', '.join(scopes)}")
+    chosen = {name: value for name, value in parameters.items() if scopes[scope](name)}
     if not chosen:
         raise EraseError(f"scope {scope!r} holds none of this model's {len(parameters)} parameters")
     return chosen

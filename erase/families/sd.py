@@ -1,11 +1,11 @@
 """Stable Diffusion 1 and 2: how they add noise, predict, and generate."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import (
@@ -22,15 +22,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
-from erase.delta import content_hash
+from erase.delta import content_hash, of_component
 from erase.device import DTYPES, rounded
 from erase.errors import EraseError, missing
-from erase.families import components, scope
+from erase.families import architecture, components, compvis, layers, pipeline_folder, scope, sd_parts, single_file
 from erase.families.components import one_line
 from erase.families.protocol import Family, Sampler
 from erase.families.stored_unet import load_unet
 from erase.files import text_hash
 from erase.guards import Guard
+from erase.options.model_defaults import read_defaults
 
 _OF_THE_LAST_CALL = {"truncation", "padding"}  # what a tokenizer remembers; no part of its content
 
@@ -71,6 +72,53 @@ class StableDiffusion(Family):
         if self.prediction_type not in {"epsilon", "v_prediction"}:
             raise EraseError(f"{self.name} predicts {self.prediction_type!r}; only epsilon and v_prediction are known")
 
+    @classmethod
+    def other_kind(cls, folder: Path) -> str | None:
+        return architecture.of_pipeline(folder)
+
+    @classmethod
+    def from_folder(
+        cls, source: str | Path, folder: Path, *, allow_pickle: bool = False, weights_file: str | Path | None = None
+    ) -> Self:
+        parts = sd_parts.read(source, folder, allow_pickle=allow_pickle, unet=weights_file)
+        return cls(
+            f"{source} with {Path(weights_file).name}" if weights_file else str(source),
+            folder,
+            parts.unet,
+            parts.vae,
+            parts.text_encoder,
+            parts.tokenizer,
+            parts.scheduler,
+            read_defaults(folder / pipeline_folder.DEFAULTS_FILE),
+            allow_pickle,
+            unet_file=None if weights_file is None else str(weights_file),
+            notes=parts.notes,
+        )
+
+    @classmethod
+    def read_network(
+        cls,
+        folder: Path,
+        *,
+        allow_pickle: bool = False,
+        weights_file: str | Path | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> UNet2DConditionModel:
+        return load_unet(folder, allow_pickle, weights_file, tell)
+
+    @classmethod
+    def keep(cls, pipeline: Any, cache_dir: Path | None = None) -> Path:
+        return single_file.keep(pipeline, cache_dir)
+
+    @classmethod
+    def needs_dtype(cls, folder: Path) -> bool:
+        return pipeline_folder.needs_dtype(folder)
+
+    def to(self, device: torch.device) -> None:
+        modules: Any = (self.unet, self.vae, self.text_encoder)
+        for module in modules:
+            module.to(device)
+
     def release(self) -> None:
         """Free the VAE and the text encoder; either is loaded again when it is next used."""
         for part in _LOADED_AGAIN.keys() & vars(self).keys():
@@ -89,10 +137,28 @@ class StableDiffusion(Family):
         return self.unet
 
     def stored_network(self) -> UNet2DConditionModel:
-        return load_unet(self.folder, self.allow_pickle, self.unet_file)
+        return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.unet_file)
 
     def is_text_map(self, name: str) -> bool:
         return name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+
+    def is_value_map(self, name: str) -> bool:
+        return name.endswith("attn2.to_v.weight")
+
+    def fits_lora(self, name: str, weight: Tensor) -> bool:
+        return layers.fits_lora(name, weight)
+
+    def reference_names(self) -> dict[str, str]:
+        """By CompVis' names, as SalUn's code stores them."""
+        return {theirs: ours for ours, theirs in compvis.unet_names(self.unet.state_dict(), self.unet.config).items()}
+
+    def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        width = self.unet.config["cross_attention_dim"]
+        return {
+            "sample": torch.empty(num, *self.latent_shape(size), dtype=dtype),
+            "timestep": torch.zeros(num, dtype=torch.int64),
+            "encoder_hidden_states": torch.empty(num, self.max_tokens, width, dtype=dtype),
+        }
 
     def hash_of(self, part: str) -> str:
         """The UNet's is the one that deltas and run.json state, whatever the precision."""
@@ -100,9 +166,8 @@ class StableDiffusion(Family):
             backend: Any = self.tokenizer.backend_tokenizer
             content = json.loads(backend.to_str())
             return text_hash({name: value for name, value in content.items() if name not in _OF_THE_LAST_CALL})
-        prefix = "unet." if part == "unet" else ""
         state = getattr(self, part).state_dict()
-        return content_hash({prefix + name: tensor for name, tensor in state.items()})
+        return content_hash(of_component(part, state) if part == self.part else state)
 
     @property
     def vae_scale(self) -> int:
@@ -137,13 +202,35 @@ class StableDiffusion(Family):
     def encode_text(self, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
         """The text encoder's last hidden states, [len(prompts), tokens, d], on the CPU; see `Family.encode_text`."""
         refusal.refuse(prompts, "prompt")
-        length = self.max_tokens
         states = []
         for start in range(0, len(prompts), batch_size):
-            chunk = list(prompts[start : start + batch_size])
-            ids = self.tokenizer(chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            states.append(self.text_encoder(ids["input_ids"].to(self.text_encoder.device)).last_hidden_state.cpu())
+            ids = self._padded_tokens(prompts[start : start + batch_size])
+            states.append(self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.cpu())
         return Conditioning(torch.cat(states))
+
+    def _padded_tokens(self, prompts: Sequence[str]) -> Tensor:
+        """int64, [len(prompts), tokens]."""
+        how: dict[str, Any] = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True}
+        ids: Any = self.tokenizer(list(prompts), return_tensors="pt", **how)["input_ids"]
+        return ids
+
+    @property
+    def token_embeddings(self) -> Tensor:
+        table: Any = self.text_encoder.get_input_embeddings()
+        return table.weight
+
+    def encode_with(self, prompts: Sequence[str], token: int, embedding: Tensor) -> Conditioning:
+        refusal.refuse(prompts, "prompt")
+
+        def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return torch.where((arguments[0] == token)[..., None], embedding, output)
+
+        table: Any = self.text_encoder.get_input_embeddings()
+        hook = table.register_forward_hook(put)
+        try:
+            return Conditioning(self.text_encoder(self._padded_tokens(prompts).to(self.device)).last_hidden_state)
+        finally:
+            hook.remove()
 
     @property
     def max_tokens(self) -> int:
@@ -334,53 +421,6 @@ def predicting(unet: Any, precision: str) -> Iterator[None]:
 
 
 _LOADED_AGAIN: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-
-
-def require_sampling(folder: Path, scheduler: Any) -> None:
-    """Raise an EraseError unless the scheduler takes two steps from noise that end in finite latents."""
-    x = torch.linspace(-1, 1, 4 * 4 * 4).view(1, 4, 4, 4)
-    try:
-        scheduler.set_timesteps(2)
-        for t in scheduler.timesteps:
-            noise = scheduler.scale_model_input(x, t)
-            x = scheduler.step(noise / 2, t, x, return_dict=False)[0]
-        finite = bool(x.isfinite().all())
-    except Exception as error:  # a scheduler of another kind, or numbers that it cannot compute with
-        raise EraseError(
-            f"{folder}/scheduler: {type(scheduler).__name__} cannot generate images with its scheduler_config.json "
-            f"({one_line(error)}); download it again"
-        ) from error
-    if not finite:
-        raise EraseError(f"{folder}/scheduler: its scheduler_config.json gives latents that are not finite")
-
-
-@torch.no_grad()
-def require_working(folder: Path, network: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
-    """Raise an EraseError for a part that gives the same for different inputs, or what is not finite.
-
-    One small pass through each part, of 8 x 8 latents.
-    """
-    ids = tokenizer(["a red circle", "two dogs"], padding="max_length", return_tensors="pt")["input_ids"]
-    x = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
-
-    def encoded() -> Tensor:
-        return text_encoder(ids).last_hidden_state
-
-    def predicted() -> Tensor:
-        return network(x, torch.tensor([1, 900]), encoder_hidden_states=encoded()).sample
-
-    def decoded() -> Tensor:
-        return vae.decode(x).sample
-
-    for part, compute in (("text_encoder", encoded), ("unet", predicted), ("vae", decoded)):
-        try:
-            output = compute()
-        except Exception as error:  # a config that fits the weights can still be wrong
-            raise EraseError(f"{folder / part} cannot be used: {one_line(error)}; download the model again") from error
-        if not output.isfinite().all():
-            raise EraseError(f"{folder / part} computes values that are not finite; its config or weights are damaged")
-        if torch.equal(output[0], output[1]) or (output[0] - output[1]).abs().max() < 1e-6 * output.abs().max():
-            raise EraseError(f"{folder / part} gives the same for all inputs; its config or weights are damaged")
 
 
 def _require_schedule(name: str, alphas_cumprod: Tensor) -> None:

@@ -34,7 +34,7 @@ class Batch:
     x_target: the forget latents again, as the target branch sees them; the reference draws a second sample of the
         VAE's posterior, so that it is not quite `x_forget`.
     c_target: what to say instead: the anchor's text (prompt remapping) or another class's (random label).
-    c_empty: of the empty prompt, one for each forget row.
+    c_empty: what guidance starts from (in Stable Diffusion the empty prompt), one for each forget row.
     words: bool, [n, tokens], where the concept's own words stand in the forget prompt.
     end: bool, [n, tokens], where the forget prompt is over: its end token and the padding.
     """

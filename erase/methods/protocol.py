@@ -155,13 +155,19 @@ class TrainedMethod(Method, ABC):
 
 
 class ClosedForm(Method, ABC):
-    """A method that computes the new weights without training."""
+    """A method that computes the new weights without training.
+
+    values_only: `solve` gets only the maps that make values of cross-attention, not those that make keys.
+    """
+
+    values_only: bool = False
 
     @abstractmethod
     def solve(self, weights: "Mapping[str, Tensor]", text: "Text") -> "tuple[dict[str, Tensor], dict[str, Any]]":
         """The new weights by name, and notes on the solution for run.json.
 
-        weights: attn2.to_k and attn2.to_v of the scope, [out, in] each; those that are missing in the answer stay.
+        weights: the linear maps of the text states in the scope (in Stable Diffusion keys and values of
+            cross-attention), [out, in] each; those that are missing in the answer stay as they are.
         """
 
 

@@ -33,6 +33,8 @@ class SPEED(ClosedForm):
     space, and no room to erase in; keys stay as they are.
     """
 
+    values_only = True
+
     rho: Annotated[float, "how much dW is held back; more erases less"] = 1.0
     lamb: Annotated[float, "how loosely the empty prompt is kept; 0 keeps it exactly"] = 0.0
     threshold: Annotated[float, "eigenvalues of R that count as null; more leaves more room and keeps less"] = 0.1
@@ -48,11 +50,12 @@ class SPEED(ClosedForm):
             raise EraseError(f"speed has rho={self.rho} and lamb={self.lamb}; rho must be above 0 and lamb 0 or more")
 
     def solve(self, weights: Mapping[str, Tensor], text: Text) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        values = {name: W.double() for name, W in weights.items() if name.endswith("to_v.weight")}
-        if not values or not len(text.retain):
+        if not weights or not len(text.retain):
             raise EraseError(
-                "speed needs attn2.to_v in its scope and retain prompts; use --scope xattn-kv and --retain"
+                "speed needs values of cross-attention in its scope and retain prompts; "
+                "use --scope xattn-kv and --retain"
             )
+        values = {name: W.double() for name, W in weights.items()}
         draw = torch.Generator().manual_seed(self.seed)
         c_e, c_a = text.pairs(self.tokens)
         S_tt, S_at = c_e @ c_e.T / c_e.shape[1], c_a @ c_e.T / c_e.shape[1]

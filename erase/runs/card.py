@@ -50,8 +50,7 @@ Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mas
 {changed:,} of {total:,} UNet weights changed ({changed / total:.1%}); all else is the base model, byte for byte.
 {before}
 ```python
-{"import torch" + chr(10) if "torch" in loading else ""}from diffusers import StableDiffusionPipeline
-pipeline = {loading}
+{loading}
 ```
 
 {examples}

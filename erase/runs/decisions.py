@@ -14,8 +14,7 @@ from erase import concepts, delta, device, files, masks, methods, words
 from erase.concepts import Concept
 from erase.data import prompt_states
 from erase.errors import EraseError, missing
-from erase.export.states import unet_state
-from erase.families import loading, scope
+from erase.families import loading
 from erase.families.protocol import Family
 from erase.options.recipes import resolve
 from erase.options.settings import Settings, require_consistent
@@ -105,8 +104,8 @@ def decide(
     settings, default = _filled(settings, concept, model, compute, accelerator.num_processes)
     require_rank(settings, method)
     truncated = prompt_states.truncated(model, concept)
-    parameters = scope.inside(dict(model.network.named_parameters()), str(settings.scope))
-    base_hash = delta.content_hash(unet_state(model.network))
+    parameters = model.trainable(str(settings.scope))
+    base_hash = delta.content_hash(model.state_of(model.network))
     given_mask = load_mask(settings, model, parameters, base_hash)
     identity = of_run(
         settings,
@@ -190,8 +189,7 @@ def _filled(
     """The settings with every default filled in, and the value that each would have without its option."""
     together = 1
     if settings.low_memory:
-        size = model.latent_shape(settings.resolution or model.resolution)[-1]
-        together = memory.part_of_batch(model.network, size, model.max_tokens)
+        together = memory.part_of_batch(model, settings.resolution or model.resolution)
     fill = partial(
         resolve,
         kind=concept.kind,

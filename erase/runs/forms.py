@@ -7,8 +7,7 @@ from typing import Any
 from erase import delta, files, tensor_files
 from erase.delta import State
 from erase.export import ldm, lora, pipeline
-from erase.export.states import plain, unet_state
-from erase.families import loading, pipeline_folder, stored_unet
+from erase.families import loading, pipeline_folder
 from erase.options.settings import Settings
 from erase.runs import folders
 from erase.runs.record import RunRecord
@@ -19,7 +18,7 @@ FORMS = ("pipeline", "unet", "single-file", "lora")
 def names(form: str, run_folder: Path, source: Path) -> list[str]:
     """The files of a form, relative to the folder that it is written to.
 
-    source: diffusers folder that the parts other than the UNet come from.
+    source: diffusers folder that the parts other than the network come from.
     """
     if form == "pipeline":
         return pipeline_folder.published_names(source)
@@ -69,7 +68,7 @@ def write(
 ) -> None:
     """Write one form to the folder `target`.
 
-    base, new: the UNet's weights before and after, named as diffusers names them. rank: of a LoRA.
+    base, new: the network's weights before and after, named as diffusers names them. rank: of a LoRA.
     """
     if form == "pipeline" and source.resolve() != target.resolve():
         pipeline.save_pipeline(source, target, new)
@@ -104,7 +103,8 @@ def add(
     files.refuse_links(run_folder)
     change, settings = delta.load(run_folder / folders.DELTA), record.settings
     if "pipeline" in held(run_folder, record):
-        source, after = run_folder, unet_state(stored_unet.load_unet(run_folder))
+        source, family = run_folder, loading.family_of(run_folder)
+        after = family.state_of(family.read_network(run_folder))
         before = delta.remove(after, change) if "lora" in forms else after
     else:
         source = loading.locate(
@@ -113,8 +113,9 @@ def add(
             config=config or settings.get("config"),
             revision=settings.get("revision") if model is None else None,
         )
-        pickles = allow_pickle or bool(settings.get("allow_pickle"))
-        before = unet_state(stored_unet.load_unet(source, pickles, settings.get("unet") if model is None else None))
+        family, pickles = loading.family_of(source), allow_pickle or bool(settings.get("allow_pickle"))
+        weights_file = settings.get("unet") if model is None else None
+        before = family.state_of(family.read_network(source, allow_pickle=pickles, weights_file=weights_file))
         after = delta.apply(before, change)
     target = output or run_folder
     for form in forms:
@@ -123,8 +124,8 @@ def add(
             target,
             run_folder=run_folder,
             source=source,
-            base=plain(before),
-            new=plain(after),
+            base=delta.in_component(family.part, before),
+            new=delta.in_component(family.part, after),
             rank=rank or settings.get("lora_rank") or 64,
             provenance=change.provenance,
         )

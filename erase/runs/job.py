@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from erase import delta, masks, methods
 from erase.concepts import Concept
 from erase.errors import EraseError
-from erase.families import single_file
+from erase.families import loading
 from erase.options.settings import Settings
 from erase.runs import folders, forms, outputs, phases
 from erase.runs.decisions import Decisions, announce, decide
@@ -53,7 +53,7 @@ class Run:
 
 def erase_concept(
     concept: str | Concept | Sequence[str | Concept],
-    model: str | os.PathLike[str] | StableDiffusionPipeline = "CompVis/stable-diffusion-v1-4",
+    model: str | os.PathLike[str] | DiffusionPipeline = "CompVis/stable-diffusion-v1-4",
     *,
     method: str | type | Any = "salun",
     set: Mapping[str, Any] | Sequence[str] | str = (),
@@ -63,7 +63,7 @@ def erase_concept(
     """Take `concept` out of `model` and write the result; the Python twin of the command line.
 
     concept: a preset's name, a .toml path, free text together with kind="object" or "style", or a Concept; or several.
-    model: "mini", a diffusers folder, a hub id, a checkpoint file, or a StableDiffusionPipeline, which is not changed:
+    model: "mini", a diffusers folder, a hub id, a checkpoint file, or a pipeline of diffusers, which is not changed:
         it is written to the cache once.
     method: a method's name, "package.module:Class", or such a class or an instance of it; see `erase.methods`.
     set: hyperparameters of the method, such as {"alpha": 0.5} or ("alpha=0.5",).
@@ -82,7 +82,7 @@ def erase_concept(
     names = tuple(one.name if isinstance(one, Concept) else one for one in several)
     if not isinstance(model, (str, os.PathLike)):
         cache_dir = options.get("cache_dir")
-        model = single_file.keep(model, Path(cache_dir).expanduser() if cache_dir else None)
+        model = loading.keep(model, Path(cache_dir).expanduser() if cache_dir else None)
     given: Any = [set] if isinstance(set, str) else set
     if not isinstance(method, str):
         method, own = methods.give(method)

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from erase import delta, masks, tensor_files
 from erase.errors import EraseError, no_file
-from erase.families import compvis
 from erase.families.protocol import Family
 from erase.options.settings import Settings
 
@@ -27,8 +25,7 @@ def load_mask(
         mask, header = masks.load(path)
         made = header.made
     else:
-        unet: Any = model.network
-        names = {theirs: ours for ours, theirs in compvis.unet_names(unet.state_dict(), unet.config).items()}
+        names = model.reference_names()
         mask, made = masks.load_reference(path, lambda name: names.get(name, name)), {"base": path.name}
     masks.check(mask, made, parameters, base_hash=base_hash)
     missing = [name for name in parameters if name not in mask]

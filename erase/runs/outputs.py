@@ -12,8 +12,6 @@ import erase
 from erase import delta, files, masks
 from erase.data import latents
 from erase.errors import EraseError
-from erase.export import states
-from erase.export.states import unet_state
 from erase.families import pipeline_folder
 from erase.runs import card, folders, forms, samples
 from erase.runs.decisions import Decisions
@@ -30,22 +28,21 @@ def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | 
             is written then.
     """
     model = decided.model
-    new, base_unet = unet_state(model.network), model.stored_network()
-    change = delta.difference(unet_state(base_unet), new, provenance(decided, images))
+    new, stored = model.state_of(model.network), model.stored_network()
+    change = delta.difference(model.state_of(stored), new, provenance(decided, images))
     if change.base_hash != decided.base_hash:
         raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")
-    if outside := outside_of(change, decided.parameters, mask):
+    if outside := outside_of(change, model.part, decided.parameters, mask):
         raise EraseError(
             f"{outside[0]!r} changed outside the mask or the scope; nothing was published. Delete {decided.work}, and "
             "the same command starts again"
         )
     delta.save(decided.folder / folders.DELTA, change)
     write_mask(decided, change, mask)
-    write_forms(decided, base_unet, new, change)
+    write_forms(decided, stored, new, change)
     if decided.settings.num_samples:
-        samples.write_samples(decided.folder / folders.SAMPLES, model, base_unet, decided.concept, decided.settings)
-    dtype = ", dtype=torch.float32" if pipeline_folder.needs_dtype(model.folder) else ""
-    loading = f'StableDiffusionPipeline.from_pretrained("this folder"{dtype})'
+        samples.write_samples(decided.folder / folders.SAMPLES, model, stored, decided.concept, decided.settings)
+    loading = "\n".join(model.loading_code(model.folder, '"this folder"'))
     after = decided.earlier and decided.earlier.record
     text = card.model_card(decided.settings, decided.concept, change, loading=loading, after=after)
     files.write_text(decided.folder / folders.CARD, text)
@@ -54,7 +51,7 @@ def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | 
 
 def provenance(decided: Decisions, images: latents.Data | None) -> dict[str, Any]:
     """How the change was made, for the delta's header."""
-    settings = decided.settings
+    settings, model = decided.settings, decided.model
     made = {
         "erase_version": erase.__version__,
         "base": settings.model,
@@ -64,7 +61,7 @@ def provenance(decided: Decisions, images: latents.Data | None) -> dict[str, Any
         "settings": decided.identity["settings"],
         "data": data_hash(decided, images),
         "made_for": settings.model,
-        "base_dtype": None if settings.unet else pipeline_folder.stored_dtype(decided.model.folder / "unet"),
+        "base_dtype": None if settings.unet else pipeline_folder.stored_dtype(model.folder / model.part),
     }
     return made if decided.earlier is None else made | {"after": decided.earlier.record}
 
@@ -86,7 +83,7 @@ def write_mask(decided: Decisions, change: delta.Delta, mask: masks.Packed | Non
         masks.save(decided.folder / folders.MASK, mask, how)
 
 
-def write_forms(decided: Decisions, base_unet: Any, new: delta.State, change: delta.Delta) -> None:
+def write_forms(decided: Decisions, stored: Any, new: delta.State, change: delta.Delta) -> None:
     """The forms that --save asks for."""
     for form in dict.fromkeys(forms.published(decided.settings)):
         forms.write(
@@ -94,21 +91,22 @@ def write_forms(decided: Decisions, base_unet: Any, new: delta.State, change: de
             decided.folder,
             run_folder=decided.folder,
             source=decided.model.folder,
-            base={name: tensor.detach() for name, tensor in base_unet.state_dict().items()},
-            new=states.plain(new),
+            base={name: tensor.detach() for name, tensor in stored.state_dict().items()},
+            new=delta.in_component(decided.model.part, new),
             rank=whole(decided.settings.lora_rank),
             provenance=change.provenance,
         )
 
 
-def outside_of(change: delta.Delta, parameters: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None) -> list[str]:
+def outside_of(
+    change: delta.Delta, component: str, parameters: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
+) -> list[str]:
     """Names of the weights of which some changed that are outside the scope or the mask.
 
-    parameters: those in the scope, by name.
+    component: the one that the change is of. parameters: those in the scope, by name.
     """
     found = []
-    for name in change.changed:
-        plain = name.removeprefix("unet.")
+    for plain, name in delta.in_component(component, {name: name for name in change.changed}).items():
         may = None if mask is None or plain not in parameters else mask[plain].reshape(-1)
         if plain not in parameters or may is not None and (delta.changed_bits(change, name) & ~may).any():
             found.append(plain)

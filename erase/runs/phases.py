@@ -36,7 +36,7 @@ class Trained:
 
 
 def gather(decided: Decisions) -> Gathered:
-    """Generate or read the images; afterwards the model is its UNet alone, in the precision of its weights."""
+    """Generate or read the images; afterwards the model is its network alone, in the precision of its weights."""
     settings, method, model = decided.settings, decided.method, decided.model
     is_scored = decided.given_mask is None and settings.mask in {"saliency", "inverse"}
     shown = images_of(decided, "concept") if is_scored else None
@@ -83,5 +83,5 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
         losses = loop.train(model, method, data.images, decided.parameters, mask, recipe, decided.accelerator, **how)
         return Trained(losses, {})
     draw = batches.generator(recipe.seed, "rank")
-    with lowrank.factors(model.network, decided.parameters, settings.rank, draw) as factors:
+    with lowrank.factors(model, decided.parameters, settings.rank, draw) as factors:
         return Trained(loop.train(model, method, data.images, factors, None, recipe, decided.accelerator, **how), {})

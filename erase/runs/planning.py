@@ -105,12 +105,11 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
     mask_batch = part_size(settings) if settings.score == "abs_sum" else whole(settings.batch_size)
     mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
     return memory.estimate(
-        model.network,
+        model,
         parameters,
         density=1.0 if settings.mask == "none" else settings.density,
         eight_bit=settings.moments == "8bit",
-        latent_size=model.latent_shape(settings.resolution or model.resolution)[-1],
-        tokens=model.max_tokens,
+        resolution=settings.resolution or model.resolution,
         mask_batch=mask_batch if accumulates else None,
         part=None if isinstance(method, methods.ClosedForm) else part_size(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
@@ -124,7 +123,7 @@ def world_size() -> int:
 
 
 def part_size(settings: Settings) -> int:
-    """Images of one branch that go through the UNet together."""
+    """Images of one branch that go through the network together."""
     return max(1, whole(settings.batch_size) // (settings.gradient_accumulation_steps * world_size()))
 
 

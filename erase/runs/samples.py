@@ -19,12 +19,12 @@ from erase.options.settings import Settings
 FIRST_SEED = 900_000_000  # far from the seeds that training data are drawn from
 
 
-def write_samples(path: Path, model: Family, base_unet: Any, concept: Concept, settings: Settings) -> None:
+def write_samples(path: Path, model: Family, base: Any, concept: Concept, settings: Settings) -> None:
     """A PNG with two blocks, forget and retain prompts, each with a row of the base model and a row of the erased one.
 
     Same prompt and same seed above each other. Rows of nudity, or of prompts with sexual words, are blurred, except
     those of the embedded model.
-    model: the erased one; afterwards its UNet has the weights of `base_unet`.
+    model: the erased one; afterwards its network has the weights of `base`.
     """
     num = settings.num_samples
     forget = spread_over(concept.forget, num)
@@ -36,7 +36,7 @@ def write_samples(path: Path, model: Family, base_unet: Any, concept: Concept, s
     rows: list[Tensor] = []
     for role in ("erased", "base"):
         if role == "base":
-            model.put_network(base_unet)  # so that the device never holds two UNets
+            model.put_network(base)  # so that the device never holds two networks
         drawn = []
         for start in range(0, len(prompts), together):
             part = slice(start, start + together)

@@ -100,7 +100,7 @@ def batches(
         def told(c: Conditioning, rows: slice = rows) -> Conditioning:
             return c[rows].to(model.device)
 
-        c_f, c_0 = told(data.text[data.forget.prompt[f]]), told(data.text[:1].expand(len(f)))
+        c_f, c_0 = told(data.text[data.forget.prompt[f]]), told(data.unconditional.expand(len(f)))
         t, noisy, noisy_p = here(t_f), here(x_f), here(x_p)
         if walker is not None:
             with walker():
@@ -108,7 +108,7 @@ def batches(
                     here(eps_f),
                     index[rows],
                     c_f,
-                    data.text[:1],
+                    data.unconditional,
                     steps=recipe.trajectory_steps,
                     guidance=recipe.trajectory_guidance,
                 )

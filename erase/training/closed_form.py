@@ -29,7 +29,8 @@ def solve(
     for name in parameters:
         if not model.is_text_map(name):
             raise EraseError(f"closed forms change maps of the text states only, not {name}; use --scope xattn-kv")
-    new, notes = method.solve({name: parameter.detach().cpu() for name, parameter in parameters.items()}, text)
+    solved = {n: p.detach().cpu() for n, p in parameters.items() if not method.values_only or model.is_value_map(n)}
+    new, notes = method.solve(solved, text)
     for name, weights in new.items():
         parameter = parameters[name]
         weights = weights.to(parameter)

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
 from erase.errors import EraseError
-from erase.families.layers import fits_lora
+from erase.families.protocol import Family
 
 
 class _LowRank(nn.Module):
@@ -29,22 +29,22 @@ class _LowRank(nn.Module):
 
 @contextmanager
 def factors(
-    unet: nn.Module, parameters: Mapping[str, Parameter], rank: int, draw: torch.Generator
+    model: Family, parameters: Mapping[str, Parameter], rank: int, draw: torch.Generator
 ) -> Iterator[dict[str, Parameter]]:
     """Inside, each matrix among `parameters` that a LoRA can hold is a frozen weight plus a product of rank `rank`.
 
     Gives the factors by name. Afterwards the weights hold the sums, under their old names.
 
-    parameters: of `unet`, by name; those that fit no LoRA (biases, norms, convolutions) stay as they are.
+    parameters: of the network, by name; those that fit no LoRA (biases, norms, convolutions) stay as they are.
 
     Raises:
         EraseError: none of them fits.
     """
-    names = [name for name, parameter in parameters.items() if fits_lora(name, parameter)]
+    names = [name for name, parameter in parameters.items() if model.fits_lora(name, parameter)]
     if not names:
         raise EraseError("--rank needs attention or feed-forward matrices in the scope; use --scope xattn or full")
     added: dict[str, Any] = {name: _LowRank(parameters[name], rank, draw) for name in names}
-    modules = {name: unet.get_submodule(name.removesuffix(".weight")) for name in names}
+    modules = {name: model.network.get_submodule(name.removesuffix(".weight")) for name in names}
     try:
         for name, module in modules.items():
             parametrize.register_parametrization(module, "weight", added[name])

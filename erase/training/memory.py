@@ -5,21 +5,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from erase.families.protocol import Family
 
 LIBRARIES = 500_000_000  # bytes of a process that has imported torch and diffusers
 SMALL = LIBRARIES // 5  # bytes of activations that are not worth cutting a batch for
 
 
 def estimate(
-    network: ModelMixin,
+    model: Family,
     parameters: Mapping[str, Tensor],
     *,
     density: float,
-    latent_size: int,
-    tokens: int,
+    resolution: int,
     mask_batch: int | None,
     part: int | None,
     dtype: torch.dtype,
@@ -30,21 +30,21 @@ def estimate(
     """Peak bytes of each phase, "mask", "training" or "solving", and "writing", libraries included.
 
     parameters: those in the scope. density: share of them that may move; 1 without a mask.
-    mask_batch: images that go through the UNet together in the mask's pass, a whole batch for scores other than
+    resolution: side of the images, in pixels.
+    mask_batch: images that go through the network together in the mask's pass, a whole batch for scores other than
         abs_sum; None when no mask is made from gradients.
-    part: images of one branch that go through the UNet together; None for a closed form, which needs none.
+    part: images of one branch that go through the network together; None for a closed form, which needs none.
     dtype: of the stored weights.
     needs_base: the masked weights' values in the base are kept. eight_bit: of the moments.
     """
     size = dtype.itemsize
-    weights = sum(parameter.numel() for parameter in network.parameters()) * size
+    weights = sum(parameter.numel() for parameter in model.network.parameters()) * size
     scope = sum(parameter.numel() for parameter in parameters.values())
     masked = int(scope * density)
     one_gradient = max(parameter.numel() for parameter in parameters.values()) * size
 
     def pass_of(num: int) -> int:
-        shape = (num, network.config["in_channels"], latent_size, latent_size)
-        return activations(network, shape, tokens, dtype, checkpointing=checkpointing) + one_gradient
+        return activations(model, num, resolution, dtype, checkpointing=checkpointing) + one_gradient
 
     needs: dict[str, int] = {}
     if mask_batch is not None:
@@ -64,34 +64,28 @@ def estimate(
     return {phase: LIBRARIES + need for phase, need in needs.items()}
 
 
-def part_of_batch(network: ModelMixin, latent_size: int, tokens: int) -> int:
-    """Images that --low-memory puts through the UNet together: as many as keep their activations small, at least one.
+def part_of_batch(model: Family, resolution: int) -> int:
+    """Images that --low-memory puts through the network together: as many as keep activations small, at least one.
 
     Every part costs a pass and two exchanges of the base's values. A small model saves nothing by parts of one image.
     """
-    shape = (1, network.config["in_channels"], latent_size, latent_size)
-    return max(1, SMALL // activations(network, shape, tokens, torch.float32, checkpointing=True))
+    return max(1, SMALL // activations(model, 1, resolution, torch.float32, checkpointing=True))
 
 
-def activations(
-    network: ModelMixin, latents: tuple[int, ...], tokens: int, dtype: torch.dtype, *, checkpointing: bool
-) -> int:
+def activations(model: Family, num: int, resolution: int, dtype: torch.dtype, *, checkpointing: bool) -> int:
     """Bytes that a forward pass keeps for its backward pass; a dry run on tensors without content.
 
-    latents: shape of the batch, [n, 4, h, w]. tokens: length of the text states.
+    num: images of the batch. resolution: their side, in pixels.
     """
     with FakeTensorMode():  # chooses attention kernels as the CPU does; on "meta" every score would be kept
-        return _activations(network, latents, tokens, dtype, checkpointing)
+        return _activations(model, num, resolution, dtype, checkpointing)
 
 
-def _activations(
-    network: ModelMixin, latents: tuple[int, ...], tokens: int, dtype: torch.dtype, checkpointing: bool
-) -> int:
-    ghost: Any = type(network).from_config(network.config)  # pyright: ignore
+def _activations(model: Family, num: int, resolution: int, dtype: torch.dtype, checkpointing: bool) -> int:
+    ghost: Any = type(model.network).from_config(model.network.config)  # pyright: ignore
     for parameter in ghost.parameters():
         parameter.data = parameter.data.to(dtype)
-    x, t = torch.empty(latents, dtype=dtype), torch.zeros(latents[0], dtype=torch.int64)
-    text = torch.empty(latents[0], tokens, ghost.config["cross_attention_dim"], dtype=dtype)
+    inputs = model.blank_inputs(num, resolution, dtype)
     weights = {_storage(parameter) for parameter in ghost.parameters()}
     again = [0]  # bytes that a block keeps while it is computed again
 
@@ -107,7 +101,7 @@ def _activations(
     if checkpointing:
         ghost.enable_gradient_checkpointing(checkpoint)
     with _keeping(weights) as kept:
-        ghost(x, t, encoder_hidden_states=text)
+        ghost(**inputs)
     return _bytes(kept) + max(again)
 
 

@@ -43,7 +43,7 @@ def accumulate(
     code 7.5. With several processes each takes every n-th batch and the sums are added.
 
     state_path: the running sums, kept every five minutes, so that an interrupted pass goes on.
-    part: images that go through the UNet together, to save memory; None is the whole batch. The sum is the same up
+    part: images that go through the network together, to save memory; None is the whole batch. The sum is the same up
         to rounding. Only for abs_sum: |g| and g^2 are of whole batches, whose gradients would have to be kept.
     """
     sums = masks.Saliency(parameters, score)
@@ -100,7 +100,7 @@ def _losses(
         with accelerator.autocast():
             predicted = model(x_t, t_0, c_0)
             if guidance:
-                empty = data.text[:1].to(model.device).expand(len(x_0))
+                empty = data.unconditional.to(model.device).expand(len(x_0))
                 predicted = guided(predicted, model(x_t, t_0, empty), guidance)
             loss = (eps_0 - predicted).square().mean() * (len(x_0) / len(rows))
         yield loss

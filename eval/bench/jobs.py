@@ -300,7 +300,8 @@ def random_data(model: Any, num: int = 1) -> Any:
     forget, retain = images(1), images(3)
     places, names = torch.zeros(num, text.shape[1], dtype=torch.bool), ("", "f", "a", "r")
     told = Conditioning(text)
-    return Data(forget, retain, torch.full((num,), 2), torch.tensor([2]), places, places, names, told, "random", {})
+    rows, others = torch.full((num,), 2), torch.tensor([2])
+    return Data(forget, retain, rows, others, places, places, names, told, told[:1], "random", {})
 
 
 def random_mask_of(unet: Any, density: float) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from loaded import load_sd
 from toy_training import CONCEPT, RECIPE, erased, gathered, made, solved, state_of
 
 from erase import delta, erase_concept, masks, methods, tensor_files
-from erase.families import loading, sd
+from erase.families import sd
 from erase.methods import METHODS
 from erase.methods.scissorhands import Scissorhands
 from erase.training import loop
@@ -39,7 +40,7 @@ def test_the_laws(toy_pipeline_dir, cache_dir, accelerator, tmp_path, name, dens
 
     With a mask the scope is full, without one it is xattn-kv; that of closed forms is always xattn-kv.
     """
-    method, base = made(name), loading.load(toy_pipeline_dir)
+    method, base = made(name), load_sd(toy_pipeline_dir)
     before = state_of(base)
 
     def once(number: int, steps: int) -> tuple[sd.StableDiffusion, Any, Any]:
@@ -105,7 +106,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ):
     """The cut comes in the fourth step; the last checkpoint is of the second."""
     method = made(name)
-    data = gathered(loading.load(toy_pipeline_dir), method, cache_dir)
+    data = gathered(load_sd(toy_pipeline_dir), method, cache_dir)
     whole, *_ = erased(toy_pipeline_dir, method, data, accelerator, tmp_path / "whole.pt")
     step, calls = loop.MaskedAdam.step, []
 
@@ -133,9 +134,9 @@ def test_parts_of_a_batch_and_checkpointing_give_what_the_whole_gives(
     method, results = made(name), []
     if isinstance(method, Scissorhands):
         method = replace(method, sparsity=1 - 1e-3)  # rounding must not choose other weights
-    data = gathered(loading.load(toy_pipeline_dir), method, cache_dir)
+    data = gathered(load_sd(toy_pipeline_dir), method, cache_dir)
     for accumulation in (1, 2):
-        model = loading.load(toy_pipeline_dir)
+        model = load_sd(toy_pipeline_dir)
         parameters = dict(model.unet.named_parameters())
         recipe = replace(RECIPE, num_steps=1, accumulation=accumulation)
         path = tmp_path / f"{accumulation}.pt"
@@ -199,7 +200,7 @@ def test_a_method_of_another_package_runs_from_the_command_line(toy_pipeline_dir
     assert record["plugin"] == {"class": EXAMPLE, "distribution": None, "version": None}
     change = delta.load(tmp_path / "run" / "delta.safetensors")
     mask, _ = masks.load(tmp_path / "run" / "mask.safetensors")
-    base = {f"unet.{key}": tensor for key, tensor in loading.load(toy_pipeline_dir).unet.state_dict().items()}
+    base = {f"unet.{key}": tensor for key, tensor in load_sd(toy_pipeline_dir).unet.state_dict().items()}
     after = delta.apply(base, change)
     inside = {f"unet.{key}": bits for key, bits in mask.items()}
     assert moved_inside(base, after, inside, inside) == record["weights"]["changed"] > 0

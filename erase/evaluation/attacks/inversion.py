@@ -5,8 +5,6 @@ the model stays. A model from which the concept is gone cannot be made to draw i
 unlearnt the old words can.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erase.concepts import refusal
-from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.evaluation.attacks.protocol import Attack
-from erase.families.sd import StableDiffusion
+from erase.families.protocol import Family
 from erase.progress import progress
 from erase.training.batches import generator
 
@@ -51,11 +48,11 @@ class Inversion(Attack):
     def __post_init__(self) -> None:
         refusal.refuse(self.templates, "the attack's templates", target=True)
 
-    def learn(self, model: StableDiffusion, latents: Tensor, *, quiet: bool = False) -> Tensor:
+    def learn(self, model: Family, latents: Tensor, *, quiet: bool = False) -> Tensor:
         """The word's embedding, [d]."""
         return learn(model, latents, self, quiet=quiet)
 
-    def apply(self, model: StableDiffusion, found: Tensor) -> None:
+    def apply(self, model: Family, found: Tensor) -> None:
         """From here on `WORD` means the embedding that was found."""
         teach(model, found)
 
@@ -64,27 +61,25 @@ class Inversion(Attack):
         return [self.templates[i % len(self.templates)].format(WORD) for i in range(num)]
 
 
-def learn(model: StableDiffusion, latents: Tensor, attack: Inversion, *, quiet: bool = False) -> Tensor:
+def learn(model: Family, latents: Tensor, attack: Inversion, *, quiet: bool = False) -> Tensor:
     """The word's embedding, [d], learnt from images of the concept.
 
-    latents: of the images, scaled for the UNet, [n, c, h, w].
+    latents: of the images, scaled for the network, [n, c, h, w].
     """
     row = _row(model)
-    table: Tensor = model.text_encoder.get_input_embeddings().weight  # pyright: ignore
-    vector = table.detach().mean(0).requires_grad_(True)
+    vector = model.token_embeddings.detach().mean(0).requires_grad_(True)
     optimizer = torch.optim.Adam([vector], lr=attack.learning_rate)
-    ids = _tokens(model, [template.format(WORD) for template in attack.templates])
+    prompts = [template.format(WORD) for template in attack.templates]
     with progress(attack.num_steps, "inversion", "steps", quiet=quiet) as bar:
         for step in range(attack.num_steps):
             draw = generator(attack.seed, "inversion", step)
             rows = torch.randint(len(latents), (attack.batch_size,), generator=draw)
-            said = torch.randint(len(ids), (attack.batch_size,), generator=draw)
+            said = torch.randint(len(prompts), (attack.batch_size,), generator=draw)
             strata = torch.arange(attack.batch_size) + torch.rand(attack.batch_size, generator=draw)
             t = (strata * (model.num_timesteps / attack.batch_size)).long().to(model.device)
             x = latents[rows]
             eps = torch.randn(x.shape, generator=draw).to(model.device)
-            with _said(model, row, vector):
-                c = Conditioning(model.text_encoder(ids[said].to(model.device)).last_hidden_state)
+            c = model.encode_with([prompts[i] for i in said.tolist()], row, vector)
             loss = F.mse_loss(model(model.add_noise(x.to(model.device), eps, t), t, c), eps)
             (vector.grad,) = torch.autograd.grad(loss, [vector])
             optimizer.step()
@@ -93,35 +88,14 @@ def learn(model: StableDiffusion, latents: Tensor, attack: Inversion, *, quiet: 
     return vector.detach()
 
 
-def teach(model: StableDiffusion, vector: Tensor) -> None:
+def teach(model: Family, vector: Tensor) -> None:
     """Let the model's text encoder know the word: `WORD` means `vector` from here on."""
     with torch.no_grad():
-        model.text_encoder.get_input_embeddings().weight[_row(model)] = vector  # pyright: ignore
+        model.token_embeddings[_row(model)] = vector
 
 
-def _row(model: StableDiffusion) -> int:
+def _row(model: Family) -> int:
     tokens = model.tokens(WORD)
     if len(tokens) != 1:
         raise EraseError(f"{model.name}'s tokenizer has no single token for {WORD!r}; it is not CLIP's")
     return tokens[0]
-
-
-def _tokens(model: StableDiffusion, prompts: Sequence[str]) -> Tensor:
-    length = model.tokenizer.model_max_length
-    return model.tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-@contextmanager
-def _said(model: StableDiffusion, row: int, vector: Tensor) -> Iterator[None]:
-    """Inside, the text encoder reads `vector` where the token `row` stands."""
-
-    def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.where((arguments[0] == row)[..., None], vector, output)
-
-    hook = model.text_encoder.get_input_embeddings().register_forward_hook(put)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -20,7 +20,7 @@ class Attack(ABC):
     def learn(self, model: "Family", latents: "Tensor", *, quiet: bool = False) -> Any:
         """What the attack found. The model stays as it is.
 
-        latents: of images of the concept, scaled for the UNet, [n, 4, h, w].
+        latents: of images of the concept, scaled for the network, [n, c, h, w].
         """
 
     @abstractmethod

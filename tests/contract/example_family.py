@@ -1,0 +1,17 @@
+"""Family: Stable Diffusion under a pipeline class of our own."""
+
+from diffusers import StableDiffusionPipeline
+
+from erase.families.sd import StableDiffusion
+
+
+class WatercolourPipeline(StableDiffusionPipeline):
+    """Generates as Stable Diffusion does."""
+
+
+class Watercolour(StableDiffusion):
+    """Loads folders whose model_index.json names WatercolourPipeline."""
+
+    family = "watercolour"
+    pipelines = ("WatercolourPipeline",)
+    pipeline_module = __name__

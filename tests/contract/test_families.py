@@ -1,0 +1,109 @@
+"""What every registered family must satisfy, ours and one of another package, on a toy pipeline."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract.example_family import Watercolour
+
+from erase import delta
+from erase.families import registry
+from erase.families.protocol import Family
+
+PROMPTS = ["a photo of a cat", "a house"]
+CLASSES = [*map(registry.FAMILIES.load, registry.FAMILIES.names()), Watercolour]
+
+
+@pytest.fixture(params=CLASSES, ids=lambda cls: cls.family)
+def model(request, toy_pipeline_dir, tmp_path) -> Family:
+    """Loaded from a folder that names its pipeline. A family of another architecture brings a toy folder of its own."""
+    folder = Path(shutil.copytree(toy_pipeline_dir, tmp_path / "toy"))
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": request.param.pipelines[0]}))
+    assert request.param.other_kind(folder) is None
+    return request.param.from_folder(folder, folder)
+
+
+@pytest.mark.parametrize("name", registry.FAMILIES.names())
+def test_a_family_is_registered_under_a_pipeline_that_it_names(name):
+    assert name in registry.FAMILIES.load(name).pipelines
+
+
+def test_parts_and_their_hashes(model):
+    assert {model.part, *model.data_parts} <= {*model.parts}
+    assert model.hash_of(model.part) == delta.content_hash(model.state_of(model.network))
+    assert len({model.hash_of(part) for part in model.parts}) == len(model.parts)
+
+
+def test_the_network_is_read_again_with_the_same_bits(model):
+    again = model.read_network(model.folder)
+    assert delta.content_hash(model.state_of(again)) == delta.content_hash(model.state_of(model.network))
+    state = delta.in_component(model.part, model.state_of(model.network))
+    assert state.keys() == model.network.state_dict().keys()
+
+
+def test_every_scope_holds_parameters_and_full_holds_all(model):
+    own = dict(model.network.named_parameters())
+    assert model.trainable("full").keys() == own.keys()
+    for scope in model.scopes:
+        assert 0 < len(model.trainable(scope)) <= len(own)
+
+
+def test_text_maps_multiply_text_states_and_value_maps_are_some_of_them(model):
+    width = model.encode_text([""]).text_states.shape[-1]
+    maps = {name: w for name, w in model.network.named_parameters() if model.is_text_map(name)}
+    values = [name for name, _ in model.network.named_parameters() if model.is_value_map(name)]
+    assert values and {*values} < {*maps}
+    assert all(w.ndim == 2 and w.shape[1] == width for w in maps.values())
+
+
+def test_blank_inputs_are_the_networks_and_a_prediction_has_the_shape_of_its_latents(model):
+    network: Any = model.network
+    shape = (3, *model.latent_shape(model.resolution))
+    assert network(**model.blank_inputs(3, model.resolution, torch.float32)).sample.shape == shape
+    t = torch.tensor([0, 1, model.num_timesteps - 1])
+    x = model.add_noise(torch.zeros(shape), torch.ones(shape), t)
+    c = model.unconditional().expand(3)
+    assert model(x, t, c).shape == shape and model(x, t, c).isfinite().all()
+
+
+def test_the_unconditional_branch_is_one_row_encoded_before_or_not(model):
+    one, two = model.unconditional(), model.unconditional(model.encode_text([""]))
+    assert len(one) == 1
+    torch.testing.assert_close(one.text_states, two.text_states)
+
+
+def test_a_tokens_own_embedding_gives_the_prompts_own_states_and_another_has_a_gradient(model):
+    token = model.tokens("cat")[0]
+    own = model.token_embeddings[token].detach()
+    with torch.no_grad():
+        assert torch.equal(model.encode_with(PROMPTS, token, own).text_states, model.encode_text(PROMPTS).text_states)
+    other = (own + 1).requires_grad_(True)
+    states = model.encode_with(PROMPTS, token, other).text_states
+    (gradient,) = torch.autograd.grad(states.square().sum(), [other])
+    assert gradient.abs().max() > 0
+
+
+def test_images_and_latents_go_both_ways(model):
+    side = model.resolution
+    mean, std = model.encode_images(torch.zeros(2, 3, side, side))
+    assert mean.shape == std.shape == (2, *model.latent_shape(side)) and side % model.multiple == 0
+    assert model.decode(mean).shape == (2, 3, side, side)
+
+
+def test_the_same_seed_generates_the_same_latents_also_after_parts_were_freed(model):
+    how: dict[str, Any] = {"steps": 2, "guidance": 2.0, "size": model.resolution}
+    first = model.draw(PROMPTS, [1, 2], **how)
+    model.release()
+    again, other = model.draw(PROMPTS, [1, 2], **how), model.draw(PROMPTS, [3, 4], **how)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_code_that_opens_a_folder_names_the_familys_pipeline(model):
+    *_, imported, opened = model.loading_code(model.folder, repr(str(model.folder)))
+    assert imported == f"from {model.pipeline_module} import {model.pipelines[0]}"
+    exec("\n".join(model.loading_code(model.folder, repr(str(model.folder)))), {})
+    assert opened.startswith(f"pipeline = {model.pipelines[0]}.from_pretrained(")
