@@ -49,7 +49,7 @@ class PretendedGPU(TorchFunctionMode):
         if func is _T.register_post_accumulate_grad_hook:
             return func(args[0], self._inside(args[1]))
         if func is _T.__deepcopy__:
-            return func(*args, **kwargs)
+            return _marked(func(*args, **kwargs), []) if there else func(*args, **kwargs)
         if there and func in _HOST and args[0] is there[0]:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if func in _ANSWERS and there:
