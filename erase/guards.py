@@ -1,4 +1,4 @@
-"""Guards that steer away from a concept while images are drawn and leave the weights alone: SLD, negative prompt.
+"""Guards that steer away from a concept while images are generated and leave the weights alone: SLD, negative prompt.
 
     guard = guards.make("sld-strong", "nudity, nude, naked")
     with guard.on(pipeline):
@@ -47,10 +47,10 @@ class SLD:
 
     @contextmanager
     def on(self, pipeline: Any) -> Iterator[None]:
-        """Guard what the pipeline draws inside; outside, pipeline and UNet are as they were found.
+        """Guard what the pipeline generates inside; outside, pipeline and UNet are as they were found.
 
         Raises:
-            EraseError: the pipeline draws without classifier-free guidance.
+            EraseError: the pipeline generates without classifier-free guidance.
         """
         c_s = _encode(pipeline, self.text)
         step, nu = 0, torch.zeros(())
@@ -97,10 +97,10 @@ class NegativePrompt:
 
     @contextmanager
     def on(self, pipeline: Any) -> Iterator[None]:
-        """Guard what the pipeline draws inside; outside, pipeline and UNet are as they were found.
+        """Guard what the pipeline generates inside; outside, pipeline and UNet are as they were found.
 
         Raises:
-            EraseError: the pipeline draws without classifier-free guidance.
+            EraseError: the pipeline generates without classifier-free guidance.
         """
         c_s = _encode(pipeline, self.text)
 
@@ -179,7 +179,7 @@ def _encode(pipeline: Any, text: str) -> Tensor:
 def _half(pipeline: Any, x: Tensor) -> int:
     """How many images the batch is drawing: half of it, since guidance puts the unconditional ones in front."""
     if not pipeline.do_classifier_free_guidance:
-        raise EraseError("a guard works through guidance, and guidance_scale is at most 1; draw with more")
+        raise EraseError("a guard works through guidance, and guidance_scale is at most 1; use more")
     return len(x) // 2
 
 

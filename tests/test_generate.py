@@ -219,7 +219,7 @@ def test_an_error_ends_the_run_and_what_was_drawn_before_stays(model, tmp_path, 
     with pytest.raises(RuntimeError, match="defect"):
         generate.generate(model, task, tmp_path, batch_size=1, quiet=True)
     assert len(arm.records(tmp_path)) == 2
-    with pytest.raises(EraseError, match="5 of 7 images are not drawn yet"):
+    with pytest.raises(EraseError, match="5 of 7 images are not generated yet"):
         arm.complete_records(tmp_path)
 
 

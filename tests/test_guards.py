@@ -179,7 +179,7 @@ def test_no_guidance_no_guard(pipeline):
     for name in guards.PRESETS:
         with (
             guards.make(name, TEXT).on(pipeline),
-            pytest.raises(EraseError, match="guidance_scale is at most 1; draw with more"),
+            pytest.raises(EraseError, match="guidance_scale is at most 1; use more"),
         ):
             draw(pipeline, guidance_scale=1.0)
 

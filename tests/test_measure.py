@@ -335,7 +335,7 @@ def test_scores_of_another_judge_and_of_changed_images_are_refused(tmp_path):
     assert (folder / "scores" / "mini.jsonl").read_text() == "".join(lines)
     Image.new("RGB", (8, 8), "red").save(folder / "images" / "00007.png")
     (folder / "scores" / "mini.jsonl").write_text("".join(lines[:5]))
-    with pytest.raises(EraseError, match="00007.png was changed since it was drawn"):
+    with pytest.raises(EraseError, match="00007.png was changed since it was generated"):
         score.score(folder, Stub(), quiet=True)
 
 
@@ -519,7 +519,7 @@ def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, comm
     code, _, err = command(*arguments, "--require", "mini.ra>=1.1")
     assert code == 3 and "mini.ra>=1.1 is not met" in err.splitlines()[-1]
     code, out, _ = command("verify", folder)
-    assert code == 0 and "6 images are what was drawn" in out
+    assert code == 0 and "6 images are what was generated" in out
     code, out, _ = command("compare", folder, f"again={folder}", "--output", tmp_path / "compared")
     assert code == 0 and "again" in out
     code, out, _ = command("export", folder, "--output", tmp_path / "outcomes.csv")

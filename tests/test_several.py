@@ -219,7 +219,7 @@ def test_each_concept_of_a_run_has_its_own_report(both, tmp_path):
 
 
 def test_too_few_images_for_all_are_refused(toy_pipeline_dir, tmp_path):
-    with pytest.raises(EraseError, match="--num-forget 1 leaves no image for 'a lorry'; draw more"):
+    with pytest.raises(EraseError, match="--num-forget 1 leaves no image for 'a lorry'; generate more"):
         erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **{**OPTIONS, "num_forget": 1})
 
 

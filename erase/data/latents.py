@@ -25,7 +25,7 @@ RETAIN_SEED = 500_000_000  # and its retain images from there plus this
 
 @dataclass(frozen=True)
 class ImageLatents:
-    """Latents of n images as the VAE's posterior, and what each one was drawn from or is called.
+    """Latents of n images as the VAE's posterior, and what each one was generated from or is called.
 
     mean: [n, c, h, w], scaled for the network. std: the same shape; zero where the model drew the latent itself.
     prompt: int64, [n], rows of `Data.text`.
@@ -68,9 +68,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Plan:
-    """How images are drawn or read.
+    """How images are generated or read.
 
-    round_trip: send drawn latents through decoder, 8-bit pixels and encoder, as a folder of saved images would be;
+    round_trip: send generated latents through decoder, 8-bit pixels and encoder, as a folder of saved images would be;
         gives the posterior's spread, which the reference recipe samples.
     images: what the forget set holds: images of the "concept", images of its "anchor" under the forget prompt's
         name, points of the "trajectory" from noise to the concept, a random one of each image's, or names alone,
@@ -220,7 +220,7 @@ def of_prompts(data: Data, prompts: Sequence[str]) -> Data:
     wanted = {row for row, prompt in enumerate(data.prompts) if prompt in set(prompts)}
     rows = torch.tensor([i for i, row in enumerate(data.forget.prompt.tolist()) if row in wanted], dtype=torch.int64)
     if not len(rows):
-        raise EraseError(f"--num-forget {len(data.forget)} leaves no image for {prompts[0]!r}; draw more")
+        raise EraseError(f"--num-forget {len(data.forget)} leaves no image for {prompts[0]!r}; generate more")
     f = data.forget
     part = ImageLatents(f.mean[rows], f.std[rows], f.prompt[rows], None if f.t is None else f.t[rows])
     fingerprint = files.text_hash([data.fingerprint, rows.tolist()])
@@ -239,9 +239,10 @@ def _source(
     shown: Sequence[str] | None = None,
     tell: Callable[[str], None],
 ) -> Source:
-    """`num` images that the model draws of the prompts in turn, or all images of a folder.
+    """`num` images that the model generates from the prompts in turn, or all images of a folder.
 
-    prompts: also for images that have none of their own. shown: what is drawn, where that is not what it is called.
+    prompts: also for images that have none of their own. shown: generation
+        prompts, if they differ from the training prompts.
     """
     if folder is None:
         called, drawn = (

@@ -1,8 +1,8 @@
 """One model's images of one task on the disk: what is there, what is missing, and that it is what it claims to be.
 
     manifest.json    identity: task, model hashes, effective generation settings; a changed one refuses to go on
-    samples.jsonl    what was to be drawn, a line a sample
-    records-*.jsonl  what was drawn, a line an image, one file a process; an image is whole before its line is there
+    samples.jsonl    what was to be generated, a line a sample
+    records-*.jsonl  what was generated, a line per image, one file a process; each line follows its whole image
     images/          PNG
     scores/          <judge>.json (identity) and <judge>.jsonl (raw outputs, a line an image)
 
@@ -80,23 +80,25 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def samples(folder: Path) -> list[Sample]:
-    """What was to be drawn, in the task's order."""
+    """What was to be generated, in the task's order."""
     found = [Sample(**line) for line in read_lines(folder / "samples.jsonl", _SAMPLE)]
     stated = manifest(folder)["task"]
     if files.text_hash([asdict(sample) for sample in found]) != stated["prompts_hash"]:
-        raise EraseError(f"{folder / 'samples.jsonl'} was changed: its hash is not the manifest's; draw the arm again")
+        raise EraseError(
+            f"{folder / 'samples.jsonl'} was changed: its hash is not the manifest's; generate its images again"
+        )
     return found
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """What was drawn, by sample id; of a sample that was drawn again after damage, the last line."""
+    """What was generated, by sample id; of a sample that was generated again after damage, the last line."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("records-*.jsonl")):
         found |= {line["id"]: line for line in read_lines(path, _RECORD)}
     for record in found.values():
         if "\0" in (record["file"] or ""):
             raise EraseError(
-                f"{folder}: the record of {record['id']} names no file; the records are damaged, draw again"
+                f"{folder}: the record of {record['id']} names no file; the records are damaged; generate its images again"
             )
     return found
 
@@ -125,15 +127,17 @@ def complete_records(folder: Path) -> list[dict[str, Any]]:
     drawn, wanted = records(folder), [sample.id for sample in samples(folder)]
     absent = [name for name in wanted if name not in drawn]
     if absent:
-        raise EraseError(f"{folder}: {len(absent)} of {len(wanted)} images are not drawn yet; generate again to go on")
+        raise EraseError(
+            f"{folder}: {len(absent)} of {len(wanted)} images are not generated yet; generate again to go on"
+        )
     foreign = drawn.keys() - set(wanted)
     if foreign:
-        raise EraseError(f"{folder} has records of unknown samples ({min(foreign)}); draw the arm again")
+        raise EraseError(f"{folder} has records of unknown samples ({min(foreign)}); generate its images again")
     return [drawn[name] for name in wanted]
 
 
 def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
-    """A drawn image is named inside the arm, one of somebody else's folder by its whole path."""
+    """A generated image is named inside the arm, one of somebody else's folder by its whole path."""
     return folder / record["file"]
 
 

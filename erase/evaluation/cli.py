@@ -310,7 +310,7 @@ def _verify(arguments: list[str]) -> None:
     if problems:
         raise EraseError(f"{folder}: {len(problems)} problems in {num} images")
     again = f"{min(given.num, num)} scored again the same by {', '.join(names)}" if names else "no scores yet"
-    print(f"{folder}: {num} images are what was drawn; {again}")
+    print(f"{folder}: {num} images are what was generated; {again}")
 
 
 def _list(arguments: list[str]) -> None:

@@ -76,7 +76,7 @@ def unmet(results: Mapping[str, Any], requirements: Sequence[str]) -> list[str]:
             value = row["erased"][(asked.suffix or "_value")[1:]]
         if value is None:
             failures.append(
-                f"{results['name']}: {text} is not met: {asked.name} has no interval, so nothing can be told"
+                f"{results['name']}: {text} is not met: {asked.name} has no interval, so nothing can be decided"
             )
         elif not _HOLDS[asked.sign](value, asked.bound):
             failures.append(f"{results['name']}: {text} is not met: {asked.name}{asked.suffix} is {value:.4f}")

@@ -60,7 +60,7 @@ def model_hashes(model: Family) -> dict[str, str]:
 
 
 def effective_settings(model: Family, task: SampleSet, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """How images are drawn, read back from the objects that draw them; guidance and size per sample override.
+    """How images are generated, read back from the objects that generate them; guidance and size per sample override.
 
     steps, guidance: None for the task's, else the model's own.
 
@@ -122,7 +122,7 @@ def generate(
     """Draw what is missing of the task's images into the folder.
 
     Batches are fixed by the samples' order, so the images of an interrupted run, or of `world` processes that each
-    draw every world-th batch, are those of one uninterrupted process, bit for bit.
+    generate every world-th batch, are those of one uninterrupted process, bit for bit.
 
     role: of the model, for the line of progress.
 
@@ -161,7 +161,7 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[Sample, .
 def _drawn(
     model: Family, batch: Sequence[Sample], settings: Mapping[str, Any]
 ) -> list[tuple[Sample, Tensor, Tensor, int]]:
-    """Latents and image, [3, h, w] in [-1, 1], of each sample, and with how many others it was drawn.
+    """Latents and image, [3, h, w] in [-1, 1], of each sample, and with how many others it was generated.
 
     A GPU that runs out of memory halves the batch: each image has its own noise, so they stay what they are.
     """

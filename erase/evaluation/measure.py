@@ -1,7 +1,7 @@
 """From the scores of a base and an erased arm to results: every figure with its n, its interval and its pair.
 
 An image that cannot be judged (black, flat, broken, not finite) is in every denominator and never a success: a model
-that draws nothing has not erased anything.
+that generates nothing has not erased anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def measure(
     Returns the results, and every column's outcome for every sample, from which several runs can be put together.
 
     Raises:
-        EraseError: an arm is not drawn or scored to the end, or the two were made by different protocols.
+        EraseError: an arm is not generated or scored to the end, or the two were made by different protocols.
     """
     samples, manifest = arm.samples(erased), arm.manifest(erased)
     task = manifest["task"]
@@ -140,7 +140,7 @@ def names(
 
 
 def protocol(folder: Path) -> dict[str, Any]:
-    """All that two arms must share for their figures to be compared: task, judges and how images are drawn."""
+    """All that two arms must share for their figures to be compared: task, judges and how images are generated."""
     manifest = arm.manifest(folder)
     drawn = {
         key: value
@@ -180,12 +180,12 @@ def limits(
     found = ["Prompts as they are: no attack, learned embedding or fine-tuning was tried to bring the concept back."]
     found += own
     if task.get("refused"):
-        found.append(f"{task['refused']} prompts put minors beside sexual content and were not drawn.")
+        found.append(f"{task['refused']} prompts put minors beside sexual content and were not generated.")
     if num_truncated:
         found.append(f"{num_truncated} images have prompts that are longer than the text encoder reads, and were cut.")
     different = machine_differences(machines.get("base", {}), machines["erased"])
     if different:
         found.append(f"Base and erased images are of different machines ({'; '.join(different)}), and differ slightly.")
     if task["options"].get("limit"):
-        found.append(f"Only {task['num_samples']} of the task's samples were drawn (--limit).")
+        found.append(f"Only {task['num_samples']} of the task's samples were generated (--limit).")
     return found

@@ -42,7 +42,7 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") ->
     role: of the model, for the line of progress.
 
     Raises:
-        EraseError: images are missing or were changed since they were drawn, or another judge of this name was here.
+        EraseError: images are missing or were changed since, or another judge of this name was here.
     """
     records = arm.complete_records(folder)
     prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}
@@ -74,7 +74,7 @@ def _lines(
     read = {record["id"]: arm.read_image(folder, record) for record in records}
     for record in records:
         if record["file"] and files.file_hash(arm.image_path(folder, record)) != record["sha256"]:
-            raise EraseError(f"{arm.image_path(folder, record)} was changed since it was drawn; generate again")
+            raise EraseError(f"{arm.image_path(folder, record)} was changed since it was generated; generate again")
     valid = [name for name, (pixels, _) in read.items() if pixels is not None]
     outputs = dict(zip(valid, judge.score([_pixels(read[n]) for n in valid], [prompts[n] for n in valid]), strict=True))
     return [{"id": name, "invalid": reason, **outputs.get(name, {})} for name, (_, reason) in read.items()]
@@ -169,7 +169,7 @@ def verify(folder: Path, judges: Sequence[Judge], num: int, *, quiet: bool = Fal
         if not path.is_file():
             problems.append(f"{path} is missing")
         elif files.file_hash(path) != record["sha256"]:
-            problems.append(f"{path} is not what was drawn: its hash differs")
+            problems.append(f"{path} is not what was generated: its hash differs")
     num = min(num, len(records))
     chosen = [records[i * len(records) // num] for i in range(num)]
     prompts = {sample.id: sample.prompt for sample in arm.samples(folder)}

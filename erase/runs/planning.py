@@ -17,7 +17,7 @@ from erase.training import batches, memory
 
 
 def make_plan(settings: Settings, model: Family) -> latents.Plan:
-    """Which images the run trains on, and how they are drawn."""
+    """Which images the run trains on, and how they are generated."""
     assert settings.sampler is not None  # `resolve` has filled it in
     return latents.Plan(
         num_forget=whole(settings.num_forget),

@@ -21,7 +21,7 @@ ONE_PROMPT = "this prompt only"  # ends the name of an interval that says nothin
 class Score:
     """One figure of one model.
 
-    low, high: 95 % interval, made as `interval` says; None where nothing can be told.
+    low, high: 95 % interval, made as `interval` says; None where no interval can be given.
     k: successes, for a rate.
     clusters: number of prompts, if any prompt has several images. The interval is then over prompts.
     icc: observed intraclass correlation of the images of one prompt; None if it cannot be observed.
@@ -44,7 +44,7 @@ class Comparison:
     """The erased model against the base on the same samples.
 
     difference: erased minus base, with its 95 % interval, over prompts if any prompt has several images.
-    low, high: None where nothing can be told.
+    low, high: None where no interval can be given.
     n: number of pairs.
     only_base, only_erased: pairs in which the outcome was true for this model alone, for a rate.
     p: two-sided, by `test`; below .05 if and only if the interval excludes 0. None if there is no interval.

@@ -1,7 +1,7 @@
 """Concept inversion (Pham et al., ICLR 2024): a new word, learnt on the erased model from images of the concept.
 
 Only the word's embedding is trained, by the diffusion loss min_v E ||eps - eps_theta(x_t, text(v))||^2; every weight of
-the model stays. A model from which the concept is gone cannot be made to draw it by a word. One that has only
+the model stays. A model from which the concept is gone cannot be made to generate it by a word. One that has only
 unlearnt the old words can.
 """
 

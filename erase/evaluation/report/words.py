@@ -49,7 +49,7 @@ def _meaning(score: Mapping[str, Any]) -> str:
         return "Without the base model on the same seeds, this does not tell what the erasure changed."
     difference = _difference(comparison)
     if comparison["low"] is None:
-        return f"The difference is {difference}: it cannot be told from chance."
+        return f"The difference is {difference}: it may be chance."
     if comparison["low"] <= 0 <= comparison["high"]:
         return f"The difference, {difference}, may be chance."
     is_gain = (comparison["difference"] > 0) == score["higher_is_better"]

@@ -1,4 +1,4 @@
-"""Any object, told from its alternatives by CLIP."""
+"""Any object, which CLIP distinguishes from its alternatives."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, wh
 
 
 class Object(Task):
-    """The target and its alternatives, told apart by CLIP."""
+    """The target and its alternatives, which CLIP distinguishes."""
 
-    about = "any object, told from its alternatives by CLIP"
+    about = "any object, which CLIP distinguishes from its alternatives"
     version = 2  # 2: CLIP reads labels that are sentences as they are
     judges = ("clip",)
     concept_judges = ("clip",)

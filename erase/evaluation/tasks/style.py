@@ -1,9 +1,9 @@
-"""Any style, told from its alternatives by CLIP."""
+"""Any style, which CLIP distinguishes from its alternatives."""
 
 from erase.evaluation.tasks.object import Object
 
 
 class Style(Object):
-    """As for an object: the target and its alternatives, told apart by CLIP."""
+    """As for an object: the target and its alternatives, which CLIP distinguishes."""
 
-    about = "any style, told from its alternatives by CLIP"
+    about = "any style, which CLIP distinguishes from its alternatives"
