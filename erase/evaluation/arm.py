@@ -98,7 +98,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     for record in found.values():
         if "\0" in (record["file"] or ""):
             raise EraseError(
-                f"{folder}: the record of {record['id']} names no file; the records are damaged; generate its images again"
+                f"{folder}: the record of {record['id']} names no file; records are damaged; generate its images again"
             )
     return found
 
