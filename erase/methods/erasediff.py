@@ -25,9 +25,9 @@ class EraseDiff(TrainedMethod):
         steps / (2 epochs rounds), so that more epochs mean shorter loops.
     rounds: K. Only the last round's outer loop changes the weights; earlier ones change Adam's moments alone.
 
-    An inner step costs two passes forward and one back, an outer one three and two; a copy of the weights that may
-    move. Known to break: half of the steps or more are thrown away, the target moves with the model, and the diffusion
-    loss on the model's own images keeps them less well than the base's predictions do.
+    Costs two forward passes and one backward pass an inner step, three and two an outer step, and a copy of the
+    weights that may change. Known to break: at least half of the steps are thrown away, the target moves with the
+    model, and the diffusion loss on the model's own images keeps them less well than the base's predictions do.
     """
 
     forget_weight: float = 1.0

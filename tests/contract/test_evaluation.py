@@ -15,7 +15,7 @@ from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.options import Options
-from erase.evaluation.plan import present
+from erase.evaluation.plan import Column, present
 from erase.evaluation.tasks import registry
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task
 
@@ -122,13 +122,18 @@ def test_a_plan_has_an_outcome_for_each_sample_and_names_its_own_columns(task, p
     assert all(len(group.labels) == len(made.samples) for group in plan.groups)
 
 
+def is_best(column: Column, value: bool | float | None) -> bool:
+    """Something where more is better, nothing where less is."""
+    return value is not None and bool(value) == column.higher_is_better
+
+
 def test_an_invalid_image_is_never_a_success(task, prompts):
     generating(task)
     made = built(task.name, prompts)
     options = dict(made.options)
     unseen = lines(made.judges or ("nudenet", "clip-score"), made.samples, options, invalid=True)
     plan = task.plan(made.samples, unseen, options)
-    assert not any(value for column in plan.columns for value in column.values)
+    assert not any(is_best(column, value) for column in plan.columns for value in column.values)
     assert not any(plan.flagged)
 
 
@@ -158,7 +163,7 @@ def test_a_judges_figures_of_own_images_have_an_outcome_each_and_no_success_for_
         assert all(len(column.values) == 6 for column in figures.columns)
         assert figures.flagged is None or len(figures.flagged) == 6
         if invalid:
-            assert not any(value for column in figures.columns for value in column.values)
+            assert not any(is_best(column, value) for column in figures.columns for value in column.values)
             assert not any(figures.flagged or ())
 
 
