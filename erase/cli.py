@@ -22,7 +22,7 @@ DESCRIPTION = """\
 Take a concept out of a Stable Diffusion model: generate images of it, find the weights that matter for it,
 retrain only those, and write a diffusers folder."""
 EPILOG = """\
-The defaults are those for Stable Diffusion 1; a model may bring its own in erase_defaults.json, as 'mini' does.
+The defaults are those of salun on Stable Diffusion 1. Other methods have their own, and so may a model, as 'mini' does.
 
 examples:
   erase-concept --concept circle --model mini --output runs/circle

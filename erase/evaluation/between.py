@@ -1,6 +1,6 @@
 """Figures that need the images of two models: drift on the same seeds, KID and FID."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,59 +44,24 @@ def distribution(
     """KID, and FID where there are images enough, of the erased model to the base, and of both to real images and
     to those of the model that was trained without the concept.
 
-    What should stay is compared only: images of the concept are to be others.
+    Only retained images are compared: those of the concept should differ.
     """
-    from erase.evaluation import kid, quality
-    from erase.evaluation.judges import features
+    from erase.evaluation import quality
 
     how = score.identity(erased, "features")
-
-    def vectors(folder: Path, *, is_real: bool = False) -> np.ndarray:
-        """[n, d], of retained images, or of all real ones; a row of NaN for a broken image."""
-        if folder.is_file():
-            return quality.load_features(folder, how)
-        different = arm.differences(how, score.identity(folder, "features"))
-        if different:
-            raise EraseError(f"{folder} has features of another kind ({'; '.join(different)})")
-        lines = score.load(folder, "features")
-        kept = lines if is_real else [line for sample, line in zip(samples, lines, strict=True) if is_kept(sample)]
-        found = [None if line["invalid"] else features.decode(line) for line in kept]
-        widths = {len(one) for one in found if one is not None}
-        if len(widths) != 1:
-            wrong = "has features of several lengths; delete scores/features.jsonl and score again"
-            raise EraseError(f"{folder} {wrong if widths else 'has no valid image, so no FID or KID'}")
-        (width,) = widths
-        return np.stack([np.full(width, np.nan, np.float32) if one is None else one for one in found])
-
     prompts = [sample.cluster for sample in samples if is_kept(sample)]
-
-    def figure(kind: Literal["fid", "kid"], a: np.ndarray, b: np.ndarray, *, are_pairs: bool) -> dict[str, Any]:
-        whole: list[np.ndarray] = [np.asarray(np.isfinite(one).all(1)) for one in (a, b)]
-        if are_pairs and len(a) != len(b):
-            raise EraseError(f"features of {len(a)} and of {len(b)} retained images are not of the same prompts")
-        if are_pairs:
-            whole = [whole[0] & whole[1]] * 2
-        a, b = a[whole[0]], b[whole[1]]
-        if kind == "fid":
-            found = kid.Kid(quality.fid(a, b), None, None, min(len(a), len(b)), "none")
-        else:
-            of = [prompt for prompt, is_whole in zip(prompts, whole[0], strict=True) if is_whole]
-            found = (kid.kid_of_pairs if are_pairs else kid.kid_of_sets)(a, b, of)
-        named = quality.metric_id("kid-pairs" if kind == "kid" and are_pairs else kind, how, found.n)
-        return statistics.to_json(
-            statistics.Score(named, found.value, found.n, found.low, found.high, False, interval=found.interval)
-        )
-
-    vectors_of, rows = {"erased": vectors(erased)} | ({"base": vectors(base)} if base else {}), []
+    rows: list[dict[str, Any]] = []
+    vectors_of = {"erased": _vectors(erased, samples, how)}
+    vectors_of |= {"base": _vectors(base, samples, how)} if base else {}
     targets = [("base", vectors_of["base"])] if base else []
-    targets += [("gold", vectors(gold))] if gold else []
-    targets += [("real", vectors(real, is_real=True))] if real else []
+    targets += [("gold", _vectors(gold, samples, how))] if gold else []
+    targets += [("real", _vectors(real, None, how))] if real else []
     called = {"base": "the base's", "gold": "those of the model trained without the concept", "real": "real ones"}
     for target, vector in targets:
         n = min(np.isfinite(f).all(1).sum() for f in (vector, *vectors_of.values()))
         for kind in ("kid", "fid") if n >= quality.min_fid(vector.shape[1]) else ("kid",):
             of = {
-                role: None if role == target else figure(kind, f, vector, are_pairs=target != "real")
+                role: None if role == target else _figure(kind, f, vector, prompts, how, are_pairs=target != "real")
                 for role, f in vectors_of.items()
             }
             about = f"{kind.upper()} of the retained images to {called[target]}; 0 is the same"
@@ -105,6 +70,63 @@ def distribution(
             row["target"] = None if target == "base" else content_hash({"features": torch.tensor(vector)})
             rows.append(row)
     return rows
+
+
+def _vectors(folder: Path, samples: Sequence[Sample] | None, how: Mapping[str, Any]) -> np.ndarray:
+    """[n, d], of the retained images among the samples, or of all images; a row of NaN for a broken image.
+
+    folder: an arm, or a file of features. how: identity of the features.
+    """
+    from erase.evaluation import quality
+    from erase.evaluation.judges import features
+
+    if folder.is_file():
+        return quality.load_features(folder, how)
+    different = arm.differences(how, score.identity(folder, "features"))
+    if different:
+        raise EraseError(f"{folder} has features of another kind ({'; '.join(different)})")
+    lines = score.load(folder, "features")
+    if samples is not None:
+        lines = [line for sample, line in zip(samples, lines, strict=True) if is_kept(sample)]
+    found = [None if line["invalid"] else features.decode(line) for line in lines]
+    widths = {len(one) for one in found if one is not None}
+    if len(widths) != 1:
+        wrong = "has features of several lengths; delete scores/features.jsonl and score again"
+        raise EraseError(f"{folder} {wrong if widths else 'has no valid image, so no FID or KID'}")
+    (width,) = widths
+    return np.stack([np.full(width, np.nan, np.float32) if one is None else one for one in found])
+
+
+def _figure(
+    kind: Literal["fid", "kid"],
+    a: np.ndarray,
+    b: np.ndarray,
+    prompts: Sequence[str],
+    how: Mapping[str, Any],
+    *,
+    are_pairs: bool,
+) -> dict[str, Any]:
+    """The distance of two sets of features, of valid images.
+
+    prompts: of each row of a. are_pairs: the rows of a and b are of the same prompts and seeds.
+    """
+    from erase.evaluation import kid, quality
+
+    whole: list[np.ndarray] = [np.asarray(np.isfinite(one).all(1)) for one in (a, b)]
+    if are_pairs and len(a) != len(b):
+        raise EraseError(f"features of {len(a)} and of {len(b)} retained images are not of the same prompts")
+    if are_pairs:
+        whole = [whole[0] & whole[1]] * 2
+    a, b = a[whole[0]], b[whole[1]]
+    if kind == "fid":
+        found = kid.Kid(quality.fid(a, b), None, None, min(len(a), len(b)), "none")
+    else:
+        of = [prompt for prompt, is_whole in zip(prompts, whole[0], strict=True) if is_whole]
+        found = (kid.kid_of_pairs if are_pairs else kid.kid_of_sets)(a, b, of)
+    named = quality.metric_id("kid-pairs" if kind == "kid" and are_pairs else kind, how, found.n)
+    return statistics.to_json(
+        statistics.Score(named, found.value, found.n, found.low, found.high, False, interval=found.interval)
+    )
 
 
 def dimension(folder: Path) -> int | None:

@@ -78,7 +78,7 @@ class Drawing:
         None, "cpu, cuda, cuda:N or mps (untested)", group="drawing", shown="a GPU if there is one", metavar="DEVICE"
     )
     guard: str | None = option(
-        None, "inference-time guard to apply", group="drawing", shown="none", choices=GUARDS, metavar="GUARD"
+        None, f"guard: {', '.join(GUARDS)}", group="drawing", shown="none", choices=GUARDS, metavar="GUARD"
     )
     guard_text: str | None = option(
         None, "what the guard steers away from", group="drawing", shown="the concept and its synonyms", metavar="TEXT"

@@ -1,8 +1,8 @@
 """Stable Diffusion 1 and 2: how they add noise, predict, and generate."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,10 +23,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.delta import content_hash, of_component
-from erase.device import DTYPES, rounded
+from erase.device import rounded
 from erase.errors import EraseError, missing
 from erase.families import architecture, components, compvis, layers, pipeline_folder, scope, sd_parts, single_file
 from erase.families.components import one_line
+from erase.families.modes import evaluating, predicting
 from erase.families.protocol import Family, Sampler
 from erase.families.stored_unet import load_unet
 from erase.files import text_hash
@@ -67,7 +68,7 @@ class StableDiffusion(Family):
     def __post_init__(self) -> None:
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
         self.alphas_cumprod: Tensor = noise.alphas_cumprod
-        _require_schedule(self.name, self.alphas_cumprod)
+        sd_parts.require_schedule(self.name, self.alphas_cumprod)
         self.prediction_type: str = noise.config["prediction_type"]
         if self.prediction_type not in {"epsilon", "v_prediction"}:
             raise EraseError(f"{self.name} predicts {self.prediction_type!r}; only epsilon and v_prediction are known")
@@ -385,49 +386,4 @@ class StableDiffusion(Family):
             raise EraseError(f"xformers cannot be used here ({one_line(error)}); leave out --attention") from error
 
 
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode as it was found outside."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
-
-
-@contextmanager
-def predicting(unet: Any, precision: str) -> Iterator[None]:
-    """Inside, the UNet computes in the precision, weights and inputs rounded; what it gives is float32."""
-    if precision == "fp32":
-        yield
-        return
-    forward, own, dtype = unet.forward, vars(unet).get("forward"), DTYPES[precision]
-
-    def in_precision(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **more: Any) -> Any:
-        output: Any = forward(sample.to(dtype), timestep, encoder_hidden_states.to(dtype), **more)
-        if isinstance(output, tuple):
-            return (output[0].float(), *output[1:])
-        return type(output)(output.sample.float())
-
-    try:
-        unet.forward = in_precision
-        with rounded(precision, unet):
-            yield
-    finally:
-        del unet.forward
-        if own is not None:
-            unet.forward = own
-
-
 _LOADED_AGAIN: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-
-
-def _require_schedule(name: str, alphas_cumprod: Tensor) -> None:
-    """Raise an EraseError unless the noise grows over 1000 timesteps, from nearly none to nearly all."""
-    ordered = bool((alphas_cumprod.diff() < 0).all()) and 0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1
-    if len(alphas_cumprod) != 1000 or not ordered:
-        raise EraseError(
-            f"{name}: its scheduler_config.json gives {len(alphas_cumprod)} timesteps, alphas_cumprod from "
-            f"{alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g}; Stable Diffusion has 1000, falling from 1 to 0"
-        )

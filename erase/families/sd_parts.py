@@ -145,3 +145,13 @@ def _require_working(folder: Path, network: Any, vae: Any, text_encoder: Any, to
             raise EraseError(f"{folder / part} computes values that are not finite; its config or weights are damaged")
         if torch.equal(output[0], output[1]) or (output[0] - output[1]).abs().max() < 1e-6 * output.abs().max():
             raise EraseError(f"{folder / part} gives the same for all inputs; its config or weights are damaged")
+
+
+def require_schedule(name: str, alphas_cumprod: Tensor) -> None:
+    """Raise an EraseError unless the noise grows over 1000 timesteps, from nearly none to nearly all."""
+    ordered = bool((alphas_cumprod.diff() < 0).all()) and 0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1
+    if len(alphas_cumprod) != 1000 or not ordered:
+        raise EraseError(
+            f"{name}: its scheduler_config.json gives {len(alphas_cumprod)} timesteps, alphas_cumprod from "
+            f"{alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g}; Stable Diffusion has 1000, falling from 1 to 0"
+        )

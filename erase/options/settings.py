@@ -73,7 +73,7 @@ class Settings:
     # how
     method: str = option(
         "salun",
-        f"erasure method: {', '.join(METHODS)}; 'salun' is relabel x full x saliency",
+        f"erasure method: {', '.join(METHODS)}, or module:Class; 'salun' is relabel with a saliency mask",
         group="how",
         choices=tuple(METHODS),
         more=others,

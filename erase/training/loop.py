@@ -97,10 +97,7 @@ def train(
             if not all(math.isfinite(value) for value in values.values()):
                 if step > 0:
                     checkpoint()
-                raise EraseError(
-                    f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
-                    f"kept in {state_path}; lower --learning-rate or use --precision fp32 or bf16"
-                )
+                raise _not_finite(step, recipe, state_path)
             if recipe.max_grad_norm is not None:
                 accelerator.unscale_gradients(prepared)
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
@@ -114,13 +111,25 @@ def train(
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
                 checkpoint()
                 accelerator.wait_for_everyone()
+    _give_result(model, optimizer, teacher, is_rounded=is_rounded)
+    return losses
+
+
+def _not_finite(step: int, recipe: Recipe, state_path: Path) -> EraseError:
+    return EraseError(
+        f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
+        f"kept in {state_path}; lower --learning-rate or use --precision fp32 or bf16"
+    )
+
+
+def _give_result(model: Family, optimizer: MaskedAdam, teacher: Exchanged | None, *, is_rounded: bool) -> None:
+    """Put the trained weights in the model: the average's if there is one, in float32 if they were rounded."""
     if teacher is not None:
         optimizer.exchange(teacher.values)
     if is_rounded:
         masters = optimizer.give_masters()
         model.reload_network()
         optimizer.exchange(masters)
-    return losses
 
 
 def _walker(follows: str | None, frozen: Exchanged | None, teacher: Exchanged | None) -> Walker | None:
