@@ -169,6 +169,7 @@ def test_settings_are_read_back_from_what_draws(model):
     settings = generate.effective_settings(model, task, None, None)
     assert (settings["steps"], settings["guidance"], settings["scheduler"]) == (2, 3.0, "DDIMScheduler")
     assert settings["precision"] == "float32" and settings["guidance_of_samples"] == "used"
+    assert settings["noise"] == "one CPU generator a picture"  # part of identities on disk: never reworded
     assert generate.effective_settings(model, task, 9, 1.5)["guidance_of_samples"] == "ignored"
 
 

@@ -18,10 +18,12 @@ from erase.errors import EraseError
 from erase.evaluation import arm, cli, gate, jsonl, measure, score
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.options import Options
+from erase.evaluation.plan import Plan
 from erase.evaluation.report import compare, pool
 from erase.evaluation.report.results import check
 from erase.evaluation.tasks import registry
 from erase.evaluation.tasks.protocol import Sample, SampleSet
+from erase.evaluation.verdict import verdict
 
 
 def row(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -76,6 +78,22 @@ def test_the_verdict_has_four_outcomes(tmp_path, forget, retain, outcome, words)
     verdict = results_of(tmp_path, forget, retain)["verdict"]
     assert (verdict["outcome"], verdict["success"]) == (outcome, outcome == "erased and kept"), verdict["text"]
     assert words in verdict["text"] and verdict["text"].startswith(outcome.capitalize())
+
+
+def test_one_retained_prompt_does_not_show_that_the_rest_is_kept(tmp_path):
+    results = results_of(tmp_path, ["square"] * MANY, ["square"] * MANY)
+    plan = Plan([], [], results["primary"], results["retention"], [])
+    models = {role: one["hashes"] for role, one in results["arms"].items()}
+
+    def outcome() -> str:
+        found = verdict(plan, results["scores"], models, results["invalid"])
+        assert found is not None
+        return found["outcome"]
+
+    assert outcome() == "erased and kept"  # control
+    (row,) = (row for row in results["scores"] if row["name"] == results["retention"])
+    row["erased"]["clusters"] = 1
+    assert outcome() == "cannot tell"
 
 
 def test_too_few_prompts_a_missing_concept_and_equal_weights_cannot_tell(tmp_path):

@@ -78,13 +78,13 @@ def test_low_memory_chooses_checkpointing_parts_of_one_image_and_on_a_gpu_bf16_w
     assert (plain.gradient_checkpointing, plain.gradient_accumulation_steps, plain.weights) == (False, 1, "fp32")
     low = resolve(Settings("church", low_memory=True), "object", defaults)
     assert (low.gradient_checkpointing, low.gradient_accumulation_steps, low.weights) == (True, 6, "fp32")
-    low = resolve(Settings("church", low_memory=True), "object", defaults, num_processes=2, on_gpu=True)
+    low = resolve(Settings("church", low_memory=True), "object", defaults, num_processes=2, can_round=True)
     assert (low.gradient_accumulation_steps, low.weights) == (3, "bf16")
     low = resolve(Settings("church", low_memory=True), "object", defaults, part=4)
     assert low.gradient_accumulation_steps == 2  # of 3 images each, as 4 do not divide 6
     low = resolve(Settings("church", low_memory=True), "object", defaults, num_processes=2, part=1000)
     assert low.gradient_accumulation_steps == 1
-    low = resolve(Settings("church", low_memory=True, weights="fp32"), "object", defaults, on_gpu=True)
+    low = resolve(Settings("church", low_memory=True, weights="fp32"), "object", defaults, can_round=True)
     assert low.weights == "fp32"
     with pytest.raises(EraseError, match="--weights bf16 does not go with --precision fp16"):
         Settings("church", weights="bf16", mixed_precision="fp16")

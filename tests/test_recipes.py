@@ -72,6 +72,13 @@ def test_options_win_over_the_prompts_of_the_recipe(tmp_path):
     assert subjects.find_concept(Settings("cat", recipe="reference"), "cat", given, None) == given
 
 
+@pytest.mark.parametrize("recipe", ["paper", "reference"])
+def test_an_anchor_that_is_given_is_what_a_class_becomes(recipe):
+    given = Settings("church", recipe=recipe, anchor=("a photo of a car",))
+    assert resolve(given, "object", {}).target == "anchor"
+    assert resolve(Settings("church", recipe=recipe), "object", {}).target == "fixed"  # control
+
+
 def test_options_win_over_the_recipe_and_the_model_folder():
     """Each setting that a recipe or a folder decides, given by the user with another value."""
     given: dict[str, Any] = {

@@ -46,7 +46,7 @@ def distribution(
 
     Only retained images are compared: those of the concept should differ.
     """
-    from erase.evaluation import quality
+    from erase.evaluation import kid, quality
 
     how = score.identity(erased, "features")
     prompts = [sample.cluster for sample in samples if is_kept(sample)]
@@ -59,6 +59,8 @@ def distribution(
     called = {"base": "the base's", "gold": "those of the model trained without the concept", "real": "real ones"}
     for target, vector in targets:
         n = min(np.isfinite(f).all(1).sum() for f in (vector, *vectors_of.values()))
+        if n < kid.MIN_KID:
+            continue  # such as a model whose images are all black: the verdict says so
         for kind in ("kid", "fid") if n >= quality.min_fid(vector.shape[1]) else ("kid",):
             of = {
                 role: None if role == target else _figure(kind, f, vector, prompts, how, are_pairs=target != "real")
@@ -90,10 +92,9 @@ def _vectors(folder: Path, samples: Sequence[Sample] | None, how: Mapping[str, A
         lines = [line for sample, line in zip(samples, lines, strict=True) if is_kept(sample)]
     found = [None if line["invalid"] else features.decode(line) for line in lines]
     widths = {len(one) for one in found if one is not None}
-    if len(widths) != 1:
-        wrong = "has features of several lengths; delete scores/features.jsonl and score again"
-        raise EraseError(f"{folder} {wrong if widths else 'has no valid image, so no FID or KID'}")
-    (width,) = widths
+    if len(widths) > 1:
+        raise EraseError(f"{folder} has features of several lengths; delete scores/features.jsonl and score again")
+    width = widths.pop() if widths else 1
     return np.stack([np.full(width, np.nan, np.float32) if one is None else one for one in found])
 
 

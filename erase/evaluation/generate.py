@@ -82,7 +82,7 @@ def effective_settings(model: Family, task: SampleSet, steps: int | None, guidan
         "size": model.resolution,
         "precision": str(DTYPES[model.precision]).removeprefix("torch."),
         "device": model.device.type,
-        "noise": "one CPU generator an image",
+        "noise": "one CPU generator a picture",  # part of an identity: old folders have this text
         "safety_checker": None,
         "libraries": {
             name: text for name, text in versions().items() if name in ("torch", "diffusers", "transformers")

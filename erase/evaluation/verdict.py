@@ -35,7 +35,7 @@ def verdict(
     erasure, retention = rows.get(plan.erasure or ""), rows.get(plan.retention or "")
     if erasure is None or retention is None or erasure["comparison"] is None:
         return None
-    reason = _nothing_to_conclude(erasure, models, invalid)
+    reason = _nothing_to_conclude(erasure, retention, models, invalid)
     if reason:
         outcome: Outcome = "cannot tell"
     else:
@@ -54,6 +54,7 @@ def verdict(
 
 def _nothing_to_conclude(
     erasure: Mapping[str, Any],
+    retention: Mapping[str, Any],
     models: Mapping[str, Mapping[str, str]],
     invalid: Mapping[str, Mapping[str, int]],
 ) -> str:
@@ -63,7 +64,7 @@ def _nothing_to_conclude(
     for role, count in invalid.items():
         if count["k"] > MOST_INVALID * count["n"]:
             return f"{count['k']:,} of {count['n']:,} images of the {role} model are black, flat or unreadable"
-    if erasure["base"]["clusters"] == 1:
+    if 1 in (erasure["base"]["clusters"], retention["erased"]["clusters"]):
         return "one prompt says nothing of other prompts"
     if statistics.ratio(_concept(erasure["erased"]), _concept(erasure["base"]))[1] == float("inf"):
         return "the base hardly shows the concept, so nothing can be said of erasing it"

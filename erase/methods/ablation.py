@@ -25,6 +25,7 @@ class Ablation(TrainedMethod):
     from the forget prompts, keep it.
     """
 
+    formula = 2  # 1: version 0.1.0
     images = "anchor"
     detaches_start = True
 

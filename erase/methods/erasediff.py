@@ -30,6 +30,8 @@ class EraseDiff(TrainedMethod):
     model, and the diffusion loss on the model's own images keeps them less well than the base's predictions do.
     """
 
+    formula = 2  # 1: version 0.1.0
+
     forget_weight: float = 1.0
     epochs: int = 2
     rounds: int = 1
@@ -40,6 +42,11 @@ class EraseDiff(TrainedMethod):
 
     def turn(self, step: int, num_steps: int) -> Turn:
         loops = 2 * self.epochs * self.rounds
+        if num_steps < loops:
+            raise EraseError(
+                f"erasediff has {loops} loops (2 x epochs x rounds), but --num-train-steps is {num_steps}; "
+                f"give at least {loops}, or fewer epochs or rounds"
+            )
         now, before = (((s + 1) * loops - 1) // num_steps if s >= 0 else -1 for s in (step, step - 1))
         begins, is_outer = now != before, now % 2 == 1
         return Turn(

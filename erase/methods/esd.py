@@ -35,6 +35,7 @@ class ESD(TrainedMethod):
     `esd-full` change images of other prompts, and `esd-x` leaves knowledge outside the text layers, which attacks find.
     """
 
+    formula = 2  # 1: version 0.1.0
     anchors = False
 
     guidance: float = 2.0

@@ -53,9 +53,12 @@ class Method:
     """What both kinds of methods have.
 
     anchors: False if the method does not use the anchor, the text to say instead of the concept.
+    formula: number of the version of what the method computes or of its default hyperparameters. Raise it with every
+        change: a run of another formula is another run.
     """
 
-    anchors: bool = True
+    anchors: Any = True
+    formula: int = 1
 
     def hyperparameters(self) -> dict[str, Any]:
         """Every hyperparameter by name."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erase.errors import EraseError
 from erase.masks import kth_largest
 from erase.methods.balance import nash, projected
 from erase.methods.inputs import Batch, Predictor
@@ -42,6 +43,8 @@ class Scissorhands(TrainedMethod):
     the ascent from below, so that too many or too large steps damage all images.
     """
 
+    formula = 2  # 1: version 0.1.0
+
     sparsity: float = 0.999
     forget_weight: float = 0.1
     forgetting: Literal["ascent", "relabel"] = "ascent"
@@ -49,6 +52,17 @@ class Scissorhands(TrainedMethod):
     renewal: Literal["normal", "kaiming"] = "normal"
     balancing: Literal["sum", "gem", "nash"] = "sum"
     prepare_batches: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity <= 1 or self.prepare_batches < 0:
+            raise EraseError(
+                f"scissorhands has sparsity={self.sparsity} and prepare_batches={self.prepare_batches}; sparsity must "
+                "lie in [0, 1], and prepare_batches must be 0 or more"
+            )
+
+    @property
+    def anchors(self) -> bool:
+        return self.forgetting == "relabel"
 
     @property
     def balance(self) -> Callable[[float, float, float], tuple[float, float]] | None:

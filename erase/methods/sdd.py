@@ -25,6 +25,7 @@ class SelfDistillation(TrainedMethod):
     Known to break: as ESD with eta = 1; it has no retain term, and too few steps leave the average near the base.
     """
 
+    formula = 2  # 1: version 0.1.0
     images = "noise"
     anchors = False
 

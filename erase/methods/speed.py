@@ -33,6 +33,7 @@ class SPEED(ClosedForm):
     space, and no room to erase in; keys stay as they are.
     """
 
+    formula = 2  # 1: version 0.1.0
     values_only = True
 
     rho: Annotated[float, "how much dW is held back; more erases less"] = 1.0
@@ -48,6 +49,11 @@ class SPEED(ClosedForm):
     def __post_init__(self) -> None:
         if not self.rho > 0 or self.lamb < 0:
             raise EraseError(f"speed has rho={self.rho} and lamb={self.lamb}; rho must be above 0 and lamb 0 or more")
+        if self.augment < 0 or self.centres < 1:
+            raise EraseError(
+                f"speed has augment={self.augment} and centres={self.centres}; "
+                "augment must be 0 or more, centres 1 or more"
+            )
 
     def solve(self, weights: Mapping[str, Tensor], text: Text) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not weights or not len(text.retain):

@@ -24,6 +24,8 @@ class UCE(ClosedForm):
     learnt word finds it; retained tokens move a little where they outnumber the dimensions.
     """
 
+    formula = 2  # 1: version 0.1.0
+
     lamb: Annotated[float, "how much W stays what it is; more erases less and disturbs less"] = 0.5
     erase_scale: Annotated[float, "s_e; more sends the concept nearer to its anchor"] = 1.0
     preserve_scale: Annotated[float, "s_p; more keeps the retained tokens nearer to what they were"] = 1.0

@@ -53,7 +53,7 @@ def resolve(
     *,
     num_processes: int = 1,
     part: int = 1,
-    on_gpu: bool = False,
+    can_round: bool = False,
 ) -> Settings:
     """Every None filled in: from the model's own defaults, then the method's and the recipe's, then SD v1.4's values.
 
@@ -61,7 +61,7 @@ def resolve(
         recipe other than the default one says.
     kind: of the concept; SalUn's settings differ between nudity and classes.
     num_processes: that share a batch. part: images of a share that --low-memory keeps together at most.
-    on_gpu: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
+    can_round: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     of_recipe = settings_of_recipe(settings)
@@ -81,7 +81,7 @@ def resolve(
     settings = settings.filled(
         {
             "mask_guidance": recipe.mask_guidance,
-            "target": recipe.target or ("anchor" if nudity else "fixed"),
+            "target": recipe.target or ("anchor" if nudity or settings.anchor else "fixed"),
             "alpha": recipe.alpha if recipe.alpha is not None else (0.1 if nudity else 0.5),
             **preset.defaults(kind),
         }
@@ -96,7 +96,7 @@ def resolve(
         together = max((size for size in range(1, min(share, part) + 1) if share % size == 0), default=1)
         parts = max(settings.gradient_accumulation_steps, share // together)
         settings = replace(settings, gradient_checkpointing=True, gradient_accumulation_steps=parts)
-    rounds = settings.low_memory and on_gpu and settings.precision != "fp16"
+    rounds = settings.low_memory and can_round and settings.rank is None and settings.precision != "fp16"
     return settings.filled({"weights": "bf16" if rounds else "fp32"})
 
 

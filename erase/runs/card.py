@@ -13,13 +13,20 @@ from erase.options.settings import Settings
 
 
 def model_card(
-    settings: Settings, concept: Concept, change: Delta, *, loading: str, after: Mapping[str, Any] | None = None
+    settings: Settings,
+    concept: Concept,
+    change: Delta,
+    *,
+    loading: str,
+    after: Mapping[str, Any] | None = None,
+    anchors: bool = True,
 ) -> str:
     """Markdown with the hub's YAML header: what was erased from what, how to load it, what it does not promise.
 
     Names and prompts are escaped, and of local paths only the last part is named: cards get published.
 
     loading: Python that loads the folder. after: the run that it continued from, as run.json says.
+    anchors: False for a method that uses no anchor.
     """
     from huggingface_hub import ModelCardData
 
@@ -35,7 +42,10 @@ def model_card(
     options = {key: value for key, value in asdict(settings).items() if _is_set(key, value)}
     listed = "\n".join(f"| {key} | {_listed(key, value)} |" for key, value in options.items())
     pairs = concept.pairs()[:4]
-    examples = "\n".join(f"- '{escaped(forget)}' now means '{escaped(anchor)}'" for forget, anchor in pairs)
+    examples = "\n".join(
+        f"- '{escaped(forget)}' now means '{escaped(anchor)}'" if anchors else f"- '{escaped(forget)}' is unlearned"
+        for forget, anchor in pairs
+    )
     before = ""
     if after:
         before = f"\nThe base is another run, {escaped(_place(after['run']))}, which had erased "

@@ -23,7 +23,15 @@ from erase.runs.earlier import Base, read_base
 from erase.runs.identity import of_run
 from erase.runs.machine import make_accelerator
 from erase.runs.mask_files import load_mask, saliency_hash
-from erase.runs.planning import can_scale, make_method, needed_memory, require_precision, require_rank
+from erase.runs.planning import (
+    can_scale,
+    make_method,
+    moves_weights,
+    needed_memory,
+    require_precision,
+    require_rank,
+    require_storage,
+)
 from erase.runs.subjects import announcement, find_concepts
 from erase.training import memory
 
@@ -103,6 +111,9 @@ def decide(
     concept = concepts.unite(everything)
     settings, default = _filled(settings, concept, model, compute, accelerator.num_processes)
     require_rank(settings, method)
+    require_storage(settings, method)
+    if isinstance(method, methods.TrainedMethod) and settings.num_train_steps:
+        method.turn(0, settings.num_train_steps)  # refuses a number of steps that does not fit
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))
     base_hash = delta.content_hash(model.state_of(model.network))
@@ -113,6 +124,7 @@ def decide(
         base_hash=base_hash,
         mask_hash=None if given_mask is None else saliency_hash(given_mask),
         base=earlier and earlier.record,
+        formula=method.formula,
     )
     return Decisions(
         settings,
@@ -196,7 +208,7 @@ def _filled(
         model_defaults=model.defaults,
         num_processes=num_processes,
         part=together,
-        on_gpu=compute.device.type == "cuda",
+        can_round=compute.device.type == "cuda" and not moves_weights(make_method(settings)),
     )
 
     def default(name: str) -> Any:

@@ -22,10 +22,12 @@ def of_run(
     base_hash: str,
     mask_hash: str | None,
     base: Mapping[str, Any] | None = None,
+    formula: int = 1,
 ) -> dict[str, Any]:
     """What decides the weights of a run, and nothing else; two runs of the same identity are one.
 
     settings: resolved. concepts: the one that is trained, then its parts. base: the earlier run's account of itself.
+    formula: of the method; see `methods.protocol.Method`.
     """
     found = {
         "base_hash": base_hash,
@@ -33,6 +35,8 @@ def of_run(
         "settings": deciding(asdict(settings), mask_hash),
         "mask": mask_hash,
     }
+    if formula != 1:
+        found["formula"] = formula
     return found if base is None else {**found, "base": dict(base)}
 
 
@@ -42,6 +46,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], default: Call
     default: the value that a setting has without its option; an identity that lacks the setting was made with it.
     """
     names = {"base_hash": "the model", "concept": "concept", "mask": "mask", "base": "--base"}
+    names["formula"] = "what the method computes, which another version changed"
     different = [told for name, told in names.items() if there.get(name) != here.get(name)]
     old, new = there["settings"], here["settings"]
     for name in dict.fromkeys([*new, *old]):

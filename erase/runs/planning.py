@@ -99,6 +99,22 @@ def require_rank(settings: Settings, method: methods.Method) -> None:
         raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
 
 
+def moves_weights(method: methods.Method) -> bool:
+    """Whether a method changes weights outside the optimizer's steps, which weights stored in bf16 do not follow."""
+    return isinstance(method, methods.TrainedMethod) and bool(
+        method.prepares or method.shrinks or method.turns or method.teacher_decay is not None
+    )
+
+
+def require_storage(settings: Settings, method: methods.Method) -> None:
+    """Raise an EraseError where --weights bf16 meets a method that changes weights itself."""
+    if settings.weights == "bf16" and moves_weights(method):
+        raise EraseError(
+            f"--weights bf16 does not go with {settings.method}, which changes weights outside the optimizer's steps; "
+            "use --weights fp32"
+        )
+
+
 def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
     accumulates, method = settings.mask in {"saliency", "inverse"}, make_method(settings)
