@@ -684,7 +684,7 @@ class Ours:
         self.accelerator = machine.make_accelerator(given, job.work / "steps", compute)
         self.model: Any = loading.load(folder, device=compute.device)  # a Stable Diffusion, whose parts are used below
         self.model.precision = compute.precision
-        self.settings = resolve(given, "nudity", self.model.defaults, on_gpu=job.on_cuda)
+        self.settings = resolve(given, "nudity", self.model.defaults, can_round=job.on_cuda)
         self.plan, self.method = planning.make_plan(self.settings, self.model), planning.make_method(self.settings)
         self.recipe = planning.make_recipe(self.settings, self.plan, "object")
         self.parameters = scope.inside(dict(self.model.unet.named_parameters()), str(self.settings.scope))
