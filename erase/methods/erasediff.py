@@ -22,7 +22,7 @@ class EraseDiff(TrainedMethod):
 
     forget_weight: lambda; more forgets more and keeps less. The authors' scripts have 1.
     epochs: the weights that an epoch begins with are those that its rounds go back to. N is the number of optimizer
-        steps / (2 epochs rounds), so that more epochs mean shorter loops.
+        steps / (2 epochs rounds), so that more epochs mean shorter loops; with too few steps some loops are empty.
     rounds: K. Only the last round's outer loop changes the weights; earlier ones change Adam's moments alone.
 
     Costs two forward passes and one backward pass an inner step, three and two an outer step, and a copy of the
@@ -42,11 +42,6 @@ class EraseDiff(TrainedMethod):
 
     def turn(self, step: int, num_steps: int) -> Turn:
         loops = 2 * self.epochs * self.rounds
-        if num_steps < loops:
-            raise EraseError(
-                f"erasediff has {loops} loops (2 x epochs x rounds), but --num-train-steps is {num_steps}; "
-                f"give at least {loops}, or fewer epochs or rounds"
-            )
         now, before = (((s + 1) * loops - 1) // num_steps if s >= 0 else -1 for s in (step, step - 1))
         begins, is_outer = now != before, now % 2 == 1
         return Turn(

@@ -112,8 +112,6 @@ def decide(
     settings, default = _filled(settings, concept, model, compute, accelerator.num_processes)
     require_rank(settings, method)
     require_storage(settings, method)
-    if isinstance(method, methods.TrainedMethod) and settings.num_train_steps:
-        method.turn(0, settings.num_train_steps)  # refuses a number of steps that does not fit
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))
     base_hash = delta.content_hash(model.state_of(model.network))
