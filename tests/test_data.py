@@ -229,8 +229,8 @@ def test_interrupted_drawing_goes_on_where_it_was(collect, drawn, monkeypatch, t
     assert len(drawn) == 11 - 4
 
 
-def test_several_processes_draw_what_one_draws_and_each_image_once(collect, drawn, tmp_path):
-    """Two threads in the place of two processes; a barrier in the place of accelerate's."""
+def test_several_processes_draw_what_one_draws_and_each_image_once(collect, drawn, toy_pipeline_dir, tmp_path):
+    """Two threads, each with its own model, in the place of two processes; a barrier in the place of accelerate's."""
     whole = collect()
     drawn.clear()
     with pytest.raises(EraseError, match="no such file"):  # control: rank 0 alone has its share only
@@ -244,7 +244,9 @@ def test_several_processes_draw_what_one_draws_and_each_image_once(collect, draw
 
     with ThreadPoolExecutor(2) as pool:
         ranks = [Workers(rank, 2, wait) for rank in range(2)]
-        results = list(pool.map(lambda rank: collect(cache_dir=tmp_path / "shared", workers=rank), ranks))
+        how: dict[str, Any] = {"model_hash": "toy", "quiet": True, "cache_dir": tmp_path / "shared"}
+        own = [load_sd(toy_pipeline_dir) for _ in ranks]
+        results = list(pool.map(lambda one, rank: gather(one, CONCEPT, PLAN, workers=rank, **how), own, ranks))
     assert same(results[0], whole) and same(results[1], whole)
     assert len(drawn) == 11
 
