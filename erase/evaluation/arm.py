@@ -1,4 +1,4 @@
-"""One model's images of one task on the disk: what is there, what is missing, and that it is what it claims to be.
+"""One model's stored images for one task: which exist, which are missing, and whether they match their records.
 
     manifest.json    identity: task, model hashes, effective generation settings; a changed one refuses to go on
     samples.jsonl    what was to be generated, a line a sample

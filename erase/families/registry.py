@@ -8,7 +8,7 @@ from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.registry import Registry
 
-_ANY = "StableDiffusionPipeline"  # its family looks at pipelines that nobody registered, and refuses them by their kind
+_ANY = "StableDiffusionPipeline"  # its family also gets every unregistered pipeline class, and refuses it by name
 
 
 def _problem(cls: type[Family]) -> str | None:

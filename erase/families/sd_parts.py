@@ -1,4 +1,4 @@
-"""The parts of a Stable Diffusion 1 or 2 folder, read and checked one by one and together."""
+"""Reads the components of a Stable Diffusion 1 or 2 folder and checks each one and their fit."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -53,8 +53,8 @@ class Method:
     """What both kinds of methods have.
 
     anchors: False if the method does not use the anchor, the text to say instead of the concept.
-    formula: number of the version of what the method computes or of its default hyperparameters. Raise it with every
-        change: a run of another formula is another run.
+    formula: version number of the method's computation and default hyperparameters. Raise it with every change: runs
+        with different numbers are different runs.
     """
 
     anchors: Any = True

@@ -1,4 +1,4 @@
-"""How far two models' images of the same prompts and seeds are apart, from thumbnails that stand for the images."""
+"""Distance between two models' images of the same prompts and seeds, computed from stored thumbnails."""
 
 import base64
 from collections.abc import Mapping, Sequence
