@@ -59,7 +59,7 @@ def _erase(arguments: list[str]) -> None:
     if given.pop("list"):
         for name in concepts.names():
             concept = concepts.load(name)
-            world = "embedded model" if concept.judge.get("type") == "mini" else "any Stable Diffusion"
+            world = "embedded model" if concept.judge.get("type") == "mini" else "any other model"
             print(f"{name:20} {concept.kind:7} {world:21} {concept.forget[0]!r} -> {concept.pairs()[0][1]!r}")
         return
     quiet = given.pop("quiet")

@@ -135,6 +135,7 @@ class Registry(Generic[T]):
         """
         name = f"{getattr(cls, '__module__', '')}:{getattr(cls, '__qualname__', cls)}"
         self._given[name] = self._checked(cls, repr(name))
+        _GROUPS_WITH_GIVEN.add(self.group)
         return name
 
     def _imported(self, entry: Entry) -> object:
@@ -179,6 +180,14 @@ class Registry(Generic[T]):
         if problem := self._check(cls) if self._check else None:
             raise EraseError(f"the {self.kind} {named} {problem}")
         return cls
+
+
+_GROUPS_WITH_GIVEN: set[str] = set()
+
+
+def has_others(group: str) -> bool:
+    """Whether another package, or a class given in this process, has parts in this group of entry points."""
+    return group in _GROUPS_WITH_GIVEN or bool(entry_points(group=group))
 
 
 def in_folder(package: str, folder: str | Path, *, skip: tuple[str, ...] = ("protocol", "registry")) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 
 from erase import delta
 from erase.concepts import Concept
+from erase.families.sd import StableDiffusion
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.runs import card, samples
@@ -21,7 +22,7 @@ def written(concept: Concept = CONCEPT, after: Any = None, **options: Any) -> st
     state = {"unet.a": torch.zeros(3)}
     change = delta.difference(state, {"unet.a": torch.ones(3)}, {})
     settings = resolve(Settings("cat", **options), "object", {})
-    return card.model_card(settings, concept, change, loading="load()", after=after)
+    return card.model_card(settings, concept, change, family=StableDiffusion, loading="load()", after=after)
 
 
 def test_zero_is_a_setting():

@@ -7,29 +7,47 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from contract.example_family import Watercolour
 
 import erase
-from erase import delta, erase_concept
+from erase import delta, erase_concept, tensor_files
+from erase import registry as parts
 from erase.cli import load_line, main
 from erase.errors import EraseError
 from erase.evaluation import generate
 from erase.families import loading, registry, sd
+from erase.options.settings import Settings
 
 PACKAGE = Path(erase.__file__).parent
 FAMILY_FOLDERS = {"families", "export", "mini"}  # mini builds a Stable Diffusion of its own
-NAMES = re.compile(r"\battn[12]\b|\bto_[kv]\b|StableDiffusionPipeline|UNet2DConditionModel|^unet\.")
+NAMES = re.compile(r"\battn[12]\b|\bto_[kv]\b|StableDiffusionPipeline|UNet2DConditionModel|^unet\.|stable-diffusion")
+COMPONENT = "unet"
+GUIDANCE = 7.5  # of Stable Diffusion's pipeline
 ATTRIBUTES = {"unet", "text_encoder"}
 OPTIONS = {"settings", "given", "drawing"}  # the option --unet is an attribute of these
 ALLOWED = {
-    ("guards.py", ".unet"): "guards change a pipeline of diffusers, whose component it is",
+    ("cli.py", "unet"): "the option --unet, and a form of `export --to`",
+    ("evaluation/cli.py", "unet"): "the option --unet",
     ("evaluation/sources.py", ".unet"): "the option --unet, in a dataclass of options",
+    ("guards.py", ".unet"): "guards change a pipeline of diffusers, whose component it is",
     ("methods/scissorhands.py", ".attn1."): "its published code renews self-attention of two named blocks",
+    ("methods/scissorhands.py", "7.5"): "its published code's guidance of the forget term",
+    ("options/recipes.py", "7.5"): "the guidance inside the mask's loss in SalUn's code",
+    ("options/settings.py", "7.5"): "the default that --help shows; a family has its own",
+    ("options/settings.py", "CompVis/stable-diffusion-v1-4"): "the default of --model",
+    ("options/settings.py", "unet"): "a form of --save",
+    ("pickles.py", "unet"): "a key under which checkpoint files of other programs hold weights",
+    ("runs/card.py", "unet"): "the option --unet",
     ("runs/folders.py", "unet.safetensors"): "the name of a published file",
+    ("runs/forms.py", "unet"): "a form of --save",
+    ("runs/identity.py", "unet"): "the option --unet",
+    ("runs/job.py", "CompVis/stable-diffusion-v1-4"): "the default of `model`",
 }
 
 
@@ -44,8 +62,10 @@ def names_in(source: str) -> Iterator[str]:
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            if NAMES.search(node.value):
+            if NAMES.search(node.value) or node.value == COMPONENT:
                 yield node.value
+        elif isinstance(node, ast.Constant) and node.value == GUIDANCE:
+            yield str(GUIDANCE)
         elif isinstance(node, ast.Attribute) and node.attr in ATTRIBUTES:
             if not (isinstance(node.value, ast.Name) and node.value.id in OPTIONS):
                 yield f".{node.attr}"
@@ -75,13 +95,16 @@ def test_no_other_room_names_parts_of_an_architecture():
         "model.network.text_encoder",
         "from diffusers import StableDiffusionPipeline",
         "isinstance(x, diffusers.UNet2DConditionModel)",
+        'x = hashes["unet"]',
+        'x = model.startswith("CompVis/stable-diffusion")',
+        "guidance = given or 7.5",
     ],
 )
 def test_the_scan_sees_each_kind_of_name(source):
     assert [*names_in(source)]
 
 
-@pytest.mark.parametrize("source", ['"""The keys: attn2.to_k."""', "settings.unet", 'x = model["unet"]', "unet = 1"])
+@pytest.mark.parametrize("source", ['"""The keys: attn2.to_k."""', "settings.unet", "unet = 1"])
 def test_the_scan_lets_options_and_explanations_pass(source):
     assert not [*names_in(source)]
 
@@ -93,6 +116,7 @@ def test_the_scan_lets_options_and_explanations_pass(source):
 def clean_registry(monkeypatch):
     monkeypatch.setattr(registry, "FAMILIES", registry.made_registry())
     monkeypatch.setattr(registry, "_GIVEN", {})
+    monkeypatch.setattr(parts, "_GROUPS_WITH_GIVEN", set())
 
 
 def renamed(folder: Path, name: str, target: Path) -> Path:
@@ -187,6 +211,7 @@ def test_a_pipeline_that_two_packages_load_is_refused_without_an_option_that_doe
     [
         ({"family": "water colour"}, "has the family name 'water colour'; it must be an identifier"),
         ({"pipelines": ()}, "has no pipelines"),
+        ({"guidance_scale": 0.0}, "has no guidance_scale"),
         ({"part": "transformer"}, "trains 'transformer', which is not one of its parts"),
         ({"num_timestep": 10}, "defines 'num_timestep'; did you mean num_timesteps"),
     ],
@@ -222,6 +247,101 @@ def test_a_run_uses_the_family_from_the_folder_to_the_card(watercolour_dir, tmp_
     assert run.record.model.base_hash[:12] in capsys.readouterr().out
     base, back = loading.load(watercolour_dir), loading.load(tmp_path / "back")
     assert all(torch.equal(a, b) for a, b in zip(base.network.parameters(), back.network.parameters(), strict=True))
+
+
+class Ink(Watercolour):
+    """Has a default of everything that a family may state, other than Stable Diffusion's."""
+
+    guidance_scale = 3.0
+    tags = ("ink",)
+    licences = {"inkmakers/": "mit"}
+    scopes = {"full": lambda name: True, "strokes": lambda name: "attn1" in name}
+
+    @classmethod
+    def other_kind(cls, folder):
+        return None
+
+    @classmethod
+    def knows_file(cls, shapes):
+        return "strokes.weight" in shapes
+
+    @classmethod
+    def convert(cls, path, *, allow_pickle=False, config=None, cache_dir=None):
+        return path.with_suffix(""), ["read as ink"]
+
+
+OPTIONS_OF_RUN: dict[str, Any] = {
+    "kind": "object",
+    "anchor": ("a dog",),
+    "retain": ("a house",),
+    "num_samples": 0,
+    "num_forget": 2,
+    "num_retain": 2,
+    "num_train_steps": 1,
+    "num_inference_steps": 1,
+    "batch_size": 2,
+    "quiet": True,
+}
+
+
+def test_guidance_scopes_and_tags_are_the_familys(watercolour_dir, toy_pipeline_dir, tmp_path):
+    with pytest.raises(EraseError, match="--scope is 'strokes'; choose full, xattn"):
+        Settings("cat", scope="strokes")
+    registry.give(Ink)
+    options = {**OPTIONS_OF_RUN, "cache_dir": str(tmp_path / "cache")}
+    run = erase_concept("cat", watercolour_dir, output=str(tmp_path / "run"), scope="strokes", **options)
+    assert run.record.settings["guidance_scale"] == 3.0
+    assert {*delta.load(run.folder / "delta.safetensors").changed} <= {
+        f"unet.{name}" for name in loading.load(watercolour_dir).trainable("strokes")
+    }
+    card = (run.folder / "README.md").read_text()
+    assert "- ink\n" in card and "stable-diffusion" not in card
+    with pytest.raises(EraseError, match=r"unknown scope 'stroke'; did you mean strokes\? \(full, strokes\)"):
+        erase_concept("cat", watercolour_dir, output=str(tmp_path / "no"), scope="stroke", **options)
+    assert not (tmp_path / "no").exists()
+    control = erase_concept("cat", toy_pipeline_dir, output=str(tmp_path / "sd"), **options)
+    assert control.record.settings["guidance_scale"] == 7.5
+    assert "- stable-diffusion\n" in (control.folder / "README.md").read_text()
+
+
+def test_guidance_of_an_evaluation_is_the_familys_where_nothing_else_says(watercolour_dir):
+    registry.give(Ink)
+    model: Any = loading.load(watercolour_dir)
+    task: Any = SimpleNamespace(steps=None, guidance=None)
+    assert generate.effective_settings(model, task, None, None)["guidance"] == 3.0
+    assert generate.effective_settings(model, task, None, 2.0)["guidance"] == 2.0
+
+
+def test_a_licence_is_stated_for_models_whose_licence_is_known():
+    assert Ink.licence("inkmakers/pen") == "mit" and Ink.licence("other/pen") is None
+    assert sd.StableDiffusion.licence("CompVis/stable-diffusion-v1-4") == "creativeml-openrail-m"
+
+
+def test_a_single_file_is_read_by_the_family_that_knows_it(watercolour_dir, tmp_path):
+    path = tmp_path / "watercolour.safetensors"
+    tensor_files.write_tensors(path, {"strokes.weight": torch.zeros(2)})
+    with pytest.raises(EraseError, match="cannot load"):
+        loading.load(path, config=str(watercolour_dir))
+    registry.give(Ink)
+    model = loading.load(path)
+    assert type(model) is Ink and model.notes[0] == "read as ink"
+
+
+def test_a_download_is_of_the_components_that_the_pipeline_names(watercolour_dir, monkeypatch):
+    asked = []
+
+    def snapshot(repository, *, allow_patterns, **options):
+        asked.append([*allow_patterns])
+        return str(watercolour_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    index = watercolour_dir / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"colours": ["diffusers", "AutoencoderKL"]}))
+    registry.give(Ink)
+    assert type(loading.load("inkmakers/pen")) is Ink
+    assert asked[0] == ["model_index.json"]
+    assert {"colours/*.safetensors", "colours/*.json", "unet/*.safetensors"} <= {*asked[1]}
+    assert not any("safety_checker" in pattern for pattern in asked[1])
 
 
 def test_the_family_names_the_component_of_a_delta(toy_pipeline_dir):

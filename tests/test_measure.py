@@ -431,8 +431,13 @@ def test_several_erasures_are_pooled_with_intervals_over_runs_and_prompts(tmp_pa
     other[0]["protocol"]["generation.steps"] = 9
     with pytest.raises(EraseError, match=r"runs of 'it' were measured differently \(generation.steps"):
         pool.pool([runs[0], tuple(other)], "it")
-    with pytest.raises(EraseError, match=r"'it' names the same erasure twice \(UNet v0\)"):
+    with pytest.raises(EraseError, match=r"'it' names the same erasure twice \(runs 1 and 3 have the same"):
         pool.pool([runs[0], runs[1], runs[0]], "it")
+    assert pooled["arms"]["erased"]["hashes"] == {f"run {i + 1}": f"v{i}" for i in range(3)}
+    for number, (results, _) in enumerate(runs):  # a model of another architecture
+        hashes = {"transformer": f"v{number}", "vae": "same"}
+        results["arms"]["erased"]["hashes"] = hashes
+    assert pool.pool(runs, "it")["arms"]["erased"]["hashes"] == pooled["arms"]["erased"]["hashes"]
     elsewhere = json.loads(json.dumps(runs[1]))
     elsewhere[0]["protocol"]["generation.device"] = "cuda"
     assert pool.pool([runs[0], tuple(elsewhere)], "it")["scores"]

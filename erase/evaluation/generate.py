@@ -77,7 +77,7 @@ def effective_settings(model: Family, task: SampleSet, steps: int | None, guidan
         "scheduler": type(scheduler).__name__,
         "scheduler_config": {name: repr(value) for name, value in sorted(config.items())},
         "steps": int(num),
-        "guidance": float(_first(guidance, task.guidance, model.defaults.get("guidance_scale"), 7.5)),
+        "guidance": float(_first(guidance, task.guidance, model.defaults.get("guidance_scale"), model.guidance_scale)),
         "guidance_of_samples": "used" if guidance is None else "ignored",
         "size": model.resolution,
         "precision": str(DTYPES[model.precision]).removeprefix("torch."),

@@ -53,6 +53,7 @@ _ADDITIONS = {
     "num_class_embeds": "a UNet with class embeddings, such as an upscaler's",
     "time_cond_proj_dim": "a latent consistency model (LCM)",
 }
+COMPVIS_INPUT = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first weight, in the original layout
 _LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "lora_unet_", "lora_te_")
 
 
@@ -157,7 +158,7 @@ def of_checkpoint(shapes: Mapping[str, Sequence[int]]) -> str | None:
         return "a ControlNet"
     if has("emb_params", "string_to_param", "<"):
         return "a textual inversion embedding"
-    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
+    first = shapes.get(COMPVIS_INPUT)
     if first is not None:
         channels = first[1] if len(first) > 1 else 0
         if has("model.diffusion_model.label_emb."):

@@ -33,13 +33,16 @@ class Family(ABC):
         first opens the folders that are written. pipeline_module: where that class is imported from.
     part: the subfolder of the network that is trained, and the prefix of its weights' names in deltas.
     parts: all subfolders that decide an image. data_parts: those that make latents and text states.
-    num_timesteps: of the training schedule. scopes: by name, which weights may be trained at all; see `scope`.
+    num_timesteps: of the training schedule. scopes: by name, which weights may be trained at all. "full" is every
+        weight; a method's preset asks for other scopes by the names in `scope.SCOPES`.
+    guidance_scale: of generated images, where neither user, task nor model folder says; 1 is none.
+    tags: of the model card, beside those of every card. licences: of models on the hub, by the start of their ids.
 
     folder: the diffusers folder that it came from.
     defaults: what the folder's erase_defaults.json says, and "family": "mini" for the embedded model's world.
     guard: an inference-time guard that acts whenever the model generates.
     notes: lines that the user should see about how the model was loaded.
-    precision: of UNet and VAE in passes without gradients; their outputs are float32.
+    precision: of the network and the VAE in passes without gradients; their outputs are float32.
     """
 
     family: ClassVar[str] = ""
@@ -50,6 +53,9 @@ class Family(ABC):
     data_parts: ClassVar[tuple[str, ...]] = ()
     num_timesteps: ClassVar[int] = 1000
     scopes: ClassVar[Mapping[str, Callable[[str], bool]]] = {}
+    guidance_scale: ClassVar[float] = 0.0  # to be stated
+    tags: ClassVar[tuple[str, ...]] = ()
+    licences: ClassVar[Mapping[str, str]] = {}
 
     name: str
     folder: Path
@@ -94,6 +100,29 @@ class Family(ABC):
 
         tell: hears what the user should know about `weights_file`.
         """
+
+    @classmethod
+    def knows_file(cls, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether `convert` reads the single .safetensors file that holds tensors of these names and shapes."""
+        return False
+
+    @classmethod
+    def convert(
+        cls, path: Path, *, allow_pickle: bool = False, config: str | None = None, cache_dir: Path | None = None
+    ) -> tuple[Path, list[str]]:
+        """The diffusers folder of a single checkpoint file, made in the cache once, and lines for the user about it.
+
+        config: a diffusers folder whose configs and tokenizer are used; None asks the hub for them.
+
+        Raises:
+            EraseError: this family reads folders only, or the file cannot be read.
+        """
+        raise EraseError(f"{path}: {cls.family} is read from folders only; give a diffusers folder")
+
+    @classmethod
+    def licence(cls, source: str) -> str | None:
+        """The hub's identifier of the licence of a model on the hub; None if it is not known."""
+        return next((licence for start, licence in cls.licences.items() if source.startswith(start)), None)
 
     @classmethod
     def keep(cls, pipeline: Any, cache_dir: Path | None = None) -> Path:

@@ -4,6 +4,8 @@ Packages name a family in the entry points `erase.families`, once for each pipel
 entry's name is that class name, as model_index.json states it. `give` does the same for a class of no package.
 """
 
+from collections.abc import Mapping, Sequence
+
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.registry import Registry
@@ -15,7 +17,7 @@ def _problem(cls: type[Family]) -> str | None:
     """What keeps a class from being a family, as the predicate of a sentence about it; None if it is one."""
     if not cls.family.isidentifier():
         return f"has the family name {cls.family!r}; it must be an identifier, such as sd"
-    for name in ("pipelines", "parts", "data_parts", "scopes"):
+    for name in ("pipelines", "parts", "data_parts", "scopes", "guidance_scale"):
         if not getattr(cls, name):
             return f"has no {name}; see erase.families.protocol"
     return None if cls.part in cls.parts else f"trains {cls.part!r}, which is not one of its parts"
@@ -55,3 +57,15 @@ def serving(pipeline: str) -> type[Family]:
     if pipeline in _GIVEN:
         return FAMILIES.load(_GIVEN[pipeline])
     return FAMILIES.load(pipeline if pipeline in FAMILIES.names() else _ANY)
+
+
+def reading(shapes: Mapping[str, Sequence[int]]) -> type[Family]:
+    """The family that reads a single file with tensors of these names and shapes; Stable Diffusion's if none does.
+
+    Other packages are imported only for a file that is not Stable Diffusion's.
+    """
+    ours = FAMILIES.load(_ANY)
+    if ours.knows_file(shapes):
+        return ours
+    others = map(FAMILIES.load, dict.fromkeys([*FAMILIES.names(), *_GIVEN.values()]))
+    return next((family for family in others if family.knows_file(shapes)), ours)

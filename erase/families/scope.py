@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from erase.errors import EraseError
+from erase.words import did_you_mean
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ def inside(
         EraseError: unknown scope, or nothing of this model is in it.
     """
     if scope not in scopes:
-        raise EraseError(f"unknown scope {scope!r}; choose {', '.join(scopes)}")
+        raise EraseError(f"unknown scope {scope!r}; {did_you_mean(scope, scopes)}({', '.join(scopes)})")
     chosen = {name: value for name, value in parameters.items() if scopes[scope](name)}
     if not chosen:
         raise EraseError(f"scope {scope!r} holds none of this model's {len(parameters)} parameters")

@@ -1,7 +1,7 @@
 """Stable Diffusion 1 and 2: how they add noise, predict, and generate."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,9 @@ class StableDiffusion(Family):
     parts = ("unet", "vae", "text_encoder", "tokenizer")
     data_parts = ("vae", "text_encoder")
     scopes = scope.SCOPES
+    guidance_scale = 7.5
+    tags = ("stable-diffusion",)
+    licences = {"CompVis/stable-diffusion": "creativeml-openrail-m"}
 
     name: str
     folder: Path
@@ -106,6 +109,16 @@ class StableDiffusion(Family):
         tell: Callable[[str], None] = lambda line: None,
     ) -> UNet2DConditionModel:
         return load_unet(folder, allow_pickle, weights_file, tell)
+
+    @classmethod
+    def knows_file(cls, shapes: Mapping[str, Sequence[int]]) -> bool:
+        return architecture.COMPVIS_INPUT in shapes and architecture.of_checkpoint(shapes) is None
+
+    @classmethod
+    def convert(
+        cls, path: Path, *, allow_pickle: bool = False, config: str | None = None, cache_dir: Path | None = None
+    ) -> tuple[Path, list[str]]:
+        return single_file.convert(path, allow_pickle=allow_pickle, config=config, cache_dir=cache_dir)
 
     @classmethod
     def keep(cls, pipeline: Any, cache_dir: Path | None = None) -> Path:

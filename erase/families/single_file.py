@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,18 @@ _PASSING = {"_name_or_path", "architectures", "dtype", "transformers_version"}  
 _RECORD = "erase_converted.json"  # hashes of the folder's files, and what the user is told about the conversion
 
 
+def shapes(path: Path) -> dict[str, Sequence[int]]:
+    """The shape of each tensor in a file; empty for a pickle, of which it is not known before it is read.
+
+    Raises:
+        EraseError: the file is damaged.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    with open_tensors(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+
 def convert(path: Path, *, allow_pickle: bool, config: str | None, cache_dir: Path | None) -> tuple[Path, list[str]]:
     """The diffusers folder of an LDM checkpoint, keyed by its content and its config's, and lines about it.
 
@@ -32,9 +44,7 @@ def convert(path: Path, *, allow_pickle: bool, config: str | None, cache_dir: Pa
             are not to be had; or the cache cannot be written.
     """
     if path.suffix == ".safetensors":
-        with open_tensors(path) as file:  # a truncated file ends here, with its name
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        _require_known(path, shapes)
+        _require_known(path, shapes(path))
     elif not allow_pickle:
         raise EraseError(
             f"{path} is a pickle, which can run code when loaded; "
@@ -152,7 +162,7 @@ def _configs_hash(folder: Path) -> str:
     return text_hash([[path.relative_to(folder).as_posix(), file_hash(path)] for path in paths])
 
 
-def _require_known(path: Path, shapes: Any) -> None:
+def _require_known(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     if path.suffix == ".safetensors" and read_metadata(path).get("kind") in {"mask", "exact", "additive"}:
         raise EraseError(f"{path} is a delta or a mask, not a model")
     kind = architecture.of_checkpoint(shapes)

@@ -22,7 +22,8 @@ def option(default: Any, help: str, *, group: str, **metadata: Any) -> Any:
     group: heading of `--help` under which it stands. metadata, as far as it applies: `least` and `most`, the smallest
     and the largest number allowed; `aliases`, other flags for it; `shown`, what stands for a default of None in
     `--help`; `metavar`, its value's name there; `choices`, the texts allowed where a Literal cannot list them;
-    `also`, the form of a text with a colon that is allowed beside them; `more`, a function that finds further texts.
+    `also`, the form of a text with a colon that is allowed beside them; `more`, a function that finds further texts;
+    `is_open`, a function that says whether any other text is allowed, which is then checked later.
     """
     return field(default=default, metadata={"help": help, "group": group, **metadata})
 
@@ -121,7 +122,7 @@ def _checked_one(value: Any, item: Field[Any], form: Form) -> Any:
         raise EraseError(f"{flag(item.name)} is {value!r}; it must be {_NOUNS[form.type]}") from error
     if form.choices and plain not in form.choices and not ("also" in item.metadata and ":" in plain):
         choices = [*form.choices, *item.metadata.get("more", tuple)()]
-        if plain in choices:
+        if plain in choices or item.metadata.get("is_open", bool)():
             return plain
         guess = did_you_mean(plain, choices)
         hint = f"{guess}({', '.join(choices)})" if guess else f"choose {', '.join(choices)}"

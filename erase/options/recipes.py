@@ -54,6 +54,7 @@ def resolve(
     num_processes: int = 1,
     part: int = 1,
     can_round: bool = False,
+    guidance_scale: float = SD_DEFAULTS["guidance_scale"],
 ) -> Settings:
     """Every None filled in: from the model's own defaults, then the method's and the recipe's, then SD v1.4's values.
 
@@ -61,6 +62,7 @@ def resolve(
         recipe other than the default one says.
     kind: of the concept; SalUn's settings differ between nudity and classes.
     num_processes: that share a batch. part: images of a share that --low-memory keeps together at most.
+    guidance_scale: of generated images, where nothing else says: that of the model's family.
     can_round: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
@@ -88,7 +90,9 @@ def resolve(
     )
     settings = settings.filled({"sampler": recipe.sampler, "prompts": prompts_of(settings)})
     settings = settings.filled({"num_inference_steps": SAMPLER_STEPS[str(settings.sampler)]})
-    settings = settings.filled({**SD_DEFAULTS, "num_train_steps": 100 if nudity else 500})
+    settings = settings.filled(
+        {**SD_DEFAULTS, "guidance_scale": guidance_scale, "num_train_steps": 100 if nudity else 500}
+    )
     _require_use(settings)
     settings = settings.filled({"lora_rank": settings.rank or 64})
     if settings.low_memory:

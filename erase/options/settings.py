@@ -4,14 +4,17 @@ Standard library only, so that the command line can be built from it without loa
 """
 
 from dataclasses import InitVar, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from erase.concepts import FreeKind
 from erase.errors import EraseError
 from erase.methods import METHODS, find, others
 from erase.options.declare import Precision, agreed_precision, make_plain, option
+from erase.registry import has_others
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
+SCOPES = ("full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime")  # families may have others
 SD_DEFAULTS: dict[str, Any] = {
     "num_forget": 800,
     "num_retain": 800,
@@ -97,8 +100,13 @@ class Settings:
         shown="the paper's",
         metavar="NAME=VALUE",
     )
-    scope: Literal["full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime"] | None = option(
-        None, "parameters that may move at all", group="how", shown="the method's own, full for salun"
+    scope: str | None = option(
+        None,
+        "weights that may change at all, by a name that the model's architecture knows",
+        group="how",
+        choices=SCOPES,
+        is_open=partial(has_others, "erase.families"),
+        shown="the method's own, full for salun",
     )
     mask: str | None = option(
         None,

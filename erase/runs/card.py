@@ -9,6 +9,7 @@ from typing import Any
 from erase.concepts import Concept
 from erase.delta import Delta
 from erase.errors import printable
+from erase.families.protocol import Family
 from erase.options.settings import Settings
 
 
@@ -17,6 +18,7 @@ def model_card(
     concept: Concept,
     change: Delta,
     *,
+    family: type[Family],
     loading: str,
     after: Mapping[str, Any] | None = None,
     anchors: bool = True,
@@ -25,7 +27,8 @@ def model_card(
 
     Names and prompts are escaped, and of local paths only the last part is named: cards get published.
 
-    loading: Python that loads the folder. after: the run that it continued from, as run.json says.
+    family: of the model. loading: Python that loads the folder.
+    after: the run that it continued from, as run.json says.
     anchors: False for a method that uses no anchor.
     """
     from huggingface_hub import ModelCardData
@@ -34,8 +37,8 @@ def model_card(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=settings.model if _is_hub_id(settings.model) else None,
-        license="creativeml-openrail-m" if settings.model.startswith("CompVis/stable-diffusion") else None,
-        tags=["stable-diffusion", "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
+        license=family.licence(settings.model),
+        tags=[*family.tags, "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
     ).to_yaml()
     exactly = "bit for bit" if change.provenance.get("base_dtype") else "value for value"
     changed, total = sum(change.changed.values()), change.total
@@ -57,7 +60,8 @@ def model_card(
 # {escaped(concept.name)} erased from {escaped(_place(settings.model))}
 
 Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mask {escaped(_place(str(settings.mask)))}.
-{changed:,} of {total:,} UNet weights changed ({changed / total:.1%}); all else is the base model, byte for byte.
+{changed:,} of {total:,} weights of the {family.part} changed ({changed / total:.1%}); all else is
+the base model, byte for byte.
 {before}
 ```python
 {loading}
@@ -66,7 +70,7 @@ Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mas
 {examples}
 
 `delta.safetensors` holds the change alone: `erase-concept remove` restores the base with it, {exactly}.
-Base {change.base_hash[:12]}, result {change.result_hash[:12]} (content hashes of the UNet).
+Base {change.base_hash[:12]}, result {change.result_hash[:12]} (content hashes of the {family.part}).
 
 ## Limits
 

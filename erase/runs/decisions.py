@@ -206,6 +206,7 @@ def _filled(
         model_defaults=model.defaults,
         num_processes=num_processes,
         part=together,
+        guidance_scale=model.guidance_scale,
         can_round=compute.device.type == "cuda" and not moves_weights(make_method(settings)),
     )
 

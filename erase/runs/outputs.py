@@ -44,7 +44,7 @@ def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | 
         samples.write_samples(decided.folder / folders.SAMPLES, model, stored, decided.concept, decided.settings)
     loading = "\n".join(model.loading_code(model.folder, '"this folder"'))
     after = decided.earlier and decided.earlier.record
-    how: dict[str, Any] = {"loading": loading, "after": after, "anchors": decided.method.anchors}
+    how: dict[str, Any] = {"family": type(model), "loading": loading, "after": after, "anchors": decided.method.anchors}
     text = card.model_card(decided.settings, decided.concept, change, **how)
     files.write_text(decided.folder / folders.CARD, text)
     return change

@@ -40,9 +40,8 @@ def pool(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> di
     models = [results["arms"]["erased"]["hashes"] for results, _ in runs]
     for number, model in enumerate(models):
         if model in models[:number]:
-            raise EraseError(
-                f"{name!r} names the same erasure twice (UNet {model['unet'][:12]}); pool erasures of different seeds"
-            )
+            same = f"runs {models.index(model) + 1} and {number + 1} have the same weights"
+            raise EraseError(f"{name!r} names the same erasure twice ({same}); pool erasures of different seeds")
     clusters = runs[0][1]["clusters"]
     scores = []
     for row in first["scores"]:
@@ -64,7 +63,10 @@ def pool(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> di
             pair = statistics.paired_pooled(row["name"], values("base"), erased, clusters=labels)
             pooled["comparison"] = statistics.to_json(pair)
         scores.append(pooled)
-    hashes = {f"run {i}": results["arms"]["erased"]["hashes"]["unet"] for i, (results, _) in enumerate(runs, 1)}
+    parts = {part: None for model in models for part in model}
+    differing = [part for part in parts if len({model.get(part) for model in models}) > 1]
+    told = [", ".join(str(model.get(part)) for part in differing) for model in models]
+    hashes = {f"run {i}": text for i, text in enumerate(told, 1)}
     arms = {**first["arms"], "erased": {"name": name, "hashes": hashes}}
     return {**first, "name": name, "arms": arms, "scores": scores, "groups": [], "sheet": [], "verdict": None}
 
