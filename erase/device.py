@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -86,6 +87,13 @@ def _find(device: str | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def staged(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """The tensor on the device. Neither the host nor the GPU waits: a copy to a GPU starts from pinned memory."""
+    if where.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(where)
+    return pinned(tensor.contiguous()).to(where, non_blocking=True)
+
+
 # --- what the machine has; a test that pretends a GPU replaces these --------------------------------------------------
 
 
@@ -100,6 +108,18 @@ def has_bf16(device: torch.device) -> bool:
 
 def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
+
+
+def has_kernels(where: torch.device) -> bool:
+    """Whether Triton is installed and compiles for the device, or its interpreter, which takes any, is switched on."""
+    if find_spec("triton") is None:
+        return False
+    return where.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory that a GPU reads by itself."""
+    return tensor.pin_memory()
 
 
 def use_gpu(index: int) -> None:

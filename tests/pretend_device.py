@@ -8,6 +8,7 @@ A storage carries the mark, so that views, parameters and `.data` share it. As i
 may meet any other, indices may lie on the CPU, and only `copy_`, `to` and assignment to a part cross devices.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -154,6 +155,8 @@ def gpu(*, has_bf16: bool = True) -> Iterator[None]:
         mock.patch.object(device, "has_bf16", lambda found: has_bf16),
         mock.patch.object(device, "use_gpu", lambda index: None),
         mock.patch.object(device, "gpu_name", lambda found: "pretended GPU"),
+        mock.patch.object(device, "has_kernels", lambda found: os.environ.get("TRITON_INTERPRET") == "1"),
+        mock.patch.object(device, "pinned", torch.clone),
         mock.patch.object(PartialState, "default_device", GPU),
         mock.patch.object(torch, "autocast", on_cpu),
         PretendedGPU(),

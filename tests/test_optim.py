@@ -6,12 +6,14 @@ import sys
 from typing import Any
 
 import numpy as np
+import pretend_device
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from erase.errors import EraseError
-from erase.optim import MaskedAdam
+from erase.optim import MaskedAdam, places
 
 SHAPES = {"w": (24, 40), "b": (7,), "s": ()}
 
@@ -149,6 +151,38 @@ def test_half_precision_weights_follow_float32_masters(density, dtype):
     assert (weight[mask["w"]] < 1.5).all()
     assert (weight[~mask["w"]] == 1.5).all()
     assert (control == 1.5).all()
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_without_kernels_a_gpu_gives_the_same_bits_and_nonzero_is_not_called(density, monkeypatch):
+    """`nonzero` waits for the device. On a pretended GPU, whose chunks are made small; control: the CPU calls it."""
+    monkeypatch.setattr(places, "GPU_CHUNK", 256)
+    calls: list[str] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    ends = []
+    for where in ("cpu", "cuda"):
+        with pretend_device.gpu():
+            weights = {name: Parameter(weight.detach().to(where)) for name, weight in parameters().items()}
+            optimizer = MaskedAdam(weights, random_mask(density), lr=1e-2, weight_decay=0.1)
+            values = optimizer.masked_weights()  # brings the places to the device
+            for step in range(2):
+                random = torch.Generator().manual_seed(step)
+                losses = [(w * torch.randn(w.shape, generator=random).to(where)).sum() for w in weights.values()]
+                with Count(), optimizer.gathering():
+                    torch.stack(losses).sum().backward()
+                    optimizer.clip_grad_norm_(1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    optimizer.exchange(values)
+            assert weights["w"].device.type == where
+        ends.append({name: bits(weight) for name, weight in weights.items()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in SHAPES)
+    assert calls and not {name for name in calls if "nonzero" in name or "item" in name or "local_scalar" in name}
 
 
 def test_state_exists_only_for_the_masked_weights():

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from torch.optim.adamw import adamw
 
 from erase.errors import EraseError
+from erase.optim import cuda
+from erase.optim.chunked import Chunked
 from erase.optim.eight_bit import MOMENTS, EightBit
-from erase.optim.places import Places, flat, put, take
+from erase.optim.places import Places, Update
 
 
 class MaskedAdam(torch.optim.Optimizer):
@@ -21,6 +22,8 @@ class MaskedAdam(torch.optim.Optimizer):
     weight outside the mask is never written at all, whatever its gradient. State per masked weight: two float32
     moments, for bfloat16 and float16 parameters also a float32 master, which the parameter is rounded from; a step
     smaller than the parameter's resolution is thus not lost. Masks cost at most one bit a weight, or 4 bytes per one.
+    On a GPU Triton kernels do the work where they can (`erase.optim.cuda`); state and results are the same up to
+    rounding, so that one device can continue what another began.
     With eight_bit the moments lie in one byte each (Dettmers et al., ICLR 2022: a scale for every 256, bitsandbytes'
     code), in float32 only while their tensor's turn lasts; results are then approximate.
 
@@ -28,6 +31,8 @@ class MaskedAdam(torch.optim.Optimizer):
     mask: bool tensors of the parameters' shapes under the same names; None trains every weight.
     lr: size of a step, in units of the weights. betas: memory of the two moments, in [0, 1).
     weight_decay: share of a masked weight that a step takes away, in units of lr.
+    halt: if given, an int32 tensor without dimensions on the parameters' device; while it is not 0, `step` changes no
+        weight and no moment, without waiting to learn which it is. The steps are counted all the same; see `uncount`.
 
     Raises:
         EraseError: names or shapes of mask and parameters differ, or a setting is out of its range.
@@ -56,11 +61,20 @@ class MaskedAdam(torch.optim.Optimizer):
         for name in mask or {}:
             if name not in parameters:
                 raise EraseError(f"'{name}' has a mask but is not among the parameters to train")
+        is_fused = cuda.fits([*parameters.values()])
         self._places = {
-            parameter: Places(name, parameter.numel(), None if mask is None else _mask_of(name, parameter, mask))
+            parameter: Places(
+                name,
+                parameter.numel(),
+                None if mask is None else _mask_of(name, parameter, mask),
+                only_bits=is_fused,
+            )
             for name, parameter in parameters.items()
         }
+        self._engine = cuda.Fused(self._places) if is_fused else Chunked(self._places)
         self._gathered: dict[Parameter, torch.Tensor] = {}
+        self._scale: torch.Tensor | None = None  # of the gradients, left to the next step
+        self.halt: torch.Tensor | None = None
         super().__init__(parameters.values(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @contextmanager
@@ -84,16 +98,10 @@ class MaskedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def _gather(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, Parameter) and parameter.grad is not None
-        places, grads = self._places[parameter], parameter.grad.reshape(-1)
+        grads = parameter.grad.reshape(-1)
         parameter.grad = None
-        if parameter in self._gathered:
-            held = self._gathered[parameter]
-            for part, where in places.chunks(parameter.device):
-                held[part] += take(grads, where)
-        elif places.num:
-            held = self._gathered[parameter] = grads.new_empty(places.num)
-            for part, where in places.chunks(parameter.device):
-                held[part] = take(grads, where)
+        if self._places[parameter].num:
+            self._gathered[parameter] = self._engine.gather(parameter, grads, self._gathered.get(parameter))
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """Every gradient there is, in the order of the parameters: gathered, [masked weights], or dense."""
@@ -105,42 +113,39 @@ class MaskedAdam(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._gathered.clear()
+        self._scale = None
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients to a norm of at most `max_norm`, counting masked weights only; returns the norm before.
 
-        Weights that never move must not decide how far the others go.
+        Weights that never move must not decide how far the others go. Kernels scale while they step.
         """
         squares: list[torch.Tensor] = []
-        for parameter, places in self._places.items():
+        for parameter in self._places:
             held = self._gathered.get(parameter)
             if held is not None:
                 squares.append(held.float().square().sum())
             elif parameter.grad is not None:
-                grads = parameter.grad.reshape(-1)
-                chunks = places.chunks(parameter.device)
-                squares += [take(grads, where).float().square().sum() for _, where in chunks]
+                squares += self._engine.squares(parameter, parameter.grad.reshape(-1))
         norm = torch.stack(squares).sum().sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-        for gradient in self.gradients():
-            gradient.mul_(scale)
+        if self._engine.scales:
+            self._scale = scale.float()
+        else:
+            for gradient in self.gradients():
+                gradient.mul_(scale)
         return norm
 
     @torch.no_grad()
     def masked_weights(self) -> dict[str, torch.Tensor]:
         """A copy of every masked weight as it is now, by parameter, [masked weights]."""
-        return {places.name: places.take(parameter) for parameter, places in self._places.items()}
+        return {self._places[parameter].name: taken for parameter, taken in self._engine.take().items()}
 
     @torch.no_grad()
     def exchange(self, values: Mapping[str, torch.Tensor]) -> None:
         """Put `values` into the masked weights and what was there into `values`; twice is nothing, bit for bit."""
-        for parameter, places in self._places.items():
-            with flat(parameter) as weights:
-                for part, where in places.chunks(parameter.device):
-                    before = take(weights, where).clone()
-                    put(weights, where, values[places.name][part])
-                    values[places.name][part] = before
+        self._engine.exchange({parameter: values[places.name] for parameter, places in self._places.items()})
         torch.clear_autocast_cache()  # it holds the weights in another precision, by tensor
 
     @torch.no_grad()
@@ -148,7 +153,12 @@ class MaskedAdam(torch.optim.Optimizer):
         """Begin with masters of the masked weights taken from `exact`, of which the parameters are a rounded copy."""
         for parameter, places in self._places.items():
             self.state[parameter].update(self._initial_state(parameter, places))
-            self.state[parameter]["master"] = places.take(exact[places.name]).float().to(parameter.device)
+            self.state[parameter]["master"] = self._masked(parameter, exact[places.name])
+
+    def _masked(self, parameter: Parameter, tensor: torch.Tensor) -> torch.Tensor:
+        """The masked values of a tensor of the parameter's shape, float32."""
+        values = tensor.detach().to(parameter.device).reshape(-1)
+        return self._engine.gather(parameter, values, None).float()
 
     def give_masters(self) -> dict[str, torch.Tensor]:
         """The masters, by parameter, [masked weights]; ready for `exchange`. The moments are given up."""
@@ -164,41 +174,50 @@ class MaskedAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            by_step: dict[int, list[Parameter]] = {}
             for parameter in group["params"]:
-                gradient = self._gathered.get(parameter, parameter.grad)
-                if gradient is not None and self._places[parameter].num:
-                    self._update(parameter, gradient.reshape(-1), group)
+                if self._gradient(parameter) is not None and self._places[parameter].num:
+                    state = self.state[parameter]
+                    if not state:
+                        state.update(self._initial_state(parameter, self._places[parameter]))
+                    by_step.setdefault(state["step"], []).append(parameter)
+            for num_steps, parameters in by_step.items():
+                self._update(parameters, num_steps, group)
+        self._scale = None
         return loss
 
-    def _update(self, parameter: Parameter, gradient: torch.Tensor, group: Mapping[str, Any]) -> None:
-        """gradient: gathered, [masked weights], or dense, [weights]."""
-        places, state = self._places[parameter], self.state[parameter]
-        if not state:
-            state.update(self._initial_state(parameter, places))
+    def uncount(self, num: int) -> None:
+        """Take `num` steps that `halt` has skipped out of the count of steps."""
+        for state in self.state.values():
+            state["step"] -= num
+
+    def _gradient(self, parameter: Parameter) -> torch.Tensor | None:
+        return self._gathered.get(parameter, parameter.grad)
+
+    def _update(self, parameters: list[Parameter], num_steps: int, group: Mapping[str, Any]) -> None:
+        """A step of parameters that have taken `num_steps` so far; 8-bit moments are unpacked one tensor at a time."""
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        options |= {"step": num_steps, "scale": self._scale, "halt": self.halt}
+        if self._code is None:
+            self._engine.adam(
+                [self._as_update(parameter, self.state[parameter]) for parameter in parameters], **options
+            )
+        else:
+            for parameter in parameters:
+                state = self.state[parameter]
+                moments = {name: self._code.read(state, name) for name in MOMENTS}
+                self._engine.adam([self._as_update(parameter, {**state, **moments})], **options)
+                for name, moment in moments.items():
+                    self._code.write(state, name, moment)
+        for parameter in parameters:
+            self.state[parameter]["step"] += 1
+
+    def _as_update(self, parameter: Parameter, state: Mapping[str, Any]) -> Update:
+        gradient = self._gradient(parameter)
+        assert gradient is not None
         is_gathered = parameter in self._gathered
-        num_steps = torch.empty((), dtype=torch.float32, device=parameter.device)
-        (beta1, beta2), options = group["betas"], {name: group[name] for name in ("lr", "weight_decay", "eps")}
-        moments = state if self._code is None else {name: self._code.read(state, name) for name in MOMENTS}
-        with flat(parameter) as weights:
-            for part, where in places.chunks(parameter.device):
-                g = (gradient[part] if is_gathered else take(gradient, where)).float()
-                w = state["master"][part] if "master" in state else take(weights, where)
-                m, v = moments["exp_avg"][part], moments["exp_avg_sq"][part]
-                num_steps.fill_(state["step"])  # for every chunk anew, since torch counts its calls in it
-                adamw(
-                    *([w], [g], [m], [v], [], [num_steps]),
-                    fused=True,  # one pass over the values instead of nine
-                    amsgrad=False,
-                    maximize=False,
-                    beta1=beta1,
-                    beta2=beta2,
-                    **options,
-                )
-                put(weights, where, w)
-        if self._code is not None:
-            for name, moment in moments.items():
-                self._code.write(state, name, moment)
-        state["step"] += 1
+        m, v = (state[name] for name in MOMENTS)
+        return Update(parameter, gradient.reshape(-1), is_gathered, m, v, state.get("master"))
 
     def _initial_state(self, parameter: Parameter, places: Places) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0, "mask": places.checksum}
@@ -207,14 +226,13 @@ class MaskedAdam(torch.optim.Optimizer):
             if self._code is not None:
                 self._code.write(state, name, state[name])
         if parameter.element_size() < 4:
-            state["master"] = places.take(parameter).float()
+            state["master"] = self._masked(parameter, parameter)
         return state
 
     def num_bytes(self) -> int:
         """Of the state as it is, and of where the masked weights are."""
         state = (t for each in self.state.values() for t in each.values() if torch.is_tensor(t))
-        where = (places.stored for places in self._places.values() if places.stored is not None)
-        return sum(tensor.nbytes for tensor in (*state, *where))
+        return sum(tensor.nbytes for tensor in state) + self._engine.num_bytes()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict()`, bit for bit.
