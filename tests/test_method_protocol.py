@@ -1,5 +1,6 @@
 """The contract of methods: its defaults, and what is refused when a class is registered, before a run begins."""
 
+import json
 import sys
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,7 +11,10 @@ from erase import methods
 from erase.errors import EraseError
 from erase.methods import METHODS, ClosedForm, TrainedMethod, registry
 from erase.methods.relabel import Relabel
+from erase.options.model_defaults import read_defaults
+from erase.options.recipes import resolve
 from erase.options.settings import Settings
+from erase.runs.planning import make_method
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,72 @@ def test_a_misspelt_or_contradictory_part_is_refused_when_it_is_registered(base,
     with pytest.raises(EraseError, match=message) as error:
         methods.give(type("Bad", (base,), attributes))
     assert "\n" not in str(error.value) and "Bad'" in str(error.value)
+
+
+@dataclass(frozen=True)
+class Tuned(Plain):
+    """Brings the settings of its paper, and those for two families of models."""
+
+    alpha: float = 0.3
+    settings = {"scope": "xattn", "mask": "saliency", "learning_rate": 3e-4, "nudity": {"num_train_steps": 70}}
+    settings_for = {"mini": {"num_train_steps": 9, "set": ["scale=2"]}, "other": {"rank": 4}}
+
+
+def test_a_class_brings_settings_also_for_a_family_of_models():
+    """User, model folder, settings for the family, settings of the class, recipe: the first that has a value wins."""
+    name = methods.give(Tuned)[0]
+
+    def found(folder: Any, kind: str = "object", **given: Any) -> tuple[Any, ...]:
+        settings = resolve(Settings("c", method=name, **given), kind, folder)
+        made = make_method(settings)
+        return settings.scope, settings.mask, settings.learning_rate, settings.num_train_steps, made.scale, made.alpha
+
+    assert found({}) == ("xattn", "saliency", 3e-4, 500, 1.0, 0.3)
+    assert found({}, kind="nudity")[3] == 70
+    assert found({}, recipe="paper")[-1] == 0.3
+    assert found({"family": "mini"}) == ("xattn", "saliency", 3e-4, 9, 2.0, 0.3)
+    folder = {"family": "mini", "methods": {name: {"num_train_steps": 11, "scope": "attn"}}}
+    assert found(folder)[::3] == ("attn", 11)
+    assert found(folder, num_train_steps=13, set=("scale=4",), scope="full")[::3] == ("full", 13)
+    assert found(folder, num_train_steps=13, set=("scale=4",))[4] == 4.0
+    plain = resolve(Settings("c", method=methods.give(Plain)[0]), "object", {"family": "mini"})  # control
+    assert (plain.scope, plain.mask, plain.learning_rate, plain.num_train_steps) == ("full", "none", 1e-5, 500)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"settings": {"learning_rat": 1}}, r"has the setting 'learning_rat'; did you mean learning_rate\?"),
+        ({"settings": {"path": "x"}}, "has the setting 'path'; choose scope, mask, "),
+        ({"settings": {"nudity": {"scop": "full"}}}, "has the setting 'scop'; did you mean scope"),
+        ({"settings": ["scope"]}, "has settings that are no mapping"),
+        (
+            {"settings_for": {"mini": {"rank": "four"}}},
+            "settings_for 'mini': rank is 'four'; it must be a whole number",
+        ),
+        ({"settings_for": {"mini": {"mask": "none"}}}, "settings_for 'mini': unknown setting 'mask'"),
+        ({"settings_for": {"mini": 3}}, "settings_for 'mini': it is 3, which is no mapping of settings"),
+    ],
+)
+def test_settings_of_a_class_that_do_not_exist_are_refused(attributes, message):
+    with pytest.raises(EraseError, match=message):
+        name = methods.give(type("Bad", (Plain,), attributes))[0]
+        resolve(Settings("c", method=name), "object", {"family": "mini"})
+
+
+def test_a_model_folder_may_bring_settings_of_a_class(tmp_path):
+    path = tmp_path / "erase_defaults.json"
+    path.write_text(json.dumps({"methods": {"blur_method:Blur": {"num_train_steps": 4}}}))
+    assert read_defaults(path)["methods"]["blur_method:Blur"] == {"num_train_steps": 4}
+    path.write_text(json.dumps({"methods": {"blur": {"num_train_steps": 4}}}))
+    with pytest.raises(EraseError, match="unknown method 'blur'; choose from salun"):
+        read_defaults(path)
+
+
+def test_a_model_folder_may_bring_settings_of_an_installed_method(installed, tmp_path):
+    path = tmp_path / "erase_defaults.json"
+    path.write_text(json.dumps({"methods": {"blur": {"num_train_steps": 4}}}))
+    assert read_defaults(path)["methods"]["blur"] == {"num_train_steps": 4}
 
 
 def test_a_class_without_a_formula_or_that_is_no_dataclass_is_refused():

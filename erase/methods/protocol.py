@@ -20,7 +20,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from erase.words import did_you_mean
 
@@ -53,11 +53,18 @@ class Method:
     """What both kinds of methods have.
 
     anchors: False if the method does not use the anchor, the text to say instead of the concept.
+    settings: what the authors run the method with where that is not the general default: a mapping of scope, mask,
+        target, learning_rate, num_train_steps, batch_size, rank, weight_decay, max_grad_norm, num_forget and
+        num_inference_steps. Under "nudity", a mapping of those for nudity. Options of the user win.
+    settings_for: by the "family" that a model's erase_defaults.json states, such as "mini" for the embedded model: a
+        mapping of settings for these models, as that file has them under "methods". The file itself wins.
     formula: version number of the method's computation and default hyperparameters. Raise it with every change: runs
         with different numbers are different runs.
     """
 
     anchors: Any = True
+    settings: ClassVar[Mapping[str, Any]] = {}
+    settings_for: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     formula: int = 1
 
     def hyperparameters(self) -> dict[str, Any]:

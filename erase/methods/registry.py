@@ -5,13 +5,14 @@ Packages register methods under the entry points `erase.methods`; "module:Class"
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import metadata
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from erase.errors import EraseError
 from erase.methods.protocol import derived, problem
 from erase.registry import OWN, Registry
+from erase.words import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Preset:
     path: "file:Class" in this package. hyperparameters: those that differ from the class's own defaults.
     target: "anchor" where the paper has nothing else; None leaves it to the recipe.
     nudity: settings that the authors use for nudity instead, and under "hyperparameters" those of the method.
+    families: settings for models of a family, see `Method.settings_for`; those of ours are in the models' folders.
     """
 
     path: str
@@ -37,19 +39,22 @@ class Preset:
     num_forget: int | None = None
     num_inference_steps: int | None = None
     nudity: Mapping[str, Any] = field(default_factory=dict)
+    families: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def defaults(self, kind: str | None = None) -> dict[str, Any]:
         """The settings that this name implies for a concept of this kind."""
         found = {item.name: getattr(self, item.name) for item in fields(self)}
         found["alpha"] = self.hyperparameters.get("alpha")
         found |= self.nudity if kind == "nudity" else {}
-        return {k: v for k, v in found.items() if k not in {"path", "hyperparameters", "nudity"} and v is not None}
+        return {k: v for k, v in found.items() if k not in _NO_SETTINGS and v is not None}
 
     def settings_of_method(self, kind: str) -> tuple[str, ...]:
         """Hyperparameters that differ for a concept of this kind, as --set takes them."""
         found = self.nudity.get("hyperparameters", {}) if kind == "nudity" else {}
         return tuple(f"{name}={value}" for name, value in found.items())
 
+
+_NO_SETTINGS = ("path", "hyperparameters", "nudity", "families")
 
 # one new method is one new file and one line here
 METHODS: dict[str, Preset] = {
@@ -153,6 +158,18 @@ METHODS: dict[str, Preset] = {
 }
 
 
+def _problem(cls: type) -> str | None:
+    """What keeps a class from being a method; its settings too are looked at."""
+    stated = getattr(cls, "settings", {})
+    if not isinstance(stated, Mapping) or not isinstance(stated.get("nudity", {}), Mapping):
+        return "has settings that are no mapping"
+    known = [item.name for item in fields(Preset) if item.name not in _NO_SETTINGS]
+    for name in [*stated, *stated.get("nudity", {})]:
+        if name not in (*known, "nudity"):
+            return f"has the setting {name!r}; {did_you_mean(name, known).strip() or 'choose ' + ', '.join(known)}"
+    return problem(cls)
+
+
 def made_registry() -> Registry[object]:
     """A registry of our methods and of those that are installed now."""
     return Registry(
@@ -160,7 +177,7 @@ def made_registry() -> Registry[object]:
         base=object,  # a class that does not derive from the protocol is accepted if it defines the same parts
         group="erase.methods",
         own={name: f"{__package__}.{preset.path}" for name, preset in METHODS.items()},
-        check=problem,
+        check=_problem,
     )
 
 
@@ -173,12 +190,16 @@ def others() -> tuple[str, ...]:
 
 
 def find(name: str) -> Preset:
-    """The preset of a method; that of a class of another package has the general defaults.
+    """The preset of a method; that of a class of another package has the settings that the class states.
 
     Raises:
         EraseError: no such method.
     """
-    return METHODS[name] if name in METHODS else Preset(REGISTRY.entry(name).path)
+    if name in METHODS:
+        return METHODS[name]
+    cls = load(name)
+    own = {item.name: item.default for item in fields(cls) if item.name == "alpha" and item.default is not MISSING}
+    return Preset(REGISTRY.entry(name).path, own, families=cls.settings_for, **cls.settings)
 
 
 def load(name: str) -> type[Any]:

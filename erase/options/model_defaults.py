@@ -1,11 +1,12 @@
 """erase_defaults.json: settings that a model folder brings."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from erase.errors import EraseError
 from erase.files import read_json
-from erase.methods import METHODS
+from erase.methods import METHODS, others
 from erase.options.declare import checked, forms_of
 from erase.options.settings import SD_DEFAULTS, Settings
 
@@ -32,10 +33,23 @@ def read_defaults(path: Path) -> dict[str, Any]:
     if not isinstance(found.get("family", ""), str):
         raise EraseError(f"{path}: family is {found['family']!r}; it must be a text")
     for method, values in of_methods.items():
-        if method not in METHODS:
+        if method not in METHODS and method not in others() and ":" not in method:
             raise EraseError(f"{path}: unknown method {method!r}; choose from {', '.join(METHODS)}")
         _check_defaults(values, _OF_METHOD, f"{path}, {method}")
     return found
+
+
+def of_family(families: Mapping[str, Any], family: str | None) -> dict[str, Any]:
+    """The settings that a method's class brings for models of this family; see `Method.settings_for`.
+
+    Raises:
+        EraseError: an unknown name, or a value that the setting does not take.
+    """
+    values, where = families.get(family or "", {}), f"settings_for {family!r}"
+    if not isinstance(values, Mapping):
+        raise EraseError(f"{where}: it is {values!r}, which is no mapping of settings")
+    _check_defaults(dict(values), _OF_METHOD, where)
+    return dict(values)
 
 
 def _check_defaults(values: dict[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from erase.errors import EraseError
 from erase.methods import find
 from erase.options.declare import flag
-from erase.options.model_defaults import OF_MODEL
+from erase.options.model_defaults import OF_MODEL, of_family
 from erase.options.settings import SD_DEFAULTS, Settings, hyperparameter_name, settings_of_recipe
 
 SAMPLER_STEPS = {"model": 50, "dpm++": 20}
@@ -68,9 +68,10 @@ def resolve(
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
     of_recipe = settings_of_recipe(settings)
     own = {k: v for k, v in model_defaults.items() if k in OF_MODEL and k not in of_recipe}
-    of_method = model_defaults.get("methods", {}).get(settings.method, {})
-    of_method = {k: v for k, v in of_method.items() if k not in of_recipe}
     preset, taken = find(settings.method), _given_hyperparameters(settings)
+    of_method = of_family(preset.families, model_defaults.get("family"))
+    of_method |= model_defaults.get("methods", {}).get(settings.method, {})
+    of_method = {k: v for k, v in of_method.items() if k not in of_recipe}
     own_set = [  # of two texts with one name the later wins
         text
         for text in (*preset.settings_of_method(kind), *of_method.pop("set", ()))
