@@ -16,7 +16,9 @@ from PIL import Image
 from erase import files, statistics
 from erase.errors import EraseError
 from erase.evaluation import arm, cli, gate, jsonl, measure, score
+from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.judges import registry as judging
+from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.options import Options
 from erase.evaluation.plan import Plan
 from erase.evaluation.report import compare, pool
@@ -597,9 +599,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, command, t
     assert not list(tmp_path.glob("*[!e]")) or [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
-def test_list_shows_every_task_with_its_version(command):
+def test_list_shows_every_task_with_its_version_and_every_judge_and_attack(command):
     code, out, _ = command("list")
     assert code == 0 and all(f"{name}@{registry.make(name).version}" in out for name in registry.TASKS.names())
+    for parts in (JUDGES, ATTACKS):
+        assert parts.names()
+        for name in parts.names():
+            assert any(line.split()[0] == name and parts.load(name).about in line for line in out.splitlines()), name
 
 
 def test_help_answers_without_torch():

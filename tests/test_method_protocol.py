@@ -98,7 +98,7 @@ def test_a_class_brings_settings_also_for_a_family_of_models():
 
     def found(folder: Any, kind: str = "object", **given: Any) -> tuple[Any, ...]:
         settings = resolve(Settings("c", method=name, **given), kind, folder)
-        made = make_method(settings)
+        made: Any = make_method(settings)
         return settings.scope, settings.mask, settings.learning_rate, settings.num_train_steps, made.scale, made.alpha
 
     assert found({}) == ("xattn", "saliency", 3e-4, 500, 1.0, 0.3)

@@ -9,6 +9,7 @@ from typing import Any
 from erase import __version__, concepts
 from erase.commandline import Command, Parser, add_options, serve, silence_libraries
 from erase.errors import EraseError
+from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.flags import (
     concept_options,
     judge_options,
@@ -30,7 +31,7 @@ commands (each has its own --help):
   generate  images of one model             score    a judge's raw outputs for them
   report    the figures, from the scores    compare  several reports in one table
   export    every outcome as CSV            verify   hash and score again
-  list      the tasks
+  list      the tasks, the judges and the attacks
 
 examples:
   eval-concept run --model runs/circle --task mini
@@ -314,10 +315,16 @@ def _verify(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
-    Parser("eval-concept list", "Show the tasks.").parse_args(arguments)
-    for name in TASKS.names():
-        task = TASKS.load(name)
-        print(f"{name}@{task.version:<3} {task.about}")
+    Parser("eval-concept list", "Show the tasks, the judges and the attacks.").parse_args(arguments)
+    parts = {
+        "tasks": {f"{name}@{TASKS.load(name).version}": TASKS.load(name).about for name in TASKS.names()},
+        "judges": {name: judging.JUDGES.load(name).about for name in judging.JUDGES.names()},
+        "attacks": {name: ATTACKS.load(name).about for name in ATTACKS.names()},
+    }
+    for kind, lines in parts.items():
+        print(f"{kind}:")
+        for name, about in lines.items():
+            print(f"  {name:16} {about}")
 
 
 COMMANDS: dict[str, Command] = {
