@@ -8,10 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is import
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import (
     CLIPConfig,
@@ -34,6 +36,13 @@ torch.set_num_threads(1)  # two on a busy machine wait for each other, and anoth
 def cache_dir(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def accelerate_state() -> Iterator[None]:
+    """What accelerate remembers of a test's device and precision ends with the test."""
+    with mock.patch.dict(PartialState._shared_state), mock.patch.dict(AcceleratorState._shared_state):
+        yield
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
@@ -158,6 +158,8 @@ def gpu(*, has_bf16: bool = True) -> Iterator[None]:
         mock.patch.object(device, "has_kernels", lambda found: os.environ.get("TRITON_INTERPRET") == "1"),
         mock.patch.object(device, "pinned", torch.clone),
         mock.patch.object(PartialState, "default_device", GPU),
+        mock.patch.dict(PartialState._shared_state),
+        mock.patch.dict(AcceleratorState._shared_state),
         mock.patch.object(torch, "autocast", on_cpu),
         PretendedGPU(),
     ):
