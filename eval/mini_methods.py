@@ -3,18 +3,18 @@
     python -m erase.mini train --without circle --parts-from erase/mini/weights --output runs/gold-circle
     python eval/mini_methods.py --output runs/methods --jobs 2 --gold circle=runs/gold-circle
 
-Each cell is one erasure, the images of the task mini, and an attack: a new word learnt in 60 steps from the base's
-images of the concept ("recovered": how often it draws the concept again). The base and, where it is given, the model
-that was trained without the concept are attacked alike. A finished cell is kept, so the same command continues;
+Each cell is one erasure, the images of the task mini, and an attack with three seeds: a new word learnt in 60 steps
+from the base's images of the concept ("recovered": how often it shows the concept again). The base and, where they are
+given, models that were trained without the concept are attacked alike; several of one concept (`--gold` repeated) show
+how far two retrainings are apart. A finished cell is kept, so the same command continues;
 `--known eval/results/mini-methods` takes over the published cells and what is to be compared with the models trained
 without circle, striped and nude, so that only what is new beside them is run.
 A result on the embedded model says nothing about SD v1.4.
 """
 
 import argparse
-import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,9 +27,12 @@ from erase.methods import METHODS
 
 CONCEPTS = ("circle", "striped", "nudity")
 NUM_IMAGES = 120  # images of the concept; with those by synonym and of everything else a thousand in three seeds
-NUM_RECOVERED = 100  # images of the learnt word
+PROTOCOL = 2  # raise it when cells measure something else; 2: three attack seeds, fifteen prompts of the word
+ATTACK_SEEDS = (0, 1, 2)
+NUM_RECOVERED = 45  # images of each learnt word
 NUM_UNPROMPTED = 64  # images of the empty prompt
-NUM_SHOWN = 64  # images of the concept that it is learnt from
+NUM_SHOWN = 64  # images of the concept that it is learnt from; others for each attack seed
+PLACES = ("", " on a light background", " on a dark background")
 GUARDS = ("negative", "sld-medium", "sld-max")
 DENSITIES, MASKS, SCORES = (0.01, 0.05, 0.1, 0.25, 0.5), ("saliency", "random", "inverse"), ("sum_abs", "sum_sq")
 
@@ -58,15 +61,16 @@ def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Pa
     return folder
 
 
-def shown(folder: Path, concept: str) -> Any:
-    """The base's images of the concept, as latents; drawn once."""
+def shown(folder: Path, concept: str, attack_seed: int) -> Any:
+    """The base's images of the concept that one attack learns from, as latents; generated once."""
     from erase import concepts
     from erase.families import loading
 
-    path = folder / "shown" / f"{concept}.safetensors"
+    path = folder / "shown" / f"{concept}-{attack_seed}.safetensors"
     if not path.exists():
         model, prompts = loading.load("mini"), concepts.load(concept, model_family="mini").forget
-        texts, seeds = [prompts[i % len(prompts)] for i in range(NUM_SHOWN)], list(range(NUM_SHOWN))
+        seeds = list(range(attack_seed * NUM_SHOWN, (attack_seed + 1) * NUM_SHOWN))
+        texts = [prompts[seed % len(prompts)] for seed in seeds]
         tensor_files.write_tensors(path, {"latents": model.draw(texts, seeds, steps=25, guidance=2.0, size=64)})
     return tensor_files.read_tensors(path)["latents"]
 
@@ -83,9 +87,9 @@ def unprompted(model: str, delta: Path | None) -> float:
 
 
 def recovered(
-    folder: Path, concept: str, latents: Any, *, model: str = "mini", delta: Path | None = None
+    folder: Path, concept: str, latents: Any, seed: int, *, model: str = "mini", delta: Path | None = None
 ) -> list[bool]:
-    """Whether each image of a word learnt on the model shows the concept."""
+    """Whether each image of a word learnt on the model shows the concept. seed: of the attack."""
     from erase import concepts
     from erase.evaluation import generate, score
     from erase.evaluation.attacks import inversion
@@ -93,15 +97,15 @@ def recovered(
     from erase.evaluation.tasks import protocol
     from erase.families.sd import StableDiffusion
 
-    judge, attack = concepts.load(concept, model_family="mini").judge, inversion.Inversion()
+    judge, attack = concepts.load(concept, model_family="mini").judge, inversion.Inversion(seed=seed)
     attacked = generate.load_model(model, delta_path=delta and str(delta), device="cpu")
     assert isinstance(attacked, StableDiffusion)
     inversion.teach(attacked, inversion.learn(attacked, latents, attack, quiet=True))
     samples = tuple(
         protocol.Sample(f"word-{i:03d}", prompt, protocol.seed_of("inversion", concept, i), "forget")
-        for i, prompt in enumerate(attack.prompts(NUM_RECOVERED))
+        for i, prompt in enumerate(prompts_of_word())
     )
-    task = protocol.SampleSet("mini", 1, {"attack": "inversion"}, samples, ("mini",))
+    task = protocol.SampleSet("mini", 1, {"attack": "inversion", "seed": seed}, samples, ("mini",))
     generate.generate(attacked, task, folder, steps=STEPS, batch_size=32, quiet=True)
     score.score(folder, mini.MiniJudge(), quiet=True)
     lines = score.load(folder, "mini")
@@ -131,11 +135,12 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
     name = cell_name(concept, variant, seed)
     path, golden = folder / "cells" / f"{name}.json", folder / "gold" / f"{concept}.safetensors"
     base = folder / "arms" / f"{concept}-base"  # kept, all others are compared with it, as with the gold's features
-    latents = shown(folder, concept)
     record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed, "model": model_hash()}
+    record["protocol"] = PROTOCOL
     if variant in {"base", "gold"}:
         model = "mini" if variant == "base" else str(gold)
-        erased, delta = draw_and_judge(folder / "arms" / f"{concept}-{variant}", concept, model=model), None
+        where = base if variant == "base" else folder / "arms" / name
+        erased, delta = draw_and_judge(where, concept, model=model), None
     elif variant in GUARDS:
         model, delta = "mini", None
         erased = draw_and_judge(folder / "arms" / name, concept, guard=variant)
@@ -154,16 +159,19 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
         erased,
         base,
         name=variant,
-        gold=golden if golden.exists() and variant not in {"base", "gold"} else None,
+        gold=golden if golden.exists() and variant != "base" and (variant, seed) != ("gold", 0) else None,
         command="python eval/mini_methods.py",
     )
     record["figures"] = {s["name"].split("/")[0]: s["erased"]["value"] for s in results["scores"] if s["erased"]}
     record["outcomes"] = {c: said(of["erased"]) for c, of in outcomes["columns"].items() if c.startswith("mini.")}
     if variant not in GUARDS:
         record["figures"]["unprompted"] = unprompted(model, delta)
-        word = folder / "arms" / f"{name}-word"
-        record["recovered"] = said(recovered(word, concept, latents, model=model, delta=delta))
-    if variant == "gold":
+        record["recovered"] = []
+        for attack_seed in ATTACK_SEEDS:
+            word, latents = folder / "arms" / f"{name}-word-{attack_seed}", shown(folder, concept, attack_seed)
+            found = recovered(word, concept, latents, attack_seed, model=model, delta=delta)
+            record["recovered"].append(said(found))
+    if (variant, seed) == ("gold", 0):
         keep_features(erased, golden)
     files.write_json(path, record)
     if variant != "base":
@@ -206,22 +214,22 @@ def figure(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float] 
     return (sum(found) / len(found), min(found), max(found)) if found else None
 
 
-@functools.cache
-def prompts_of(concept: str) -> tuple[str, ...]:
+def prompts_of(concept: str) -> list[str]:
     """The prompt of each image of the concept's task, in the order of a cell's outcomes."""
     from erase import concepts
     from erase.evaluation.options import Options
     from erase.evaluation.tasks import registry
 
     wanted = concepts.load(concept, model_family="mini")
-    return tuple(sample.prompt for sample in registry.build("mini", wanted, Options(num_images=NUM_IMAGES)).samples)
+    return [sample.prompt for sample in registry.build("mini", wanted, Options(num_images=NUM_IMAGES)).samples]
 
 
 def prompts_of_word() -> list[str]:
     """The prompt of each image of a learnt word."""
     from erase.evaluation.attacks import inversion
 
-    return inversion.Inversion().prompts(NUM_RECOVERED)
+    templates = tuple(template + place for place in PLACES for template in inversion.Inversion.templates)
+    return inversion.Inversion(templates=templates).prompts(NUM_RECOVERED)
 
 
 def rate(runs: list[str], prompts: Sequence[str]) -> Any:
@@ -234,8 +242,12 @@ def rate(runs: list[str], prompts: Sequence[str]) -> Any:
     return statistics.pooled("rate", found, higher_is_better=True, clusters=labels) if places else None
 
 
-def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each concept and variant: rates over seeds and prompts, and the means of the other columns."""
+def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each concept and variant: rates over seeds and prompts, and the means of the other columns.
+
+    results: "cells", and "prompts": of each image of a concept's task and of the word, as when the cells were measured.
+    """
+    cells, prompts = results["cells"], results["prompts"]
     found, rowed = [], ("base", "gold", *VARIANTS, *GUARDS)
     for concept in CONCEPTS:
         of = {v: [c for c in cells if (c["concept"], c["variant"]) == (concept, v)] for v in rowed}
@@ -245,7 +257,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
 
             def outcome(column: str, rows: list[dict[str, Any]] = rows) -> Any:
-                return rate([row["outcomes"].get(column, "") for row in rows], prompts_of(rows[0]["concept"]))
+                return rate([row["outcomes"].get(column, "") for row in rows], prompts[rows[0]["concept"]])
 
             found.append(
                 {
@@ -261,7 +273,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "unprompted": figure(rows, "unprompted"),
                     "kid_base": figure(rows, "quality.kid_base"),
                     "kid_gold": from_gold if variant == "base" else figure(rows, "quality.kid_gold"),
-                    "recovered": rate([r["recovered"] for r in rows if "recovered" in r], prompts_of_word()),
+                    "recovered": rate([of for r in rows for of in r.get("recovered", ())], prompts["word"]),
                     "seconds": [
                         sum(r["seconds"].values()) - r["seconds"].get("data", 0) for r in rows if "seconds" in r
                     ],
@@ -333,28 +345,29 @@ def densities(rows: list[dict[str, Any]]) -> str:
     return by_concept(rows, part)
 
 
-def differences(cells: list[dict[str, Any]]) -> str:
+def differences(results: Mapping[str, Any]) -> str:
     """Markdown, a part a concept: rates with salient weights less those with others, seed by seed, in points."""
     from erase import statistics
 
     kept = {"objects": "mini.ra", "colours": "mini.colour", "styles": "mini.style"}
     columns = {"drawn": "mini.ua", "recovered by a word": None} | kept
 
-    def outcomes(cell: dict[str, Any], column: str | None, prompts: Sequence[str]) -> tuple[list[bool], list[str]]:
-        """Of the images that the column looks at, and their prompts; UA counts what is not drawn, so it is inverted."""
-        text = cell["outcomes"][column] if column else cell["recovered"]
+    def outcomes(cell: dict[str, Any], column: str | None) -> list[tuple[list[bool], list[str]]]:
+        """Of the images that the column looks at, and their prompts, for each run; UA is inverted."""
+        texts = [cell["outcomes"][column]] if column else cell["recovered"]
+        prompts = results["prompts"][cell["concept"] if column else "word"]
         counted = "0" if column == "mini.ua" else "1"
-        kept = [(value == counted, prompt) for value, prompt in zip(text, prompts, strict=True) if value != "-"]
-        return [value for value, _ in kept], [prompt for _, prompt in kept]
+        places = [place for place, value in enumerate(texts[0]) if value != "-"]
+        return [([text[place] == counted for place in places], [prompts[place] for place in places]) for text in texts]
 
     def part(of: list[dict[str, Any]]) -> str:
         runs = {(cell["variant"], cell["seed"]): cell for cell in of}
 
         def between(title: str, one: str, other: str) -> str:
             seeds = sorted(seed for variant, seed in runs if variant == one and (other, seed) in runs)
-            prompts = prompts_of(of[0]["concept"]) if columns[title] else prompts_of_word()
             ours, theirs = (
-                [outcomes(runs[variant, seed], columns[title], prompts) for seed in seeds] for variant in (one, other)
+                [run for seed in seeds for run in outcomes(runs[variant, seed], columns[title])]
+                for variant in (one, other)
             )
             if not seeds or not ours[0][0]:
                 return ""
@@ -369,7 +382,7 @@ def differences(cells: list[dict[str, Any]]) -> str:
             lines += [[title, "random", *to_random], [title, "all", *to_all]]
         return markdown(["", "less that of", *(f"{density:.0%}" for density in DENSITIES)], lines)
 
-    return by_concept(cells, part)
+    return by_concept(results["cells"], part)
 
 
 def by_concept(rows: list[dict[str, Any]], part: Callable[[list[dict[str, Any]]], str]) -> str:
@@ -423,7 +436,10 @@ def main() -> None:
     parser.add_argument("--known", metavar="DIR", help="output of another run, whose cells are not run again")
     given = parser.parse_args()
     folder, chosen = Path(given.output), given.concept or CONCEPTS
-    golds = dict(text.split("=", 1) for text in given.gold)
+    golds: dict[str, list[str]] = {}
+    for text in given.gold:
+        concept, place = text.split("=", 1)
+        golds.setdefault(concept, []).append(place)
     if given.known:
         shutil.copytree(Path(given.known) / "gold", folder / "gold", dirs_exist_ok=True)
     known = [Path(given.known) / "results.json"] if given.known else []
@@ -433,9 +449,16 @@ def main() -> None:
             measured = one.get("model", "not named")
             if measured != model_hash():
                 parser.error(f"{place} was measured on other weights ({measured}); the model's are {model_hash()}")
+            if one.get("protocol", 1) != PROTOCOL:
+                parser.error(f"{place} was measured with protocol {one.get('protocol', 1)}; this is {PROTOCOL}")
             files.write_json(folder / "cells" / f"{cell_name(one['concept'], one['variant'], one['seed'])}.json", one)
-    stages = [[(c, "base", 0, None) for c in chosen], [(c, "gold", 0, golds[c]) for c in chosen if c in golds]]
-    variants = given.variant or [*METHODS, *GUARDS, *MASKED]
+    again = [(c, "gold", s, place) for c in chosen for s, place in enumerate(golds.get(c, ()))]
+    stages = [
+        [(c, "base", 0, None) for c in chosen],
+        [one for one in again if not one[2]],
+        [one for one in again if one[2]],
+    ]
+    variants = given.variant or [*METHODS, *GUARDS]
     once = {*SOLVED, *GUARDS}
     stages.append(
         [(c, v, s, None) for s in range(given.seeds) for c in chosen for v in variants if not s or v not in once]
@@ -448,15 +471,17 @@ def main() -> None:
                 future.result()
                 print(*one[:3], flush=True)
     cells = [files.read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
-    files.write_json(folder / "results.json", {"cells": cells})
-    rows = summary(cells)
+    prompts = {concept: prompts_of(concept) for concept in CONCEPTS} | {"word": prompts_of_word()}
+    results = {"protocol": PROTOCOL, "prompts": prompts, "cells": cells}
+    files.write_json(folder / "results.json", results)
+    rows = summary(results)
     text = table([row for row in rows if row["variant"] not in MASKED]) + "\n"
     swept = {row["concept"] for row in rows if row["variant"] in MASKED}
     if swept:
         beside = [row for row in rows if row["concept"] in swept]
         scores = table([row for row in beside if row["variant"] in SCORED])
         text += f"\nSalUn, mask by share of weights:\n\n{densities(beside)}\n\nSalUn, score:\n\n{scores}\n"
-        apart = differences([cell for cell in cells if cell["concept"] in swept])
+        apart = differences(results | {"cells": [cell for cell in cells if cell["concept"] in swept]})
         text += f"\nSalient weights less others:\n\n{apart}\n"
     files.write_text(folder / "table.md", text)
     plot(rows, folder / "plot.png")

@@ -3,13 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from erase.concepts import Concept
 from erase.evaluation.options import Options
 from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, where
 from erase.words import article
+
+if TYPE_CHECKING:
+    from erase.mini.quality import Wish
 
 NONE = "none"  # what the embedded judge says of an image that shows nothing of its world
 NUM_FORGET, NUM_SYNONYM, NUM_RETAIN = 100, 40, 16  # NUM_RETAIN for every other object
@@ -21,6 +24,7 @@ class MiniWorld(Task):
     about = "the embedded world: concept, synonyms and every other object, named by the embedded judge"
     judges = ("mini", "thumbnails")
     concept_judges = ("mini",)
+    version = 2  # 2: a person is asked for by 24 prompts and more instead of 4
     limits = ("The embedded model is a toy: this says nothing about Stable Diffusion.",)
 
     def build(self, concept: Concept | None, options: Options) -> SampleSet:
@@ -35,7 +39,7 @@ class MiniWorld(Task):
         scale = (options.num_images or NUM_FORGET) / NUM_FORGET
         num_forget, num_synonym, num_retain = (max(1, round(n * scale)) for n in (NUM_FORGET, NUM_SYNONYM, NUM_RETAIN))
 
-        everything = [wish for name in world.OBJECTS for wish in quality.looks(name)]
+        everything = [wish for name in world.OBJECTS for wish in _asked_for(name)]
         shown = [wish for wish in everything if getattr(wish, head) == target]
         parts: list[tuple[str, Iterable[quality.Wish], int]] = [("forget", shown, num_forget)]
         plain = target.split()[0]
@@ -101,6 +105,23 @@ def nothing_seen(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], 
     return [
         bool(line["invalid"]) or line[head] == NONE if sample.role == "forget" else None
         for sample, line in zip(samples, lines, strict=True)
+    ]
+
+
+def _asked_for(name: str) -> list["Wish"]:
+    """The prompts for an object as one that is to be forgotten: at least 24, as few prompts say little of others."""
+    from erase.mini import quality, world
+
+    looks = quality.looks(name)
+    if name not in world.PERSONS:
+        return looks
+    places = ("", *(f" on a {background} background" for background in world.BACKGROUNDS))
+    renamed = ("person", world.SYNONYMS["person"])
+    return [
+        replace(wish, prompt=wish.prompt.replace("person", word) + place)
+        for place in places
+        for word in renamed
+        for wish in looks
     ]
 
 
