@@ -30,7 +30,7 @@ commands (each has its own --help):
   run       images, scores and report of erased models and their base
   generate  images of one model             score    a judge's raw outputs for them
   report    the figures, from the scores    compare  several reports in one table
-  export    every outcome as CSV            verify   hash and score again
+  export    outcomes as a table; model card verify   hash and score again
   list      the tasks, the judges and the attacks
 
 examples:
@@ -263,16 +263,24 @@ def _compare(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept export",
-        "Every outcome of a report as CSV: one row per image and score.",
-        example="runs/evaluation/circle/mini --output circle.csv",
+        "Every outcome of a report as a table (one row per image and score), or its figures in a model card.",
+        example="runs/evaluation/circle/mini --output circle.csv --card runs/circle/README.md",
     )
     parser.add_argument("report", help="folder of a report")
-    parser.add_argument("--output", required=True, metavar="FILE", help="CSV file")
+    parser.add_argument("--output", metavar="FILE", help="table, .csv or .parquet")
+    parser.add_argument("--card", metavar="FILE", help="README.md whose header gets the figures (model-index)")
     given = parser.parse_args(arguments)
-    from erase.evaluation.report import pool, table_file
+    if not (given.output or given.card):
+        raise EraseError("nothing to write: give --output FILE, --card README.md or both")
+    from erase.evaluation.report import model_index, pool, table_file
 
-    num = table_file.write_table(given.output, *pool.read(Path(given.report), _note))
-    print(f"{given.output}: {num:,} rows written")
+    results, outcomes = pool.read(Path(given.report), _note)
+    if given.card:
+        num = model_index.write_to_card(given.card, results)
+        print(f"{given.card}: {num:,} scores in its header")
+    if given.output:
+        num = table_file.write_table(given.output, results, outcomes)
+        print(f"{given.output}: {num:,} rows written")
 
 
 def _note(text: str) -> None:

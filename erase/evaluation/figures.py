@@ -1,12 +1,12 @@
 """Figures with intervals from the outcomes of one or two arms."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from erase import statistics
 from erase.evaluation import score
-from erase.evaluation.plan import Column, Group, Plan, column_of
+from erase.evaluation.plan import Column, Curve, Group, Plan, column_of
 from erase.evaluation.tasks.protocol import Sample
 
 
@@ -36,18 +36,36 @@ def group_rows(group: Group, plan: Plan, base: Plan | None, samples: Sequence[Sa
     column, clusters = column_of(plan, group.column), [sample.cluster for sample in samples]
     if column is None:
         return {"name": group.name, "title": group.title, "rows": []}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label in sorted({label for labels in group.labels for label in labels}):
         chosen = [i for i, labels in enumerate(group.labels) if label in labels and column.values[i] is not None]
         roles = {samples[i].role for i in chosen}
         figures = score_row(column, column_of(base, group.column), clusters, chosen)
-        row = {key: figures[key] for key in ("base", "erased", "comparison")}
-        rows.append({"label": label, "role": roles.pop() if len(roles) == 1 else "", **row})
+        rows.append(_group_row(label, roles.pop() if len(roles) == 1 else "", figures))
+    return {"name": group.name, "title": group.title, "rows": _corrected(rows)}
+
+
+def curve_rows(curve: Curve, base: Plan | None, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The rows of a curve, one a value of its setting, with p-values corrected over them."""
+    before = next((c for c in base.curves if c.name == curve.name), None) if base else None
+    clusters, rows = [sample.cluster for sample in samples], []
+    for value, column in curve.columns.items():
+        figures = score_row(column, before and before.columns[value], clusters, range(len(samples)))
+        rows.append(_group_row(f"{value:g}", "", figures))
+    return {"name": curve.name, "title": curve.title, "rows": _corrected(rows), "axis": curve.axis}
+
+
+def _group_row(label: str, role: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {"label": label, "role": role, **{key: figures[key] for key in ("base", "erased", "comparison")}}
+
+
+def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with Holm's p-values over them."""
     corrected = statistics.holm([row["comparison"] and row["comparison"]["p"] for row in rows])
     for row, p in zip(rows, corrected, strict=True):
         if row["comparison"]:
             row["comparison"]["p_holm"] = p
-    return {"name": group.name, "title": group.title, "rows": rows}
+    return rows
 
 
 def num_invalid(folder: Path, judges: Sequence[str]) -> dict[str, int]:

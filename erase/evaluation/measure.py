@@ -13,7 +13,7 @@ from erase import files, statistics
 from erase.errors import EraseError
 from erase.evaluation import arm, score, shapes
 from erase.evaluation.between import distribution, drift
-from erase.evaluation.figures import group_rows, num_invalid, score_row
+from erase.evaluation.figures import curve_rows, group_rows, num_invalid, score_row
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.plan import Plan, column_of, present
 from erase.evaluation.report.results import FORMAT, Results, is_of_machine, machine_differences
@@ -92,7 +92,8 @@ def measure(
         "retention": plan.retention if plan.erasure and column_of(plan, plan.retention) else None,
         "verdict": verdict(plan, scores, models, invalid),
         "scores": scores,
-        "groups": [group_rows(group, plan, plans.get("base"), samples) for group in plan.groups],
+        "groups": [group_rows(group, plan, plans.get("base"), samples) for group in plan.groups]
+        + [curve_rows(curve, plans.get("base"), samples) for curve in plan.curves],
         "invalid": invalid,
         "sheet": sheet(arms, samples, flagged, failures(plan, plans.get("base"))),
         "command": command,

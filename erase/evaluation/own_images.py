@@ -26,11 +26,12 @@ def options_shape() -> dict[str, Any]:
 def plan(lines: Lines, options: Mapping[str, Any]) -> Plan:
     """What the judges that looked at the images say; a concept's absence, where a judge knows the concept."""
     number = len(next(iter(lines.values())))
-    columns, flagged = [], [False] * number
+    columns, flagged, curves = [], [False] * number, []
     for judge in sorted((judges.JUDGES.load(name) for name in lines), key=lambda judge: judge.place):
         said = judge.figures(lines, options)
         columns += said.columns
+        curves += said.curves
         if said.flagged is not None:
             flagged = [a or b for a, b in zip(flagged, said.flagged, strict=True)]
     columns.append(whole(next(iter(lines.values()))))
-    return Plan(columns, [], None, None, flagged)
+    return Plan(columns, [], None, None, flagged, curves)

@@ -35,6 +35,19 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """One figure at several values of a setting, such as a judge's threshold; of the points none is tested by itself.
+
+    axis: title of the setting. columns: by its value.
+    """
+
+    name: str
+    title: str
+    axis: str
+    columns: Mapping[float, Column]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a task measures: erasure and retention (names of columns) make the verdict."""
 
@@ -43,6 +56,7 @@ class Plan:
     erasure: str | None
     retention: str | None
     flagged: Sequence[bool]  # images to be blurred
+    curves: Sequence[Curve] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Figures:
 
     columns: Sequence[Column] = ()
     flagged: Sequence[bool] | None = None
+    curves: Sequence[Curve] = ()
 
 
 def present(columns: Sequence[Column]) -> list[Column]:

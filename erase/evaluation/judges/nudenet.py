@@ -44,7 +44,8 @@ class NudeNet(Judge):
 
     @classmethod
     def figures(cls, lines: Lines, options: Mapping[str, Any]) -> Figures:
-        return Figures(*nudity.columns("nudity", {"nudenet": lines["nudenet"]}))
+        own = {"nudenet": lines["nudenet"]}
+        return Figures(*nudity.columns("nudity", own), nudity.threshold_curve("nudity", own))
 
     def __init__(self, model_path: str | Path | None = None, *, swap_channels: bool = False) -> None:
         self.name = "nudenet-bgr" if swap_channels else "nudenet"

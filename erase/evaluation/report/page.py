@@ -48,7 +48,7 @@ def write(results: dict[str, Any], folder: str | Path, *, images: str | Path, sh
         "groups": [
             {
                 "title": group["title"],
-                "svg": _bars(group),
+                "svg": _plot(group),
                 "table": [table_row(row, row_label(row)) for row in group["rows"]],
             }
             for group in results["groups"]
@@ -72,12 +72,15 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 # Images
-def _bars(group: Mapping[str, Any]) -> str:
+def _plot(group: Mapping[str, Any]) -> str:
     rows = [
         (row_label(row), interval_of(row["base"]) if row["base"] else None, interval_of(row["erased"]))
         for row in group["rows"]
     ]
     is_rate = all(row["erased"]["k"] is not None for row in group["rows"])
+    if rows and group.get("axis"):
+        points = [(float(label), base, erased) for label, base, erased in rows]
+        return plots.curve(points, axis=group["axis"], is_rate=is_rate, salt=group["name"])
     return plots.bars(rows, is_rate=is_rate, salt=group["name"]) if rows else ""
 
 

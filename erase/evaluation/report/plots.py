@@ -1,4 +1,4 @@
-"""The report's two plots as SVG text for a web page: bars of the base and the erased model, and what methods trade."""
+"""The report's plots as SVG text for a web page: bars and curves of base and erased model, and what methods trade."""
 
 import io
 import re
@@ -49,6 +49,28 @@ def bars(rows: Sequence[tuple[str, Interval | None, Interval]], *, is_rate: bool
             _percent(ax, "x")
 
     return _svg(draw, height=0.55 + 0.45 * len(rows), salt=salt)
+
+
+def curve(points: Sequence[tuple[float, Interval | None, Interval]], *, axis: str, is_rate: bool, salt: str) -> str:
+    """Two lines with their intervals as bands: place on the axis, base, erased."""
+
+    def draw(ax: "Axes") -> None:
+        arms = (
+            (BASE, [(x, base) for x, base, _ in points if base]),
+            (ERASED, [(x, erased) for x, _, erased in points]),
+        )
+        for colour, line in arms:
+            places = [x for x, _ in line]
+            ax.fill_between(places, [y.low for _, y in line], [y.high for _, y in line], color=colour, alpha=0.2)
+            ax.plot(places, [y.value for _, y in line], "o-", color=colour, linewidth=1.4, markersize=4)
+        ax.set_xlabel(axis)
+        ax.set_xticks([x for x, _, _ in points])
+        ax.grid(axis="y", color=RULE, linewidth=0.6)
+        ax.set_axisbelow(True)
+        if is_rate:
+            _percent(ax, "y")
+
+    return _svg(draw, height=3.0, salt=salt)
 
 
 def pareto(

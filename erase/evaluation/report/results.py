@@ -86,11 +86,12 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class Group:
-    """A score by label."""
+    """A score by label; with an axis, a curve, whose labels are numbers on it."""
 
     name: str
     title: str
     rows: Sequence[GroupRow]
+    axis: str | None = None
 
 
 @dataclass(frozen=True)

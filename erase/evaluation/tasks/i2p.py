@@ -57,7 +57,7 @@ class I2P(Task):
         columns, flagged = nudity.columns("i2p", lines)
         categories = [list(sample.facts["categories"]) for sample in samples]
         groups = [Group("categories", "Nudity by I2P category", "i2p.core5-0.6-image", categories)]
-        return Plan(columns, groups, "i2p.clean", "i2p.people", flagged)
+        return Plan(columns, groups, "i2p.clean", "i2p.people", flagged, nudity.threshold_curve("i2p", lines))
 
 
 def read_i2p(path: Path) -> tuple[list[Sample], str, str]:
