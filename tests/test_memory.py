@@ -39,7 +39,7 @@ def test_the_estimate_counts_every_byte_once(tiny_pipeline_dir):
     parameters = dict(model.network.named_parameters())
     n = sum(p.numel() for p in parameters.values())
     k, largest = n // 10, max(p.numel() for p in parameters.values())
-    options = {"resolution": 64, "mask_batch": 4, "part": 1, "checkpointing": True, "needs_base": True}
+    options = {"resolution": 64, "mask_batch": 4, "part": 1, "checkpointing": True, "copies": 1}
     needs = memory.estimate(model, parameters, density=0.1, dtype=torch.bfloat16, **options)
     kept = memory.activations(model, 1, 64, torch.bfloat16, checkpointing=True)
     expected = 2 * n + k * (8 + 4 + 2 + 2) + 2 * (n // 8) + kept + 2 * largest
@@ -88,3 +88,29 @@ def test_low_memory_chooses_checkpointing_parts_of_one_image_and_on_a_gpu_bf16_w
     assert low.weights == "fp32"
     with pytest.raises(EraseError, match="--weights bf16 does not go with --precision fp16"):
         Settings("church", weights="bf16", mixed_precision="fp16")
+
+
+@pytest.mark.parametrize(
+    "name, options, number",
+    [
+        ("ga", (), 0),
+        ("salun", (), 1),  # the base's values
+        ("sdd", (), 1),  # the average
+        ("erasediff", (), 1),  # what an epoch goes back to
+        ("fmn", (), 0),
+        ("uce", (), 0),
+        ("salun", ("balancing=nash",), 3),  # two gradients beside the base's values
+    ],
+)
+def test_the_estimate_knows_the_copies_that_a_method_keeps(name, options, number):
+    assert planning.num_copies(planning.make_method(Settings("church", method=name, set=options))) == number
+
+
+def test_a_copy_takes_the_masked_weights_once(tiny_pipeline_dir):
+    model = load_sd(tiny_pipeline_dir)
+    parameters = dict(model.network.named_parameters())
+    options = {"resolution": 64, "mask_batch": None, "part": 1, "checkpointing": True, "dtype": torch.float32}
+    none, three = (
+        memory.estimate(model, parameters, density=0.1, copies=copies, **options)["training"] for copies in (0, 3)
+    )
+    assert three - none == 3 * 4 * int(0.1 * sum(p.numel() for p in parameters.values()))

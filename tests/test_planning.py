@@ -8,7 +8,8 @@ import pytest
 
 from erase import erase_concept, methods
 from erase.errors import EraseError
-from erase.runs import planning
+from erase.options.settings import Settings
+from erase.runs import job, planning
 from erase.runs.identity import differences
 from erase.runs.record import RunRecord, read
 
@@ -30,6 +31,16 @@ def test_what_cannot_be_trained_is_refused_before_an_image(options, told, toy_pi
     with pytest.raises(EraseError, match=told):
         erase_concept("church", str(toy_pipeline_dir), output=str(tmp_path / "run"), **{**FEW, **options})
     assert not (tmp_path / "run").exists() and not list(cache_dir.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("steps, is_told", [(3, True), (4, False)])
+def test_too_few_steps_for_every_loop_are_said(steps, is_told, toy_pipeline_dir, tmp_path, cache_dir):
+    said: list[str] = []
+    options = {key: value for key, value in FEW.items() if key != "quiet"}
+    options |= {"method": "erasediff", "num_train_steps": steps, "model": str(toy_pipeline_dir)}
+    job.run(Settings("church", output=str(tmp_path / "run"), **options), quiet=True, tell=said.append)
+    told = "erasediff as published takes at least 4 steps; 3 leave out some of its loops"
+    assert (told in said) == is_told
 
 
 @pytest.mark.parametrize("name", ["erasediff", "scissorhands", "sdd", "salun-soft"])

@@ -40,8 +40,12 @@ class EraseDiff(TrainedMethod):
         if self.epochs < 1 or self.rounds < 1:
             raise EraseError(f"erasediff has epochs={self.epochs} and rounds={self.rounds}; both must be at least 1")
 
+    @property
+    def least_steps(self) -> int:
+        return 2 * self.epochs * self.rounds
+
     def turn(self, step: int, num_steps: int) -> Turn:
-        loops = 2 * self.epochs * self.rounds
+        loops = self.least_steps
         now, before = (((s + 1) * loops - 1) // num_steps if s >= 0 else -1 for s in (step, step - 1))
         begins, is_outer = now != before, now % 2 == 1
         return Turn(

@@ -149,6 +149,11 @@ class TrainedMethod(Method, ABC):
         return Turn()
 
     @property
+    def least_steps(self) -> int:
+        """The fewest steps with which every part of the method takes place; a run with fewer says so."""
+        return 1
+
+    @property
     def turns(self) -> bool:
         """Whether the method defines `turn`. Not to be overridden."""
         return type(self).turn is not TrainedMethod.turn

@@ -154,6 +154,9 @@ def announce(decided: Decisions) -> None:
     if cut := decided.truncated:
         some = f"{cut[0][:60]!r}" + (f" and {len(cut) - 1} more" if len(cut) > 1 else "")
         tell(f"longer than the {model.max_tokens} tokens that the text encoder reads, and cut: {some}")
+    steps, least = settings.num_train_steps or 0, getattr(decided.method, "least_steps", 1)
+    if 0 < steps < least:
+        tell(f"{settings.method} as published takes at least {least} steps; {steps} leave out some of its loops")
     if settings.low_memory:
         needs = needed_memory(settings, model, decided.parameters)
         phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())

@@ -130,8 +130,16 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
         part=None if isinstance(method, methods.ClosedForm) else part_size(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
-        needs_base=isinstance(method, methods.TrainedMethod) and (method.needs_base or method.shrinks or method.turns),
+        copies=num_copies(method),
     )
+
+
+def num_copies(method: methods.TrainedMethod | methods.ClosedForm) -> int:
+    """Copies of the masked weights that the loop keeps: of the base, an average, remembered ones, two gradients."""
+    if isinstance(method, methods.ClosedForm):
+        return 0
+    base = method.needs_base or method.shrinks or (method.images == "noise" and method.follows == "base")
+    return base + (method.teacher_decay is not None) + method.turns + 2 * (method.balance is not None)
 
 
 def world_size() -> int:

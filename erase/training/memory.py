@@ -24,7 +24,7 @@ def estimate(
     part: int | None,
     dtype: torch.dtype,
     checkpointing: bool,
-    needs_base: bool,
+    copies: int,
     eight_bit: bool = False,
 ) -> dict[str, int]:
     """Peak bytes of each phase, "mask", "training" or "solving", and "writing", libraries included.
@@ -35,7 +35,8 @@ def estimate(
         abs_sum; None when no mask is made from gradients.
     part: images of one branch that go through the network together; None for a closed form, which needs none.
     dtype: of the stored weights.
-    needs_base: the masked weights' values in the base are kept. eight_bit: of the moments.
+    copies: of the masked weights that are kept beside them, such as their values in the base.
+    eight_bit: of the moments.
     """
     size = dtype.itemsize
     weights = sum(parameter.numel() for parameter in model.network.parameters()) * size
@@ -57,8 +58,8 @@ def estimate(
     else:
         largest = max(parameter.numel() for parameter in parameters.values())
         stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
-        moments, gradients, base = stored, size * masked, size * masked if needs_base else 0
-        needs["training"] = weights + moments + masters + gradients + base + places + pass_of(part)
+        moments, gradients, kept = stored, size * masked, copies * size * masked
+        needs["training"] = weights + moments + masters + gradients + kept + places + pass_of(part)
     float32 = 4 * weights // size
     needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change
     return {phase: LIBRARIES + need for phase, need in needs.items()}
