@@ -61,7 +61,9 @@ def test_a_record_says_whether_its_prompt_was_cut(model, tmp_path):
     generate.generate(model, make_task(), tmp_path / "arm", quiet=True)
     assert [record["truncated"] for record in arm.complete_records(tmp_path / "arm")] == [False] * 6 + [True]
     assert measure.num_truncated(tmp_path / "arm") == 1
-    assert "1 images have prompts that are longer" in measure.limits(make_task().identity(), (), 1, {"erased": {}})[-1]
+    assert (
+        "1 images have prompts that are longer" in measure.limits(make_task().identity(), (), 1, {"erased": {}}, 1)[-1]
+    )
 
 
 def test_images_are_the_same_for_any_batch_size_and_bit_equal_at_one(model, tmp_path):

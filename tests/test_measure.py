@@ -471,6 +471,22 @@ def test_device_and_versions_are_shown_and_warned_about_and_other_differences_re
         compare.compare([one, two])
 
 
+def test_images_of_an_earlier_version_of_the_task_say_so_and_are_compared_with_no_other(tmp_path, monkeypatch):
+    from erase.evaluation.tasks.mini import MiniWorld
+
+    base, erased = make_arm(tmp_path / "base", **BASE), make_arm(tmp_path / "erased", **BASE, unet="v")
+    version = arm.manifest(erased)["task"]["version"]
+    monkeypatch.setattr(MiniWorld, "version", version)
+    then, _ = measure.measure(erased, base, name="then", command="")
+    monkeypatch.setattr(MiniWorld, "version", version + 1)
+    now, _ = measure.measure(erased, base, name="now", command="")
+    assert now["task"]["version"] == version and "rules" not in then["protocol"]
+    assert any(f"version {version} of the task, and version {version + 1}" in limit for limit in now["limits"])
+    assert not any("of the task, and version" in limit for limit in then["limits"])
+    with pytest.raises(EraseError, match="rules"):
+        compare.compare([then, now])
+
+
 def test_methods_are_compared_with_each_other_on_the_same_prompts_and_seeds(tmp_path):
     """Two methods whose pairs with the base hide that the first erases where the second does not."""
     base = make_arm(tmp_path / "base", **WIDE)

@@ -357,7 +357,8 @@ def test_results_are_objects_of_their_types(results):
     """What is not given is its default, and stays what it was as JSON."""
     made = Results.from_json(results)
     scores = [score | {"copy_of": None, "target": None} for score in json.loads(json.dumps(results))["scores"]]
-    assert made.to_json() == {"verdict": None} | json.loads(json.dumps(results)) | {"scores": scores}
+    groups = [group | {"axis": None} for group in json.loads(json.dumps(results))["groups"]]
+    assert made.to_json() == {"verdict": None} | json.loads(json.dumps(results)) | {"scores": scores, "groups": groups}
     assert isinstance(made.scores[0].erased, Score) and made.arms["erased"].hashes
     assert Results.from_json({key: value for key, value in results.items() if key != "retention"}).retention is None
 
@@ -365,3 +366,14 @@ def test_results_are_objects_of_their_types(results):
 def test_results_of_a_later_format_are_refused(results):
     with pytest.raises(EraseError, match="results.format is 3; it must be one of"):
         check({**results, "format": FORMAT + 1})
+
+
+def test_a_group_with_an_axis_is_a_curve_and_one_without_is_bars(images, tmp_path):
+    results = make_results()
+    points = [{"label": f"0.{i}", "role": "", **figures("t", 90 - 10 * i, 50 - 5 * i, 100)} for i in range(1, 10)]
+    curve = {"name": "thresholds", "title": "By threshold", "axis": "threshold", "rows": points}
+    write(results | {"groups": [*results["groups"], curve]}, tmp_path, images=images)
+    bars, drawn = re.findall(r'<div class="plot">(.*?)</div>', (tmp_path / "report.html").read_text("utf-8"), re.DOTALL)
+    assert ">threshold<" in drawn and "fill-opacity: 0.2" in drawn and "fill-opacity: 0.2" not in bars
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "## By threshold" in text and text.index("| 0.1 ") < text.index("| 0.9 ")

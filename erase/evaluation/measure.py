@@ -98,7 +98,7 @@ def measure(
         "sheet": sheet(arms, samples, flagged, failures(plan, plans.get("base"))),
         "command": command,
         "versions": versions(),
-        "limits": limits(task, measured.limits, num_truncated(erased), machines),
+        "limits": limits(task, measured.limits, num_truncated(erased), machines, measured.version),
         "outcomes_hash": files.text_hash(outcomes),
     }
     return Results.from_json(results).to_json(), outcomes
@@ -149,7 +149,14 @@ def protocol(folder: Path) -> dict[str, Any]:
         if key not in {"device", "libraries", "batch_size"}  # these move the last bit of a pixel, not the protocol
     }
     judges = {name: score.identity(folder, name) for name in score.judges(folder)}
-    return {"task": manifest["task"], "generation": drawn, "judges": judges}
+    return {"task": manifest["task"], "generation": drawn, "judges": judges} | _rules(folder)
+
+
+def _rules(folder: Path) -> dict[str, Any]:
+    """The version of the task whose rules make the figures, if the images were generated for another."""
+    task = arm.manifest(folder)["task"]
+    version = tasks.stated(task["id"], f"{folder / arm.MANIFEST}: task.id").version
+    return {} if version == task["version"] else {"rules": version}
 
 
 def machine(folder: Path) -> dict[str, Any]:
@@ -172,11 +179,15 @@ def num_truncated(folder: Path) -> int:
 
 
 def limits(
-    task: Mapping[str, Any], own: Sequence[str], num_truncated: int, machines: Mapping[str, Mapping[str, Any]]
+    task: Mapping[str, Any],
+    own: Sequence[str],
+    num_truncated: int,
+    machines: Mapping[str, Mapping[str, Any]],
+    version: int,
 ) -> list[str]:
     """What a report did not test, as sentences.
 
-    task: its identity. own: what the task says of itself. machines: of each arm.
+    task: its identity. own: what the task says of itself. machines: of each arm. version: of the task, as it is now.
     """
     found = ["Prompts as they are: no attack, learned embedding or fine-tuning was tried to bring the concept back."]
     found += own
@@ -187,6 +198,11 @@ def limits(
     different = machine_differences(machines.get("base", {}), machines["erased"])
     if different:
         found.append(f"Base and erased images are of different machines ({'; '.join(different)}), and differ slightly.")
+    if version != task["version"]:
+        found.append(
+            f"The images were generated for version {task['version']} of the task, and version {version} computed the "
+            "figures; generate them again to compare with others of that version."
+        )
     if task["options"].get("limit"):
         found.append(f"Only {task['num_samples']} of the task's samples were generated (--limit).")
     return found
