@@ -66,18 +66,25 @@ def renamed(table: str) -> str:
 
 
 @functools.cache
-def method_cells() -> tuple[dict[str, Any], ...]:
-    return tuple(stored("mini-methods/results.json")["cells"])
+def measured(name: str) -> dict[str, Any]:
+    """The cells of the methods or of SalUn's masks, which were measured with protocols of their own."""
+    return stored(f"mini-{name}/results.json")
 
 
 @functools.cache
-def method_rows() -> tuple[dict[str, Any], ...]:
+def rows_of(name: str) -> tuple[dict[str, Any], ...]:
     """Takes half a minute: the intervals are over seeds and prompts."""
-    return tuple(mini_methods.summary(list(method_cells())))
+    return tuple(mini_methods.summary(measured(name)))
 
 
 def of_concept(rows: Sequence[dict[str, Any]], concept: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["concept"] == concept]
+
+
+def only(concept: str) -> dict[str, Any]:
+    """The masks' results with the cells of one concept."""
+    found = measured("masks")
+    return found | {"cells": of_concept(found["cells"], concept)}
 
 
 def without_title(text: str) -> str:
@@ -87,27 +94,25 @@ def without_title(text: str) -> str:
 
 def methods(concept: str) -> str:
     """Every method, guard, the base and the model that was trained without the concept."""
-    rows = [row for row in of_concept(method_rows(), concept) if row["variant"] not in mini_methods.MASKED]
-    return renamed(without_title(mini_methods.table(rows)))
+    return renamed(without_title(mini_methods.table(of_concept(rows_of("methods"), concept))))
 
 
 def scores(concept: str) -> str:
-    rows = [row for row in of_concept(method_rows(), concept) if row["variant"] in mini_methods.SCORED]
+    rows = [row for row in of_concept(rows_of("masks"), concept) if row["variant"] in mini_methods.SCORED]
     return renamed(without_title(mini_methods.table(rows)))
 
 
 def masks(concept: str) -> str:
-    return renamed(without_title(mini_methods.densities(of_concept(method_rows(), concept))))
+    return renamed(without_title(mini_methods.densities(of_concept(rows_of("masks"), concept))))
 
 
 def differences(concept: str) -> str:
-    return renamed(without_title(mini_methods.differences(of_concept(method_cells(), concept))))
+    return renamed(without_title(mini_methods.differences(only(concept))))
 
 
 def summary() -> str:
     """README's few rows: how often the concept is still generated, and how often a learned word recovers it."""
-    cells = [cell for cell in method_cells() if cell["variant"] in SUMMARY]
-    rows = {(row["concept"], row["variant"]): row for row in mini_methods.summary(cells)}
+    rows = {(row["concept"], row["variant"]): row for row in rows_of("methods")}
     columns = ("drawn", "objects kept", "recovered by a word")
 
     def line(variant: str) -> list[str]:

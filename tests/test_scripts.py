@@ -82,7 +82,7 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
         "mini.style": "----",
     }
     one = {"concept": "circle", "seed": 0, "model": module.model_hash(), "figures": figures, "outcomes": outcomes}
-    one |= {"recovered": "0001"}
+    one |= {"protocol": module.PROTOCOL, "recovered": ["0001"]}
     cells = [one | {"variant": "base"}, one | {"variant": "salun", "seconds": {"train": 2.0}}]
     asked = []
     monkeypatch.setattr(module, "prompts_of", lambda concept: ("a", "b", "b", "c"))
@@ -122,3 +122,7 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
         with pytest.raises(SystemExit) as stop:
             start([other])
         assert stop.value.code == 2 and "other weights" in capsys.readouterr().err
+    for other in (cells[0] | {"protocol": 1}, {key: value for key, value in cells[0].items() if key != "protocol"}):
+        with pytest.raises(SystemExit) as stop:
+            start([other])
+        assert stop.value.code == 2 and f"with protocol 1; this is {module.PROTOCOL}" in capsys.readouterr().err

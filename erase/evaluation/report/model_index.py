@@ -33,7 +33,8 @@ def write_to_card(path: str | Path, results: Mapping[str, Any]) -> int:
         card = ModelCard(text, ignore_metadata_errors=False)
     except Exception as error:  # the header is a user's text: YAML's and the hub client's errors share no class
         raise EraseError(f"{path} has no header that can be read: {' '.join(str(error).split())[:200]}") from error
-    kept = [one for one in card.data.eval_results or [] if one.dataset_type != task["id"]]
+    header: Any = card.data
+    kept = [one for one in header.eval_results or [] if one.dataset_type != task["id"]]
     found = [
         EvalResult(
             task_type="text-to-image",
@@ -47,8 +48,8 @@ def write_to_card(path: str | Path, results: Mapping[str, Any]) -> int:
         )
         for score in results["scores"]
     ]
-    card.data.eval_results = [*kept, *found]
-    card.data.model_name = card.data.model_name or results["name"]
+    header.eval_results = [*kept, *found]
+    header.model_name = header.model_name or results["name"]
     files.write_text(path, str(card))
     return len(found)
 
