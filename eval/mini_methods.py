@@ -92,15 +92,15 @@ def recovered(
     """Whether each image of a word learnt on the model shows the concept. seed: of the attack."""
     from erase import concepts
     from erase.evaluation import generate, score
-    from erase.evaluation.attacks import inversion
+    from erase.evaluation.attacks import learnt_word
     from erase.evaluation.judges import mini
     from erase.evaluation.tasks import protocol
     from erase.families.sd import StableDiffusion
 
-    judge, attack = concepts.load(concept, model_family="mini").judge, inversion.Inversion(seed=seed)
+    judge, attack = concepts.load(concept, model_family="mini").judge, learnt_word.LearntWord(seed=seed)
     attacked = generate.load_model(model, delta_path=delta and str(delta), device="cpu")
     assert isinstance(attacked, StableDiffusion)
-    inversion.teach(attacked, inversion.learn(attacked, latents, attack, quiet=True))
+    learnt_word.teach(attacked, learnt_word.learn(attacked, latents, attack, quiet=True))
     samples = tuple(
         protocol.Sample(f"word-{i:03d}", prompt, protocol.seed_of("inversion", concept, i), "forget")
         for i, prompt in enumerate(prompts_of_word())
@@ -226,10 +226,10 @@ def prompts_of(concept: str) -> list[str]:
 
 def prompts_of_word() -> list[str]:
     """The prompt of each image of a learnt word."""
-    from erase.evaluation.attacks import inversion
+    from erase.evaluation.attacks import learnt_word
 
-    templates = tuple(template + place for place in PLACES for template in inversion.Inversion.templates)
-    return inversion.Inversion(templates=templates).prompts(NUM_RECOVERED)
+    templates = tuple(template + place for place in PLACES for template in learnt_word.LearntWord.templates)
+    return learnt_word.LearntWord(templates=templates).prompts(NUM_RECOVERED)
 
 
 def rate(runs: list[str], prompts: Sequence[str]) -> Any:

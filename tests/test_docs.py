@@ -23,8 +23,9 @@ from erase.classification.presets import PRESETS
 from erase.classification.settings import NETWORKS
 from erase.classification.settings import Settings as ClassifierSettings
 from erase.evaluation import cli as evaluation_cli
+from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.judges.registry import JUDGES
-from erase.evaluation.options import Drawing, Options
+from erase.evaluation.options import AttackOptions, Drawing, Options
 from erase.evaluation.tasks.registry import TASKS
 from erase.families.scope import SCOPES
 from erase.methods import METHODS
@@ -151,7 +152,8 @@ def test_every_other_command_names_a_known_program_and_files_that_exist(page):
 
 
 def known_options() -> set[str]:
-    fields = [name for asked in (Settings, ClassifierSettings, Options, Drawing) for name in asked.__dataclass_fields__]
+    several = (Settings, ClassifierSettings, Options, AttackOptions, Drawing)
+    fields = [name for asked in several for name in asked.__dataclass_fields__]
     known = {f"--{name.replace('_', '-')}" for name in fields} | {"--list", "--num_processes"}
     for path in [*(ROOT / "erase").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]:
         known |= set(re.findall(r'"(--[a-z0-9-]+)"', path.read_text(encoding="utf-8")))
@@ -215,6 +217,7 @@ def test_every_block_can_be_read(page):
         ("docs/methods.md", guards.PRESETS),
         ("docs/evaluation.md", TASKS.names()),
         ("docs/evaluation.md", JUDGES.names()),
+        ("docs/attacks.md", ATTACKS.names()),
         ("docs/classifiers.md", PRESETS),
         ("docs/classifiers.md", NETWORKS),
         (

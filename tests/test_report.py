@@ -356,9 +356,12 @@ def test_an_old_file_without_a_hash_is_read_with_a_note_and_an_edited_file_is_an
 def test_results_are_objects_of_their_types(results):
     """What is not given is its default, and stays what it was as JSON."""
     made = Results.from_json(results)
-    scores = [score | {"copy_of": None, "target": None} for score in json.loads(json.dumps(results))["scores"]]
-    groups = [group | {"axis": None} for group in json.loads(json.dumps(results))["groups"]]
-    assert made.to_json() == {"verdict": None} | json.loads(json.dumps(results)) | {"scores": scores, "groups": groups}
+    plain = json.loads(json.dumps(results))
+    scores = [score | {"copy_of": None, "target": None, "gold": None} for score in plain["scores"]]
+    groups = [
+        group | {"axis": None, "rows": [row | {"gold": None} for row in group["rows"]]} for group in plain["groups"]
+    ]
+    assert made.to_json() == {"verdict": None} | plain | {"scores": scores, "groups": groups}
     assert isinstance(made.scores[0].erased, Score) and made.arms["erased"].hashes
     assert Results.from_json({key: value for key, value in results.items() if key != "retention"}).retention is None
 

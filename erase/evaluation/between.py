@@ -34,7 +34,7 @@ def drift(
         about = "mean absolute difference of retained images on the same seeds, 0 to 1, at 16 x 16"
         column = Column(f"pixels.{name}", title, about, False, values)
         if any(value is not None for value in values):
-            rows.append(score_row(column, None, [s.cluster for s in samples], range(len(samples))))
+            rows.append(score_row(column, None, samples))
     return rows
 
 

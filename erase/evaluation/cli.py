@@ -11,6 +11,7 @@ from erase.commandline import Command, Parser, add_options, serve, silence_libra
 from erase.errors import EraseError
 from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.flags import (
+    DRAWING,
     concept_options,
     judge_options,
     notes_of,
@@ -21,7 +22,7 @@ from erase.evaluation.flags import (
     task_options,
 )
 from erase.evaluation.judges import registry as judging
-from erase.evaluation.options import Drawing, Options
+from erase.evaluation.options import AttackOptions, Drawing, Options
 from erase.evaluation.tasks.registry import TASKS
 
 DESCRIPTION = "Evaluate concept erasure: the same prompts and seeds for the base and the erased model, with intervals."
@@ -29,6 +30,7 @@ EPILOG = """\
 commands (each has its own --help):
   run       images, scores and report of erased models and their base
   generate  images of one model             score    a judge's raw outputs for them
+  attack    attack a model, and report how often the concept comes back
   report    the figures, from the scores    compare  several reports in one table
   export    outcomes as a table; model card verify   hash and score again
   list      the tasks, the judges and the attacks
@@ -40,6 +42,7 @@ examples:
   eval-concept compare runs/evaluation/circle/mini runs/evaluation/esd/mini --output runs/compared
   eval-concept run --model mini --concept circle --task mini --guard sld-strong
   eval-concept run --model runs/nudity --task prompts --prompts my_prompts.csv --judge nudenet
+  eval-concept attack --model runs/circle --attack learnt-word --require 'attack.learnt-word<=0.1'
   eval-concept run --task images --images my_images --judge nudenet
 """
 
@@ -335,8 +338,63 @@ def _list(arguments: list[str]) -> None:
             print(f"  {name:16} {about}")
 
 
+def _attack(arguments: list[str]) -> None:
+    parser = Parser(
+        "eval-concept attack",
+        "Attack a model, its base and a retrained model alike, and report how often the concept comes back.",
+        example="--model runs/circle --attack learnt-word --quick",
+    )
+    parser.add_argument("--model", required=True, help="run folder, or any model with --base")
+    parser.add_argument(
+        "--attack", "--attacks", dest="attacks", nargs="+", required=True, help=", ".join(ATTACKS.names())
+    )
+    parser.add_argument("--base", help="model to compare with [the one that run.json names]")
+    parser.add_argument(
+        "--retrained", "--gold", dest="gold", metavar="MODEL", help="model trained without the concept, attacked too"
+    )
+    parser.add_argument(
+        "--budget", type=int, nargs="+", default=[], metavar="N",
+        help="steps of the attack: one number, whose quarters are looked at, or all points [the attack's own]",
+    )  # fmt: skip
+    parser.add_argument("--output", default="runs/attacks", metavar="DIR", help="folder of all reports [%(default)s]")
+    parser.add_argument("--judge", metavar="JUDGE", help="that decides what an image shows [the concept's own]")
+    judge_options(parser)
+    concept_options(parser)
+    add_options(parser, AttackOptions, {"attack": "the attack"})
+    add_options(parser, Drawing, DRAWING)
+    report_options(parser)
+    quiet_option(parser)
+    given = parser.parse_args(arguments)
+    options, drawing = options_of(AttackOptions, given), options_of(Drawing, given)
+    if rank_and_world(given)[1] > 1:
+        raise EraseError("attack is for one process")
+    from erase.evaluation import attacking
+
+    request = attacking.Request(
+        model=given.model,
+        attacks=list(dict.fromkeys(given.attacks)),
+        output=Path(given.output),
+        options=options,
+        drawing=drawing,
+        budget=given.budget,
+        concept=given.concept,
+        kind=given.kind,
+        base=given.base,
+        gold=given.gold,
+        judge=given.judge,
+        judge_models=given.judge_model,
+        require=given.require,
+        show=given.show,
+        quiet=given.quiet,
+        command=_command(),
+        given=[name for name, value in vars(given).items() if value is not None],
+    )
+    _gate(attacking.run(request, print, notes_of(given)), given.require)
+
+
 COMMANDS: dict[str, Command] = {
     "run": _run,
+    "attack": _attack,
     "generate": _generate,
     "score": _score,
     "report": _report,

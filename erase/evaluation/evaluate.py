@@ -16,18 +16,17 @@ from erase.evaluation.options import Drawing, Options
 from erase.evaluation.own_images import judged
 from erase.evaluation.report import page
 from erase.evaluation.sources import (
+    Compared,
     Source,
+    check_origin,
+    compared,
     concept_of,
-    erased_concepts,
     label_of,
     make_guard,
     make_task,
-    run_record,
-    source_of,
 )
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
-from erase.runs.record import Models
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,13 @@ class Request:
 class Job:
     """One model on one task.
 
-    is_checked: the weights must be those that run.json states. folders, hashes: of the arms and their UNets, by role,
-        known when the models were loaded once.
+    folders, hashes: of the arms and their UNets, by role, known when the models were loaded once.
     """
 
-    label: str
+    models: Compared
     task: SampleSet
     judges: Sequence[str]
     folder: Path
-    sources: dict[str, Source]
-    made_from: Models | None
-    is_checked: bool
     folders: dict[str, Path] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
 
@@ -104,20 +99,20 @@ def run(request: Request, tell: Callable[[str], None], note: Callable[[str], Non
     check_rules(request.require, names)
     for job, made in zip(jobs, judges, strict=True):
         _check_real(request, job, made)
-    for source in dict.fromkeys(source for job in jobs for source in job.sources.values()):
+    for source in dict.fromkeys(source for job in jobs for source in job.models.sources.values()):
         for line in _check_source(request, source, jobs, judges):
             note(line)
     for job in jobs:
-        _check_origin(job)
+        check_origin(job.models, job.hashes)
     results = []
     for job, made in zip(jobs, judges, strict=True):
-        for role, source in job.sources.items():
+        for role, source in job.models.sources.items():
             _draw_and_score(request, role, source, job, made)
         others = {role: folder for role, folder in job.folders.items() if role != "erased"}
         if _real(request, job):
             others["real"] = _score_real(request, job, made)
-        found = write_report(job.folder, others, job.folder, job.label, request.command, show=request.show, tell=tell)
-        results.append(found)
+        how: dict[str, Any] = {"show": request.show, "tell": tell}
+        results.append(write_report(job.folder, others, job.folder, job.models.label, request.command, **how))
     return results
 
 
@@ -181,30 +176,8 @@ def _job(request: Request, model: str, name: str) -> Job:
     task, guard = make_task(name, request.options, concept, model), make_guard(drawing, concept)
     if task.judges and request.judges:
         raise EraseError(f"--judge goes with the tasks prompts and images; {name} has {', '.join(task.judges)}")
-    record = run_record(model)
-    made_from = record and record.model
-    is_changed = bool(drawing.delta or drawing.unet or guard)
-    named = made_from and made_from.origin
-    base = request.base or named or (model if is_changed else None)
-    if not base:
-        raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
-    config = drawing.config
-    if not request.base and record:  # what the run read its single file with
-        config = config or record.settings.get("config")
-    label = label_of(model)
-    if drawing.delta:
-        label = label_of(Path(drawing.delta).resolve().parent.name)
-    if drawing.unet:
-        label = label_of(Path(drawing.unet).stem)
-    label += f"-{drawing.guard}" if guard else ""
-    label += f"-{label_of(request.concept or '')}" if len(erased_concepts(model)) > 1 else ""
-    sources = {"base": Source(str(base), config=config, revision=drawing.revision)}
-    if request.gold:
-        sources["gold"] = Source(request.gold, config=drawing.config, revision=drawing.revision)
-    sources["erased"] = source_of(model, drawing, guard)
-    is_checked = not (drawing.delta or drawing.unet or request.base)
-    judges = task.judges or request.judges
-    return Job(label, task, judges, request.output / label / task.id, sources, made_from, is_checked)
+    models = compared(model, drawing, guard, concept=request.concept, base=request.base, gold=request.gold)
+    return Job(models, task, task.judges or request.judges, request.output / models.label / task.id)
 
 
 def _judges(request: Request, job: Job) -> dict[str, Judge]:
@@ -239,7 +212,7 @@ def _check_source(
     drawing, model = request.drawing, source.load(request.drawing)
     hashes = generate.model_hashes(model)
     for job, made in zip(jobs, judges, strict=True):
-        for role in (role for role, own in job.sources.items() if own == source):
+        for role in (role for role, own in job.models.sources.items() if own == source):
             settings = generate.effective_settings(model, job.task, drawing.num_inference_steps, drawing.guidance_scale)
             for judge in made.values():
                 score.check_size(judge, job.task.samples, settings["size"])
@@ -252,18 +225,6 @@ def _check_source(
             job.folders[role] = folder
             job.hashes[role] = hashes[model.part]
     return model.notes
-
-
-def _check_origin(job: Job) -> None:
-    """The weights are those that run.json says: with a mixed-up base any figure would look real."""
-    if not job.is_checked or job.made_from is None:
-        return
-    for role, wanted in (("base", job.made_from.origin_hash), ("erased", job.made_from.result_hash)):
-        if wanted != job.hashes[role]:
-            raise EraseError(
-                f"{job.sources['erased'].model}/run.json says that the {role} model's UNet is {wanted[:12]}, but "
-                f"that of {job.sources[role].model} is {job.hashes[role][:12]}; give the right --base, or erase again"
-            )
 
 
 def _draw_and_score(request: Request, role: str, source: Source, job: Job, judges: Mapping[str, Judge]) -> None:

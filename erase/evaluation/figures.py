@@ -1,5 +1,6 @@
 """Figures with intervals from the outcomes of one or two arms."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,37 +11,55 @@ from erase.evaluation.plan import Column, Curve, Group, Plan, column_of
 from erase.evaluation.tasks.protocol import Sample
 
 
-def score_row(column: Column, base: Column | None, clusters: Sequence[str], chosen: Sequence[int]) -> dict[str, Any]:
-    """A row of the table of scores: erased, base, and their pairs, over the chosen samples."""
+def score_row(
+    column: Column,
+    base: Column | None,
+    samples: Sequence[Sample],
+    chosen: Sequence[int] | None = None,
+    *,
+    gold: Column | None = None,
+) -> dict[str, Any]:
+    """A row of the table of scores: erased, base, and their pairs, over the chosen samples; by default over all.
+
+    Samples of several runs of an attack are pooled, so that the interval holds the variance between runs.
+
+    gold: the column of the model that was trained without the concept.
+    """
+    chosen = range(len(samples)) if chosen is None else chosen
     rows = [i for i in chosen if column.values[i] is not None and (base is None or base.values[i] is not None)]
-    named, direction = [clusters[i] for i in rows], column.higher_is_better
+    runs = [[i for i in rows if samples[i].run == run] for run in dict.fromkeys(samples[i].run for i in rows)]
+    named, direction = [samples[i].cluster for i in runs[0]] if runs else [], column.higher_is_better
+
+    def by_run(values: Sequence[Any]) -> list[list[Any]]:
+        return [[values[i] for i in run] for run in runs] or [[]]
 
     def of(values: Sequence[Any]) -> dict[str, Any]:
-        picked = [values[i] for i in rows]
-        is_rate = all(isinstance(value, bool) for value in picked)
-        figure = statistics.rate if is_rate else statistics.mean
-        return statistics.to_json(figure(column.name, picked, higher_is_better=direction, clusters=named))
+        found = statistics.pooled(column.name, by_run(values), higher_is_better=direction, clusters=named)
+        return statistics.to_json(found)
 
     row = {"name": column.name, "title": column.title, "about": column.about, "higher_is_better": direction}
     row |= {"base": None, "erased": of(column.values), "comparison": None, "copy_of": column.copy_of}
     if base is not None:
-        pair = [base.values[i] for i in rows], [column.values[i] for i in rows]
-        compare: Any = statistics.paired_rate if isinstance(pair[0][0], bool) else statistics.paired_mean
         row["base"] = of(base.values)
-        row["comparison"] = statistics.to_json(compare(column.name, *pair, clusters=named))
+        pair = by_run(base.values), by_run(column.values)
+        row["comparison"] = statistics.to_json(statistics.paired_pooled(column.name, *pair, clusters=named))
+    if gold is not None and all(gold.values[i] is not None for i in rows):
+        row["gold"] = of(gold.values)
     return row
 
 
-def group_rows(group: Group, plan: Plan, base: Plan | None, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The rows of a group, one a label, with p-values corrected over them."""
-    column, clusters = column_of(plan, group.column), [sample.cluster for sample in samples]
+def group_rows(
+    group: Group, plan: Plan, base: Plan | None, samples: Sequence[Sample], *, gold: Plan | None = None
+) -> dict[str, Any]:
+    """The rows of a group, one a label, with p-values corrected over them; labels that begin with a number by it."""
+    column, other = column_of(plan, group.column), column_of(base, group.column)
     if column is None:
         return {"name": group.name, "title": group.title, "rows": []}
     rows: list[dict[str, Any]] = []
-    for label in sorted({label for labels in group.labels for label in labels}):
+    for label in sorted({label for labels in group.labels for label in labels}, key=_place):
         chosen = [i for i, labels in enumerate(group.labels) if label in labels and column.values[i] is not None]
         roles = {samples[i].role for i in chosen}
-        figures = score_row(column, column_of(base, group.column), clusters, chosen)
+        figures = score_row(column, other, samples, chosen, gold=column_of(gold, group.column))
         rows.append(_group_row(label, roles.pop() if len(roles) == 1 else "", figures))
     return {"name": group.name, "title": group.title, "rows": _corrected(rows)}
 
@@ -48,15 +67,16 @@ def group_rows(group: Group, plan: Plan, base: Plan | None, samples: Sequence[Sa
 def curve_rows(curve: Curve, base: Plan | None, samples: Sequence[Sample]) -> dict[str, Any]:
     """The rows of a curve, one a value of its setting, with p-values corrected over them."""
     before = next((c for c in base.curves if c.name == curve.name), None) if base else None
-    clusters, rows = [sample.cluster for sample in samples], []
+    rows: list[dict[str, Any]] = []
     for value, column in curve.columns.items():
-        figures = score_row(column, before and before.columns[value], clusters, range(len(samples)))
+        figures = score_row(column, before and before.columns[value], samples, range(len(samples)))
         rows.append(_group_row(f"{value:g}", "", figures))
     return {"name": curve.name, "title": curve.title, "rows": _corrected(rows), "axis": curve.axis}
 
 
 def _group_row(label: str, role: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {"label": label, "role": role, **{key: figures[key] for key in ("base", "erased", "comparison")}}
+    keys = [key for key in ("base", "erased", "comparison", "gold") if key in figures]
+    return {"label": label, "role": role, **{key: figures[key] for key in keys}}
 
 
 def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,6 +86,11 @@ def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["comparison"]:
             row["comparison"]["p_holm"] = p
     return rows
+
+
+def _place(label: str) -> tuple[float, str]:
+    number = re.match(r"\d+(\.\d+)?", label)
+    return (float(number[0]) if number else -1.0, label)
 
 
 def num_invalid(folder: Path, judges: Sequence[str]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """(model, task) -> a folder of PNGs with records: same seed, same image, whatever was interrupted or shared out."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from erase.families.protocol import Family
 from erase.guards import Guard
 from erase.progress import progress
 from erase.runs.machine import versions
+
+Draw = Callable[[Sequence[Sample], tuple[int, int], float], Tensor]  # (batch, size, guidance) -> latents, on the CPU
 
 
 def load_model(
@@ -132,25 +134,48 @@ def generate(
     settings = effective_settings(model, task, steps, guidance)
     arm.open_arm(folder, identity(model_hashes(model), task, settings, batch_size), task.samples)
     absent = {sample.id for sample in arm.missing(folder)}
-    numbers = {sample.id: number for number, sample in enumerate(task.samples)}
-    mine = [batch for batch in _batches(task.samples, batch_size)[rank::world] if any(s.id in absent for s in batch)]
-    total = sum(len(batch) for batch in mine)
+    mine = [batch for batch in batches(task.samples, batch_size)[rank::world] if any(s.id in absent for s in batch)]
+
+    def draw(batch: Sequence[Sample], size: tuple[int, int], guidance: float) -> Tensor:
+        prompts, seeds = [sample.prompt for sample in batch], [sample.seed for sample in batch]
+        return model.draw(prompts, seeds, steps=settings["steps"], guidance=guidance, size=size)
+
     with (
         jsonl.Appender(folder / f"records-{rank}-of-{world}.jsonl") as out,
-        progress(total, f"generate {task.id}{role and f', {role} model'}", "images", quiet=quiet) as bar,
+        progress(sum(map(len, mine)), f"generate {task.id}{role and f', {role} model'}", "images", quiet=quiet) as bar,
     ):
         for batch in mine:
-            lines = []
-            for sample, latents, image, size in _drawn(model, batch, settings):
-                if sample.id in absent:
-                    name = f"images/{numbers[sample.id]:05d}_{files.text_hash([sample.id, sample.prompt])[:8]}.png"
-                    facts = {"batch_size": size, "truncated": model.truncates(sample.prompt)}
-                    lines.append(_store(folder, name, sample, latents, image) | facts)
-            out.write(lines)
+            out.write(stored(model, folder, task.samples, batch, absent, settings, draw))
             bar.update(len(batch))
 
 
-def _batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[Sample, ...]]:
+def stored(
+    model: Family,
+    folder: Path,
+    samples: Sequence[Sample],
+    batch: Sequence[Sample],
+    absent: Collection[str],
+    settings: Mapping[str, Any],
+    draw: Draw,
+    said: Callable[[Sample], str] = lambda sample: sample.prompt,
+) -> list[dict[str, Any]]:
+    """Generate a batch and write its absent images; their records.
+
+    samples: all of the arm. absent: ids of images that are to be written. settings: see `effective_settings`.
+    said: the text that a sample's image is generated from.
+    """
+    numbers = {sample.id: number for number, sample in enumerate(samples)}
+    lines = []
+    for sample, latents, image, size in _drawn(model, batch, settings, draw):
+        if sample.id in absent:
+            name = f"images/{numbers[sample.id]:05d}_{files.text_hash([sample.id, sample.prompt])[:8]}.png"
+            facts = {"batch_size": size, "truncated": model.truncates(said(sample))}
+            other = {"said": said(sample)} if said(sample) != sample.prompt else {}
+            lines.append(_store(folder, name, sample, latents, image) | facts | other)
+    return lines
+
+
+def batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[Sample, ...]]:
     """Samples of one size and guidance each, in the task's order: only these fit one call of the pipeline."""
     alike: dict[Any, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -159,7 +184,7 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[Sample, .
 
 
 def _drawn(
-    model: Family, batch: Sequence[Sample], settings: Mapping[str, Any]
+    model: Family, batch: Sequence[Sample], settings: Mapping[str, Any], draw: Draw
 ) -> list[tuple[Sample, Tensor, Tensor, int]]:
     """Latents and image, [3, h, w] in [-1, 1], of each sample, and with how many others it was generated.
 
@@ -168,13 +193,7 @@ def _drawn(
     size = _first(batch[0].height, settings["size"]), _first(batch[0].width, settings["size"])
     own = batch[0].guidance if settings["guidance_of_samples"] == "used" else None
     try:
-        latents = model.draw(
-            [sample.prompt for sample in batch],
-            [sample.seed for sample in batch],
-            steps=settings["steps"],
-            guidance=_first(own, settings["guidance"]),
-            size=size,
-        )
+        latents = draw(batch, size, _first(own, settings["guidance"]))
         images = model.decode(latents, len(batch))
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
@@ -183,7 +202,7 @@ def _drawn(
             ) from error
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2
-        return [one for part in (batch[:half], batch[half:]) for one in _drawn(model, part, settings)]
+        return [one for part in (batch[:half], batch[half:]) for one in _drawn(model, part, settings, draw)]
     return [(sample, z, x, len(batch)) for sample, z, x in zip(batch, latents, images, strict=True)]
 
 

@@ -49,7 +49,9 @@ def measure(
     measured = tasks.stated(task["id"], f"{erased / arm.MANIFEST}: task.id")
     shapes.check(task["options"], measured.options_shape(), f"{erased / arm.MANIFEST}: task.options")
     here = protocol(erased)
-    arms = {"base": base, "erased": erased} if base else {"erased": erased}
+    arms = {role: folder for role, folder in (("base", base), ("erased", erased)) if folder}
+    if gold and not gold.is_file():
+        arms["gold"] = gold
     for other, role in ((base, "base"), (gold, "gold")):
         different = arm.differences(here, protocol(other)) if other and not other.is_file() else []
         if different:
@@ -58,8 +60,14 @@ def measure(
     plans = {role: _plan(measured, folder, samples, task, judges) for role, folder in arms.items()}
     plan = plans["erased"]
     clusters = [sample.cluster for sample in samples]
+    others = {role: plans.get(role) for role in ("base", "gold")}
     scores = [
-        score_row(column, column_of(plans.get("base"), column.name), clusters, range(len(samples)))
+        score_row(
+            column,
+            column_of(others["base"], column.name),
+            samples,
+            gold=column_of(others["gold"], column.name),
+        )
         for column in plan.columns
     ]
     scores += drift(base, erased, gold, samples, judges)
@@ -90,15 +98,20 @@ def measure(
         },
         "primary": plan.erasure if column_of(plan, plan.erasure) else scores[0]["name"],
         "retention": plan.retention if plan.erasure and column_of(plan, plan.retention) else None,
-        "verdict": verdict(plan, scores, models, invalid),
+        "verdict": verdict(plan, scores, models, {role: num for role, num in invalid.items() if role != "gold"}),
         "scores": scores,
-        "groups": [group_rows(group, plan, plans.get("base"), samples) for group in plan.groups]
-        + [curve_rows(curve, plans.get("base"), samples) for curve in plan.curves],
+        "groups": [group_rows(group, plan, others["base"], samples, gold=others["gold"]) for group in plan.groups]
+        + [curve_rows(curve, others["base"], samples) for curve in plan.curves],
         "invalid": invalid,
-        "sheet": sheet(arms, samples, flagged, failures(plan, plans.get("base"))),
+        "sheet": sheet(
+            {role: folder for role, folder in arms.items() if role != "gold"},
+            samples,
+            flagged,
+            failures(plan, plans.get("base")),
+        ),
         "command": command,
         "versions": versions(),
-        "limits": limits(task, measured.limits, num_truncated(erased), machines, measured.version),
+        "limits": limits(task, measured.limits_of(task["options"]), num_truncated(erased), machines, measured.version),
         "outcomes_hash": files.text_hash(outcomes),
     }
     return Results.from_json(results).to_json(), outcomes
@@ -189,8 +202,12 @@ def limits(
 
     task: its identity. own: what the task says of itself. machines: of each arm. version: of the task, as it is now.
     """
-    found = ["Prompts as they are: no attack, learned embedding or fine-tuning was tried to bring the concept back."]
-    found += own
+    found = list(own)
+    if "attack" not in task["options"]:
+        found = [
+            "Prompts as they are: no attack, learned embedding or fine-tuning was tried to bring the concept back."
+        ]
+        found += own
     if task.get("refused"):
         found.append(f"{task['refused']} prompts put minors beside sexual content and were not generated.")
     if num_truncated:

@@ -44,6 +44,32 @@ class Options:
 
 
 @dataclass(frozen=True)
+class AttackOptions:
+    """How an attack is run."""
+
+    attack_seeds: int = option(3, "runs of the attack, each with a seed of its own", group="attack", least=1, most=100)
+    num_images: int = option(
+        40, "images for each point of the curve and attack seed", group="attack", least=1, most=100_000, metavar="N"
+    )
+    limit: int | None = option(
+        None, "at most N images for each point and attack seed: a quick look", group="attack", least=1, most=100_000
+    )
+    prompts: str | None = option(
+        None, "for the attack prompts: your own list (CSV, .jsonl or .txt)", group="attack", metavar="FILE"
+    )
+    set: tuple[str, ...] = option(
+        (), "NAME=VALUE, a setting of the attack; may be repeated", group="attack", metavar="NAME=VALUE"
+    )
+    quick: bool = option(
+        False, "a look within seconds on the embedded model: few images and steps; labelled as such", group="attack"
+    )
+
+    def __post_init__(self) -> None:
+        """Make every value plain, and raise an EraseError for one that is not allowed."""
+        make_plain(self)
+
+
+@dataclass(frozen=True)
 class Drawing:
     """From which model images are generated, and how."""
 

@@ -1,6 +1,7 @@
 """From what the user names to a model with all that is applied to it, and the concept that it is about."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
 from erase.families.protocol import Family
 from erase.runs import record
-from erase.runs.record import RunRecord
+from erase.runs.record import Models, RunRecord
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,71 @@ def make_task(name: str, options: Options, concept: Concept | None, model: str) 
 def source_of(model: str, drawing: Drawing, guard: Any) -> Source:
     """The model with all that is applied to it."""
     return Source(model, drawing.unet, drawing.delta, drawing.config, drawing.revision, guard)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The models of one report by role, "base" first and "erased" last, and what they are called together.
+
+    made_from: what run.json says of the weights. is_checked: they must be those that it states.
+    """
+
+    label: str
+    sources: dict[str, Source]
+    made_from: Models | None
+    is_checked: bool
+
+
+def compared(
+    model: str, drawing: Drawing, guard: Any, *, concept: str | None, base: str | None, gold: str | None
+) -> Compared:
+    """The erased model beside its base, which run.json names where the user does not.
+
+    concept: the name that the user gave. gold: a model that was trained without the concept.
+
+    Raises:
+        EraseError: nobody names a base.
+    """
+    record = run_record(model)
+    made_from = record and record.model
+    is_changed = bool(drawing.delta or drawing.unet or guard)
+    named = made_from and made_from.origin
+    origin = base or named or (model if is_changed else None)
+    if not origin:
+        raise EraseError(f"{model} has no run.json that names its base; give --base MODEL")
+    config = drawing.config
+    if not base and record:  # what the run read its single file with
+        config = config or record.settings.get("config")
+    label = label_of(model)
+    if drawing.delta:
+        label = label_of(Path(drawing.delta).resolve().parent.name)
+    if drawing.unet:
+        label = label_of(Path(drawing.unet).stem)
+    label += f"-{drawing.guard}" if guard else ""
+    label += f"-{label_of(concept or '')}" if len(erased_concepts(model)) > 1 else ""
+    sources = {"base": Source(str(origin), config=config, revision=drawing.revision)}
+    if gold:
+        sources["gold"] = Source(gold, config=drawing.config, revision=drawing.revision)
+    sources["erased"] = source_of(model, drawing, guard)
+    return Compared(label, sources, made_from, not (drawing.delta or drawing.unet or base))
+
+
+def check_origin(models: Compared, hashes: Mapping[str, str]) -> None:
+    """The weights are those that run.json says: with a mixed-up base any figure would look real.
+
+    hashes: of the trained networks, by role.
+
+    Raises:
+        EraseError: they are not.
+    """
+    if not models.is_checked or models.made_from is None:
+        return
+    for role, wanted in (("base", models.made_from.origin_hash), ("erased", models.made_from.result_hash)):
+        if wanted != hashes[role]:
+            raise EraseError(
+                f"{models.sources['erased'].model}/run.json says that the {role} model's UNet is {wanted[:12]}, but "
+                f"that of {models.sources[role].model} is {hashes[role][:12]}; give the right --base, or erase again"
+            )
 
 
 def label_of(model: str) -> str:

@@ -116,7 +116,7 @@ class _Layout:
 def _layout(sums: "Array", m: "Array", variance: float) -> _Layout:
     """sums: of each run and prompt, [R, C]. m: images of each prompt. variance: of one value."""
     num_runs, count = sums.shape
-    n = num_runs * m.sum()
+    n = int(num_runs * m.sum())
     rest = sums - m * sums.sum() / n
     vp = count / (count - 1) * float((rest.sum(0) ** 2).sum()) / n**2 if count > 1 else 0.0
     vr = num_runs / (num_runs - 1) * float((rest.sum(1) ** 2).sum()) / n**2

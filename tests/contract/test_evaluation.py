@@ -11,7 +11,6 @@ from erase import concepts
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.evaluation import shapes
-from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.options import Options
@@ -73,8 +72,8 @@ def judge(request) -> tuple[str, type[Judge]]:
 
 
 def generating(task: Task) -> None:
-    if task.name == "images":
-        pytest.skip("generates nothing")
+    if task.name in {"images", "attack"}:
+        pytest.skip("has no samples of its own")
 
 
 def test_a_task_says_what_it_is(task):
@@ -167,8 +166,12 @@ def test_a_judges_figures_of_own_images_have_an_outcome_each_and_no_success_for_
             assert not any(figures.flagged or ())
 
 
-@pytest.mark.parametrize("name", ATTACKS.names())
-def test_an_attack_has_settings_with_defaults_and_prompts(name):
-    attack: Any = ATTACKS.load(name)()
-    assert attack.about and len(attack.prompts(7)) == 7
-    assert attack == ATTACKS.load(name)()
+def test_a_judge_says_of_which_concepts_it_can_tell_whether_they_are_shown(judge):
+    _, cls = judge
+    options = {"concept": "it", "index": 1, "target": "a", "alternatives": ["b"], "head": "object", "label": "circle"}
+    output = said(cls.outputs, {}, random.Random(0))
+    if cls.knows(options):
+        assert cls.shows(output, options) in {True, False}
+    else:
+        with pytest.raises(EraseError, match="cannot tell whether an image shows a concept"):
+            cls.shows(output, options)

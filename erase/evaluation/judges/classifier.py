@@ -54,6 +54,14 @@ class Classifier(Judge):
             ]
         )
 
+    @classmethod
+    def knows(cls, options: Mapping[str, Any]) -> bool:
+        return "index" in options
+
+    @classmethod
+    def shows(cls, line: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+        return shows(line, options["index"])
+
     def __init__(
         self, source: str | Path = "microsoft/resnet-50", device: str = "cpu", revision: str | None = None
     ) -> None:

@@ -50,6 +50,14 @@ class ClipZeroShot(Judge):
         about = f"share of images that CLIP does not call {target!r}"
         return Figures([absent("clip.ua", about, lines["clip"], lambda line: line["best"] != target)])
 
+    @classmethod
+    def knows(cls, options: Mapping[str, Any]) -> bool:
+        return "alternatives" in options
+
+    @classmethod
+    def shows(cls, line: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+        return line["best"] == options["target"]
+
     def __init__(
         self,
         labels: Sequence[str],

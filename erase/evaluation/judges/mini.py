@@ -44,6 +44,14 @@ class MiniJudge(Judge):
             columns.append(Column(f"mini.sees_{label.replace(' ', '_')}", f"Sees {label}", about, True, values))
         return Figures(columns)
 
+    @classmethod
+    def knows(cls, options: Mapping[str, Any]) -> bool:
+        return "head" in options
+
+    @classmethod
+    def shows(cls, line: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+        return line[options["head"]] == options["label"]
+
     def __init__(self, path: Path | None = None) -> None:
         path = path or Path(mini.__file__).with_name("weights") / "judge.safetensors"
         self.network = mini.load(path)

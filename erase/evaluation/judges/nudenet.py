@@ -47,6 +47,15 @@ class NudeNet(Judge):
         own = {"nudenet": lines["nudenet"]}
         return Figures(*nudity.columns("nudity", own), nudity.threshold_curve("nudity", own))
 
+    @classmethod
+    def knows(cls, options: Mapping[str, Any]) -> bool:
+        return True
+
+    @classmethod
+    def shows(cls, line: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+        """By this project's primary rule, core5-0.6-image, whatever the concept is called."""
+        return nudity.flagged(nudity.PROFILES["core5-0.6-image"], line)
+
     def __init__(self, model_path: str | Path | None = None, *, swap_channels: bool = False) -> None:
         self.name = "nudenet-bgr" if swap_channels else "nudenet"
         self.path = Path(model_path) if model_path else _installed_model()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from erase.errors import EraseError
 from erase.evaluation.plan import Figures, Lines
 
 if TYPE_CHECKING:
@@ -71,6 +72,16 @@ class Judge(ABC):
         lines: of every judge, its own among them.
         """
         return Figures()
+
+    @classmethod
+    def knows(cls, options: Mapping[str, Any]) -> bool:
+        """Whether `shows` can tell, for the concept that a sample set's options name."""
+        return False
+
+    @classmethod
+    def shows(cls, line: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+        """Whether a valid image shows the concept that the options name. line: the output for the image."""
+        raise EraseError(f"the judge {cls.__name__} cannot tell whether an image shows a concept; choose another")
 
     @classmethod
     def agrees(cls, stored: Any, again: Any) -> bool:

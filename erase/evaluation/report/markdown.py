@@ -4,12 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from erase.evaluation.report.words import as_json
+from erase.evaluation.report.words import as_json, columns_of
 
 
 def report_markdown(view: Mapping[str, Any]) -> str:
     results = view["results"]
-    columns = {"title": "", "base": "base", "erased": "erased", "difference": "difference", "n": "n", "p": "p"}
+    titles = {"title": "", "base": "base", "erased": "erased", "difference": "difference", "n": "n", "p": "p"}
+    columns = columns_of(results, titles)
     lines = [f"# {escaped(results['name'])}", escaped(view["subtitle"]), *map(escaped, view["verdict"])]
     lines += ["## Scores", markdown_table(columns, view["table"]), escaped(view["note"])]
     for group in view["groups"]:

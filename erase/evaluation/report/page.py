@@ -17,6 +17,7 @@ from erase.evaluation.report.markdown import report_markdown
 from erase.evaluation.report.results import ROLES, check
 from erase.evaluation.report.words import (
     aligned,
+    columns_of,
     interval_of,
     row_label,
     subtitle,
@@ -66,7 +67,8 @@ def write(results: dict[str, Any], folder: str | Path, *, images: str | Path, sh
 def summary(results: Mapping[str, Any]) -> str:
     """The verdict and the table of scores for a terminal."""
     rows = [table_row(score, score["name"]) for score in results["scores"]]
-    columns = {"title": results["name"], "base": "base", "erased": "erased", "difference": "difference", "n": "n"}
+    titles = {"title": results["name"], "base": "base", "erased": "erased", "difference": "difference", "n": "n"}
+    columns = columns_of(results, titles)
     verdict = [results["verdict"]["text"]] if results.get("verdict") else []
     return "\n".join([*verdict, aligned(columns, rows)])
 

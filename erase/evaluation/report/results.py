@@ -60,6 +60,7 @@ class ScoreRow:
 
     about: one sentence. copy_of: name of the score that this one repeats or inverts; they are one test in a table.
     target: hash of the images that a distance is to; figures of different ones cannot be compared.
+    gold: of the model that was trained without the concept, if there is one.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ScoreRow:
     comparison: Comparison | None
     copy_of: str | None = None
     target: str | None = None
+    gold: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class GroupRow:
     base: Score | None
     erased: Score
     comparison: Comparison | None
+    gold: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Results:
     protocol: all that must be equal for two results to be comparable, judge and settings; and the machine's part,
         which may differ (see `is_of_machine`).
     protocol_hash: of the part that must be equal.
-    arms, invalid: of "erased", and of "base" if there is one.
+    arms, invalid: of "erased", and of "base" and "gold" (trained without the concept) if there are such models.
     primary: name of the score that the verdict is about.
     retention: name of the score that tells what was kept: second axis of the Pareto plot.
     limits: what was not tested.
@@ -217,7 +220,7 @@ def _shape(kind: Any) -> Any:
     if origin is Literal:
         return set(arguments)
     if origin is abc.Mapping:
-        models = {"base?": _shape(arguments[1]), "erased": _shape(arguments[1])}
+        models = {role: _shape(arguments[1]) for role in ("base?", "erased", "gold?")}
         return models if arguments[1] in (Arm, Invalid) else {"*": arguments[1]}
     return [_shape(arguments[0])] if origin is abc.Sequence else kind
 

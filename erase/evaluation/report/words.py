@@ -39,7 +39,8 @@ def verdict_sentences(results: Mapping[str, Any]) -> list[str]:
             continue
         score = named[name]
         base = f", where the base model has {figure_text(score['base'])}" if score["base"] else ""
-        sentences.append(f"{score['title']}: {figure_text(score['erased'])}{base}. {_meaning(score)}")
+        gold = f" and the model trained without the concept {figure_text(score['gold'])}" if score.get("gold") else ""
+        sentences.append(f"{score['title']}: {figure_text(score['erased'])}{base}{gold}. {_meaning(score)}")
     return [*sentences, *_validity(results["invalid"])]
 
 
@@ -104,6 +105,7 @@ def table_row(score: Mapping[str, Any], title: str) -> dict[str, str]:
         "about": score.get("about", ""),
         "base": figure_text(score["base"]),
         "erased": figure_text(score["erased"]),
+        "gold": figure_text(score.get("gold")),
         "difference": _difference(comparison) if comparison else "–",
         "n": f"{some['n']:,}" if some else "–",
         "clusters": _prompts(clusters, some.get("icc")) if clusters else "",
@@ -119,6 +121,15 @@ def pair_row(row: Mapping[str, Any]) -> dict[str, str]:
     """A row of the table of method against method as texts."""
     found = table_row({"base": None, "erased": None, "comparison": row["comparison"]}, row["title"])
     return found | {"first": row["first"], "second": row["second"], "n": f"{row['comparison']['n']:,}"}
+
+
+def columns_of(results: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Columns of a table with one for the model trained without the concept, behind the erased one, if there is one."""
+    titles = {"erased": {"erased": columns["erased"], "gold": "retrained"}} if "gold" in results["arms"] else {}
+    found: dict[str, str] = {}
+    for key, title in columns.items():
+        found |= titles.get(key, {key: title})
+    return found
 
 
 def row_label(row: Mapping[str, Any]) -> str:

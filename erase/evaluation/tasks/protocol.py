@@ -39,6 +39,11 @@ class Sample:
     def cluster(self) -> str:
         return self.prompt
 
+    @property
+    def run(self) -> str:
+        """Which of several runs of an attack the image is of; "" where there is no attack."""
+        return str(self.facts.get("attack_seed", ""))
+
 
 @dataclass(frozen=True)
 class SampleSet:
@@ -120,6 +125,10 @@ class Task(ABC):
         lines: each judge's output for each sample. An invalid image has only "invalid", and never counts as success.
         options: those of the sample set.
         """
+
+    def limits_of(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """What a report says that these samples do not show. options: of the sample set."""
+        return self.limits
 
     def options_shape(self) -> dict[str, Any]:
         """What `plan` needs of the options, as `shapes` writes it; checked when they are read from a file."""
