@@ -23,5 +23,5 @@ def predict(model: Family, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
     if isinstance(guard, SLD):
         gamma, _ = guard.away(unconditional, predicted, away, unconditional.new_zeros(()))
         return predicted - gamma
-    s = float(model.defaults.get("guidance_scale", 7.5))
+    s = float(model.defaults.get("guidance_scale", model.guidance_scale))
     return predicted + (s - 1) / s * (unconditional - away)
