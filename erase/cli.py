@@ -22,7 +22,8 @@ DESCRIPTION = """\
 Take a concept out of a Stable Diffusion model: generate images of it, find the weights that matter for it,
 retrain only those, and write a diffusers folder."""
 EPILOG = """\
-The defaults are those of salun on Stable Diffusion 1. Other methods have their own, and so may a model, as 'mini' does.
+The defaults are for Stable Diffusion 1, and those "for salun" for the default method. Other methods have
+their own (docs/methods.md), and so may a model, as 'mini' does.
 
 examples:
   erase-concept --concept circle --model mini --output runs/circle
@@ -176,7 +177,7 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
         with files.replacing_folder(output) as whole:
             pipeline.save_pipeline(folder, whole, weights, dtype=dtype)
     word = "written already" if is_taken else "written"
-    print(f"{printable(output)}: {word}; UNet {delta.content_hash(new)[:12]}{exact}")
+    print(f"{printable(output)}: {word}; network {delta.content_hash(new)[:12]}{exact}")
     print(f"load it: {load_line(output)}")
 
 

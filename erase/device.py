@@ -20,7 +20,7 @@ LOSS_SCALE = {"fp32": 1.0, "bf16": 1.0, "fp16": 4096.0}
 class Compute:
     """Where a command computes, and how precisely.
 
-    precision: "fp32", "bf16" or "fp16", of every pass through a UNet, a VAE or a classifier. The weights that are
+    precision: "fp32", "bf16" or "fp16", of every pass through a network, a VAE or a classifier. The weights that are
         trained and written are float32, whatever the precision.
     """
 

@@ -4,7 +4,7 @@
     with guard.on(pipeline):
         pipeline("a photo of a person")
 
-They stand between any Stable Diffusion pipeline of diffusers and its UNet during classifier-free guidance, so that the
+They act between any Stable Diffusion pipeline of diffusers and its network during classifier-free guidance, so that the
 pipeline's own formula, eps(0) + s_g (eps(c_p) - eps(0)), gives the guarded result.
 """
 
@@ -33,7 +33,7 @@ class SLD:
     nu    = momentum_beta nu + (1 - momentum_beta) gamma, from 0 at an image's first step on, warm-up included
     eps   = eps(0) + s_g (eps(c_p) - eps(0) - gamma), gamma = 0 in the first `warmup` steps
 
-    One UNet forward more a step, batched with the two of guidance: 1.5 times the time.
+    One more network pass in each step, batched with the two of guidance: 1.5 times the time.
 
     text: c_S, what to steer away from. guidance: s_S; below 1 nothing is guarded at all.
     """
@@ -47,7 +47,7 @@ class SLD:
 
     @contextmanager
     def on(self, pipeline: Any) -> Iterator[None]:
-        """Guard what the pipeline generates inside; outside, pipeline and UNet are as they were found.
+        """Guard what the pipeline generates inside; outside, pipeline and network are as they were found.
 
         Raises:
             EraseError: the pipeline generates without classifier-free guidance.
@@ -97,7 +97,7 @@ class NegativePrompt:
 
     @contextmanager
     def on(self, pipeline: Any) -> Iterator[None]:
-        """Guard what the pipeline generates inside; outside, pipeline and UNet are as they were found.
+        """Guard what the pipeline generates inside; outside, pipeline and network are as they were found.
 
         Raises:
             EraseError: the pipeline generates without classifier-free guidance.
@@ -138,12 +138,12 @@ def make(name: str, text: str) -> Guard:
     return PRESETS[name](text)
 
 
-# --- between a pipeline and its UNet --------------------------------------------------------------------------------
+# --- between a pipeline and its network -----------------------------------------------------------------------------
 
 
 @contextmanager
 def _between(pipeline: Any, forward: Callable[..., Any], begin: Callable[[], None]) -> Iterator[None]:
-    """Inside, the UNet's calls go through `forward`, and `begin` is called when the pipeline is.
+    """Inside, the network's calls go through `forward`, and `begin` is called when the pipeline is.
 
     Both are attributes of the instances, in front of what the classes or hooks have there.
     """
@@ -152,7 +152,7 @@ def _between(pipeline: Any, forward: Callable[..., Any], begin: Callable[[], Non
 
     def guarded(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **more: Any) -> Any:
         if rest:
-            raise EraseError("a guard knows the UNet's arguments beyond the text by their names only")
+            raise EraseError("a guard needs the network's arguments after the text states as keywords")
         return forward(predict, sample, timestep, encoder_hidden_states, more)
 
     def checked(*arguments: Any, **more: Any) -> Any:  # the first thing that every pipeline does when it is called
@@ -202,5 +202,5 @@ def _noise_unit(pipeline: Any, t: Any) -> Tensor:
 
 
 def _with_prediction(output: Any, predicted: Tensor) -> Any:
-    """The UNet's output, a tuple or diffusers' record, with another prediction."""
+    """The network's output, a tuple or diffusers' record, with another prediction."""
     return (predicted, *output[1:]) if isinstance(output, tuple) else type(output)(predicted)

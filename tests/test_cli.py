@@ -129,7 +129,19 @@ def test_help_names_the_defaults_that_are_used(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     text = command("--help")[1]
     for name, value in {**SD_DEFAULTS, "density": 0.5, "seed": 0}.items():
-        assert entry(text, name).endswith(f"[default: {value}]")
+        assert re.search(rf"\[default: {re.escape(str(value))}( for salun)?\]$", entry(text, name)), name
+
+
+def test_help_says_whose_a_default_is_that_methods_bring_too(command, monkeypatch):
+    """The control is a default of all methods, which names none."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = command("--help")[1]
+    brought = {name for preset in METHODS.values() for kind in ("object", "nudity") for name in preset.defaults(kind)}
+    assert {"learning_rate", "num_train_steps", "alpha", "scope"} < brought
+    for name in brought:
+        shown = entry(text, name).rpartition("[default: ")[2]
+        assert "salun" in shown or "method" in shown, f"{name}: {shown}"
+    assert entry(text, "num_retain").endswith("[default: 800]")
 
 
 def test_help_fits_a_terminal_and_breaks_no_name(command, monkeypatch):

@@ -240,14 +240,14 @@ def test_every_public_name_is_in_the_table_of_the_api():
         assert re.search(rf"^\|[^|]*`{name}`", PAGES["docs/python-api.md"], re.MULTILINE), name
 
 
-def test_every_room_is_on_the_map():
+def test_every_part_is_on_the_map():
     page = PAGES["docs/architecture.md"]
     for path in (ROOT / "erase").iterdir():
         if not path.name.startswith("_") and path.name != "py.typed":
             assert f"`{path.name}{'/' if path.is_dir() else ''}`" in page, path.name
 
 
-def test_the_floors_are_those_of_the_imports():
+def test_the_layers_are_those_of_the_imports():
     from test_imports import LAYERS
 
     rows = re.findall(r"^\| (\d+) \| (.+?) \|", PAGES["docs/architecture.md"], re.MULTILINE)

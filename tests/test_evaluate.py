@@ -443,7 +443,7 @@ def test_weights_that_are_not_those_of_run_json_are_refused(command, pair, toy_p
         with monkeypatch.context() as patch:
             patch.setattr(sd.StableDiffusion, "draw", lambda *_, **__: pytest.fail("an image was generated"))
             code, _, err = command(*arguments)
-        assert code == 2 and f"says that the {role} model's UNet is 000000000000" in err
+        assert code == 2 and f"says that the {role} model's network is 000000000000" in err
     files.write_json(tmp_path / "run" / "run.json", record | {"model": right})
     assert command(*arguments)[0] == 0
 

@@ -59,7 +59,7 @@ class Request:
 class Job:
     """One model on one task.
 
-    folders, hashes: of the arms and their UNets, by role, known when the models were loaded once.
+    folders, hashes: of the arms and their networks, by role, known when the models were loaded once.
     """
 
     models: Compared

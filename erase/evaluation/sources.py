@@ -152,7 +152,7 @@ def check_origin(models: Compared, hashes: Mapping[str, str]) -> None:
     for role, wanted in (("base", models.made_from.origin_hash), ("erased", models.made_from.result_hash)):
         if wanted != hashes[role]:
             raise EraseError(
-                f"{models.sources['erased'].model}/run.json says that the {role} model's UNet is {wanted[:12]}, but "
+                f"{models.sources['erased'].model}/run.json says that the {role} model's network is {wanted[:12]}, but "
                 f"that of {models.sources[role].model} is {hashes[role][:12]}; give the right --base, or erase again"
             )
 

@@ -1,4 +1,4 @@
-"""What the other rooms may ask of a model, whatever its architecture."""
+"""What the rest of the package may ask of a model, whatever its architecture."""
 # pyright: strict, reportPrivateImportUsage=false
 
 from abc import ABC, abstractmethod

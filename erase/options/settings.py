@@ -26,6 +26,11 @@ SD_DEFAULTS: dict[str, Any] = {
 }
 
 
+def _of_salun(name: str) -> str:
+    """A general default as the help shows it, where methods have their own."""
+    return f"{SD_DEFAULTS[name]} for salun"
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of `erase_concept` and of the command line, in the order of `--help`.
@@ -110,11 +115,11 @@ class Settings:
     )
     mask: str | None = option(
         None,
-        "weights that may move inside the scope: saliency, random, inverse, none, or a mask file",
+        "weights that may change inside the scope: saliency, random, inverse, none, or a mask file",
         group="how",
         shown="saliency for salun, none for other methods",
     )
-    density: float = option(0.5, "share of the scope's weights that may move, above 0 and at most 1", group="how")
+    density: float = option(0.5, "share of the scope's weights that may change, above 0 and at most 1", group="how")
     score: Literal["abs_sum", "sum_abs", "sum_sq"] = option(
         "abs_sum", "saliency score: |sum g| (the SalUn code's), sum |g| or sum g^2", group="how"
     )
@@ -131,7 +136,7 @@ class Settings:
         None,
         "what the forget prompt becomes: its anchor, a random other class per sample, or one fixed other class",
         group="how",
-        shown="anchor; other recipes fixed, except for nudity",
+        shown="anchor; for salun's other recipes fixed, except for nudity",
     )
     alpha: float | None = option(
         None,
@@ -139,7 +144,7 @@ class Settings:
         group="how",
         least=0,
         most=1e6,
-        shown="1; other recipes 0.5, for nudity 0.1",
+        shown="1 for salun; its other recipes 0.5, for nudity 0.1",
     )
 
     # data
@@ -154,7 +159,7 @@ class Settings:
         None, "folder of images (or datasets name) to keep", group="data", shown="generated", metavar="DIR"
     )
     num_forget: int | None = option(
-        None, "forget images to generate", group="data", least=1, most=1_000_000, shown=str(SD_DEFAULTS["num_forget"])
+        None, "forget images to generate", group="data", least=1, most=1_000_000, shown=_of_salun("num_forget")
     )
     num_retain: int | None = option(
         None, "retain images to generate", group="data", least=1, most=1_000_000, shown=str(SD_DEFAULTS["num_retain"])
@@ -166,7 +171,7 @@ class Settings:
         least=1,
         most=1000,
         aliases=("--steps",),
-        shown="20; 50 with the model's own scheduler",
+        shown="20 for salun; 50 with the model's own scheduler",
     )
     sampler: Literal["model", "dpm++"] | None = option(
         None,
@@ -206,10 +211,15 @@ class Settings:
 
     # training
     learning_rate: float | None = option(
-        None, "Adam's step size", group="training", least=0, most=1000, shown=str(SD_DEFAULTS["learning_rate"])
+        None, "Adam's step size", group="training", least=0, most=1000, shown=_of_salun("learning_rate")
     )
     num_train_steps: int | None = option(
-        None, "optimizer steps", group="training", least=0, most=10_000_000, shown="500; 100 for nudity"
+        None,
+        "optimizer steps",
+        group="training",
+        least=0,
+        most=10_000_000,
+        shown="500 for salun, 100 for salun and nudity",
     )
     batch_size: int | None = option(
         None,
@@ -217,7 +227,7 @@ class Settings:
         group="training",
         least=1,
         most=100_000,
-        shown=str(SD_DEFAULTS["batch_size"]),
+        shown=_of_salun("batch_size"),
     )
     rank: int | None = option(
         None,
@@ -226,7 +236,7 @@ class Settings:
         group="training",
         least=1,
         most=10_000,
-        shown="4 for leco, else none",
+        shown="4 for the method leco, else none",
     )
     weight_decay: float | None = option(
         None,
@@ -234,7 +244,7 @@ class Settings:
         group="training",
         least=0,
         most=1e6,
-        shown=str(SD_DEFAULTS["weight_decay"]),
+        shown=_of_salun("weight_decay"),
     )
     max_grad_norm: float | None = option(
         None,
@@ -250,8 +260,8 @@ class Settings:
     gradient_checkpointing: bool = option(False, "recompute activations to save memory", group="training")
     weights: Literal["fp32", "bf16"] | None = option(
         None,
-        "storage of the UNet during mask and training; bf16 halves it, with float32 masters of the weights that may "
-        "move, and all others end as they were",
+        "storage of the network during mask and training; bf16 halves it and keeps float32 masters of the weights that "
+        "may change; all others end as they were",
         group="training",
         shown="fp32; with --low-memory on a GPU bf16",
     )
@@ -266,8 +276,8 @@ class Settings:
     )
     precision: Precision | None = option(
         None,
-        "precision of all passes through UNet and VAE: generation, mask, training and samples.png; weights are trained "
-        "and written in float32 all the same",
+        "precision of all passes through network and VAE: generation, mask, training and samples.png; weights are "
+        "trained and written in float32 in any case",
         group="training",
         shown="on a GPU bf16, or fp16 if the card lacks it; else fp32",
     )

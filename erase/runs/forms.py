@@ -1,4 +1,4 @@
-"""The forms in which a result is published, at the end of a run or later: folder, UNet alone, single file, LoRA."""
+"""The forms in which a result is published, at the end of a run or later: folder, network alone, single file, LoRA."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

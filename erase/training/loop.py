@@ -40,7 +40,7 @@ def train(
     """Fine-tune the masked weights in place; returns the losses of every step.
 
     Besides weights, moments and one branch's activations this needs masked weights only: their gradients, and their
-    values in the base when a target comes from there. A UNet that was rounded to bfloat16 trains so, with float32
+    values in the base when a target comes from there. A network that was rounded to bfloat16 trains so, with float32
     masters of the masked weights, and is the exact float32 base with those masters in it afterwards.
 
     parameters: those in the scope, by name. mask: of the same names; None moves them all.
