@@ -5,6 +5,7 @@ different places, so weights agree within a bound on rounding; all that is only 
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -192,14 +193,18 @@ def test_a_state_goes_from_one_device_to_the_other_and_on(makes, dtype, tmp_path
 
 @pytest.mark.parametrize("make", [fused, chunked])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_halted_step_changes_nothing(make, dtype):
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_halted_step_changes_nothing(make, dtype, eight_bit):
     """Not even with gradients that are NaN. Control: the same step without the flag."""
+    if eight_bit:
+        pytest.importorskip("bitsandbytes")
     weights = weights_of(dtype)
-    optimizer = make(weights, mask_of(0.5), weight_decay=0.1)
+    optimizer = make(weights, mask_of(0.5), weight_decay=0.1, eight_bit=eight_bit)
     optimizer.halt = torch.zeros((), dtype=torch.int32)
     train(optimizer, weights, range(1))
     before = {name: bits(weight) for name, weight in weights.items()}
-    moments = bits(optimizer.state[weights["w"]]["exp_avg"])
+    state = optimizer.state[weights["w"]]
+    moments = {key: bits(value) for key, value in state.items() if torch.is_tensor(value)}
     optimizer.halt.fill_(1)
     for _ in range(2):
         for weight in weights.values():
@@ -207,7 +212,7 @@ def test_a_halted_step_changes_nothing(make, dtype):
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.equal(bits(weight), before[name]) for name, weight in weights.items())
-    assert torch.equal(bits(optimizer.state[weights["w"]]["exp_avg"]), moments)
+    assert all(torch.equal(bits(state[key]), before) for key, before in moments.items())
     optimizer.uncount(2)
     assert optimizer.state[weights["w"]]["step"] == 1
     optimizer.halt.fill_(0)
@@ -264,3 +269,29 @@ def test_what_does_not_fit_takes_the_other_path():
     last = {"w": Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last))}
     for weights in (mixed, last):
         assert not isinstance(MaskedAdam(weights, None)._engine, cuda.Fused)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_kernel_that_fails_leads_to_the_other_path_and_a_warning_of_triton_does_not(monkeypatch):
+    """Every kernel is tried, so that none fails for the first time in the middle of a run."""
+    where = torch.device("cpu")
+
+    def warns(*arguments: Any, **options: Any) -> None:
+        warnings.warn("of Triton", UserWarning, stacklevel=1)
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("ptxas is missing")
+
+    for name in ("take", "exchange", "gather", "adam"):
+        plain = getattr(cuda.Fused, name)
+
+        def warned(self: Any, *arguments: Any, plain: Any = plain, **options: Any) -> Any:
+            warns()
+            return plain(self, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda.Fused, name, warned)
+            assert cuda._compiles.__wrapped__(where)
+            patch.setattr(cuda.Fused, name, fails)
+            with pytest.warns(UserWarning, match=r"Triton cannot be used \(ptxas is missing\)"):
+                assert not cuda._compiles.__wrapped__(where)

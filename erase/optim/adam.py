@@ -208,7 +208,7 @@ class MaskedAdam(torch.optim.Optimizer):
                 moments = {name: self._code.read(state, name) for name in MOMENTS}
                 self._engine.adam([self._as_update(parameter, {**state, **moments})], **options)
                 for name, moment in moments.items():
-                    self._code.write(state, name, moment)
+                    self._code.write(state, name, moment, self.halt)
         for parameter in parameters:
             self.state[parameter]["step"] += 1
 

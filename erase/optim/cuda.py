@@ -30,15 +30,27 @@ def fits(parameters: Sequence[Parameter]) -> bool:
 
 @functools.cache
 def _compiles(where: torch.device) -> bool:
-    """Whether a kernel runs on the device; Triton needs a C compiler, which not every machine has."""
-    weight = Parameter(torch.ones(1, device=where))
+    """Whether every kernel runs on the device; Triton needs a C compiler, which not every machine has."""
     try:
-        Fused({weight: Places("", 1, None)}).take()
+        with warnings.catch_warnings(action="ignore"):  # Triton's own, which must not end a run
+            _run_every_kernel(where)
     except Exception as error:  # of the compiler, the driver or Triton, each with its own classes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         warnings.warn(f"Triton cannot be used ({reason:.150}); the optimizer takes a slower path", stacklevel=2)
         return False
     return True
+
+
+def _run_every_kernel(where: torch.device) -> None:
+    """Gather, exchange and update one weight."""
+    weight = Parameter(torch.ones(1, device=where))
+    fused = Fused({weight: Places("", 1, None)})
+    fused.exchange({weight: fused.take()[weight]})
+    gradient = fused.gather(weight, torch.ones(1, device=where), None)
+    fused.gather(weight, gradient, gradient.clone())
+    m, v = (torch.zeros(1, device=where) for _ in range(2))
+    update = Update(weight, gradient, True, m, v, None)
+    fused.adam([update], step=0, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
 class Fused:

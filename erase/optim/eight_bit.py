@@ -31,7 +31,9 @@ class EightBit:
             state[name], absmax=state[f"{name}_scale"], code=code, blocksize=self.BLOCK
         )
 
-    def write(self, state: dict[str, Any], name: str, moment: torch.Tensor) -> None:
+    def write(self, state: dict[str, Any], name: str, moment: torch.Tensor, halt: torch.Tensor | None = None) -> None:
+        """halt: while it is not 0, the state stays bit for bit; reading and writing alone can move a scale."""
         code = self._codes[name].to(moment.device)
-        state[name], how = self._functional.quantize_blockwise(moment, code=code, blocksize=self.BLOCK)
-        state[f"{name}_scale"] = how.absmax
+        packed, how = self._functional.quantize_blockwise(moment, code=code, blocksize=self.BLOCK)
+        for key, new in ((name, packed), (f"{name}_scale", how.absmax)):
+            state[key] = new if halt is None else torch.where(halt == 0, new, state[key])
