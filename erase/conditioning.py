@@ -23,7 +23,8 @@ class Conditioning:
     sizes: Tensor | None = None
     labels: Tensor | None = None
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """The inputs, each changed by `change`."""
         parts = {item.name: getattr(self, item.name) for item in fields(self)}
         return Conditioning(**{name: part if part is None else change(part) for name, part in parts.items()})
 
@@ -32,14 +33,14 @@ class Conditioning:
 
     def __getitem__(self, rows: Tensor | slice | list[int]) -> "Conditioning":
         """These rows, as indexing a tensor gives them."""
-        return self._each(lambda part: part[rows])
+        return self.each(lambda part: part[rows])
 
     def to(self, device: torch.device | str) -> "Conditioning":
-        return self._each(lambda part: part.to(device))
+        return self.each(lambda part: part.to(device))
 
     def expand(self, num: int) -> "Conditioning":
         """A single row as `num` rows, without a copy."""
-        return self._each(lambda part: part.expand(num, *part.shape[1:]))
+        return self.each(lambda part: part.expand(num, *part.shape[1:]))
 
     @property
     def text_states(self) -> Tensor:

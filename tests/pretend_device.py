@@ -4,6 +4,9 @@
         x = torch.ones(2).to("cuda")      # x.device is cuda:0
         x + torch.ones(2)                 # RuntimeError, as on a real one
 
+    with pretend_device.gpu(), pretend_device.waits() as found:
+        x.item()                          # found: ["_local_scalar_dense"]
+
 A storage carries the mark, so that views, parameters and `.data` share it. As in torch, a CPU tensor without dimensions
 may meet any other, indices may lie on the CPU, and only `copy_`, `to` and assignment to a part cross devices.
 """
@@ -18,6 +21,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from erase import device
@@ -40,6 +44,48 @@ def is_there(tensor: Tensor) -> bool:
     return hasattr(tensor.untyped_storage(), "is_pretended")
 
 
+_waits: list[list[str]] = []  # of `waits`, one inside the other
+_moving = [False]  # while a tensor goes from one device to the other, of which the parts of `to` know nothing
+# what torch.cuda.set_sync_debug_mode finds: a number that the host reads, and a result whose size the host must know
+_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "repeat_interleave"}
+
+
+class _Waits(TorchDispatchMode):
+    """Sees the operations that others are made of, and those of the backward pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [item for item in tree_iter((args, kwargs)) if isinstance(item, Tensor)]
+        there = any(is_there(tensor) for tensor in tensors)
+        name = func.name().partition(".")[0].removeprefix("aten::")
+        if there and (name in _WAITING or name in {"index", "index_put_"} and _needs_host(args[1])):
+            _saw(name)
+        result = func(*args, **(kwargs or {}))
+        return _marked(result, tensors) if there and not _moving[0] else result
+
+
+def _needs_host(indices: Any) -> bool:
+    """Whether an index is of bools, which a GPU first turns into numbers, or lies on the CPU."""
+    found = [index for index in indices if isinstance(index, Tensor)]
+    return any(index.dtype in {torch.bool, torch.uint8} or index.dim() and not is_there(index) for index in found)
+
+
+def _saw(what: str) -> None:
+    for found in _waits:
+        found.append(what)
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Inside `gpu`: what makes the host wait for the GPU, as it happens."""
+    found: list[str] = []
+    _waits.append(found)
+    try:
+        with _Waits():
+            yield found
+    finally:
+        _waits.remove(found)
+
+
 class PretendedGPU(TorchFunctionMode):
     """Marks what is on the GPU and refuses what a real one refuses."""
 
@@ -53,20 +99,31 @@ class PretendedGPU(TorchFunctionMode):
             return _marked(func(*args, **kwargs), []) if there else func(*args, **kwargs)
         if there and func in _HOST and args[0] is there[0]:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        if there and func is _T.tolist:
+            _saw("tolist")
         if func in _ANSWERS and there:
             return _ANSWERS[func]
         if func == _DEVICE:
             return GPU if there else func(*args, **kwargs)
         if func in _MOVES:
-            return _moved(func, args, kwargs)
+            _moving[0] = True
+            try:
+                return _moved(func, args, kwargs)
+            finally:
+                _moving[0] = False
         target = kwargs.get("device")
         if target is not None and torch.device(target).type == "cuda":
             _require_generator(kwargs)
+            if func in {torch.tensor, torch.as_tensor} and not there:
+                _saw(f"{func.__name__} from the host")
             return _marked(func(*args, **{**kwargs, "device": CPU}), [])
         if there and kwargs.get("generator") is not None and target is None:
             _require_generator(kwargs)
         if there and func not in _DATA:
             _require_one_device(func, args, tensors)
+        if func in {_T.copy_, _T.__setitem__} and len({is_there(t) for t in tensors if t.dim()}) > 1:
+            if func is not _T.copy_ or not (kwargs.get("non_blocking") or args[2:] and args[2]):
+                _saw(f"{func.__name__} across devices")
         result = func(*args, **kwargs)
         if func == _GRAD or target is None and func not in _CROSSING and func not in _DATA:
             return _marked(result, tensors if func != _GRAD else []) if there else result
@@ -102,6 +159,8 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target.type not in {"cuda", "cpu"}:
         return func(tensor, *args[1:], **kwargs)
     result = _T.to(tensor, *rest, **kwargs)
+    if (target.type == "cuda") != is_there(tensor) and not kwargs.get("non_blocking"):
+        _saw(f"copy to {target.type}")
     if (target.type == "cuda") == is_there(tensor):
         return _marked(result, []) if is_there(tensor) else result
     result = result.clone() if result.untyped_storage() is tensor.untyped_storage() else result

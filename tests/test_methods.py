@@ -303,11 +303,16 @@ def test_what_is_put_back_is_the_bases_bit_for_bit(toy_pipeline_dir, gathered, a
 # --- balancing ------------------------------------------------------------------------------------------------------
 
 
+def weighed(balance: Any, *products: float) -> tuple[float, ...]:
+    """The factors as numbers."""
+    return tuple(factor.item() for factor in balance(*(torch.tensor(p, dtype=torch.float64) for p in products)))
+
+
 @pytest.mark.parametrize("angle", [0.3, 1.2, math.pi / 2, 2.5])
 def test_nash_weights_are_munbas_and_make_both_losses_fall_alike(angle):
     forget, retain = 3.0 * np.array([1.0, 0.0]), 0.2 * np.array([math.cos(angle), math.sin(angle)])
     a, b, d = (float(x) for x in (retain @ retain, retain @ forget, forget @ forget))
-    w_f, w_r = balance.nash(d, b, a)
+    w_f, w_r = weighed(balance.nash, d, b, a)
     step = w_f * forget + w_r * retain
     assert step @ forget / 3.0 == pytest.approx(step @ retain / 0.2)
     assert np.linalg.norm(step) == pytest.approx(math.sqrt(2))
@@ -317,9 +322,9 @@ def test_nash_weights_are_munbas_and_make_both_losses_fall_alike(angle):
 
 
 def test_gradients_that_are_opposite_or_missing_have_finite_weights():
-    assert balance.nash(4.0, -2.0, 1.0) == (1.5, 3.0)
-    assert balance.nash(4.0, 0.0, 0.0) == balance.nash(0.0, 0.0, 4.0) == (1.0, 1.0)
-    assert balance.projected(4.0, 0.0, 0.0) == (1.0, 1.0)
+    assert weighed(balance.nash, 4.0, -2.0, 1.0) == (1.5, 3.0)
+    assert weighed(balance.nash, 4.0, 0.0, 0.0) == weighed(balance.nash, 0.0, 0.0, 4.0) == (1.0, 1.0)
+    assert weighed(balance.projected, 4.0, 0.0, 0.0) == (1.0, 1.0)
 
 
 def test_the_constraints_hold_with_the_smallest_change():
@@ -327,7 +332,7 @@ def test_the_constraints_hold_with_the_smallest_change():
     is_active = set()
     for _ in range(50):
         f, r = draw.randn(2, 3)
-        w_f, w_r = balance.projected(f @ f, f @ r, r @ r)
+        w_f, w_r = weighed(balance.projected, f @ f, f @ r, r @ r)
         rest = w_f * f + (w_r - 1) * r  # what is left of the forget gradient
         assert rest @ r >= -1e-9 and (w_r == 1) == (f @ r >= 0)
         is_active |= {w_r > 1}
@@ -372,7 +377,11 @@ def test_the_loop_weighs_the_gradients_of_masked_weights(
         return torch.cat([(g if mask is None else g[mask[key]]).reshape(-1) for key, g in gradients])
 
     f, r = (cut(term) for _, term in method.loss(model, None, batch))
-    w_f, w_r = method.balance((f @ f).item(), (f @ r).item(), (r @ r).item()) if method.balance else (1.0, 1.0)
+    w_f, w_r = (
+        weighed(method.balance, *((a @ b).item() for a, b in ((f, f), (f, r), (r, r))))
+        if method.balance
+        else (1.0, 1.0)
+    )
     expected, found = w_f * f + w_r * r, torch.cat([gradient.reshape(-1) for gradient in got])
     assert (found - expected).norm() < 1e-3 * expected.norm()
 

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.delta import content_hash, of_component
-from erase.device import rounded
+from erase.device import rounded, staged
 from erase.errors import EraseError, missing
 from erase.families import architecture, components, compvis, layers, pipeline_folder, scope, sd_parts, single_file
 from erase.families.components import one_line
@@ -71,6 +71,7 @@ class StableDiffusion(Family):
     def __post_init__(self) -> None:
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
         self.alphas_cumprod: Tensor = noise.alphas_cumprod
+        self._alphas: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         sd_parts.require_schedule(self.name, self.alphas_cumprod)
         self.prediction_type: str = noise.config["prediction_type"]
         if self.prediction_type not in {"epsilon", "v_prediction"}:
@@ -204,13 +205,20 @@ class StableDiffusion(Family):
         output = network(x.to(dtype), t, encoder_hidden_states=c.text_states.to(dtype)).sample.float()
         if self.prediction_type == "epsilon":
             return output
-        a = self.alphas_cumprod.to(x)[t][:, None, None, None]
+        a = self._alphas_at(t, x)
         return a.sqrt() * output + (1 - a).sqrt() * x
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) x + sqrt(1 - a_t) eps, with diffusers' alphas_cumprod; t: int64, [n], 0 to 999."""
-        a = self.alphas_cumprod.to(device=x.device, dtype=x.dtype)[t][:, None, None, None]
+        a = self._alphas_at(t, x)
         return a.sqrt() * x + (1 - a).sqrt() * eps
+
+    def _alphas_at(self, t: Tensor, x: Tensor) -> Tensor:
+        """alphas_cumprod at timesteps t, [n, 1, 1, 1], with the dtype and on the device of x; copied there once."""
+        where = x.device, x.dtype
+        if where not in self._alphas:
+            self._alphas[where] = self.alphas_cumprod.to(device=x.device, dtype=x.dtype)
+        return self._alphas[where][t][:, None, None, None]
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
@@ -339,17 +347,20 @@ class StableDiffusion(Family):
         )
         scheduler.set_timesteps(steps)  # pyright: ignore[reportAttributeAccessIssue]
         times: Tensor = scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]
-        x, c = x.clone().to(self.device), c.to(self.device)
-        empty = empty.to(self.device)
+        index = index.cpu()
+        x, c, empty = self._staged(x.clone()), c.each(self._staged), empty.each(self._staged)
         with evaluating(self.unet), predicting(self.unet, self.precision):
             for number, time in enumerate(times[: int(index.max())].tolist()):
-                rows = (index > number).nonzero().view(-1).to(self.device)
+                rows = self._staged((index > number).nonzero().view(-1))
                 t = torch.full((2 * len(rows),), time, device=self.device)
                 both = Conditioning.cat([empty.expand(len(rows)), c[rows]])
                 unconditional, conditional = self(x[rows].repeat(2, 1, 1, 1), t, both).chunk(2)
                 eps = unconditional + guidance * (conditional - unconditional)
                 x[rows] = scheduler.step(eps, time, x[rows]).prev_sample  # pyright: ignore
-        return x, times[index.cpu()].to(self.device)
+        return x, self._staged(times[index])
+
+    def _staged(self, tensor: Tensor) -> Tensor:
+        return staged(tensor, self.device)
 
     def attention(self, x: Tensor, t: Tensor, c: Conditioning) -> list[Tensor]:
         """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each, with their gradients.

@@ -51,6 +51,22 @@ def kth_largest(scores: Mapping[str, torch.Tensor], k: int) -> float:
     return torch.tensor(pattern, dtype=torch.int32).view(torch.float32).item()
 
 
+def threshold(scores: Mapping[str, torch.Tensor], k: int) -> torch.Tensor:
+    """`kth_largest` as a tensor without dimensions, on the scores' device.
+
+    On a GPU nothing waits: the number is built bit by bit from counts that stay there. Scores are not checked then.
+    """
+    first = next(iter(scores.values()))
+    if first.device.type != "cuda":
+        return torch.tensor(kth_largest(scores, k), device=first.device)
+    patterns = torch.cat([score.detach().float().reshape(-1).view(torch.int32) for score in scores.values()])
+    found = torch.zeros((), dtype=torch.int32, device=first.device)
+    for bit in range(30, -1, -1):
+        higher = found + (1 << bit)
+        found = torch.where((patterns >= higher).count_nonzero() >= k, higher, found)
+    return found.view(torch.float32)
+
+
 def random_mask(shapes: Mapping[str, Sequence[int]], density: float, seed: int, *, per_tensor: bool = False) -> Mask:
     """As many ones as `select` chooses, at random places: every choice is as likely as any other, same seed, same mask.
 

@@ -1,28 +1,31 @@
 """Factors of the forget and the retain gradient, from their inner products: ff = <g_f, g_f>, fr = <g_f, g_r>, rr.
 
-Each needs both gradients of the masked weights at once, which a weighted sum of the losses does not.
+Each needs both gradients of the masked weights at once, which a weighted sum of the losses does not. All numbers are
+float64 tensors without dimensions, on the gradients' device, so that no step waits for a GPU.
 """
 
-import math
+import torch
+from torch import Tensor
 
 
-def nash(ff: float, fr: float, rr: float) -> tuple[float, float]:
+def nash(ff: Tensor, fr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
     """w = 1 / (||g|| sqrt(1 + cos)) for each: both losses fall alike (MUNBa, Wu & Harandi, 2024).
 
     Their closed form simplified; the step has length sqrt(2) whatever the gradients' lengths. As cos goes to -1 it has
     no solution; there each gradient gives up what opposes the other (PCGrad, Yu et al., NeurIPS 2020).
     """
-    if ff == 0 or rr == 0:
-        return 1.0, 1.0
-    cos = fr / math.sqrt(ff * rr)
-    if 1 + cos < 1e-3:
-        return 1 - fr / ff, 1 - fr / rr
-    return 1 / math.sqrt(ff * (1 + cos)), 1 / math.sqrt(rr * (1 + cos))
+    cos = fr / (ff * rr).sqrt()
+    is_zero, is_opposite = (ff == 0) | (rr == 0), 1 + cos < 1e-3
+    w_f, w_r = (
+        torch.where(is_opposite, 1 - fr / own, 1 / (own * (1 + cos)).sqrt()).masked_fill(is_zero, 1) for own in (ff, rr)
+    )
+    return w_f, w_r
 
 
-def projected(ff: float, fr: float, rr: float) -> tuple[float, float]:
+def projected(ff: Tensor, fr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
     """g_f - min(0, <g_f, g_r>) / ||g_r||^2 g_r, plus g_r: forgetting may not raise the retain loss.
 
     GEM (Lopez-Paz & Ranzato, NeurIPS 2017) with one constraint.
     """
-    return 1.0, 1.0 if rr == 0 else 1 - min(0.0, fr) / rr
+    w_r = (1 - fr.clamp(max=0) / rr).masked_fill(rr == 0, 1)
+    return torch.ones_like(ff), w_r

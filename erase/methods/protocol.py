@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Images = Literal["concept", "anchor", "trajectory", "noise"]
 Follows = Literal["base", "edited", "average"]
-Balance = Callable[[float, float, float], tuple[float, float]]
+Balance = Callable[["Tensor", "Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class TrainedMethod(Method, ABC):
     @property
     def balance(self) -> Balance | None:
         """A function (<g_f, g_f>, <g_f, g_r>, <g_r, g_r>) -> (w_f, w_r), the factors of the forget and the retain
-        gradient. None: both are 1.
+        gradient, all float64 tensors without dimensions. None: both are 1. Reading a number (`float`, `if`) makes a GPU
+        wait in each step.
         """
         return None
 

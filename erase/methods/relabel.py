@@ -1,6 +1,6 @@
 """SalUn's loss for diffusion models (Fan et al., ICLR 2024): answer the forget prompt as if it said something else."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from erase.methods.balance import nash
 from erase.methods.inputs import Batch, Predictor
-from erase.methods.protocol import TrainedMethod
+from erase.methods.protocol import Balance, TrainedMethod
 from erase.methods.terms import relabelled
 
 
@@ -41,7 +41,7 @@ class Relabel(TrainedMethod):
         return self.alpha > 0
 
     @property
-    def balance(self) -> Callable[[float, float, float], tuple[float, float]] | None:
+    def balance(self) -> Balance | None:
         return nash if self.balancing == "nash" and self.retains else None
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:

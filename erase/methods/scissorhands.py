@@ -1,7 +1,7 @@
 """Scissorhands (Wu & Harandi, ECCV 2024): reset the weights that the concept depends on most, then train."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from erase.errors import EraseError
 from erase.masks import kth_largest
 from erase.methods.balance import nash, projected
 from erase.methods.inputs import Batch, Predictor
-from erase.methods.protocol import TrainedMethod
+from erase.methods.protocol import Balance, TrainedMethod
 from erase.methods.terms import denoised, relabelled
 
 # self-attention of CompVis' output_blocks.4 and output_blocks.7, in the names of diffusers
@@ -65,7 +65,7 @@ class Scissorhands(TrainedMethod):
         return self.forgetting == "relabel"
 
     @property
-    def balance(self) -> Callable[[float, float, float], tuple[float, float]] | None:
+    def balance(self) -> Balance | None:
         return {"sum": None, "gem": projected, "nash": nash}[self.balancing]
 
     def prepare_loss(self, model: Predictor, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from erase.masks import kth_largest
+from erase.masks import threshold
 from erase.methods.relabel import Relabel
 
 
@@ -40,7 +40,7 @@ class Soft(Relabel):
         z = int(share_to_restore(self, step, num_steps) * total)
         if z == 0:
             return
-        tau = kth_largest({name: tensor.abs() for name, tensor in moved.items()}, total - z + 1)
+        tau = threshold({name: tensor.abs() for name, tensor in moved.items()}, total - z + 1)
         for tensor in moved.values():
             tensor.copy_(tensor.sign() * (tensor.abs() - tau).clamp(min=0))
 

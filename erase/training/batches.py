@@ -13,6 +13,7 @@ from torch import Tensor
 
 from erase.conditioning import Conditioning
 from erase.data.latents import Data, ImageLatents
+from erase.device import staged
 from erase.families.protocol import Family
 from erase.methods.inputs import Batch
 
@@ -91,14 +92,18 @@ def batches(
         words = data.others[:1].expand(len(f))
     index = torch.randint(recipe.trajectory_steps, (len(f),), generator=draw) if walker is not None else t_f
     num_parts = num // share
+
+    def on_device(tensor: Tensor) -> Tensor:
+        return staged(tensor, model.device)
+
     for part in range(accelerator.process_index * recipe.accumulation, num_parts)[: recipe.accumulation]:
         rows, kept = (slice(part * n // num_parts, (part + 1) * n // num_parts) for n in (len(f), num))
 
         def here(tensor: Tensor, rows: slice = rows) -> Tensor:
-            return tensor[rows].to(model.device)
+            return on_device(tensor[rows])
 
         def told(c: Conditioning, rows: slice = rows) -> Conditioning:
-            return c[rows].to(model.device)
+            return c[rows].each(on_device)
 
         c_f, c_0 = told(data.text[data.forget.prompt[f]]), told(data.unconditional.expand(len(f)))
         t, noisy, noisy_p = here(t_f), here(x_f), here(x_p)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from erase.conditioning import Conditioning
@@ -36,9 +37,13 @@ class Exchanged:
         """How far the masked weights are from these values, by parameter, [masked weights]."""
         return {name: now.sub_(self.values[name]) for name, now in self._optimizer.masked_weights().items()}
 
-    def move(self, moved: Mapping[str, Tensor]) -> None:
-        """Set the masked weights so far from these values."""
-        self._optimizer.exchange({name: value + moved[name] for name, value in self.values.items()})
+    def move(self, moved: Mapping[str, Tensor], halt: Tensor | None = None) -> None:
+        """Set the masked weights so far from these values; if `halt` is given and not 0, leave them."""
+        wanted = {name: value + moved[name] for name, value in self.values.items()}
+        if halt is not None:
+            now = self._optimizer.masked_weights()
+            wanted = {name: torch.where(halt == 0, value, now[name]) for name, value in wanted.items()}
+        self._optimizer.exchange(wanted)
 
     def take(self) -> None:
         """Make these values the model's present ones."""
@@ -48,7 +53,8 @@ class Exchanged:
         """Give the model these values, which stay what they are."""
         self._optimizer.exchange({name: value.clone() for name, value in self.values.items()})
 
-    def follow(self, decay: float) -> None:
-        """Let these values go after the model's: decay * value + (1 - decay) * now."""
+    def follow(self, decay: float, halt: Tensor | None = None) -> None:
+        """Let these values follow the model's: decay * value + (1 - decay) * now. A `halt` that is not 0 stops them."""
         for name, now in self._optimizer.masked_weights().items():
-            self.values[name].lerp_(now, 1 - decay)
+            share = 1 - decay if halt is None else ((halt == 0) * (1 - decay)).to(now)
+            self.values[name].lerp_(now, share)

@@ -1,7 +1,6 @@
 """Masked fine-tuning; it resumes bit for bit."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from torch.nn import Parameter
 from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families.protocol import Family
-from erase.methods.inputs import Batch
-from erase.methods.protocol import Balance, TrainedMethod, Turn
+from erase.methods.protocol import TrainedMethod, Turn
 from erase.optim import MaskedAdam
 from erase.progress import progress
+from erase.training.backward import gradients
 from erase.training.batches import Recipe, Walker, batches, generator
 from erase.training.checkpoint import keep, restore
 from erase.training.exchanged import Exchanged
 from erase.training.gradients import start_detached, taking_gradients
+from erase.training.losses import Losses
 
 
 def train(
@@ -74,45 +74,61 @@ def train(
     kept = {"teacher": teacher} if teacher is not None else {}
     if method.turns:
         kept["remembered"] = Exchanged(model, optimizer)
-    losses: list[dict[str, float]] = []
+    seen: list[dict[str, float]] = []
     if state_path.exists():
-        losses = restore(state_path, optimizer, accelerator, kept, recipe.num_steps)
+        seen = restore(state_path, optimizer, accelerator, kept, recipe.num_steps)
+    losses = Losses(model.device, seen)
+    optimizer.halt = losses.halt
 
     def checkpoint() -> None:
         if accelerator.is_main_process:
-            keep(state_path, optimizer, accelerator, losses, kept)
+            keep(state_path, optimizer, accelerator, losses.seen, kept)
+
+    num_shown = len(seen)
+
+    def read(num_taken: int) -> None:
+        """Show the losses. Of `num_taken` steps the optimizer has left out the first bad one and all that followed."""
+        nonlocal num_shown
+        bad = losses.read()
+        for number, values in enumerate(seen[num_shown:], num_shown + 1):
+            accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=number)
+            bar.note(**{name: f"{value:.4f}" for name, value in values.items()})
+        num_shown = len(seen)
+        if bad is not None:
+            optimizer.uncount(num_taken - bad)
+            if bad > 0:
+                checkpoint()
+            raise _not_finite(bad, recipe, state_path)
 
     silent = quiet or not accelerator.is_main_process
-    reporting = progress(recipe.num_steps, "train", "steps", done=len(losses), quiet=silent)
+    reporting = progress(recipe.num_steps, "train", "steps", done=len(seen), quiet=silent)
     detaching = start_detached(model) if method.detaches_start else nullcontext()
     with taking_gradients(model, parameters, checkpointing), gathering, detaching, reporting as bar:
-        if method.prepares and not losses and recipe.num_steps:
+        if method.prepares and not seen and recipe.num_steps:
             _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
-        for step in range(len(losses), recipe.num_steps):
+        for step in range(len(seen), recipe.num_steps):
             turn = method.turn(step, recipe.num_steps)
-            if method.turns:
+            if turn.remember or turn.rewind:
+                read(step)
                 _before_the_step(turn, kept["remembered"])
             parts = batches(model, data, recipe, step, share, accelerator, walker)
-            values = _gradients(model, method, frozen, parts, turn, recipe, accelerator, optimizer)
-            if not all(math.isfinite(value) for value in values.values()):
-                if step > 0:
-                    checkpoint()
-                raise _not_finite(step, recipe, state_path)
+            losses.add(gradients(model, method, frozen, parts, turn, recipe, accelerator, optimizer))
+            if losses.are_due:
+                read(step)
             if recipe.max_grad_norm is not None:
                 accelerator.unscale_gradients(prepared)
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
             prepared.step()
             prepared.zero_grad()
-            _after_the_step(method, frozen, teacher, step, recipe.num_steps)
-            losses.append(values)
-            accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=step + 1)
-            bar.note(**{name: f"{value:.4f}" for name, value in values.items()})
+            _after_the_step(method, frozen, teacher, step, recipe.num_steps, losses.halt)
             bar.update()
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
+                read(step + 1)
                 checkpoint()
                 accelerator.wait_for_everyone()
+        read(recipe.num_steps)
     _give_result(model, optimizer, teacher, is_rounded=is_rounded)
-    return losses
+    return seen
 
 
 def _not_finite(step: int, recipe: Recipe, state_path: Path) -> EraseError:
@@ -172,45 +188,6 @@ def _refuse_what_does_not_fit(
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
 
 
-def _gradients(
-    model: Family,
-    method: TrainedMethod,
-    frozen: Exchanged | None,
-    parts: Iterator[Batch],
-    turn: Turn,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    optimizer: MaskedAdam,
-) -> dict[str, float]:
-    """Leave the gradient of one step in the parameters; returns its losses. Both are means over all processes."""
-    values: dict[str, float] = {}
-    gradients: dict[str, list[Tensor]] = {}
-    for batch in parts:
-        wanted = None if turn.terms is None else dict(turn.terms)
-        for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
-            if wanted is not None:
-                if name not in wanted:
-                    continue
-                term = wanted.pop(name) * term
-            values[name] = values.get(name, 0.0) + term.item() / recipe.accumulation
-            accelerator.backward(term / recipe.accumulation)
-            if method.balance:
-                _set_aside(optimizer, gradients, name)
-            if wanted is not None and not wanted:
-                break  # the other terms are not even computed
-    if method.balance:
-        _weigh(method.balance, optimizer, gradients, accelerator)
-    elif accelerator.num_processes > 1:
-        for gradient in optimizer.gradients():
-            mean: Any = accelerator.reduce(gradient, reduction="mean")
-            gradient.copy_(mean)
-    if accelerator.num_processes > 1:
-        names = list(values)
-        mean = accelerator.reduce(torch.tensor([values[n] for n in names], device=model.device), "mean")
-        values = dict(zip(names, mean.tolist(), strict=True))
-    return values
-
-
 def _before_the_step(turn: Turn, remembered: Exchanged) -> None:
     """Remember the weights, or put them back."""
     if turn.remember:
@@ -220,47 +197,17 @@ def _before_the_step(turn: Turn, remembered: Exchanged) -> None:
 
 
 def _after_the_step(
-    method: TrainedMethod, frozen: Exchanged | None, teacher: Exchanged | None, step: int, num_steps: int
-) -> None:
-    """What a method does with the weights beside the optimizer."""
+    method: TrainedMethod, frozen: Exchanged | None, teacher: Exchanged | None, step: int, num_steps: int,
+    halt: Tensor | None,
+) -> None:  # fmt: skip
+    """What a method does with the weights beside the optimizer; nothing if `halt` is not 0."""
     if method.shrinks:
         assert frozen is not None
         moved = frozen.moved()
         method.shrink(moved, step, num_steps)
-        frozen.move(moved)
+        frozen.move(moved, halt)
     if teacher is not None and method.teacher_decay is not None:
-        teacher.follow(method.teacher_decay)
-
-
-def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: str) -> None:
-    """Add what the last backward pass left to the gradients of this term, and leave zeros."""
-    found = list(optimizer.gradients())
-    if name not in gradients:
-        gradients[name] = [torch.zeros_like(gradient) for gradient in found]
-    for total, gradient in zip(gradients[name], found, strict=True):
-        total.add_(gradient)
-        gradient.zero_()
-
-
-def _weigh(
-    balance: Balance,
-    optimizer: MaskedAdam,
-    gradients: Mapping[str, list[Tensor]],
-    accelerator: Accelerator,
-) -> None:
-    """Put w_f g_f + w_r g_r in the place of the gradients; `balance` derives w_f and w_r from the inner products."""
-    if accelerator.num_processes > 1:
-        for gradient in (gradient for each in gradients.values() for gradient in each):
-            mean: Any = accelerator.reduce(gradient, reduction="mean")
-            gradient.copy_(mean)
-    forget, retain = gradients["forget"], gradients["retain"]
-
-    def product(a: list[Tensor], b: list[Tensor]) -> float:
-        return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
-
-    w_f, w_r = balance(product(forget, forget), product(forget, retain), product(retain, retain))
-    for gradient, f, r in zip(optimizer.gradients(), forget, retain, strict=True):
-        gradient.copy_(w_f * f + w_r * r)
+        teacher.follow(method.teacher_decay, halt)
 
 
 def _prepare(
@@ -289,13 +236,3 @@ def _prepare(
         weights, sums, {name: tuple(p.shape) for name, p in parameters.items()}, generator(recipe.seed, "prepare")
     )
     optimizer.exchange(weights)
-
-
-def _terms(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
-    """The terms one after the other, each computed under autocast when it is asked for; nothing in between is."""
-    while True:
-        with accelerator.autocast():
-            term = next(loss, None)
-        if term is None:
-            return
-        yield term

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from erase import masks, tensor_files
 from erase.data.latents import Data
-from erase.device import LOSS_SCALE
+from erase.device import LOSS_SCALE, staged
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.progress import progress
@@ -94,13 +94,13 @@ def _losses(
     c = data.text[data.forget.prompt[rows]]
     for start in range(0, len(rows), together):
         part = slice(start, start + together)
-        x_0, t_0, eps_0 = (whole[part].to(model.device) for whole in (x, t, eps))
-        c_0 = c[part].to(model.device)
+        x_0, t_0, eps_0 = (staged(whole[part], model.device) for whole in (x, t, eps))
+        c_0 = c[part].each(lambda each: staged(each, model.device))
         x_t = model.add_noise(x_0, eps_0, t_0)
         with accelerator.autocast():
             predicted = model(x_t, t_0, c_0)
             if guidance:
-                empty = data.unconditional.to(model.device).expand(len(x_0))
+                empty = data.unconditional.each(lambda each: staged(each, model.device)).expand(len(x_0))
                 predicted = guided(predicted, model(x_t, t_0, empty), guidance)
             loss = (eps_0 - predicted).square().mean() * (len(x_0) / len(rows))
         yield loss

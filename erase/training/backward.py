@@ -1,0 +1,98 @@
+"""The gradient of one step: the terms of the loss one after the other, so that only one graph is in memory."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from erase.families.protocol import Family
+from erase.methods.inputs import Batch
+from erase.methods.protocol import Balance, TrainedMethod, Turn
+from erase.optim import MaskedAdam
+from erase.training.batches import Recipe
+from erase.training.exchanged import Exchanged
+from erase.training.losses import exact
+
+
+def gradients(
+    model: Family,
+    method: TrainedMethod,
+    frozen: Exchanged | None,
+    parts: Iterator[Batch],
+    turn: Turn,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    optimizer: MaskedAdam,
+) -> dict[str, Tensor]:
+    """Leave the gradient of one step in the parameters; returns its losses. Both are means over all processes."""
+    values: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
+    for batch in parts:
+        wanted = None if turn.terms is None else dict(turn.terms)
+        for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
+            if wanted is not None:
+                if name not in wanted:
+                    continue
+                term = wanted.pop(name) * term
+            value = exact(term) / recipe.accumulation
+            values[name] = values[name] + value if name in values else value
+            accelerator.backward(term / recipe.accumulation)
+            if method.balance:
+                _set_aside(optimizer, found, name)
+            if wanted is not None and not wanted:
+                break  # the other terms are not even computed
+    if method.balance:
+        _weigh(method.balance, optimizer, found, accelerator)
+    elif accelerator.num_processes > 1:
+        for gradient in optimizer.gradients():
+            mean: Any = accelerator.reduce(gradient, reduction="mean")
+            gradient.copy_(mean)
+    if accelerator.num_processes > 1:
+        names = list(values)
+        mean: Any = accelerator.reduce(torch.stack([values[n] for n in names]).float(), "mean")
+        values = dict(zip(names, mean.unbind(), strict=True))
+    return values
+
+
+def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: str) -> None:
+    """Add what the last backward pass left to the gradients of this term, and leave zeros."""
+    found = list(optimizer.gradients())
+    if name not in gradients:
+        gradients[name] = [torch.zeros_like(gradient) for gradient in found]
+    for total, gradient in zip(gradients[name], found, strict=True):
+        total.add_(gradient)
+        gradient.zero_()
+
+
+def _weigh(
+    balance: Balance,
+    optimizer: MaskedAdam,
+    gradients: Mapping[str, list[Tensor]],
+    accelerator: Accelerator,
+) -> None:
+    """Put w_f g_f + w_r g_r in the place of the gradients; `balance` derives w_f and w_r from the inner products."""
+    if accelerator.num_processes > 1:
+        for gradient in (gradient for each in gradients.values() for gradient in each):
+            mean: Any = accelerator.reduce(gradient, reduction="mean")
+            gradient.copy_(mean)
+    forget, retain = gradients["forget"], gradients["retain"]
+
+    def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        parts = [(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]
+        return torch.stack(parts).cumsum(0)[-1]  # in this order
+
+    w_f, w_r = balance(product(forget, forget), product(forget, retain), product(retain, retain))
+    for gradient, f, r in zip(optimizer.gradients(), forget, retain, strict=True):
+        gradient.copy_(w_f * f + w_r * r)
+
+
+def _terms(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
+    """The terms one after the other, each computed under autocast when it is asked for; nothing in between is."""
+    while True:
+        with accelerator.autocast():
+            term = next(loss, None)
+        if term is None:
+            return
+        yield term
