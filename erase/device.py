@@ -101,6 +101,16 @@ def num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def free_memory(where: torch.device) -> int:
+    """Bytes that this process can still take on a GPU; 0 on any other device."""
+    if where.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(where)
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(where)) - torch.cuda.memory_reserved(where)
+    unused = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+    return min(free, limit) + unused
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the GPU computes in bfloat16; torch emulates it, slowly, on older ones."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

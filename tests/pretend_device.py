@@ -202,8 +202,11 @@ def _require_generator(kwargs: dict[str, Any]) -> None:
 
 
 @contextmanager
-def gpu(*, has_bf16: bool = True) -> Iterator[None]:
-    """Inside, the machine has one GPU, as far as `erase.device`, accelerate and tensors say."""
+def gpu(*, has_bf16: bool = True, free: int = 10**12) -> Iterator[None]:
+    """Inside, the machine has one GPU, as far as `erase.device`, accelerate and tensors say.
+
+    free: bytes of memory that it says it has left.
+    """
     autocast = torch.autocast
 
     def on_cpu(device_type: str, *arguments: Any, **options: Any) -> Any:
@@ -212,6 +215,7 @@ def gpu(*, has_bf16: bool = True) -> Iterator[None]:
     with (
         mock.patch.object(device, "num_gpus", lambda: 1),
         mock.patch.object(device, "has_bf16", lambda found: has_bf16),
+        mock.patch.object(device, "free_memory", lambda where: free if where.type == "cuda" else 0),
         mock.patch.object(device, "use_gpu", lambda index: None),
         mock.patch.object(device, "gpu_name", lambda found: "pretended GPU"),
         mock.patch.object(device, "has_kernels", lambda found: os.environ.get("TRITON_INTERPRET") == "1"),

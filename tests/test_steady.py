@@ -58,10 +58,10 @@ def train(folder: Path, method: Any, path: Path, *, device: str, recipe: Any = R
     return model
 
 
-def waits_of(folder: Path, method: Any, path: Path, **options: Any) -> list[str]:
+def waits_of(folder: Path, method: Any, path: Path, free: int = 10**12, **options: Any) -> list[str]:
     """What made the host wait in ten steady steps on the pretended GPU."""
     found: list[str] = []
-    with pretend_device.gpu(), pretend_device.waits() as seen:
+    with pretend_device.gpu(free=free), pretend_device.waits() as seen:
         with ten_steps(seen.clear, lambda: found.extend(seen)):
             train(folder, method, path, device="cuda", **options)
     return found
@@ -73,6 +73,10 @@ def test_ten_steady_steps_wait_for_nothing(toy_pipeline_dir, tmp_path, name):
     steps = 60 if name == "erasediff" else 14
     recipe = replace(RECIPE, num_steps=steps)
     assert waits_of(toy_pipeline_dir, toy.made(name), tmp_path / "t.pt", recipe=recipe) == []
+
+
+def test_without_room_for_a_copy_ten_steady_steps_wait_for_nothing_either(toy_pipeline_dir, tmp_path):
+    assert waits_of(toy_pipeline_dir, toy.made("esd-x"), tmp_path / "t.pt", free=0) == []
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ class Reading(Relabel):
 
 def test_a_method_that_reads_its_loss_is_seen(toy_pipeline_dir, tmp_path):
     """Control."""
-    assert waits_of(toy_pipeline_dir, Reading(), tmp_path / "t.pt") == ["_local_scalar_dense"] * 20
+    assert waits_of(toy_pipeline_dir, Reading(), tmp_path / "t.pt", free=0) == ["_local_scalar_dense"] * 20
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_a_bad_step_that_is_found_late_leaves_what_one_found_at_once_leaves(
         monkeypatch.setattr(kind, "calls", 0)
         path = tmp_path / where / "state.safetensors"
         path.parent.mkdir()
-        with pretend_device.gpu() if where == "cuda" else nullcontext():
+        with pretend_device.gpu(free=0) if where == "cuda" else nullcontext():
             with pytest.raises(EraseError, match="not finite at step 4 of 10"):
                 train(toy_pipeline_dir, kind(), path, device=where, recipe=recipe)
         stored[where] = tensor_files.read_own(path, kind="training state")
@@ -204,7 +208,7 @@ def test_losses_are_those_of_the_cpu_and_read_in_order(toy_pipeline_dir, tmp_pat
     for where in ("cpu", "cuda"):
         path = tmp_path / where / "state.safetensors"
         path.parent.mkdir()
-        with pretend_device.gpu() if where == "cuda" else nullcontext():
+        with pretend_device.gpu(free=0) if where == "cuda" else nullcontext():
             recipe = replace(RECIPE, num_steps=8, checkpoint_every=7)
             train(toy_pipeline_dir, Relabel(), path, device=where, recipe=recipe)
         found[where] = tensor_files.read_metadata(path)["losses"]

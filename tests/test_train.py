@@ -24,7 +24,7 @@ from erase.families import scope, sd, stored_unet
 from erase.methods.inputs import Batch
 from erase.methods.relabel import Relabel
 from erase.optim import MaskedAdam
-from erase.training import batches, gradients, loop, saliency_pass
+from erase.training import backward, batches, gradients, loop, saliency_pass
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def obviously(model, method, data, parameters, mask, recipe, accelerator, *, joi
     with gradients.taking_gradients(model, parameters, checkpointing=False):
         for step in range(recipe.num_steps):
             batch = next(batches.batches(model, data, recipe, step, recipe.batch_size, accelerator))
-            terms = loop._terms(method.loss(model, base, batch), accelerator)
+            terms = backward.one_by_one(method.loss(model, base, batch), accelerator)
             if joint:
                 torch.stack([term for _, term in terms]).sum().backward()
             else:

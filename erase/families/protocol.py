@@ -1,6 +1,7 @@
 """What the rest of the package may ask of a model, whatever its architecture."""
 # pyright: strict, reportPrivateImportUsage=false
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -218,6 +219,12 @@ class Family(ABC):
         """Arguments of the network's `forward` for `num` square images of this side in pixels; values do not matter."""
 
     # --- prediction ---
+
+    def using(self, network: Any) -> Self:
+        """This model with another network of the same architecture; everything else is shared."""
+        twin = copy.copy(self)
+        setattr(twin, self.part, network)
+        return twin
 
     def __call__(self, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The noise in `x`: same shape as x."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Images = Literal["concept", "anchor", "trajectory", "noise"]
 Follows = Literal["base", "edited", "average"]
+_TERMS = "loss", "together"
 Balance = Callable[["Tensor", "Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
 
 
@@ -105,6 +106,14 @@ class TrainedMethod(Method, ABC):
         frozen: the base model if `needs_base`, else the model itself.
         """
 
+    def together(self, model: "Predictor", frozen: "Predictor", batch: "Batch") -> "Mapping[str, Tensor]":
+        """All terms of `loss` by name, from fewer and larger passes; their sum is backpropagated at once.
+
+        Equal to `loss` up to rounding. The loop asks for it on a GPU that has room for it, if the method defines it,
+        retains, and compares no gradients.
+        """
+        raise NotImplementedError
+
     @property
     def needs_base(self) -> bool:
         """True if `loss` calls `frozen`; the loop then keeps the base's values of the weights that may move."""
@@ -158,6 +167,16 @@ class TrainedMethod(Method, ABC):
     def turns(self) -> bool:
         """Whether the method defines `turn`. Not to be overridden."""
         return type(self).turn is not TrainedMethod.turn
+
+    @property
+    def joins(self) -> bool:
+        """Whether `together` is of the class that defines `loss`, or of one that derives from it. Not to be overridden.
+
+        A class that overrides `loss` alone has other terms than the `together` that it inherits.
+        """
+        definers = {name: [n for n, cls in enumerate(type(self).__mro__) if name in vars(cls)] for name in _TERMS}
+        is_own = type(self).together is not TrainedMethod.together
+        return is_own and definers["together"][0] <= definers["loss"][0] and self.retains and self.balance is None
 
     @property
     def prepares(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from erase.methods.balance import nash
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import Balance, TrainedMethod
-from erase.methods.terms import relabelled
+from erase.methods.terms import both, relabelled
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,17 @@ class Relabel(TrainedMethod):
             with torch.no_grad():
                 keep = frozen(batch.x_retain, batch.t_retain, batch.c_retain)
         yield "retain", self.alpha * F.mse_loss(model(batch.x_retain, batch.t_retain, batch.c_retain), keep)
+
+    def together(self, model: Predictor, frozen: Predictor, batch: Batch) -> dict[str, Tensor]:
+        """Both terms with one pass of the model, and one of the base if both targets are its own."""
+        retain = batch.x_retain, batch.t_retain, batch.c_retain
+        target = batch.x_target, batch.t_forget, batch.c_target
+        keep = batch.eps_retain
+        with torch.no_grad():
+            if self.frozen_target and self.distill_retain:
+                wanted, keep = both(frozen, target, retain)
+            else:
+                wanted = (frozen if self.frozen_target else model)(*target)
+                keep = frozen(*retain) if self.distill_retain else keep
+        answer, kept = both(model, (batch.x_forget, batch.t_forget, batch.c_forget), retain)
+        return {"forget": F.mse_loss(answer, wanted), "retain": self.alpha * F.mse_loss(kept, keep)}

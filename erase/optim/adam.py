@@ -229,6 +229,11 @@ class MaskedAdam(torch.optim.Optimizer):
             state["master"] = self._masked(parameter, parameter)
         return state
 
+    @property
+    def num_masked(self) -> int:
+        """How many weights may move."""
+        return sum(places.num for places in self._places.values())
+
     def num_bytes(self) -> int:
         """Of the state as it is, and of where the masked weights are."""
         state = (t for each in self.state.values() for t in each.values() if torch.is_tensor(t))

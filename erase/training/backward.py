@@ -8,36 +8,46 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from erase.families.protocol import Family
-from erase.methods.inputs import Batch
+from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import Balance, TrainedMethod, Turn
 from erase.optim import MaskedAdam
 from erase.training.batches import Recipe
-from erase.training.exchanged import Exchanged
 from erase.training.losses import exact
 
 
 def gradients(
     model: Family,
     method: TrainedMethod,
-    frozen: Exchanged | None,
+    frozen: Predictor,
     parts: Iterator[Batch],
     turn: Turn,
     recipe: Recipe,
     accelerator: Accelerator,
     optimizer: MaskedAdam,
+    *,
+    together: bool = False,
 ) -> dict[str, Tensor]:
-    """Leave the gradient of one step in the parameters; returns its losses. Both are means over all processes."""
+    """Leave the gradient of one step in the parameters; returns its losses. Both are means over all processes.
+
+    frozen: the base, or the model itself if the method needs none. together: see `TrainedMethod.together`.
+    """
     values: dict[str, Tensor] = {}
     found: dict[str, list[Tensor]] = {}
     for batch in parts:
+        if together and turn.terms is None:
+            with accelerator.autocast():
+                terms = method.together(model, frozen, batch)
+            for name, term in terms.items():
+                _add(values, name, exact(term) / recipe.accumulation)
+            accelerator.backward(torch.stack([*terms.values()]).sum() / recipe.accumulation)
+            continue
         wanted = None if turn.terms is None else dict(turn.terms)
-        for name, term in _terms(method.loss(model, frozen or model, batch), accelerator):
+        for name, term in one_by_one(method.loss(model, frozen, batch), accelerator):
             if wanted is not None:
                 if name not in wanted:
                     continue
                 term = wanted.pop(name) * term
-            value = exact(term) / recipe.accumulation
-            values[name] = values[name] + value if name in values else value
+            _add(values, name, exact(term) / recipe.accumulation)
             accelerator.backward(term / recipe.accumulation)
             if method.balance:
                 _set_aside(optimizer, found, name)
@@ -54,6 +64,10 @@ def gradients(
         mean: Any = accelerator.reduce(torch.stack([values[n] for n in names]).float(), "mean")
         values = dict(zip(names, mean.unbind(), strict=True))
     return values
+
+
+def _add(values: dict[str, Tensor], name: str, value: Tensor) -> None:
+    values[name] = values[name] + value if name in values else value
 
 
 def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: str) -> None:
@@ -88,7 +102,7 @@ def _weigh(
         gradient.copy_(w_f * f + w_r * r)
 
 
-def _terms(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
+def one_by_one(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:
     """The terms one after the other, each computed under autocast when it is asked for; nothing in between is."""
     while True:
         with accelerator.autocast():

@@ -17,7 +17,7 @@ from erase.device import staged
 from erase.families.protocol import Family
 from erase.methods.inputs import Batch
 
-Walker = Callable[[], AbstractContextManager[Any]]
+Walker = Callable[[], AbstractContextManager[Family]]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def batches(
 ) -> Iterator[Batch]:
     """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would.
 
-    walker: inside what it gives, the model generates a trajectory from noise to the concept, on which the forget
-        latents are; None if there is none.
+    walker: gives, inside a context, the model that generates a trajectory from noise to the concept, on which the
+        forget latents are; None if there is none.
     """
     draw, num = generator(recipe.seed, "train", step), recipe.batch_size
     f, r = _rows(data, recipe, step, draw)
@@ -108,8 +108,8 @@ def batches(
         c_f, c_0 = told(data.text[data.forget.prompt[f]]), told(data.unconditional.expand(len(f)))
         t, noisy, noisy_p = here(t_f), here(x_f), here(x_p)
         if walker is not None:
-            with walker():
-                noisy, t = model.trajectory(
+            with walker() as follows:
+                noisy, t = follows.trajectory(
                     here(eps_f),
                     index[rows],
                     c_f,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
+from erase import device
 from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.methods.protocol import TrainedMethod, Turn
 from erase.optim import MaskedAdam
 from erase.progress import progress
+from erase.training import memory
 from erase.training.backward import gradients
 from erase.training.batches import Recipe, Walker, batches, generator
 from erase.training.checkpoint import keep, restore
+from erase.training.copied import Copied
 from erase.training.exchanged import Exchanged
 from erase.training.gradients import start_detached, taking_gradients
 from erase.training.losses import Losses
@@ -65,12 +69,15 @@ def train(
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_network().named_parameters()))
     walks = method.follows if method.images == "noise" else None
-    frozen = Exchanged(model, optimizer) if method.needs_base or method.shrinks or walks == "base" else None
+    room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, checkpointing=checkpointing)
+    asks_base = method.needs_base or walks == "base"
+    held = Exchanged(model, optimizer) if method.shrinks or asks_base and not room.copy else None
+    base = Copied(model, _dtype(model, accelerator)) if asks_base and room.copy else held
     teacher = Exchanged(model, optimizer) if method.teacher_decay is not None else None
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves
     gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
-    walker = _walker(walks, frozen, teacher)
+    walker = _walker(model, walks, base, teacher)
     kept = {"teacher": teacher} if teacher is not None else {}
     if method.turns:
         kept["remembered"] = Exchanged(model, optimizer)
@@ -112,7 +119,11 @@ def train(
                 read(step)
                 _before_the_step(turn, kept["remembered"])
             parts = batches(model, data, recipe, step, share, accelerator, walker)
-            losses.add(gradients(model, method, frozen, parts, turn, recipe, accelerator, optimizer))
+            losses.add(
+                gradients(
+                    model, method, base or model, parts, turn, recipe, accelerator, optimizer, together=room.together
+                )
+            )
             if losses.are_due:
                 read(step)
             if recipe.max_grad_norm is not None:
@@ -120,7 +131,7 @@ def train(
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
             prepared.step()
             prepared.zero_grad()
-            _after_the_step(method, frozen, teacher, step, recipe.num_steps, losses.halt)
+            _after_the_step(method, held, teacher, step, recipe.num_steps, losses.halt)
             bar.update()
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
                 read(step + 1)
@@ -148,13 +159,48 @@ def _give_result(model: Family, optimizer: MaskedAdam, teacher: Exchanged | None
         optimizer.exchange(masters)
 
 
-def _walker(follows: str | None, frozen: Exchanged | None, teacher: Exchanged | None) -> Walker | None:
-    """Inside what it gives, the model is the one that generates trajectories; None if none are generated."""
+def _walker(
+    model: Family, follows: str | None, base: Exchanged | Copied | None, teacher: Exchanged | None
+) -> Walker | None:
+    """Gives the model that generates trajectories; None if none are generated."""
     if follows is None or follows == "edited":
-        return nullcontext if follows else None
-    held = frozen if follows == "base" else teacher
+        return (lambda: nullcontext(model)) if follows else None
+    held = base if follows == "base" else teacher
     assert held is not None
     return held.inside
+
+
+def _room(
+    model: Family,
+    method: TrainedMethod,
+    data: Data,
+    parameters: Mapping[str, Parameter],
+    recipe: Recipe,
+    share: int,
+    accelerator: Accelerator,
+    optimizer: MaskedAdam,
+    *,
+    checkpointing: bool,
+) -> memory.Room:
+    """What the GPU has room for; nothing on a CPU, nor with checkpointing, which says that memory is short."""
+    free = 0 if checkpointing else device.free_memory(model.device)
+    room = memory.room(
+        model,
+        parameters,
+        num_masked=optimizer.num_masked,
+        part=share,
+        side=data.forget.mean.shape[-1],
+        dtype=_dtype(model, accelerator),
+        eight_bit=recipe.eight_bit,
+        copies=(method.teacher_decay is not None) + method.turns + method.shrinks + 2 * (method.balance is not None),
+        free=free,
+    )
+    return replace(room, together=room.together and method.joins)
+
+
+def _dtype(model: Family, accelerator: Accelerator) -> torch.dtype:
+    """Of a copy of the base: that of the passes."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, model.network.dtype)
 
 
 def _share(recipe: Recipe, accelerator: Accelerator) -> int:

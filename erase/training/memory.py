@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +64,47 @@ def estimate(
     float32 = 4 * weights // size
     needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change
     return {phase: LIBRARIES + need for phase, need in needs.items()}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a training has room for on a GPU.
+
+    copy: the base as a second network. together: the forget and the retain branch in one pass.
+    """
+
+    copy: bool
+    together: bool
+
+
+def room(
+    model: Family,
+    parameters: Mapping[str, Tensor],
+    *,
+    num_masked: int,
+    part: int,
+    side: int,
+    dtype: torch.dtype,
+    eight_bit: bool,
+    copies: int,
+    free: int,
+) -> Room:
+    """What fits into nine tenths of `free` bytes, beside the weights that are there and all that the training needs.
+
+    num_masked: weights that may move. part: images of one branch that go through the network together.
+    side: of the latents. dtype: of the copy. copies: of the masked weights, such as an average.
+    """
+    if free <= 0:
+        return Room(copy=False, together=False)
+    size = model.network.dtype.itemsize
+    moments = (2 if eight_bit else 8) + (4 if size < 4 else 0)
+    left = int(0.9 * free) - num_masked * (moments + (1 + copies) * size)
+    left -= 4 * max(parameter.numel() for parameter in parameters.values())
+    resolution = side * model.resolution // model.latent_shape(model.resolution)[-1]
+    of_pass = activations(model, part, resolution, torch.float32, checkpointing=False)
+    needed = sum(parameter.numel() for parameter in model.network.parameters()) * dtype.itemsize
+    has_copy = left - of_pass >= needed
+    return Room(has_copy, has_copy and left - 2 * of_pass >= needed)
 
 
 def part_of_batch(model: Family, resolution: int) -> int:
