@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +107,8 @@ def free_memory(where: torch.device) -> int:
     if where.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(where)
-    limit = int(total * torch.cuda.get_per_process_memory_fraction(where)) - torch.cuda.memory_reserved(where)
+    share: Any = getattr(torch.cuda, "get_per_process_memory_fraction", lambda where: 1.0)  # not in older versions
+    limit = int(total * share(where)) - torch.cuda.memory_reserved(where)
     unused = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
     return min(free, limit) + unused
 

@@ -222,3 +222,18 @@ def test_help_of_every_command_names_both_options(capsys):
             command([*own, "--help"])
         text = capsys.readouterr().out
         assert "--precision" in text and "--mixed-precision {no,fp16,bf16}" in text
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 50), (0.5, 40), (None, 50)])
+def test_free_memory_counts_what_this_process_may_still_take(monkeypatch, share, expected):
+    """100 bytes, 40 free, 20 of the process of which 10 are in use; with half of the card it may take 30 more."""
+    where = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    if share is None:  # an older torch
+        monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction", raising=False)
+    else:
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
+    assert device.free_memory(where) == expected
+    assert device.free_memory(torch.device("cpu")) == 0
