@@ -294,6 +294,24 @@ class Family(ABC):
         """
         raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
 
+    def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
+        """Conditioning of texts that are given as tokens, one row each, with gradients, on the device.
+
+        tokens: the numbers between start and end, as many in each row. embeddings: [n, tokens, d], in place of theirs.
+
+        Raises:
+            EraseError: see `token_embeddings`.
+        """
+        raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of these tokens; its own tokens may be others.
+
+        Raises:
+            EraseError: see `token_embeddings`.
+        """
+        raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
+
     @abstractmethod
     def tokens(self, prompt: str) -> list[int]:
         """Numbers of the prompt's tokens between start and end, as far as the text encoder reads them."""
@@ -354,6 +372,32 @@ class Family(ABC):
         Raises:
             EraseError: a prompt shows minors in a sexual context.
         """
+
+    def times(self, steps: int) -> Tensor:
+        """Timesteps of `trajectory` and `draw_from`, int64, [steps], falling.
+
+        Raises:
+            EraseError: this architecture has no such trajectory.
+        """
+        raise EraseError(f"{self.family} cannot continue from noisy latents; choose another attack")
+
+    def draw_from(
+        self,
+        latents: Tensor,
+        prompts: Sequence[str],
+        *,
+        start: int,
+        steps: int,
+        guidance: float,
+    ) -> Tensor:
+        """Latents of the images that noisy latents become, one for each prompt, on the CPU; a guard acts as in `draw`.
+
+        latents: at timestep `times(steps)[start]`, [n, c, h, w]. start: how many of the steps are left out.
+
+        Raises:
+            EraseError: see `times`; or a prompt shows minors in a sexual context.
+        """
+        raise EraseError(f"{self.family} cannot continue from noisy latents; choose another attack")
 
     @abstractmethod
     def sampler(self, name: Sampler = "model") -> Any:

@@ -230,6 +230,25 @@ class StableDiffusion(Family):
             states.append(self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.cpu())
         return Conditioning(torch.cat(states))
 
+    def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
+        """The text encoder's last hidden states, [n, tokens, d]; see `Family.encode_tokens`."""
+        empty, num = self._padded_tokens([""])[0].tolist(), len(tokens[0])
+        ids = torch.tensor([[empty[0], *row, *empty[1:]][: len(empty)] for row in tokens], device=self.device)
+
+        def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output if embeddings is None else torch.cat([output[:, :1], embeddings, output[:, 1 + num :]], 1)
+
+        table: Any = self.text_encoder.get_input_embeddings()
+        hook = table.register_forward_hook(put)
+        try:
+            return Conditioning(self.text_encoder(ids).last_hidden_state)
+        finally:
+            hook.remove()
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        text: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()
+
     def _padded_tokens(self, prompts: Sequence[str]) -> Tensor:
         """int64, [len(prompts), tokens]."""
         how: dict[str, Any] = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True}
@@ -309,15 +328,58 @@ class StableDiffusion(Family):
         network: UNet2DConditionModel | None = None,
     ) -> Tensor:
         """Latents [n, 4, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
+        return self._drawn(
+            prompts,
+            network or self.unet,
+            self.sampler(sampler),
+            size=size,
+            steps=steps,
+            guidance=guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        )
+
+    def draw_from(
+        self,
+        latents: Tensor,
+        prompts: Sequence[str],
+        *,
+        start: int,
+        steps: int,
+        guidance: float,
+    ) -> Tensor:
+        """By DDIM steps, whatever the model's own scheduler; see `Family.draw_from`."""
+        scheduler: Any = self._ddim(self.prediction_type)
+        every = scheduler.set_timesteps
+
+        def set_timesteps(*arguments: Any, **more: Any) -> None:
+            every(*arguments, **more)
+            scheduler.timesteps = scheduler.timesteps[start:]
+
+        scheduler.set_timesteps = set_timesteps
+        height, width = (side * self.vae_scale for side in latents.shape[-2:])
+        how: dict[str, Any] = {"size": (height, width), "steps": steps, "guidance": guidance}
+        return self._drawn(prompts, self.unet, scheduler, latents=latents.to(self.device), **how)
+
+    def _drawn(
+        self,
+        prompts: Sequence[str],
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        *,
+        size: int | tuple[int, int],
+        steps: int,
+        guidance: float,
+        **more: Any,
+    ) -> Tensor:
+        """Latents by diffusers' own pipeline. more: its further arguments."""
         refusal.refuse(prompts, "prompt")
-        unet = network or self.unet
         height, width = (size, size) if isinstance(size, int) else size
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=unet,
-            scheduler=self.sampler(sampler),  # pyright: ignore
+            scheduler=scheduler,  # pyright: ignore
             safety_checker=None,  # pyright: ignore
             feature_extractor=None,  # pyright: ignore
             requires_safety_checker=False,
@@ -331,22 +393,30 @@ class StableDiffusion(Family):
                 width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 output_type="latent",
                 return_dict=False,
+                **more,
             )[0].cpu()  # pyright: ignore
+
+    def _ddim(self, prediction_type: str) -> DDIMScheduler:
+        """DDIM steps on the model's schedule, for predictions of this type."""
+        own: Any = self.scheduler
+        how: dict[str, Any] = {"clip_sample": False, "timestep_spacing": "leading"}
+        return DDIMScheduler.from_config(own.config, prediction_type=prediction_type, **how)  # pyright: ignore
+
+    def times(self, steps: int) -> Tensor:
+        scheduler: Any = self._ddim(self.prediction_type)
+        scheduler.set_timesteps(steps)
+        return scheduler.timesteps
 
     @torch.no_grad()
     def trajectory(
         self, x: Tensor, index: Tensor, c: Conditioning, empty: Conditioning, *, steps: int, guidance: float
     ) -> tuple[Tensor, Tensor]:
         """By DDIM steps, whatever the model's own scheduler; see `Family.trajectory`."""
-        own: Any = self.scheduler
-        scheduler = DDIMScheduler.from_config(
-            own.config, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading"
-        )
-        scheduler.set_timesteps(steps)  # pyright: ignore[reportAttributeAccessIssue]
-        times: Tensor = scheduler.timesteps  # pyright: ignore[reportAttributeAccessIssue]
+        scheduler = self._ddim("epsilon")
+        scheduler.set_timesteps(steps)
+        times: Tensor = scheduler.timesteps
         index = index.cpu()
         x, c, empty = self._staged(x.clone()), c.each(self._staged), empty.each(self._staged)
         with evaluating(self.unet), predicting(self.unet, self.precision):

@@ -87,6 +87,28 @@ def test_a_tokens_own_embedding_gives_the_prompts_own_states_and_another_has_a_g
     assert gradient.abs().max() > 0
 
 
+def test_tokens_give_the_states_of_their_text_and_embeddings_have_a_gradient(model):
+    tokens = [model.tokens("cat"), model.tokens("hat")]
+    assert [model.text_of(row) for row in tokens] == ["cat", "hat"]
+    own = model.token_embeddings[torch.tensor(tokens)].detach()
+    with torch.no_grad():
+        for c in (model.encode_tokens(tokens), model.encode_tokens(tokens, own)):
+            torch.testing.assert_close(c.text_states, model.encode_text(["cat", "hat"]).text_states)
+    other = (own + 1).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model.encode_tokens(tokens, other).text_states.square().sum(), [other])
+    assert (gradient.abs().sum((0, 2)) > 0).all()
+
+
+def test_a_trajectory_that_is_continued_ends_where_it_would_have_ended(model):
+    x = torch.randn(2, *model.latent_shape(model.resolution), generator=torch.Generator().manual_seed(0))
+    c, empty, how = model.encode_text(PROMPTS), model.unconditional(), {"steps": 5, "guidance": 2.0}
+    whole = model.draw_from(x, PROMPTS, start=0, **how)
+    part, t = model.trajectory(x, torch.tensor([3, 3]), c, empty, **how)
+    assert len(model.times(5)) == 5 and t.tolist() == [model.times(5)[3]] * 2
+    torch.testing.assert_close(model.draw_from(part, PROMPTS, start=3, **how), whole)
+    assert not torch.allclose(model.draw_from(part, PROMPTS, start=2, **how), whole)
+
+
 def test_images_and_latents_go_both_ways(model):
     side = model.resolution
     mean, std = model.encode_images(torch.zeros(2, 3, side, side))

@@ -32,7 +32,7 @@ class Shown:
 class Finding:
     """What an attack found at one point of its budget; it is stored in the run folder.
 
-    tensors: such as a learned embedding. texts: of each sample, where the attack found another text than its prompt.
+    tensors: such as a learned embedding. texts: by prompt, where the attack found another text to generate from.
     facts: further figures, as JSON values.
     """
 
@@ -46,7 +46,8 @@ class Given:
     """What an attack may use.
 
     model: the model under attack. open_base: loads the base model. concept: what to bring back.
-    shown, others: the base's images of the concept and of what should stay (`num_shown`, `num_others` of the attack).
+    shown, others: the base's images of the concept and of what should stay (`num_shown`, `num_others` of the attack),
+        of the concept's prompts in turn.
     samples: of one run of the attack at one point: what will be generated. steps, guidance, size: of these images.
     """
 
@@ -118,7 +119,7 @@ class Attack(ABC):
 
 def said(finding: Finding, sample: Sample) -> str:
     """The text that a sample's image is generated from."""
-    return finding.texts.get(sample.id, sample.prompt)
+    return finding.texts.get(sample.prompt, sample.prompt)
 
 
 def quarters(num_steps: int) -> tuple[int, ...]:
