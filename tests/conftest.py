@@ -14,13 +14,21 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     ConvNextImageProcessorPil,
     ResNetConfig,
@@ -103,6 +111,14 @@ def toy_pipeline_dir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def toy_sdxl_dir(tmp_path_factory) -> Path:
+    """The smallest random Stable Diffusion XL: 8 x 8 pixels, text states of width 8 + 12. Read it only."""
+    folder = tmp_path_factory.mktemp("toy-sdxl") / "base"
+    make_sdxl_pipeline().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def clip_dir(tmp_path_factory, tiny_pipeline_dir) -> Path:
     """A random CLIP of 8-pixel patches, with the tiny pipeline's tokenizer."""
@@ -148,12 +164,62 @@ def classifier_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def make_pipeline(unet: dict[str, Any], vae_channels: tuple[int, ...], text_layers: int) -> StableDiffusionPipeline:
-    """A random pipeline whose tokenizer knows the 256 bytes, each also at a word's end: a token is a letter."""
+def make_tokenizer(**options: Any) -> CLIPTokenizer:
+    """It knows the 256 bytes, each also at a word's end: a token is a letter."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the byte alphabet of GPT-2 and CLIP
     letters = [chr(n) for n in visible] + [chr(256 + n) for n in range(256 - len(visible))]
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=77)
+    return CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=77, **options)
+
+
+def make_sdxl_pipeline(text_layers: int = 2) -> StableDiffusionXLPipeline:
+    """A random pipeline with two text encoders; the second pads with "!", as the real one does."""
+
+    def text(width: int, activation: str) -> CLIPTextConfig:
+        sizes: Any = dict(hidden_size=width, intermediate_size=16, num_hidden_layers=text_layers, num_attention_heads=2)
+        ends: Any = dict(bos_token_id=512, eos_token_id=513, pad_token_id=513)
+        return CLIPTextConfig(vocab_size=514, projection_dim=width, hidden_act=activation, **sizes, **ends)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts: Any = dict(text_encoder=CLIPTextModel(text(8, "quick_gelu")))
+        parts["text_encoder_2"] = CLIPTextModelWithProjection(text(12, "gelu"))
+        shape: Any = dict(
+            sample_size=4,
+            block_out_channels=(4, 8),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=2,
+            attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=20,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 12,
+        )
+        parts["unet"] = UNet2DConditionModel(**shape)
+        shape = dict(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 4),
+            norm_num_groups=2,
+            sample_size=8,
+            scaling_factor=0.13025,
+        )
+        parts["vae"] = AutoencoderKL(**shape)
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    parts |= dict(tokenizer=make_tokenizer(), tokenizer_2=make_tokenizer(pad_token="!"), scheduler=scheduler)
+    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def make_pipeline(unet: dict[str, Any], vae_channels: tuple[int, ...], text_layers: int) -> StableDiffusionPipeline:
+    """A random pipeline with a tokenizer of letters."""
+    tokenizer = make_tokenizer()
+    words = range(len(tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         text_encoder = CLIPTextModel(

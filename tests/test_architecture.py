@@ -35,7 +35,12 @@ def refused(source: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "components", "kind"),
     [
-        ("StableDiffusionXLPipeline", {"text_encoder_2": ["transformers", "X"]}, "Stable Diffusion XL"),
+        (
+            "StableDiffusionXLPipeline",
+            {"text_encoder_2": ["transformers", "X"]},
+            "without the component",
+        ),
+        ("StableDiffusionXLInpaintPipeline", {}, "Stable Diffusion XL for another task"),
         ("StableDiffusionXLImg2ImgPipeline", {"text_encoder": [None, None]}, "the refiner of Stable Diffusion XL"),
         ("StableDiffusion3Pipeline", {"transformer": ["diffusers", "X"], "unet": [None, None]}, "Stable Diffusion 3"),
         ("FluxPipeline", {"transformer": ["diffusers", "X"], "unet": [None, None]}, "FLUX"),
@@ -55,7 +60,7 @@ def test_a_pipeline_of_another_kind_is_named(name, components, kind, folder):
     edit(folder / "model_index.json", _class_name=name, **components)
     message = refused(folder)
     assert message.startswith(str(folder)) and kind in message
-    assert message.endswith("this version knows text-to-image Stable Diffusion 1 and 2")
+    assert message.endswith("this version knows text-to-image Stable Diffusion 1, 2 and XL")
 
 
 @pytest.mark.parametrize(

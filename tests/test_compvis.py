@@ -68,7 +68,7 @@ def test_the_full_size_name_map_has_the_686_tensors_of_stable_diffusion_1():
 
 
 def test_a_name_outside_the_layout_is_refused():
-    with pytest.raises(EraseError, match="'add_embedding.linear_1.weight' has no name in the CompVis layout"):
-        unet_name("add_embedding.linear_1.weight", {"layers_per_block": 2, "up_block_types": []})
+    with pytest.raises(EraseError, match="'encoder_hid_proj.weight' has no name in the CompVis layout"):
+        unet_name("encoder_hid_proj.weight", {"layers_per_block": 2, "up_block_types": []})
     with pytest.raises(EraseError, match=r"layers_per_block is \[1, 2\]"):
         unet_name("down_blocks.0.resnets.0.conv1.weight", {"layers_per_block": [1, 2], "up_block_types": []})

@@ -1,6 +1,6 @@
 """Which kind of model a folder or a checkpoint is, told from its names and configs before any weight is loaded.
 
-Only text-to-image Stable Diffusion 1 and 2 can be erased from; every other kind is refused by its name.
+Only text-to-image Stable Diffusion 1, 2 and XL can be erased from; every other kind is refused by its name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ from typing import Any
 from erase.errors import EraseError
 from erase.files import read_json
 
-KNOWN = "this version knows text-to-image Stable Diffusion 1 and 2"
+KNOWN = "this version knows text-to-image Stable Diffusion 1, 2 and XL"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 # the first that matches counts
 _PIPELINES = {
-    "StableDiffusionXL": "Stable Diffusion XL",
+    "StableDiffusionXL": "Stable Diffusion XL for another task than text to image",
     "StableDiffusion3": "Stable Diffusion 3",
     "Flux": "FLUX",
     "StableCascade": "Stable Cascade",
@@ -32,7 +32,7 @@ _PIPELINES = {
 }
 _COMPONENTS = {
     "text_encoder_3": "Stable Diffusion 3",
-    "text_encoder_2": "Stable Diffusion XL",
+    "text_encoder_2": "a pipeline with a second text encoder that is not a StableDiffusionXLPipeline",
     "transformer": "a diffusion transformer, such as Stable Diffusion 3, FLUX or PixArt",
     "controlnet": "a pipeline with a ControlNet",
     "adapter": "a pipeline with a T2I-Adapter",
@@ -53,6 +53,9 @@ _ADDITIONS = {
     "num_class_embeds": "a UNet with class embeddings, such as an upscaler's",
     "time_cond_proj_dim": "a latent consistency model (LCM)",
 }
+# component -> its class; "" is any
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": ""}
+_SDXL_CLASSES = _CLASSES | {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": ""}
 COMPVIS_INPUT = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first weight, in the original layout
 _LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "lora_unet_", "lora_te_")
 
@@ -113,17 +116,37 @@ def of_pipeline(folder: Path) -> str | None:
     surplus = sorted(found.keys() - {*PARTS, *_OPTIONAL})
     if surplus and not name.startswith("StableDiffusion"):
         return f"a {name} with the component {surplus[0]!r}"
-    for component in PARTS:
+    if kind := _of_parts(name, found, _CLASSES):
+        return kind
+    return of_unet(read_json(folder / "unet" / "config.json")) if (folder / "unet" / "config.json").is_file() else None
+
+
+def of_sdxl(folder: Path) -> str | None:
+    """The kind of a pipeline folder of the class StableDiffusionXLPipeline; None for its base model."""
+    found, path = components(folder), folder / "unet" / "config.json"
+    if "text_encoder" not in found:
+        return "the refiner of Stable Diffusion XL"
+    if kind := _of_parts("StableDiffusionXLPipeline", found, _SDXL_CLASSES):
+        return kind
+    if not path.is_file():
+        return None
+    config = dict(read_json(path))
+    if config.get("addition_embed_type") != "text_time":
+        return "a Stable Diffusion XL pipeline whose UNet takes no pooled text and sizes"
+    return of_unet(config | {"addition_embed_type": None})
+
+
+def _of_parts(name: str, found: Mapping[str, str], classes: Mapping[str, str]) -> str | None:
+    """What a pipeline of this class name is that lacks a component, or has one of another class than these."""
+    for component in (*classes, "scheduler"):
         if component not in found:
             return f"a {name} without the component {component!r}"
-    for component, expected in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
-        if found[component] != expected:
-            return f"a pipeline whose {component} is {found[component]} instead of {expected}"
-    if found["text_encoder"] != "CLIPTextModel":
-        return f"a pipeline whose text encoder is {found['text_encoder']} instead of CLIPTextModel"
+    for component, expected in classes.items():
+        if expected and found[component] != expected:
+            return f"a pipeline whose {component.replace('_', ' ')} is {found[component]} instead of {expected}"
     if found["scheduler"].startswith("FlowMatch"):
         return f"a flow-matching model (its scheduler is {found['scheduler']})"
-    return of_unet(read_json(folder / "unet" / "config.json")) if (folder / "unet" / "config.json").is_file() else None
+    return None
 
 
 def of_unet(config: Mapping[str, Any]) -> str | None:

@@ -38,8 +38,8 @@ def load(cls: Any, folder: Path, *, allow_pickle: bool) -> Any:
         "use_safetensors": files[0].suffix == ".safetensors",
         "variant": pipeline_folder.only_variant([path.name for path in files]),
     }
-    if (
-        folder.name == "text_encoder"
+    if folder.name.startswith(
+        "text_encoder"
     ):  # transformers names a tensor of the wrong shape only when it may go on without it
         options["ignore_mismatched_sizes"] = True
     try:

@@ -215,7 +215,7 @@ class Family(ABC):
         return {}
 
     @abstractmethod
-    def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the network's `forward` for `num` square images of this side in pixels; values do not matter."""
 
     # --- prediction ---
@@ -279,12 +279,17 @@ class Family(ABC):
 
     @property
     def token_embeddings(self) -> Tensor:
-        """The text encoder's embedding of each token, [vocabulary, d]; writing to it changes what a token means.
+        """The text encoder's embedding of each token, [vocabulary, d]; of several encoders side by side.
 
         Raises:
             EraseError: this architecture has no single table of them.
         """
         raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
+
+    def set_token(self, token: int, embedding: Tensor) -> None:
+        """Let the text encoder know the token by this embedding, [d], from here on; see `token_embeddings`."""
+        with torch.no_grad():
+            self.token_embeddings[token] = embedding
 
     def encode_with(self, prompts: Sequence[str], token: int, embedding: Tensor) -> Conditioning:
         """Conditioning of the prompts where one token has another embedding, [d], with gradients, on the device.

@@ -25,7 +25,10 @@ def _problem(cls: type[Family]) -> str | None:
 
 def made_registry() -> Registry[Family]:
     """A registry of our families and of those that are installed now."""
-    own = {_ANY: "erase.families.sd:StableDiffusion"}
+    own = {
+        _ANY: "erase.families.sd:StableDiffusion",
+        "StableDiffusionXLPipeline": "erase.families.sdxl:StableDiffusionXL",
+    }
     return Registry("model family", base=Family, group="erase.families", own=own, check=_problem, has_option=False)
 
 

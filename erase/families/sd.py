@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import (
@@ -53,6 +53,7 @@ class StableDiffusion(Family):
     guidance_scale = 7.5
     tags = ("stable-diffusion",)
     licences = {"CompVis/stable-diffusion": "creativeml-openrail-m"}
+    loaded_again: ClassVar[Mapping[str, Any]] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
     name: str
     folder: Path
@@ -69,6 +70,7 @@ class StableDiffusion(Family):
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
+        self.vae_scale: int = 2 ** (len(self.vae.config["block_out_channels"]) - 1)  # also while the VAE is released
         noise: Any = DDPMScheduler.from_config(self.scheduler.config)  # pyright: ignore
         self.alphas_cumprod: Tensor = noise.alphas_cumprod
         self._alphas: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -135,15 +137,17 @@ class StableDiffusion(Family):
             module.to(device)
 
     def release(self) -> None:
-        """Free the VAE and the text encoder; either is loaded again when it is next used."""
-        for part in _LOADED_AGAIN.keys() & vars(self).keys():
+        """Free the parts in `loaded_again`; each is loaded again when it is next used."""
+        for part in self.loaded_again.keys() & vars(self).keys():
             delattr(self, part)
 
     def __getattr__(self, name: str) -> Any:
         """A part that was released (Python asks here for what is not there)."""
-        if name not in _LOADED_AGAIN:
+        if name not in type(self).loaded_again:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        part = components.load(_LOADED_AGAIN[name], self.folder / name, allow_pickle=self.allow_pickle).to(self.device)
+        part = components.load(self.loaded_again[name], self.folder / name, allow_pickle=self.allow_pickle).to(
+            self.device
+        )
         setattr(self, name, part)
         return part
 
@@ -167,7 +171,7 @@ class StableDiffusion(Family):
         """By CompVis' names, as SalUn's code stores them."""
         return {theirs: ours for ours, theirs in compvis.unet_names(self.unet.state_dict(), self.unet.config).items()}
 
-    def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
         width = self.unet.config["cross_attention_dim"]
         return {
             "sample": torch.empty(num, *self.latent_shape(size), dtype=dtype),
@@ -177,16 +181,12 @@ class StableDiffusion(Family):
 
     def hash_of(self, part: str) -> str:
         """The UNet's is the one that deltas and run.json state, whatever the precision."""
-        if part == "tokenizer":
-            backend: Any = self.tokenizer.backend_tokenizer
+        if part.startswith("tokenizer"):
+            backend: Any = getattr(self, part).backend_tokenizer
             content = json.loads(backend.to_str())
             return text_hash({name: value for name, value in content.items() if name not in _OF_THE_LAST_CALL})
         state = getattr(self, part).state_dict()
         return content_hash(of_component(part, state) if part == self.part else state)
-
-    @property
-    def vae_scale(self) -> int:
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
     def multiple(self) -> int:
@@ -201,12 +201,15 @@ class StableDiffusion(Family):
 
     def predict(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The noise that `network` sees in `x`; v predictions are converted: eps = sqrt(a) v + sqrt(1 - a) x."""
-        dtype = self.unet.dtype
-        output = network(x.to(dtype), t, encoder_hidden_states=c.text_states.to(dtype)).sample.float()
+        output = network(x.to(self.unet.dtype), t, **self.inputs_of(x, c)).sample.float()
         if self.prediction_type == "epsilon":
             return output
         a = self._alphas_at(t, x)
         return a.sqrt() * output + (1 - a).sqrt() * x
+
+    def inputs_of(self, x: Tensor, c: Conditioning) -> dict[str, Any]:
+        """The UNet's arguments other than latents and timesteps."""
+        return {"encoder_hidden_states": c.text_states.to(self.unet.dtype)}
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) x + sqrt(1 - a_t) eps, with diffusers' alphas_cumprod; t: int64, [n], 0 to 999."""
@@ -249,10 +252,10 @@ class StableDiffusion(Family):
         text: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text.strip()
 
-    def _padded_tokens(self, prompts: Sequence[str]) -> Tensor:
+    def _padded_tokens(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
         """int64, [len(prompts), tokens]."""
         how: dict[str, Any] = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True}
-        ids: Any = self.tokenizer(list(prompts), return_tensors="pt", **how)["input_ids"]
+        ids: Any = (tokenizer or self.tokenizer)(list(prompts), return_tensors="pt", **how)["input_ids"]
         return ids
 
     @property
@@ -291,20 +294,54 @@ class StableDiffusion(Family):
 
         images: [n, 3, h, w], in [-1, 1].
         """
-        with rounded(self.precision, self.vae):
+
+        def encode() -> Tensor:
             posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist  # pyright: ignore
-        factor = self.vae.config["scaling_factor"]
-        return posterior.mean.float().cpu() * factor, posterior.std.float().cpu() * factor
+            return torch.stack([posterior.mean, posterior.std]).float().cpu()
+
+        mean, std = self._by_vae(encode)
+        factor, (shift, unit) = self.vae.config["scaling_factor"], self._latent_moments()
+        return (mean - shift) * factor / unit, std * factor / unit
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
         """Images in [-1, 1], [n, 3, 8 h, 8 w], on the CPU."""
         factor, images = self.vae.config["scaling_factor"], []
-        with rounded(self.precision, self.vae):
-            for chunk in latents.split(batch_size):
-                chunk = chunk.to(self.vae.device, self.vae.dtype) / factor
-                images.append(self.vae.decode(chunk).sample.float().clamp(-1, 1).cpu())  # pyright: ignore
+        shift, unit = (moment.to(self.vae.device) for moment in self._latent_moments())
+        for chunk in latents.split(batch_size):
+
+            def decode(chunk: Tensor = chunk) -> Tensor:
+                z = chunk.to(self.vae.device, self.vae.dtype) / factor
+                return self.vae.decode(z * unit.to(z) + shift.to(z)).sample.float()  # pyright: ignore
+
+            images.append(self._by_vae(decode).clamp(-1, 1).cpu())
         return torch.cat(images)
+
+    def _by_vae(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What the VAE computes in its precision; once more in float32 where half precision overflows.
+
+        Raises:
+            EraseError: it is not finite in float32 either.
+        """
+        with rounded(self.vae_precision, self.vae):
+            found = compute()
+        if self.vae_precision != "fp32" and not found.isfinite().all():
+            found = compute()
+        if not found.isfinite().all():
+            raise EraseError(f"the VAE of {self.name} computes values that are not finite (NaN or infinity)")
+        return found
+
+    @property
+    def vae_precision(self) -> str:
+        """Of the VAE's passes, before any upcast of `_by_vae`."""
+        return self.precision
+
+    def _latent_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation that a VAE's config states for its latents, [1, channels, 1, 1]; else 0 and 1."""
+        mean, std = self.vae.config["latents_mean"], self.vae.config["latents_std"]
+        if mean is None or std is None:
+            return torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
     def sampler(self, name: Sampler = "model") -> SchedulerMixin:
         """A fresh scheduler to draw with: the model's own, or DPM-Solver++ (Lu et al., 2022) for the same noise.
@@ -374,16 +411,7 @@ class StableDiffusion(Family):
         """Latents by diffusers' own pipeline. more: its further arguments."""
         refusal.refuse(prompts, "prompt")
         height, width = (size, size) if isinstance(size, int) else size
-        pipeline = StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=unet,
-            scheduler=scheduler,  # pyright: ignore
-            safety_checker=None,  # pyright: ignore
-            feature_extractor=None,  # pyright: ignore
-            requires_safety_checker=False,
-        )
+        pipeline = self.assembled(unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         guarded = self.guard.on(pipeline) if self.guard else nullcontext()
         with evaluating(unet), predicting(unet, self.precision), guarded:
@@ -398,10 +426,27 @@ class StableDiffusion(Family):
                 **more,
             )[0].cpu()  # pyright: ignore
 
+    def assembled(self, unet: UNet2DConditionModel, scheduler: SchedulerMixin) -> Any:
+        """diffusers' pipeline of the model's parts with this UNet and scheduler."""
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=unet,
+            scheduler=scheduler,  # pyright: ignore
+            safety_checker=None,  # pyright: ignore
+            feature_extractor=None,  # pyright: ignore
+            requires_safety_checker=False,
+        )
+
     def _ddim(self, prediction_type: str) -> DDIMScheduler:
-        """DDIM steps on the model's schedule, for predictions of this type."""
+        """DDIM steps on the model's schedule, for predictions of this type.
+
+        Timesteps end at the last one, 999, if the model's own do (distilled models such as Turbo and Lightning).
+        """
         own: Any = self.scheduler
-        how: dict[str, Any] = {"clip_sample": False, "timestep_spacing": "leading"}
+        spacing = "trailing" if own.config.get("timestep_spacing") == "trailing" else "leading"
+        how: dict[str, Any] = {"clip_sample": False, "timestep_spacing": spacing}
         return DDIMScheduler.from_config(own.config, prediction_type=prediction_type, **how)  # pyright: ignore
 
     def times(self, steps: int) -> Tensor:
@@ -414,6 +459,7 @@ class StableDiffusion(Family):
         self, x: Tensor, index: Tensor, c: Conditioning, empty: Conditioning, *, steps: int, guidance: float
     ) -> tuple[Tensor, Tensor]:
         """By DDIM steps, whatever the model's own scheduler; see `Family.trajectory`."""
+        guidance = max(guidance, 1)  # 0 is none too, as in diffusers
         scheduler = self._ddim("epsilon")
         scheduler.set_timesteps(steps)
         times: Tensor = scheduler.timesteps
@@ -478,6 +524,3 @@ class StableDiffusion(Family):
             raise missing("xformers") from error
         except Exception as error:  # diffusers tries the kernels out, and they fail in their own ways
             raise EraseError(f"xformers cannot be used here ({one_line(error)}); leave out --attention") from error
-
-
-_LOADED_AGAIN: dict[str, Any] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}

@@ -1,5 +1,6 @@
 """Reads the components of a Stable Diffusion 1 or 2 folder and checks each one and their fit."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,13 @@ def read(source: str | Path, folder: Path, *, allow_pickle: bool, unet: str | Pa
     text_encoder = components.load(CLIPTextModel, folder / "text_encoder", allow_pickle=allow_pickle)
     _require_fit(source, folder, network.config, vae.config, text_encoder.config)
     tokenizer = vocabulary.load(folder / "tokenizer", text_encoder)
-    scheduler = _load_scheduler(folder)
+    scheduler = load_scheduler(folder)
     notes = [] if unet is None else unet_file.put_into(network, unet, allow_pickle=allow_pickle)
     _require_working(folder, network, vae, text_encoder, tokenizer)
     return Parts(network, vae, text_encoder, tokenizer, scheduler, tuple(notes))
 
 
-def _load_scheduler(folder: Path) -> SchedulerMixin:
+def load_scheduler(folder: Path) -> SchedulerMixin:
     import diffusers
 
     class_name = architecture.components(folder).get("scheduler", "")
@@ -75,19 +76,15 @@ def _require_fit(source: str | Path, folder: Path, unet: Any, vae: Any, text: An
             f"{source} is not a text-to-image Stable Diffusion 1 or 2: its latents have {vae['latent_channels']} "
             f"channels and its UNet gives {unet['out_channels']} instead of 4"
         )
+    require_values(folder, unet, vae)
+    require_text_values(folder / "text_encoder", text)
+
+
+def require_values(folder: Path, unet: Any, vae: Any) -> None:
+    """Raise an EraseError where a config of UNet or VAE holds a number that nothing can be computed with."""
     for name in ("norm_eps", "mid_block_scale_factor", "resnet_out_scale_factor"):
         if not unet[name] > 0:
             raise EraseError(f"{folder}/unet/config.json: {name} is {unet[name]}; it must be above 0")
-    eps = text.layer_norm_eps
-    if not isinstance(eps, int | float) or not 0 < eps <= 1:
-        raise EraseError(
-            f"{folder}/text_encoder/config.json: layer_norm_eps is {eps!r:.40}; it must be above 0 and at most 1"
-        )
-    if type(text.eos_token_id) is not int or not 0 <= text.eos_token_id < text.vocab_size:
-        raise EraseError(
-            f"{folder}/text_encoder/config.json: eos_token_id is {text.eos_token_id!r:.40}; it must be a token, 0 to "
-            f"{text.vocab_size - 1}"
-        )
     if not 1e-3 <= vae["scaling_factor"] <= 1e3:
         raise EraseError(
             f"{folder}/vae/config.json: scaling_factor is {vae['scaling_factor']}; it must be 0.001 to 1000 "
@@ -97,6 +94,18 @@ def _require_fit(source: str | Path, folder: Path, unet: Any, vae: Any, text: An
     if not isinstance(size, int) or not 0 < size <= 1024:
         raise EraseError(
             f"{folder}/unet/config.json: sample_size is {size!r:.40}; it must be a side in latents, 1 to 1024"
+        )
+
+
+def require_text_values(folder: Path, text: Any) -> None:
+    """Raise an EraseError where a text encoder's config holds a number that nothing can be computed with."""
+    eps = text.layer_norm_eps
+    if not isinstance(eps, int | float) or not 0 < eps <= 1:
+        raise EraseError(f"{folder}/config.json: layer_norm_eps is {eps!r:.40}; it must be above 0 and at most 1")
+    if type(text.eos_token_id) is not int or not 0 <= text.eos_token_id < text.vocab_size:
+        raise EraseError(
+            f"{folder}/config.json: eos_token_id is {text.eos_token_id!r:.40}; it must be a token, 0 to "
+            f"{text.vocab_size - 1}"
         )
 
 
@@ -118,25 +127,35 @@ def _require_sampling(folder: Path, scheduler: Any) -> None:
         raise EraseError(f"{folder}/scheduler: its scheduler_config.json gives latents that are not finite")
 
 
-@torch.no_grad()
 def _require_working(folder: Path, network: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
-    """Raise an EraseError for a part that gives the same for different inputs, or what is not finite.
-
-    One small pass through each part, of 8 x 8 latents.
-    """
-    ids = tokenizer(["a red circle", "two dogs"], padding="max_length", return_tensors="pt")["input_ids"]
-    x = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
+    """Raise an EraseError unless each part works; see `require_working`."""
+    ids = tokenizer(PROMPTS, padding="max_length", return_tensors="pt")["input_ids"]
 
     def encoded() -> Tensor:
         return text_encoder(ids).last_hidden_state
 
     def predicted() -> Tensor:
-        return network(x, torch.tensor([1, 900]), encoder_hidden_states=encoded()).sample
+        return network(LATENTS, TIMES, encoder_hidden_states=encoded()).sample
 
     def decoded() -> Tensor:
-        return vae.decode(x).sample
+        return vae.decode(LATENTS).sample
 
-    for part, compute in (("text_encoder", encoded), ("unet", predicted), ("vae", decoded)):
+    require_working(folder, {"text_encoder": encoded, "unet": predicted, "vae": decoded})
+
+
+# two inputs that each part must tell apart
+PROMPTS = ["a red circle", "two dogs"]
+LATENTS = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8)
+TIMES = torch.tensor([1, 900])
+
+
+@torch.no_grad()
+def require_working(folder: Path, passes: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Raise an EraseError for a part that gives the same for different inputs, or what is not finite.
+
+    passes: part -> one small pass through it, of `PROMPTS` or 8 x 8 `LATENTS`.
+    """
+    for part, compute in passes.items():
         try:
             output = compute()
         except Exception as error:  # a config that fits the weights can still be wrong

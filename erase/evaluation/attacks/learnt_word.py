@@ -139,8 +139,7 @@ def learn_at(
 
 def teach(model: Family, vector: Tensor) -> None:
     """Let the model's text encoder know the word: `WORD` means `vector` from here on."""
-    with torch.no_grad():
-        model.token_embeddings[_row(model)] = vector
+    model.set_token(_row(model), vector)
 
 
 def _row(model: Family) -> int:
