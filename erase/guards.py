@@ -4,7 +4,7 @@
     with guard.on(pipeline):
         pipeline("a photo of a person")
 
-They act between any Stable Diffusion pipeline of diffusers and its network during classifier-free guidance, so that the
+They act between any Stable Diffusion 1 or 2 pipeline and its network during classifier-free guidance, so that the
 pipeline's own formula, eps(0) + s_g (eps(c_p) - eps(0)), gives the guarded result.
 """
 
@@ -172,7 +172,13 @@ def _between(pipeline: Any, forward: Callable[..., Any], begin: Callable[[], Non
 
 @torch.no_grad()
 def _encode(pipeline: Any, text: str) -> Tensor:
-    """Text encoder states, [1, tokens, d]."""
+    """Text encoder states, [1, tokens, d].
+
+    Raises:
+        EraseError: the pipeline has other text inputs, which a guard would leave those of the prompt.
+    """
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        raise EraseError(f"guards work with Stable Diffusion 1 and 2 only, not with a {type(pipeline).__name__}")
     return pipeline.encode_prompt(text, pipeline._execution_device, 1, False)[0]
 
 

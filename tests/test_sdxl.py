@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 
-from erase import delta, erase_concept, methods
+from erase import delta, erase_concept, guards, methods
 from erase.concepts import Concept
 from erase.conditioning import Conditioning
 from erase.delta import in_component
@@ -17,7 +17,7 @@ from erase.errors import EraseError
 from erase.families import loading
 from erase.families.sdxl import StableDiffusionXL
 from erase.methods import METHODS
-from erase.tensor_files import read_tensors
+from erase.tensor_files import read_tensors, write_tensors
 
 PROMPTS = ["a photo of a cat", "a house"]
 
@@ -216,3 +216,18 @@ def test_every_method_erases_from_it_and_the_delta_is_exact(toy_sdxl_dir, tmp_pa
     assert all(torch.equal(tensor, new[key]) for key, tensor in in_component("unet", applied).items())
     removed = delta.remove(applied, change)
     assert all(torch.equal(tensor, base[key]) for key, tensor in in_component("unet", removed).items())
+
+
+@pytest.mark.parametrize("name", ["sld-medium", "negative"])
+def test_a_guard_is_refused_in_one_line(toy_sdxl_dir, name):
+    model = load(toy_sdxl_dir)
+    model.guard = guards.make(name, "cat")
+    with pytest.raises(EraseError, match="guards work with Stable Diffusion 1 and 2 only"):
+        model.draw(PROMPTS, [1, 2], steps=2, guidance=5.0, size=8)
+
+
+def test_a_single_file_is_refused_with_what_to_give_instead(tmp_path):
+    path = tmp_path / "sdxl.safetensors"
+    write_tensors(path, {"conditioner.embedders.1.model.ln_final.weight": torch.ones(2)})
+    with pytest.raises(EraseError, match="is a single file of Stable Diffusion XL; give its diffusers folder"):
+        loading.load(path)

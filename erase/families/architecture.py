@@ -170,7 +170,7 @@ def of_checkpoint(shapes: Mapping[str, Sequence[int]]) -> str | None:
     if attached_lora(names):
         return "a LoRA, not a model; merge it into its base model first (pipeline.fuse_lora()) and save that"
     if has("conditioner.embedders.1."):
-        return "Stable Diffusion XL"
+        return "a single file of Stable Diffusion XL; give its diffusers folder or hub id"
     if has("conditioner.embedders.0."):
         return "the refiner of Stable Diffusion XL"
     if has("model.diffusion_model.joint_blocks.", "joint_blocks."):
