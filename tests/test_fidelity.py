@@ -5,7 +5,7 @@ and timesteps of each step.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext as nothing
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -324,7 +324,7 @@ def test_esds_change_is_that_of_the_published_loop_on_trajectories_of_the_model_
         base, (unet, parameters) = float64(model)[0].requires_grad_(False), float64(model, ".attn2.")
         before, adam = flat(unet), torch.optim.Adam(parameters, lr=recipe.learning_rate)
         for step in range(NUM_STEPS):
-            batch = next(batches.batches(model, data, recipe, step, 2, accelerator, nothing))
+            batch = next(batches.batches(model, data, recipe, step, 2, accelerator, lambda: nullcontext(model)))
             walked, t = unet if follows == "edited" else base, batch.t_forget
             x = published_point(walked, model, batch.eps_forget, t, batch.c_forget, batch.c_empty, recipe)
             concept, null = (noise_in(base, x, t, c).detach() for c in (batch.c_forget, batch.c_empty))
@@ -351,7 +351,7 @@ def test_sdds_change_is_that_of_the_published_loop_with_its_average_decay_and_cl
         before = flat(unet)
         adam = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         for step in range(NUM_STEPS):
-            batch = next(batches.batches(model, data, recipe, step, 2, accelerator, nothing))
+            batch = next(batches.batches(model, data, recipe, step, 2, accelerator, lambda: nullcontext(model)))
             t = batch.t_forget
             x = published_point(teacher, model, batch.eps_forget, t, batch.c_forget, batch.c_empty, recipe)
             adam.zero_grad()
