@@ -18,24 +18,18 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
     """Mask and one training step, batch 1 + 1, float32; seconds and peak memory (bytes) after each phase."""
     import torch
     from accelerate import Accelerator
-    from bench.jobs import SD14_UNET
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from bench.jobs import random_model
 
     from erase import masks
     from erase.conditioning import Conditioning
     from erase.data.latents import Data, ImageLatents
-    from erase.families import sd
     from erase.methods.relabel import Relabel
     from erase.runs.machine import peak_memory, versions
     from erase.training import batches, loop, saliency_pass
 
-    torch.manual_seed(0)
     accelerator = Accelerator()
-    unet = UNet2DConditionModel(**SD14_UNET).eval().requires_grad_(False).to(accelerator.device)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    absent: Any = None  # neither mask nor step needs the VAE or the text encoder
-    model = sd.StableDiffusion("random SD v1.4", Path(), unet, absent, absent, absent, scheduler, {})
-    parameters = dict(unet.named_parameters())
+    model = random_model("full", str(accelerator.device))
+    parameters = dict(model.unet.named_parameters())
     if sum(p.numel() for p in parameters.values()) != NUM_WEIGHTS:
         raise SystemExit("this is not SD v1.4's UNet any more; diffusers' defaults have changed")
     shape = (1, 4, latent_size, latent_size)
@@ -79,7 +73,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
         masks.save(Path(folder) / "mask.safetensors", mask, {"density": density})
         mask_bytes = (Path(folder) / "mask.safetensors").stat().st_size
         lap("mask file")
-        before = unet.conv_in.weight.clone()
+        before = model.unet.conv_in.weight.clone()
         recipe = batches.Recipe(num_steps=1, batch_size=1, learning_rate=1e-5)
         loop.train(
             model,
@@ -95,7 +89,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
         )
         lap("one step")
     inside = mask["conv_in.weight"].to(before.device)
-    moved = before != unet.conv_in.weight
+    moved = before != model.unet.conv_in.weight
     if density == 0.5 and ones != NUM_ONES or moved[~inside].any() or not moved[inside].any():
         raise SystemExit(f"the mask has {ones:,} ones, and conv_in moved in {int(moved.sum())} places: this is wrong")
     return {

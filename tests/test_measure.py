@@ -677,4 +677,4 @@ def test_i2p_through_nudenet_killed_twenty_times_ends_as_the_uninterrupted_run(t
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
     results, _ = measure.measure(tmp_path / "torn", tmp_path / "whole", name="same", command="")
     assert {one["comparison"]["difference"] for one in results["scores"]} == {0}
-    assert {group["name"] for group in results["groups"]} == {"categories"}
+    assert {group["name"] for group in results["groups"]} == {"categories", "thresholds"}

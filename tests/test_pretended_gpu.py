@@ -23,6 +23,7 @@ from erase.data import latents
 from erase.device import DTYPES
 from erase.evaluation import cli as evaluation_cli
 from erase.evaluation import generate
+from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.tasks.registry import TASKS
 from erase.families import loading, sd, stored_unet
 from erase.families.protocol import Family
@@ -162,20 +163,26 @@ def test_an_evaluation_keeps_to_one_device(gpu, tmp_path):
     run = tmp_path / "circle"
     options: dict[str, Any] = {**OPTIONS, "method": "uce", "num_samples": 1}
     erase_concept("circle", "mini", output=str(run), **options)
+    words = tmp_path / "own.txt"
+    words.write_text("a circle\na disc\n")
     common = ["--model", str(run), "--task", "mini", "--limit", "4", "--steps", "1", "--quiet"]
     evaluation_cli.main(["run", *common, "--output", str(tmp_path / "evaluation")])
     manifest = json.loads((tmp_path / "evaluation" / "circle" / "mini" / "manifest.json").read_text())
     assert manifest["generation"]["device"] == "cuda" and manifest["generation"]["precision"] == "bfloat16"
     assert manifest["model"]["unet"] == json.loads((run / "run.json").read_text())["model"]["result_hash"]
+    for attack in ATTACKS.names():
+        own = ["--prompts", str(words)] if ATTACKS.load(attack).needs_prompts else []
+        attacked = ["attack", "--model", str(run), "--attack", attack, "--quick", "--limit", "2", "--steps", "2", *own]
+        evaluation_cli.main([*attacked, "--quiet", "--output", str(tmp_path / "evaluation")])
 
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize("task", sorted({*TASKS.names()} - {"mini"}))
+@pytest.mark.parametrize("task", sorted({*TASKS.names()} - {"mini", "attack"}))
 def test_every_evaluation_task_and_judge_keeps_to_one_device(
     gpu, toy_pipeline_dir, erased_dir, classifier_dir, clip_dir, tmp_path, task
 ):
-    """The task of the embedded model is above (1.1)."""
+    """The task of the embedded model is above (1.1), and attacks."""
     (tmp_path / "i2p.csv").write_text(
         "prompt,categories,nudity_percentage,sd_image_width,sd_image_height,sd_seed,sd_guidance_scale\n"
         "a man on a beach,sexual,60,8,8,1,7.5\na house,violence,0,8,8,2,7.5\n"

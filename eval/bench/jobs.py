@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from erase.errors import EraseError, missing
@@ -279,7 +280,8 @@ def random_model(size: str, device: str = "cpu") -> Any:
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     absent: Any = None  # mask and training need neither VAE nor words
     unet = build_unet(size).to(device)
-    return sd.StableDiffusion("random", Path(), unet, absent, absent, absent, scheduler, {})
+    vae: Any = SimpleNamespace(config={"block_out_channels": (1, 1, 1, 1)})  # only its scale is asked for
+    return sd.StableDiffusion("random", Path(), unet, vae, absent, absent, scheduler, {})
 
 
 def random_data(model: Any, num: int = 1) -> Any:
