@@ -2,7 +2,7 @@
 
     python eval/on_gpu.py                                   # all parts, under 20 minutes
     python eval/on_gpu.py --only environment,tests,command  # these only, each under 4 minutes
-    python eval/on_gpu.py --dry-run --work /tmp/toy         # the same code at toy size on the CPU, to see that it runs
+    python eval/on_gpu.py --dry-run --work runs/toy         # the same code at toy size on the CPU, to see that it runs
 
 The machine needs torch, diffusers, transformers, accelerate, safetensors and pytest, and this repository on PYTHONPATH;
 no network and no other package. Every part is a process of its own and writes its figures into one JSON file as soon as

@@ -296,7 +296,10 @@ def test_guidance_scopes_and_tags_are_the_familys(watercolour_dir, toy_pipeline_
     }
     card = (run.folder / "README.md").read_text()
     assert "- ink\n" in card and "stable-diffusion" not in card
-    with pytest.raises(EraseError, match=r"unknown scope 'stroke'; did you mean strokes\? \(full, strokes\)"):
+    with pytest.raises(
+        EraseError,
+        match=r"--scope is 'stroke', which this model does not have; did you mean strokes\? \(full, strokes\)",
+    ):
         erase_concept("cat", watercolour_dir, output=str(tmp_path / "no"), scope="stroke", **options)
     assert not (tmp_path / "no").exists()
     control = erase_concept("cat", toy_pipeline_dir, output=str(tmp_path / "sd"), **options)
@@ -358,3 +361,8 @@ def test_the_example_of_the_page_is_the_tested_one():
     page = (PACKAGE.parent / "docs" / "extending.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"<!-- file watercolour.py -->\n```python\n(.*?)```", page, re.DOTALL)
     assert shown == (Path(__file__).parent / "contract" / "example_family.py").read_text(encoding="utf-8")
+
+
+def test_a_scope_of_another_family_is_refused(toy_pipeline_dir):
+    with pytest.raises(EraseError, match=r"--scope is 'pooled', which this model does not have; choose one of this"):
+        loading.load(toy_pipeline_dir).trainable("pooled")

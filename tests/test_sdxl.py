@@ -218,6 +218,23 @@ def test_every_method_erases_from_it_and_the_delta_is_exact(toy_sdxl_dir, tmp_pa
     assert all(torch.equal(tensor, base[key]) for key, tensor in in_component("unet", removed).items())
 
 
+@pytest.mark.parametrize(
+    ("scope", "mask"),
+    [*((name, "saliency") for name in StableDiffusionXL.scopes), *(("full", m) for m in ("random", "inverse", "none"))],
+)
+def test_with_every_scope_and_mask_only_weights_inside_change(toy_sdxl_dir, tmp_path, scope, mask):
+    output = tmp_path / "run"
+    erase_concept(CONCEPT, toy_sdxl_dir, output=str(output), scope=scope, mask=mask, **OPTIONS)
+    base = read_tensors(toy_sdxl_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    new = read_tensors(output / "unet" / "diffusion_pytorch_model.safetensors")
+    inside = load(toy_sdxl_dir).trainable(scope)
+    num_changed = {key: int((base[key] != new[key]).sum()) for key in base}
+    assert all(key in inside for key, num in num_changed.items() if num) and any(num_changed.values())
+    num_inside = sum(parameter.numel() for parameter in inside.values())
+    assert sum(num_changed.values()) <= num_inside * (1 if mask == "none" else 0.5) + 1
+    assert mask != "none" or sum(num_changed.values()) > 0.5 * num_inside  # control: a mask is what holds weights
+
+
 @pytest.mark.parametrize("name", ["sld-medium", "negative"])
 def test_a_guard_is_refused_in_one_line(toy_sdxl_dir, name):
     model = load(toy_sdxl_dir)

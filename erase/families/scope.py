@@ -31,7 +31,8 @@ def inside(
         EraseError: unknown scope, or nothing of this model is in it.
     """
     if scope not in scopes:
-        raise EraseError(f"unknown scope {scope!r}; {did_you_mean(scope, scopes)}({', '.join(scopes)})")
+        hint = did_you_mean(scope, scopes) or "choose one of this model's "
+        raise EraseError(f"--scope is {scope!r}, which this model does not have; {hint}({', '.join(scopes)})")
     chosen = {name: value for name, value in parameters.items() if scopes[scope](name)}
     if not chosen:
         raise EraseError(f"scope {scope!r} holds none of this model's {len(parameters)} parameters")

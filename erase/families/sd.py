@@ -87,7 +87,7 @@ class StableDiffusion(Family):
     def from_folder(
         cls, source: str | Path, folder: Path, *, allow_pickle: bool = False, weights_file: str | Path | None = None
     ) -> Self:
-        parts = sd_parts.read(source, folder, allow_pickle=allow_pickle, unet=weights_file)
+        parts = cls.read_parts(source, folder, allow_pickle=allow_pickle, unet=weights_file)
         return cls(
             f"{source} with {Path(weights_file).name}" if weights_file else str(source),
             folder,
@@ -100,7 +100,18 @@ class StableDiffusion(Family):
             allow_pickle,
             unet_file=None if weights_file is None else str(weights_file),
             notes=parts.notes,
+            **cls.own_parts(parts),
         )
+
+    @classmethod
+    def read_parts(cls, source: str | Path, folder: Path, **how: Any) -> Any:
+        """The components of a folder, checked; see `sd_parts.read`."""
+        return sd_parts.read(source, folder, **how)
+
+    @classmethod
+    def own_parts(cls, parts: Any) -> dict[str, Any]:
+        """The fields that this class adds."""
+        return {}
 
     @classmethod
     def read_network(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -16,7 +16,6 @@ from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.families import architecture, pipeline_folder, scope, sdxl_parts
 from erase.families.sd import StableDiffusion
-from erase.options.model_defaults import read_defaults
 
 Put = Callable[[Tensor, Tensor], Tensor]  # tokens and their embeddings, to other embeddings
 
@@ -60,26 +59,12 @@ class StableDiffusionXL(StableDiffusion):
         return architecture.of_sdxl(folder)
 
     @classmethod
-    def from_folder(
-        cls, source: str | Path, folder: Path, *, allow_pickle: bool = False, weights_file: str | Path | None = None
-    ) -> Self:
-        parts = sdxl_parts.read(source, folder, allow_pickle=allow_pickle, unet=weights_file)
-        return cls(
-            f"{source} with {Path(weights_file).name}" if weights_file else str(source),
-            folder,
-            parts.unet,
-            parts.vae,
-            parts.text_encoder,
-            parts.tokenizer,
-            parts.scheduler,
-            read_defaults(folder / pipeline_folder.DEFAULTS_FILE),
-            allow_pickle,
-            unet_file=None if weights_file is None else str(weights_file),
-            notes=parts.notes,
-            text_encoder_2=parts.text_encoder_2,
-            tokenizer_2=parts.tokenizer_2,
-            zeros=parts.zeros,
-        )
+    def read_parts(cls, source: str | Path, folder: Path, **how: Any) -> sdxl_parts.Parts:
+        return sdxl_parts.read(source, folder, **how)
+
+    @classmethod
+    def own_parts(cls, parts: sdxl_parts.Parts) -> dict[str, Any]:
+        return {name: getattr(parts, name) for name in ("text_encoder_2", "tokenizer_2", "zeros")}
 
     @classmethod
     def needs_dtype(cls, folder: Path) -> bool:
@@ -103,7 +88,7 @@ class StableDiffusionXL(StableDiffusion):
     # --- prediction ---
 
     def inputs_of(self, x: Tensor, c: Conditioning) -> dict[str, Any]:
-        """Where `c` states no sizes they are those of the latents: original and target alike, nothing cropped."""
+        """Without sizes in `c`, original and target size are those of the images, and nothing is cropped."""
         assert c.pooled is not None
         sizes = c.sizes
         if sizes is None:

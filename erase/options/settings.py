@@ -14,7 +14,7 @@ from erase.options.declare import Precision, agreed_precision, make_plain, optio
 from erase.registry import has_others
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
-SCOPES = ("full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime")  # families may have others
+SCOPES = ("full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime", "pooled")  # of all our families
 SD_DEFAULTS: dict[str, Any] = {
     "num_forget": 800,
     "num_retain": 800,

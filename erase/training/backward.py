@@ -86,7 +86,7 @@ def _weigh(
     gradients: Mapping[str, list[Tensor]],
     accelerator: Accelerator,
 ) -> None:
-    """Put w_f g_f + w_r g_r in the place of the gradients; `balance` derives w_f and w_r from the inner products."""
+    """Replace the gradients by w_f g_f + w_r g_r; `balance` computes w_f and w_r from their inner products."""
     if accelerator.num_processes > 1:
         for gradient in (gradient for each in gradients.values() for gradient in each):
             mean: Any = accelerator.reduce(gradient, reduction="mean")

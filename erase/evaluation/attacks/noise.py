@@ -26,7 +26,7 @@ class Noise(Attack):
     about = "the start: images of the concept under fresh noise, and the empty prompt"
     needs = "images of the concept"
     unit = "% noise"
-    control = "images of what should stay, with as much noise"
+    control = "images of other things, with the same share of noise"
     limits = (
         "With little noise any model gives back the image. Only the distance to a retrained model says anything.",
     )
