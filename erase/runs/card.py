@@ -31,30 +31,10 @@ def model_card(
     after: the run that it continued from, as run.json says.
     anchors: False for a method that uses no anchor.
     """
-    from huggingface_hub import ModelCardData
-
-    header = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        base_model=settings.model if _is_hub_id(settings.model) else None,
-        license=family.licence(settings.model),
-        tags=[*family.tags, "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
-    ).to_yaml()
     exactly = "bit for bit" if change.provenance.get("base_dtype") else "value for value"
     changed, total = sum(change.changed.values()), change.total
-    options = {key: value for key, value in asdict(settings).items() if _is_set(key, value)}
-    listed = "\n".join(f"| {key} | {_listed(key, value)} |" for key, value in options.items())
-    pairs = concept.pairs()[:4]
-    examples = "\n".join(
-        f"- '{escaped(forget)}' now means '{escaped(anchor)}'" if anchors else f"- '{escaped(forget)}' is unlearned"
-        for forget, anchor in pairs
-    )
-    before = ""
-    if after:
-        before = f"\nThe base is another run, {escaped(_place(after['run']))}, which had erased "
-        before += f"{escaped(', '.join(after['concepts']))} from {escaped(_place(after['model']))}.\n"
     return f"""---
-{header}
+{_header(settings.model, family)}
 ---
 
 # {escaped(concept.name)} erased from {escaped(_place(settings.model))}
@@ -62,12 +42,12 @@ def model_card(
 Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mask {escaped(_place(str(settings.mask)))}.
 {changed:,} of {total:,} weights of the {family.part} changed ({changed / total:.1%}); all else is
 the base model, byte for byte.
-{before}
+{_before(after)}
 ```python
 {loading}
 ```
 
-{examples}
+{_examples(concept, anchors)}
 
 `delta.safetensors` holds the change alone: `erase-concept remove` restores the base with it, {exactly}.
 Base {change.base_hash[:12]}, result {change.result_hash[:12]} (content hashes of the {family.part}).
@@ -81,8 +61,40 @@ back. This card makes no claim about such attacks. The base model's licence appl
 
 | setting | value |
 | --- | --- |
-{listed}
+{_table(settings)}
 """
+
+
+def _header(model: str, family: type[Family]) -> str:
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=model if _is_hub_id(model) else None,
+        license=family.licence(model),
+        tags=[*family.tags, "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
+    ).to_yaml()
+
+
+def _before(after: Mapping[str, Any] | None) -> str:
+    if not after:
+        return ""
+    base, erased, model = _place(after["run"]), ", ".join(after["concepts"]), _place(after["model"])
+    return f"\nThe base is another run, {escaped(base)}, which had erased {escaped(erased)} from {escaped(model)}.\n"
+
+
+def _examples(concept: Concept, anchors: bool) -> str:
+    said = (
+        f"'{escaped(forget)}' now means '{escaped(anchor)}'" if anchors else f"'{escaped(forget)}' is unlearned"
+        for forget, anchor in concept.pairs()[:4]
+    )
+    return "\n".join(f"- {line}" for line in said)
+
+
+def _table(settings: Settings) -> str:
+    options = {key: value for key, value in asdict(settings).items() if _is_set(key, value)}
+    return "\n".join(f"| {key} | {_listed(key, value)} |" for key, value in options.items())
 
 
 _PATHS = {"model", "base", "unet", "config", "mask", "forget_images", "retain_images"}  # or names of other kinds

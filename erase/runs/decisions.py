@@ -93,10 +93,7 @@ def decide(
         EraseError: options that contradict each other, an unknown or refused concept, a model or mask that does not
             load.
     """
-    require_consistent(settings)
-    method = make_method(settings)
-    if settings.alpha is not None and "alpha" not in method.hyperparameters():
-        raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
+    method = _consistent_method(settings)
     found = find_concepts(settings, given, None)  # unknown or refused: an error before a model is loaded
     folder = Path(settings.output or Path("runs") / words.slug(" and ".join(one.name for one in found)))
     earlier = read_base(settings, folder)
@@ -154,13 +151,22 @@ def announce(decided: Decisions) -> None:
     if cut := decided.truncated:
         some = f"{cut[0][:60]!r}" + (f" and {len(cut) - 1} more" if len(cut) > 1 else "")
         tell(f"longer than the {model.max_tokens} tokens that the text encoder reads, and cut: {some}")
-    steps, least = settings.num_train_steps or 0, getattr(decided.method, "least_steps", 1)
+    steps, method = settings.num_train_steps or 0, decided.method
+    least = method.least_steps if isinstance(method, methods.TrainedMethod) else 1
     if 0 < steps < least:
         tell(f"{settings.method} as published takes at least {least} steps; {steps} leave out some of its loops")
     if settings.low_memory:
         needs = needed_memory(settings, model, decided.parameters)
         phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
         tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
+
+
+def _consistent_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedForm:
+    require_consistent(settings)
+    method = make_method(settings)
+    if settings.alpha is not None and "alpha" not in method.hyperparameters():
+        raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
+    return method
 
 
 def _with_precision(
