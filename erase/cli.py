@@ -1,4 +1,4 @@
-"""`erase-concept`: arguments in, one call, a few lines out; the only place that prints or exits."""
+"""`erase-concept`: parses arguments, calls one function, prints a few lines; the only place that prints or exits."""
 
 import argparse
 import sys
@@ -12,18 +12,18 @@ from erase.options.declare import flag
 from erase.options.settings import Settings
 
 GROUPS = {
-    "what": "what to erase, from what",
-    "how": "how: method x scope x mask",
-    "data": "images to train on",
+    "what": "concept, model and output",
+    "how": "method, scope and mask",
+    "data": "training images",
     "training": "training",
     "files": "files",
 }
 DESCRIPTION = """\
-Take a concept out of a Stable Diffusion model: generate images of it, find the weights that matter for it,
+Remove a concept from a Stable Diffusion model: generate images of it, find the weights that matter for it,
 retrain only those, and write a diffusers folder."""
 EPILOG = """\
-The defaults are for Stable Diffusion 1, and those "for salun" for the default method. Other methods have
-their own (docs/methods.md), and so may a model, as 'mini' does.
+The defaults shown are those for Stable Diffusion 1. "for salun" means the default method; other methods have
+their own defaults (docs/methods.md). A model folder can bring its own, as 'mini' does.
 
 examples:
   erase-concept --concept circle --model mini --output runs/circle
@@ -32,15 +32,18 @@ examples:
   erase-concept remove --delta runs/circle/delta.safetensors --model runs/circle --output restored
 
 other commands (each has its own --help):
-  apply    erase again, from a delta
+  apply    apply a delta to the base model
   remove   undo an erasure: restore the base weights
-  export   write other forms of a finished run
-  inspect  show what a delta or a mask holds
+  export   write a finished run in another form, such as a single file or a LoRA
+  inspect  show how many weights of each block a delta or a mask contains
 """
 
 
+PICKLE = Settings.__dataclass_fields__["allow_pickle"].metadata["help"]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exit code 0 done, 2 for what the user can mend, 130 when interrupted."""
+    """Run the command. Exit code 0: done; 2: an error that the user can mend; 130: interrupted."""
     serve("erase-concept", COMMANDS, _erase, argv)
 
 
@@ -88,11 +91,11 @@ def _erase(arguments: list[str]) -> None:
         phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in record.seconds.items())
         told = f"{', '.join(erased)} erased from {record.settings['model']} in {total:.0f} s ({phases})"
     else:
-        told = f"finished already{folders.when(record)}, files verified; --overwrite makes it again"
+        told = f"already finished{folders.when(record)}, files verified; --overwrite repeats the run"
     print(printable(f"{result.folder}: {told}"))
     if result.added:
-        print(f"written beside it: {', '.join(result.added)}")
-    print(f"{weights.changed:,} of {weights.total:,} weights changed; delta.safetensors takes it back exactly")
+        print(f"also written: {', '.join(result.added)}")
+    print(f"{weights.changed:,} of {weights.total:,} weights changed; delta.safetensors undoes this exactly")
     if "model_index.json" in record.files:
         print(f"load it: {load_line(result.folder)}")
 
@@ -110,18 +113,18 @@ def _delta_parser(command: str, description: str, example: str) -> Parser:
     parser.add_argument("--delta", required=True, help="delta.safetensors of a run")
     parser.add_argument("--model", required=True, help="'mini', a diffusers folder, a hub id, or a checkpoint file")
     parser.add_argument("--output", required=True, help="diffusers folder to write")
-    parser.add_argument("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    parser.add_argument("--allow-pickle", action="store_true", help=PICKLE)
     for name in ("unet", "config", "revision", "cache_dir"):  # the same options as in the main command
         item = Settings.__dataclass_fields__[name]
         shown = item.metadata.get("shown")
-        about = "where single files are converted" if name == "cache_dir" else item.metadata["help"]
+        about = "cache for converted single-file models" if name == "cache_dir" else item.metadata["help"]
         text = about + (f" [default: {shown}]" if shown else "")
         parser.add_argument(flag(name), metavar=item.metadata.get("metavar") or name.split("_")[-1].upper(), help=text)
     return parser
 
 
 def _apply(arguments: list[str]) -> None:
-    about = "Erase again: apply a delta to the base model that it was made from."
+    about = "Apply a delta to the base model that it was made from, which erases the concept again."
     parser = _delta_parser("apply", about, "--delta runs/circle/delta.safetensors --model mini --output erased")
     _switch(parser.parse_args(arguments), "apply")
 
@@ -184,19 +187,23 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
 def _export(arguments: list[str]) -> None:
     parser = Parser(
         prog="erase-concept export",
-        description="Write other forms of a finished run.",
+        description="Write a finished run in another form, such as a single file or a LoRA.",
         example="runs/circle --to single-file",
     )
     parser.add_argument("folder", help="run folder")
     choices = ("pipeline", "unet", "single-file", "lora")
-    parser.add_argument("--to", action="append", required=True, choices=choices, help="form; may be repeated")
+    parser.add_argument("--to", action="append", required=True, choices=choices, help="form to write; may be repeated")
     parser.add_argument("--output", metavar="DIR", help="folder to write to [default: the run folder]")
-    parser.add_argument("--lora-rank", type=int, metavar="N", help="rank of a LoRA [default: the run's]")
+    parser.add_argument("--lora-rank", type=int, metavar="N", help="rank of the LoRA [default: the run's]")
     parser.add_argument(
-        "--model", help="the base, for a run that was saved without its pipeline [default: where the run found it]"
+        "--model", help="base model, for a run that was saved without its pipeline [default: the one in run.json]"
     )
-    parser.add_argument("--config", metavar="DIR", help="diffusers folder for a base that is a single file")
-    parser.add_argument("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    parser.add_argument(
+        "--config",
+        metavar="DIR",
+        help="diffusers folder with the configs and the tokenizer of a single-file base model",
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help=PICKLE)
     given = parser.parse_args(arguments)
     if given.lora_rank is not None and given.lora_rank < 1:
         raise EraseError(f"--lora-rank is {given.lora_rank}; it must be at least 1")
@@ -223,7 +230,7 @@ def _tell(line: str) -> None:
 def _inspect(arguments: list[str]) -> None:
     parser = Parser(
         prog="erase-concept inspect",
-        description="Show what a delta or a mask holds, block by block.",
+        description="Show how many weights of each block a delta or a mask contains.",
         example="runs/circle/delta.safetensors",
     )
     parser.add_argument("file", help="delta.safetensors or mask.safetensors")
@@ -236,7 +243,7 @@ def _inspect(arguments: list[str]) -> None:
         mask, header = masks.load(path)
         shares = masks.fraction_by_block(mask, layers.block_of)
         described = {key: value for key, value in header.as_json().items() if key != "shapes"}
-        word = "may move"
+        word = "may change"
     else:
         change = delta.load(path)
         shares = delta.summary(change, layers.block_of)

@@ -7,7 +7,7 @@ import os
 import select
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TextIO
@@ -135,10 +135,13 @@ def _errors_in_one_line(prog: str, interrupted: str) -> Iterator[None]:
     raise SystemExit(2)
 
 
-def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[str, str]) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, options: type, titles: Mapping[str, str], *, hidden: Collection[str] = ()
+) -> None:
     """One argument for each field of a dataclass of options, in its group; nothing is written down twice.
 
-    titles: of the groups; fields of other groups are left out.
+    titles: of the groups; fields of other groups are left out. hidden: fields that the help does not show, because the
+    command refuses them with a message that says what to give instead.
     """
     groups = {name: parser.add_argument_group(title) for name, title in titles.items()}
     for item in (item for item in fields(options) if item.metadata["group"] in groups):
@@ -154,6 +157,8 @@ def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[
             argument["metavar"] = item.metadata.get("metavar") or choices or word
             argument["action"] = "append" if form.is_repeated else "store"
             argument["type"] = form.type
+        if item.name in hidden:
+            argument["help"] = argparse.SUPPRESS
         groups[item.metadata["group"]].add_argument(flag(item.name), *item.metadata.get("aliases", ()), **argument)
         if item.name == "precision":
             add_mixed_precision(groups[item.metadata["group"]])
@@ -161,7 +166,8 @@ def add_options(parser: argparse.ArgumentParser, options: type, titles: Mapping[
 
 def add_mixed_precision(group: Any) -> None:
     """--precision under the name that diffusers' scripts give it."""
-    group.add_argument("--mixed-precision", metavar="{" + ",".join(MIXED_PRECISION) + "}", help="another name for it")
+    choices = "{" + ",".join(MIXED_PRECISION) + "}"
+    group.add_argument("--mixed-precision", metavar=choices, help="the same as --precision; no means fp32")
 
 
 def _shown_default(item: Field[Any]) -> str:

@@ -106,7 +106,7 @@ def measure(density: float = 0.5, latent_size: int = 64, checkpointing: bool = F
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/full_size.json", help="JSON to write")
-    parser.add_argument("--density", type=float, default=0.5, help="share of the weights that may move")
+    parser.add_argument("--density", type=float, default=0.5, help="share of the weights that may change")
     parser.add_argument("--latent-size", type=int, default=64, help="side of the latents; 64 is 512 pixels")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
     given = parser.parse_args()

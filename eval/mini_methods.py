@@ -332,7 +332,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def densities(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a part a concept: what each of SalUn's masks does as more and more weights may move, up to all."""
+    """Markdown, a part a concept: what each of SalUn's masks does as more and more weights may change, up to all."""
 
     def part(of: list[dict[str, Any]]) -> str:
         named, lines = {row["variant"]: row for row in of}, []

@@ -170,7 +170,7 @@ def test_growth_is_measured_and_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
     assert len(told) == len(written["rows"]) == 4 + 4 + 4 + 1
     state = [r["bytes_per_weight"] for r in written["rows"] if "bytes_per_weight" in r and r["side"] == "ours"]
-    assert state[0] < 2 < 8 <= state[1]  # a tenth may move, and all
+    assert state[0] < 2 < 8 <= state[1]  # a tenth may change, and all
 
 
 STEPS_UNDER_A_LIMIT = """

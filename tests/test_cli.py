@@ -149,7 +149,7 @@ def test_help_fits_a_terminal_and_breaks_no_name(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, text, _ = command("--help")
     assert "CompVis/stable-diffusion-v1-4" in text
-    assert max(map(len, text.partition("options:")[2].partition("The defaults are")[0].splitlines())) <= 80
+    assert max(map(len, text.partition("options:")[2].partition("The defaults shown")[0].splitlines())) <= 80
     assert len(text.splitlines()[0]) <= 80
 
 
@@ -438,7 +438,7 @@ def test_an_output_that_exists_is_left_alone(name, command, tmp_path, empty_fold
 
 
 def test_inspect_shows_shares_block_by_block(command, tmp_path):
-    """The control of the refusals above: 48 of 64 weights changed, 16 of 64 may move."""
+    """The control of the refusals above: 48 of 64 weights changed, 16 of 64 may change."""
     old, name = torch.zeros(64), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     change = delta.difference(
         {f"unet.{name}": old}, {f"unet.{name}": torch.arange(64) // 16 + old}, {"method": "salun"}

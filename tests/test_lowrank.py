@@ -1,4 +1,4 @@
-"""Changes of low rank in place of weights: what may move, what is written, and that diffusers loads it as a LoRA."""
+"""Changes of low rank in place of weights: what may change, what is written, and that diffusers loads it as a LoRA."""
 
 import pytest
 import torch

@@ -288,7 +288,7 @@ def test_the_share_that_is_put_back_falls_in_a_straight_line():
 
 
 def test_what_is_put_back_is_the_bases_bit_for_bit(toy_pipeline_dir, gathered, accelerator, tmp_path):
-    """Exactly z weights that may move are the base's after the last step; with a share of zero nearly none are."""
+    """Exactly z weights that may change are the base's after the last step; with a share of zero nearly none are."""
     data = gathered(Soft())
     base = stored_unet.load_unet(toy_pipeline_dir).state_dict()
     for kept in (0.4, 0.0):

@@ -507,7 +507,7 @@ def test_rounded_weights_train_as_masters_that_give_exact_weights():
 
 
 def eight_bit_run(num_steps: int, *, eight_bit: bool, halfway: bool = False) -> tuple[Parameter, MaskedAdam]:
-    """Steps on one weight tensor whose left half may move; `halfway`, through a saved state in the middle."""
+    """Steps on one weight tensor whose left half may change; `halfway`, through a saved state in the middle."""
     draw = torch.Generator().manual_seed(0)
     weight = Parameter(torch.randn(64, 64, generator=draw))
     mask = torch.zeros(64, 64, dtype=torch.bool)

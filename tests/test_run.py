@@ -167,7 +167,7 @@ def test_a_finished_run_says_when_it_was_made(finished, toy_pipeline_dir, tmp_pa
     made = files.read_json(folder / "run.json")["finished"]
     cli.main(["--concept", concept_file(tmp_path), "--model", str(toy_pipeline_dir), "--output", str(folder), *FLAGS])
     out = capsys.readouterr().out
-    assert f"finished already on {made[:10]} {made[11:16]} UTC" in out and "erased from" not in out
+    assert f"already finished on {made[:10]} {made[11:16]} UTC" in out and "erased from" not in out
 
 
 def concept_file(tmp_path: Path) -> str:
@@ -491,7 +491,7 @@ def test_a_weight_that_moved_outside_the_mask_is_never_published(finished, toy_p
 
 
 def test_inspect_shows_the_share_of_every_block(finished, capsys):
-    for name, word in (("delta", "changed"), ("mask", "may move")):
+    for name, word in (("delta", "changed"), ("mask", "may change")):
         cli.main(["inspect", str(finished.folder / f"{name}.safetensors")])
         out = capsys.readouterr().out
         assert word in out and "down_blocks.0 attn2" in out and "conv_in" in out

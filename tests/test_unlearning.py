@@ -188,6 +188,7 @@ def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
         (["compare", "--methods", "salum"], "unknown method 'salum'"),
         (["compare", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["compare", "--model", "somewhere"], "--model does not go with compare"),
+        (["compare", "--method", "salun"], "--method does not go with compare; use --methods"),
         (["train", "--density", "0.5"], "unknown argument '--density'"),
         (["train", "--epochs", "3"], "--epochs has no effect when a new model is trained; use --train-epochs"),
         (["compare", "--densities", "0.1", "nan"], "--densities has nan; each must be above 0 and at most 1"),
@@ -201,3 +202,20 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(arguments, message, 
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert message in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "absent"),
+    [
+        ("compare", ("--method ", "--model ", "--allow-pickle")),
+        ("train", ("--epochs ", "--learning-rate ", "--optimizer ")),
+    ],
+)
+def test_the_help_shows_only_options_that_have_an_effect(command, absent, capsys):
+    """The control: the help of the command without a name shows all of them."""
+    for arguments, is_shown in (([command, "--help"], False), (["--help"], True)):
+        with pytest.raises(SystemExit):
+            classifier_cli.main(arguments)
+        text = capsys.readouterr().out
+        for name in absent:
+            assert (name in text) == is_shown, name

@@ -1,4 +1,4 @@
-"""The command `unlearn-classifier`: parses arguments, calls one function, prints a few lines."""
+"""`unlearn-classifier`: parses arguments, calls one function, prints a few lines."""
 
 import sys
 from collections.abc import Sequence
@@ -11,15 +11,13 @@ from erase.commandline import Command, Parser, add_options, serve, silence_libra
 from erase.errors import printable
 from erase.files import default_cache_dir
 
-WHAT, TRAINING = {"what": "what to forget, from what"}, {"training": "training"}
+WHAT, TRAINING = {"what": "data"}, {"training": "training"}
 QUIET: dict[str, Any] = {"action": "store_true", "help": "no progress on stderr"}
-GROUPS = {**WHAT, "method": "method", "how": "how: which weights may change", **TRAINING}
+GROUPS = {**WHAT, "method": "method", "how": "mask", **TRAINING}
 DESCRIPTION = """\
 Make an image classifier forget some of its training images: find the weights that matter for them, retrain only
 those, and measure how far the result is from a model that was trained without them."""
-EPILOG = f"""\
-methods: {", ".join(PRESETS)}
-
+EPILOG = """\
 examples:
   unlearn-classifier --data digits --forget 10% --method salun --output runs/digits
   unlearn-classifier train --data digits --output runs/digits-original
@@ -27,8 +25,8 @@ examples:
   unlearn-classifier compare --data digits --methods all --seeds 5 --output runs/digits-compared
 
 other commands (each has its own --help):
-  train    train the original model, or with --without-forget the retrained one
-  compare  compare methods with retraining on several seeds: results, table and plot
+  train    train the original model, or with --without-forget the retrained model
+  compare  compare methods with retraining, on several seeds
 """
 
 
@@ -76,12 +74,12 @@ def _unlearn(arguments: list[str]) -> None:
 def _train(arguments: list[str]) -> None:
     parser = Parser(
         "unlearn-classifier train",
-        "Train the original model, or the retrained one, without the forget set.",
+        "Train the original model, or with --without-forget the retrained model.",
         example="--data digits --train-epochs 5 --output runs/digits-original",
     )
     parser.add_argument("--without-forget", action="store_true", help="train on the retain set only")
     parser.add_argument("--quiet", **QUIET)
-    add_options(parser, Settings, WHAT | TRAINING)
+    add_options(parser, Settings, WHAT | TRAINING, hidden=("epochs", "learning_rate", "optimizer"))
     given = vars(parser.parse_args(arguments))
     without_forget, quiet = given.pop("without_forget"), given.pop("quiet")
     settings = _settings(given | {"method": "retrain"})
@@ -100,24 +98,35 @@ def _train(arguments: list[str]) -> None:
 def _compare(arguments: list[str]) -> None:
     parser = Parser(
         "unlearn-classifier compare",
-        "Compare methods with retraining on several seeds. Each cell is run once; an interrupted run continues.",
+        "Compare methods with retraining on several seeds. Every method runs once on every seed; an interrupted "
+        "comparison continues. Writes results.json, table.md and plot.png.",
         example="--data digits --methods ft salun --seeds 2 --output runs/digits-compared",
     )
     parser.add_argument(
-        "--methods", nargs="+", default=["all"], metavar="METHOD", help="methods, or all [default: all]"
+        "--methods",
+        nargs="+",
+        default=["all"],
+        metavar="METHOD",
+        help=f"all, or some of {', '.join(PRESETS)}, or names or module:Class of other packages [default: all]",
     )
     parser.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="number of seeds, from --seed on [default: 5]"
+        "--seeds", type=int, default=5, metavar="N", help="number of seeds; the first one is --seed [default: 5]"
     )
     parser.add_argument(
-        "--densities", type=float, nargs="+", default=[], metavar="X", help="additional lines: SalUn at these densities"
+        "--densities", type=float, nargs="+", default=[], metavar="X", help="add SalUn at these densities to the table"
     )
-    parser.add_argument("--controls", action="store_true", help="additional lines: SalUn with other masks and scores")
     parser.add_argument(
-        "--shadows", type=int, default=0, metavar="N", help="pairs of shadow models per seed for LiRA [default: 0]"
+        "--controls", action="store_true", help="add SalUn with other masks and other saliency scores to the table"
+    )
+    parser.add_argument(
+        "--shadows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pairs of shadow models per seed for the LiRA attack [default: 0]",
     )
     parser.add_argument("--quiet", **QUIET)
-    add_options(parser, Settings, GROUPS)
+    add_options(parser, Settings, GROUPS, hidden=("method", "model", "allow_pickle"))
     given = vars(parser.parse_args(arguments))
     asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows")}
     quiet = given.pop("quiet")
@@ -127,6 +136,8 @@ def _compare(arguments: list[str]) -> None:
         parser.error(f"--shadows is {asked['shadows']}; it must be 0 or more and at most 10000")
     if given["model"] is not None:
         parser.error("--model does not go with compare, which trains an original model for every seed")
+    if given["method"] is not None:
+        parser.error("--method does not go with compare; use --methods")
     for density in asked["densities"]:
         if not 0 < density <= 1:
             parser.error(f"--densities has {density}; each must be above 0 and at most 1")

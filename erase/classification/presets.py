@@ -22,7 +22,7 @@ class Preset:
     """Defaults of a method.
 
     method: "file:Class" in methods/, or the name of another package's method; "" trains a new model on the retain set.
-    mask: the weights that may move.
+    mask: the weights that may change.
     options: values of the class's fields that differ from the class's own defaults.
     """
 

@@ -1,4 +1,4 @@
-"""Options of one unlearning of a classifier, each with its meaning and default.
+"""The options of `unlearn-classifier`, each with its meaning and default.
 
 Standard library only, so that the command line can be built from it without loading torch.
 """
@@ -30,19 +30,19 @@ class Settings:
     )
     forget: str = option(
         "10%",
-        "share of the training images (10%), a class (class:3, class:cat), or a file of positions",
+        "what to forget: a share of the training images (10%), a class (class:3, class:cat), or a file of indices",
         group="what",
     )
-    output: str | None = option(None, "folder to write", group="what", shown="runs/<data>-<method>", metavar="DIR")
+    output: str | None = option(None, "output folder", group="what", shown="runs/<data>-<method>", metavar="DIR")
     network: str | None = option(None, "architecture", group="what", choices=NETWORKS, shown="depends on --data")
     split: Literal["seeded", "reference"] = option(
         "seeded",
-        "how the images to forget are chosen: by --seed, or as in SalUn's code, for comparison with it",
+        "how the images to forget are chosen: by --seed, or as in SalUn's code",
         group="what",
     )
     size: int | None = option(
         None,
-        "side in pixels to which images of a folder or the hub are cropped and scaled",
+        "side in pixels to which images of a folder or of the hub are cropped and scaled",
         group="what",
         least=1,
         most=MOST_SIZE,
@@ -52,7 +52,7 @@ class Settings:
     # method
     method: str = option(
         "salun",
-        f"unlearning method: {', '.join(PRESETS)}, one of another package, or module:Class",
+        f"unlearning method: {', '.join(PRESETS)}, a name of another package, or module:Class",
         group="method",
         choices=tuple(PRESETS),
         more=_others,
@@ -66,9 +66,11 @@ class Settings:
         shown="trained first",
         metavar="DIR",
     )
-    allow_pickle: bool = option(False, "read a .pth.tar file; code that the file names is not run", group="method")
+    allow_pickle: bool = option(
+        False, "read a .pth.tar file, which can contain code; only tensors are read", group="method"
+    )
     set: tuple[str, ...] = option(
-        (), "option of the method, such as alpha=0.5; may be repeated", group="method", metavar="NAME=X"
+        (), "hyperparameter of the method, such as alpha=0.5; may be repeated", group="method", metavar="NAME=X"
     )
 
     # how
@@ -85,7 +87,7 @@ class Settings:
     per_tensor: bool = option(False, "same density in every tensor instead of one global threshold", group="how")
     batch_norm: Literal["frozen", "moving"] | None = option(
         None,
-        "batch normalisation statistics during unlearning: moving as in SalUn's code (outside any mask), or frozen",
+        "batch normalisation statistics during unlearning: moving as in SalUn's code (masks do not apply), or frozen",
         group="how",
         shown="moving; frozen for digits and drawings",
     )
@@ -107,16 +109,12 @@ class Settings:
         most=1e30,
         shown="depends on --method, --data and --forget",
     )
-    optimizer: Literal["sgd", "adam"] = option(
-        "sgd", "optimizer of unlearning; adam keeps state for masked weights only", group="training"
-    )
+    optimizer: Literal["sgd", "adam"] = option("sgd", "optimizer of unlearning", group="training")
     batch_size: int | None = option(
         None, "images per step", group="training", least=1, most=1_000_000, shown="depends on --data"
     )
     momentum: float = option(0.9, "momentum of SGD", group="training", least=0, most=1)
-    weight_decay: float = option(
-        5e-4, "weight decay of masked weights, multiplied by the learning rate", group="training", least=0, most=1000
-    )
+    weight_decay: float = option(5e-4, "weight decay, inside the mask only", group="training", least=0, most=1000)
     train_epochs: int | None = option(
         None,
         "training epochs of the original and the retrained model",
@@ -127,7 +125,7 @@ class Settings:
     )
     train_learning_rate: float | None = option(
         None,
-        "initial learning rate of that training; cosine schedule to 0",
+        "initial learning rate of the original and the retrained model; cosine schedule to 0",
         group="training",
         least=0,
         most=1e30,
@@ -135,9 +133,9 @@ class Settings:
     )
     precision: Precision | None = option(
         None,
-        "precision of training and mask passes; bf16 is fast with AVX512_BF16, AMX or a GPU only",
+        "precision of training and mask passes; on a CPU bf16 is fast only with AVX512_BF16 or AMX",
         group="training",
-        shown="on a GPU bf16, or fp16 if the card lacks it; else fp32",
+        shown="bf16 on a GPU, or fp16 if it lacks bf16; fp32 on a CPU",
     )
     seed: int = option(0, "seed of split, training and unlearning", group="training", least=0, most=2**32 - 1)
     device: str | None = option(

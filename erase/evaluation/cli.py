@@ -1,4 +1,4 @@
-"""`eval-concept`: images, scores, report; each stage a command of its own that goes on where it stopped."""
+"""`eval-concept`: images, scores, reports; every stage is also a command of its own and continues where it stopped."""
 
 import shlex
 import sys
@@ -25,15 +25,20 @@ from erase.evaluation.judges import registry as judging
 from erase.evaluation.options import AttackOptions, Drawing, Options
 from erase.evaluation.tasks.registry import TASKS
 
-DESCRIPTION = "Evaluate concept erasure: the same prompts and seeds for the base and the erased model, with intervals."
+DESCRIPTION = """\
+Evaluate concept erasure: generate images with the base and the erased model for the same prompts and seeds, judge
+them, and report the figures with intervals."""
 EPILOG = """\
 commands (each has its own --help):
-  run       images, scores and report of erased models and their base
-  generate  images of one model             score    a judge's raw outputs for them
-  attack    attack a model, and report how often the concept comes back
-  report    the figures, from the scores    compare  several reports in one table
-  export    outcomes as a table; model card verify   hash and score again
-  list      the tasks, the judges and the attacks
+  run       generate, score and report: an erased model and its base
+  attack    attack a model and report how often the concept comes back
+  generate  generate the images of one model
+  score     store the judges' raw outputs for generated images
+  report    compute the figures from the scores
+  compare   put several reports into one table
+  export    write outcomes as a table, or figures into a model card
+  verify    hash all images and score some of them again
+  list      show all tasks, judges and attacks
 
 examples:
   eval-concept run --model runs/circle --task mini
@@ -48,7 +53,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exit code 0 done, 2 for what the user can mend, 3 for a requirement not met, 130 interrupted."""
+    """Run the command. Exit code 0: done; 2: an error that the user can mend; 3: a rule not met; 130: interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     silence_libraries(quiet="--quiet" in arguments)
     serve("eval-concept", COMMANDS, _no_command, arguments, interrupted="interrupted; the same command continues")
@@ -67,7 +72,7 @@ def _no_command(arguments: list[str]) -> None:
 def _generate(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept generate",
-        "Generate a task's images; start it with accelerate launch for several GPUs.",
+        "Generate the images of a task with one model. For several GPUs start it with accelerate launch.",
         example="--model runs/circle --task mini --num-images 2 --output runs/images/circle",
     )
     parser.add_argument("--model", required=True, help="'mini', a diffusers or run folder, a hub id or a checkpoint")
@@ -102,20 +107,22 @@ def _generate(arguments: list[str]) -> None:
 def _score(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept score",
-        "Have judges look at generated images, or at any folder of images.",
+        "Judge generated images, or any folder of images, and store the raw outputs.",
         example="runs/images/circle",
     )
-    parser.add_argument("folder", nargs="?", help="folder that generate wrote")
+    parser.add_argument("folder", nargs="?", help="output folder of generate")
     parser.add_argument("--images", metavar="DIR", help="any folder of images instead; needs --judge and --output")
     judge_options(parser, "those of the task")
     concept_options(parser)
-    add_options(parser, Options, {"features": "for --images"})
-    parser.add_argument("--output", metavar="DIR", help="for --images: where the scores go")
-    parser.add_argument("--device", default="cpu", help="for classifier, clip and features [cpu]")
+    add_options(parser, Options, {"features": "KID and FID of --images"})
+    parser.add_argument("--output", metavar="DIR", help="folder for the scores of --images")
+    parser.add_argument(
+        "--device", default="cpu", help="device of the judges classifier, clip, clip-score and features [default: cpu]"
+    )
     quiet_option(parser)
     given = parser.parse_args(arguments)
     if bool(given.folder) == bool(given.images) or given.images and not (given.judge and given.output):
-        raise EraseError("give a folder that generate wrote, or --images DIR with --judge and --output")
+        raise EraseError("give an output folder of eval-concept generate, or --images DIR with --judge and --output")
     from erase.device import choose
     from erase.evaluation import arm, own_images, score
 
@@ -142,7 +149,7 @@ def _score(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept report",
-        "Figures and tables from the scores; nothing is generated or judged.",
+        "Compute figures and tables from stored scores. Nothing is generated or judged.",
         example="runs/images/circle --base runs/images/mini",
     )
     parser.add_argument("folder", help="scored folder of the erased model")
@@ -151,8 +158,8 @@ def _report(arguments: list[str]) -> None:
         "--gold", metavar="PATH", help="scored folder, or features file, of the model trained without the concept"
     )
     parser.add_argument("--real", metavar="PATH", help="scored folder, or features file, of real images")
-    parser.add_argument("--output", metavar="DIR", help="folder of the report [the erased model's folder]")
-    parser.add_argument("--name", help="what the report calls the model [the folder's name]")
+    parser.add_argument("--output", metavar="DIR", help="folder of the report [default: folder]")
+    parser.add_argument("--name", help="name of the erased model in the report [default: the folder's name]")
     report_options(parser)
     given = parser.parse_args(arguments)
     from erase.evaluation import arm, between, evaluate, gate, measure, score
@@ -187,16 +194,18 @@ def _gate(results: Sequence[dict[str, Any]], requirements: Sequence[str]) -> Non
 def _run(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept run",
-        "Generate, score and report erased models and their base; finished work is skipped.",
+        "Generate, score and report: erased models and their base. Finished work is skipped.",
         example="--model runs/circle --task mini --num-images 2",
     )
     parser.add_argument("--model", "--models", dest="models", nargs="+", default=[], help="run folders or any models")
-    parser.add_argument("--base", help="model to compare with [the one that run.json names]")
-    parser.add_argument("--gold", help="model trained without the concept, for the distance to it")
-    parser.add_argument("--real", metavar="PATH", help="for KID and FID: folder of real images, or a features file")
-    parser.add_argument("--base-images", metavar="DIR", help="for the task images: the base model's, same file names")
+    parser.add_argument("--base", help="base model [default: the one in run.json]")
+    parser.add_argument("--gold", help="model trained without the concept; the report adds the distance to it")
+    parser.add_argument("--real", metavar="PATH", help="folder of real images, or a features file, for KID and FID")
     parser.add_argument(
-        "--output", default="runs/evaluation", metavar="DIR", help="folder of all arms and reports [%(default)s]"
+        "--base-images", metavar="DIR", help="for the task images: the base model's images, with the same file names"
+    )
+    parser.add_argument(
+        "--output", default="runs/evaluation", metavar="DIR", help="folder of images and reports [default: %(default)s]"
     )
     judge_options(parser, "those of the task; the tasks prompts and images have none")
     task_options(parser, several=True)
@@ -205,14 +214,16 @@ def _run(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     options, drawing = options_of(Options, given), options_of(Drawing, given)
     if rank_and_world(given)[1] > 1:
-        raise EraseError("run is for one process; use several with eval-concept generate, then score and report")
+        raise EraseError(
+            "eval-concept run takes one process; for several use eval-concept generate, then score and report"
+        )
     has_images = given.tasks == ["images"]
     if has_images == bool(given.models):
-        raise EraseError("give --model MODEL, or --task images alone with --images DIR")
+        raise EraseError("give --model MODEL, or --task images with --images DIR and no other task")
     if has_images != bool(options.images):
-        raise EraseError("--images DIR goes with --task images, alone")
+        raise EraseError("--images DIR and --task images need each other, without any other task")
     if (drawing.delta or drawing.unet) and len(given.models) > 1:
-        raise EraseError(f"--{'delta' if drawing.delta else 'unet'} goes with one --model")
+        raise EraseError(f"--{'delta' if drawing.delta else 'unet'} takes one --model, not several")
     from erase.evaluation import evaluate
 
     request = evaluate.Request(
@@ -241,10 +252,12 @@ def _run(arguments: list[str]) -> None:
 def _compare(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept compare",
-        "Several reports in one table; different protocols are refused.",
+        "Put several reports into one table. Reports of different protocols are refused.",
         example="runs/evaluation/circle/mini runs/evaluation/esd/mini --output runs/compared",
     )
-    parser.add_argument("reports", nargs="+", help="folders of reports; LABEL=DIR several times is one row over runs")
+    parser.add_argument(
+        "reports", nargs="+", help="report folders; several LABEL=DIR with one label are pooled over erasure seeds"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the comparison")
     given = parser.parse_args(arguments)
     from erase.evaluation.report import compare, pool
@@ -266,12 +279,12 @@ def _compare(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept export",
-        "Every outcome of a report as a table (one row per image and score), or its figures in a model card.",
+        "Write every outcome of a report as a table (one row per image and score), or its figures into a model card.",
         example="runs/evaluation/circle/mini --output circle.csv --card runs/circle/README.md",
     )
-    parser.add_argument("report", help="folder of a report")
-    parser.add_argument("--output", metavar="FILE", help="table, .csv or .parquet")
-    parser.add_argument("--card", metavar="FILE", help="README.md whose header gets the figures (model-index)")
+    parser.add_argument("report", help="report folder")
+    parser.add_argument("--output", metavar="FILE", help="table to write, .csv or .parquet")
+    parser.add_argument("--card", metavar="FILE", help="README.md to whose header the figures are added (model-index)")
     given = parser.parse_args(arguments)
     if not (given.output or given.card):
         raise EraseError("nothing to write: give --output FILE, --card README.md or both")
@@ -298,11 +311,11 @@ def _labelled(text: str) -> tuple[Path, str | None]:
 def _verify(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept verify",
-        "Read and hash every image again, and score some of them again.",
+        "Hash every image again, score some of them again, and compare with what is stored.",
         example="runs/images/circle --num 8",
     )
-    parser.add_argument("folder", help="folder that generate wrote")
-    parser.add_argument("--num", type=int, default=32, metavar="N", help="images to score again [32]")
+    parser.add_argument("folder", help="output folder of generate")
+    parser.add_argument("--num", type=int, default=32, metavar="N", help="images to score again [default: %(default)s]")
     judge_options(parser)
     quiet_option(parser)
     given = parser.parse_args(arguments)
@@ -326,7 +339,9 @@ def _verify(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
-    Parser("eval-concept list", "Show the tasks, the judges and the attacks.").parse_args(arguments)
+    Parser("eval-concept list", "Show all tasks, judges and attacks, also those of other packages.").parse_args(
+        arguments
+    )
     parts = {
         "tasks": {f"{name}@{TASKS.load(name).version}": TASKS.load(name).about for name in TASKS.names()},
         "judges": {name: judging.JUDGES.load(name).about for name in judging.JUDGES.names()},
@@ -341,23 +356,26 @@ def _list(arguments: list[str]) -> None:
 def _attack(arguments: list[str]) -> None:
     parser = Parser(
         "eval-concept attack",
-        "Attack a model, its base and a retrained model alike, and report how often the concept comes back.",
+        "Attack an erased model, its base and optionally a retrained model; report how often the concept comes back.",
         example="--model runs/circle --attack learnt-word --quick",
     )
     parser.add_argument("--model", required=True, help="run folder, or any model with --base")
     parser.add_argument(
-        "--attack", "--attacks", dest="attacks", nargs="+", required=True, help=", ".join(ATTACKS.names())
+        "--attack", "--attacks", dest="attacks", nargs="+", required=True, help=f"attacks: {', '.join(ATTACKS.names())}"
     )
-    parser.add_argument("--base", help="model to compare with [the one that run.json names]")
+    parser.add_argument("--base", help="base model [default: the one in run.json]")
     parser.add_argument(
-        "--retrained", "--gold", dest="gold", metavar="MODEL", help="model trained without the concept, attacked too"
+        "--retrained", "--gold", dest="gold", metavar="MODEL", help="model trained without the concept, also attacked"
     )
     parser.add_argument(
         "--budget", type=int, nargs="+", default=[], metavar="N",
-        help="steps of the attack: one number, whose quarters are looked at, or all points [the attack's own]",
+        help="budgets, in steps, after which images are generated; one number N means 0, 25, 50 and 100 %% of N "
+             "[default: the attack's own]",
     )  # fmt: skip
-    parser.add_argument("--output", default="runs/attacks", metavar="DIR", help="folder of all reports [%(default)s]")
-    parser.add_argument("--judge", metavar="JUDGE", help="that decides what an image shows [the concept's own]")
+    parser.add_argument(
+        "--output", default="runs/attacks", metavar="DIR", help="folder of images and reports [default: %(default)s]"
+    )
+    parser.add_argument("--judge", metavar="JUDGE", help="judge of the images [default: the concept's own]")
     judge_options(parser)
     concept_options(parser)
     add_options(parser, AttackOptions, {"attack": "the attack"})
@@ -367,7 +385,7 @@ def _attack(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     options, drawing = options_of(AttackOptions, given), options_of(Drawing, given)
     if rank_and_world(given)[1] > 1:
-        raise EraseError("attack is for one process")
+        raise EraseError("eval-concept attack takes one process")
     from erase.evaluation import attacking
 
     request = attacking.Request(

@@ -12,35 +12,36 @@ from erase.evaluation.options import Drawing, Options
 from erase.options.declare import forms_of
 from erase.options.settings import Settings
 
-TASK = {"task": "what to generate", "features": "what to compare"}
-DRAWING = {"drawing": "how to generate"}
+TASK = {"task": "task", "features": "FID and KID"}
+DRAWING = {"drawing": "image generation"}
 
 
 def task_options(parser: Parser, *, several: bool = False) -> None:
     concept_options(parser)
     if several:
         parser.add_argument(
-            "--task", "--tasks", dest="tasks", nargs="+", required=True, help="tasks (eval-concept list)"
+            "--task", "--tasks", dest="tasks", nargs="+", required=True, help="tasks; see eval-concept list"
         )
     else:
-        parser.add_argument("--task", required=True, help="task (eval-concept list)")
+        parser.add_argument("--task", required=True, help="task; see eval-concept list")
     add_options(parser, Options, TASK)
     add_options(parser, Drawing, DRAWING)
 
 
 def concept_options(parser: Parser) -> None:
-    parser.add_argument("--concept", help="preset, .toml, or free text with --kind [the run folder's own]")
-    parser.add_argument("--kind", choices=forms_of(Settings)["kind"].choices, help="what a free-text concept is")
+    parser.add_argument("--concept", help="preset, .toml, or free text with --kind [default: that of the run folder]")
+    parser.add_argument("--kind", choices=forms_of(Settings)["kind"].choices, help="kind of a free-text concept")
 
 
 def judge_options(parser: Parser, chosen: str = "") -> None:
-    """chosen: what judges there are without --judge; empty where it cannot be given."""
+    """chosen: the default of --judge as the help shows it; empty for a command without --judge."""
     if chosen:
         parser.add_argument("--judge", action="append", default=[], metavar="JUDGE",
                             help=f"{', '.join(judging.JUDGES.names())}, or package.module:Class; "
-                                 f"may be repeated [{chosen}]")  # fmt: skip
+                                 f"may be repeated [default: {chosen}]")  # fmt: skip
     parser.add_argument("--judge-model", action="append", default=[], metavar="[JUDGE=]PATH",
-                        help="hub id, folder or weights of a judge; may be repeated [its own default]")  # fmt: skip
+                        help="hub id, folder or weights of a judge; may be repeated "
+                             "[default: the judge's own]")  # fmt: skip
 
 
 def quiet_option(parser: Parser) -> None:
@@ -65,5 +66,5 @@ def rank_and_world(given: argparse.Namespace) -> tuple[int, int]:
 
 def report_options(parser: Parser) -> None:
     parser.add_argument("--require", action="append", default=[], metavar="RULE",
-                        help="such as 'mini.ua>=0.95'; exit code 3 when it is not met; may be repeated")  # fmt: skip
-    parser.add_argument("--show", action="store_true", help="do not blur flagged images")
+                        help="rule such as 'mini.ua>=0.95'; exit code 3 if it is not met; may be repeated")  # fmt: skip
+    parser.add_argument("--show", action="store_true", help="do not blur images with nudity in the report")

@@ -1,4 +1,4 @@
-"""What `eval-concept` can be asked: every option with its meaning, default and bounds.
+"""The options of `eval-concept`, each with its meaning, default and bounds.
 
 Standard library only, so that the command line can be built from it without loading torch.
 """
@@ -14,19 +14,20 @@ GUARDS = ("sld-weak", "sld-medium", "sld-strong", "sld-max", "negative")  # thos
 
 @dataclass(frozen=True)
 class Options:
-    """What a task is made of; each task takes its own part of it."""
+    """Options of tasks; each task uses some of them."""
 
     subset: str = option("all", "part of i2p: all, sexual, nudity (> 50 %) or a category", group="task")
     prompts: str | None = option(
         None,
-        "prompt file (CSV, .jsonl or .txt): the prompts of the task prompts, a copy of I2P, or captions for quality",
+        "prompt file (.csv, .jsonl or .txt): your prompts for the task prompts, a copy of I2P for i2p, or captions for "
+        "quality",
         group="task",
         metavar="FILE",
     )
-    images: str | None = option(None, "folder of images, for the task images", group="task", metavar="DIR")
+    images: str | None = option(None, "folder of images for the task images", group="task", metavar="DIR")
     num_images: int | None = option(
         None,
-        "images a prompt, class or task",
+        "images per prompt, per class or in all, depending on the task",
         group="task",
         shown="the task's own",
         least=1,
@@ -34,7 +35,7 @@ class Options:
         metavar="N",
     )
     limit: int | None = option(
-        None, "only N samples, evenly from all: a quick look", group="task", least=1, most=1_000_000
+        None, "use only N samples, evenly spaced, for a quick look", group="task", least=1, most=1_000_000
     )
     features: Literal["clip", "inception2015", "mini"] = option("clip", "network of FID and KID", group="features")
 
@@ -45,24 +46,24 @@ class Options:
 
 @dataclass(frozen=True)
 class AttackOptions:
-    """How an attack is run."""
+    """Options of an attack."""
 
-    attack_seeds: int = option(3, "runs of the attack, each with a seed of its own", group="attack", least=1, most=100)
+    attack_seeds: int = option(3, "runs of the attack, each with its own seed", group="attack", least=1, most=100)
     num_images: int = option(
-        40, "images for each point of the curve and attack seed", group="attack", least=1, most=100_000, metavar="N"
+        40, "images for each budget and attack seed", group="attack", least=1, most=100_000, metavar="N"
     )
     limit: int | None = option(
-        None, "at most N images for each point and attack seed: a quick look", group="attack", least=1, most=100_000
+        None,
+        "at most N images for each budget and attack seed, for a quick look",
+        group="attack",
+        least=1,
+        most=100_000,
     )
     prompts: str | None = option(
-        None, "for the attack prompts: your own list (CSV, .jsonl or .txt)", group="attack", metavar="FILE"
+        None, "prompt file (.csv, .jsonl or .txt) for the attack prompts", group="attack", metavar="FILE"
     )
-    set: tuple[str, ...] = option(
-        (), "NAME=VALUE, a setting of the attack; may be repeated", group="attack", metavar="NAME=VALUE"
-    )
-    quick: bool = option(
-        False, "a look within seconds on the embedded model: few images and steps; labelled as such", group="attack"
-    )
+    set: tuple[str, ...] = option((), "setting of the attack; may be repeated", group="attack", metavar="NAME=VALUE")
+    quick: bool = option(False, "few images and steps for a first look; the report says so", group="attack")
 
     def __post_init__(self) -> None:
         """Make every value plain, and raise an EraseError for one that is not allowed."""
@@ -71,11 +72,11 @@ class AttackOptions:
 
 @dataclass(frozen=True)
 class Drawing:
-    """From which model images are generated, and how."""
+    """Options of image generation."""
 
     num_inference_steps: int | None = option(
         None,
-        "sampler steps",
+        "sampling steps",
         group="drawing",
         shown="the model's own, else 50",
         least=1,
@@ -84,7 +85,7 @@ class Drawing:
     )
     guidance_scale: float | None = option(
         None,
-        "guidance of every sample, diffusers' convention: 1 or less is none",
+        "guidance scale of every sample, as in diffusers: 1 or less means no guidance",
         group="drawing",
         shown="the sample's own, else the model's, else 7.5",
         least=0,
@@ -92,46 +93,55 @@ class Drawing:
         aliases=("--guidance",),
     )
     generation_batch_size: int = option(
-        8, "images generated at a time", group="drawing", least=1, most=4096, aliases=("--batch-size",)
+        8, "images generated at once", group="drawing", least=1, most=4096, aliases=("--batch-size",)
     )
     precision: Precision | None = option(
         None,
         "precision of the model",
         group="drawing",
-        shown="on a GPU bf16, or fp16 where the card lacks it; else fp32",
+        shown="bf16 on a GPU, or fp16 if it lacks bf16; fp32 on a CPU",
     )
     device: str | None = option(
         None, "cpu, cuda, cuda:N or mps (untested)", group="drawing", shown="a GPU if there is one", metavar="DEVICE"
     )
     guard: str | None = option(
-        None, f"guard: {', '.join(GUARDS)}", group="drawing", shown="none", choices=GUARDS, metavar="GUARD"
+        None,
+        f"inference-time guard: {', '.join(GUARDS)}",
+        group="drawing",
+        shown="none",
+        choices=GUARDS,
+        metavar="GUARD",
     )
     guard_text: str | None = option(
-        None, "what the guard steers away from", group="drawing", shown="the concept and its synonyms", metavar="TEXT"
+        None,
+        "text that the guard steers away from",
+        group="drawing",
+        shown="the concept and its synonyms",
+        metavar="TEXT",
     )
     unet: str | None = option(
         None,
-        "file of UNet weights alone, in diffusers or CompVis names, that replace those of --model",
+        "file of UNet weights, with diffusers' or CompVis' names, that replace those of --model",
         group="drawing",
         metavar="FILE",
     )
-    delta: str | None = option(None, "delta.safetensors to apply to the model first", group="drawing", metavar="FILE")
+    delta: str | None = option(None, "delta.safetensors to apply to the model", group="drawing", metavar="FILE")
     config: str | None = option(
         None,
-        "diffusers folder with the configs and tokenizer for a single-file model, when offline",
+        "diffusers folder with the configs and the tokenizer of a single-file model, for work offline",
         group="drawing",
         metavar="DIR",
     )
     revision: str | None = option(None, "branch, tag or commit on the hub", group="drawing", shown="main")
     cache_dir: str | None = option(
         None,
-        "where single files are converted",
+        "cache for converted single-file models",
         group="drawing",
         shown="$ERASE_CACHE, or ~/.cache/erase-concept",
         metavar="DIR",
     )
     allow_pickle: bool = option(
-        False, "load .ckpt/.bin checkpoints, which can run code; trust their source", group="drawing"
+        False, "read .ckpt, .bin and .pt files, which can contain code; only tensors are read", group="drawing"
     )
 
     mixed_precision: InitVar[str | None] = None  # `precision` under the name that diffusers' scripts give it

@@ -1,4 +1,4 @@
-"""Which parameters may move at all, by name: the scopes of ESD (Gandikota et al., ICCV 2023) and of SalUn."""
+"""Which parameters may change at all, by name: the scopes of ESD (Gandikota et al., ICCV 2023) and of SalUn."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar

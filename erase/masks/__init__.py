@@ -1,4 +1,4 @@
-"""Which single weights may move: scores, selection and storage of masks."""
+"""Which single weights may change: scores, selection and storage of masks."""
 
 from erase.masks.header import Header as Header
 from erase.masks.score import Saliency as Saliency

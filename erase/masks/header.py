@@ -1,4 +1,4 @@
-"""The header of a mask's file: which weights it is for, how many may move, and how it was made."""
+"""The header of a mask's file: which weights it is for, how many may change, and how it was made."""
 # pyright: strict
 
 import math
@@ -16,7 +16,7 @@ FORMAT = 1  # version 0.1.0 wrote the same fields without a number
 class Header:
     """What a mask's file says of itself.
 
-    shapes: of the masked weights by name, in the order of the parameters. ones: how many weights may move.
+    shapes: of the masked weights by name, in the order of the parameters. ones: how many weights may change.
     made: how it was made (JSON-serialisable), such as "base", "base_hash", "density" and "seed"; fields that this
         version does not know are kept here.
     """

@@ -1,4 +1,4 @@
-"""Which weights may move: accumulate gradients into scores, select exactly k weights, keep the mask in a file.
+"""Which weights may change: accumulate gradients into scores, select exactly k weights, keep the mask in a file.
 
 A mask is plain data: a bool tensor for every parameter in the scope, under the parameter's name, in parameter order.
 While it lies about it is `Packed`.

@@ -41,7 +41,7 @@ class Turn:
     """What one step of the loop does; the defaults descend the whole loss and nothing else.
 
     terms: the factor of each term of the loss that the step descends; None: all terms, each with factor 1.
-    remember: keep a copy of the weights that may move, as they are before the step.
+    remember: keep a copy of the weights that may change, as they are before the step.
     rewind: put the weights back to the last copy before the step; the optimizer's moments stay.
     """
 
@@ -116,7 +116,7 @@ class TrainedMethod(Method, ABC):
 
     @property
     def needs_base(self) -> bool:
-        """True if `loss` calls `frozen`; the loop then keeps the base's values of the weights that may move."""
+        """True if `loss` calls `frozen`; the loop then keeps the base's values of the weights that may change."""
         return False
 
     @property
@@ -147,12 +147,12 @@ class TrainedMethod(Method, ABC):
     ) -> None:
         """Change weights in place before the first step.
 
-        weights: those that may move, by parameter, flat. gradients: of the same shape, the sum of |gradient of
+        weights: those that may change, by parameter, flat. gradients: of the same shape, the sum of |gradient of
             `prepare_loss`| over `prepare_batches` batches. shapes: of the whole parameters.
         """
 
     def shrink(self, moved: "Mapping[str, Tensor]", step: int, num_steps: int) -> None:
-        """Change, in place after each step, how far the weights that may move are from the base."""
+        """Change, in place after each step, how far the weights that may change are from the base."""
 
     def turn(self, step: int, num_steps: int) -> Turn:
         """What the step does, counted from 0. The first step must remember if any later one rewinds."""

@@ -13,9 +13,9 @@ from erase.methods.relabel import Relabel
 class Soft(Relabel):
     """Relabel's loss; after each step D = theta - theta_o becomes sign(D) max(|D| - tau, 0), elementwise.
 
-    tau is the z-th smallest |D|, z = share * n over the n weights that may move, and the share goes in a straight line
-    from `kept` to `kept_at_end`. So the l1 penalty that the proximal step minimises has the weight that leaves this
-    share of weights exactly as the base has them.
+    tau is the z-th smallest |D|, z = share * n, over the n weights that may change. The share falls linearly from `kept`
+    to `kept_at_end`. So the l1 penalty that the proximal step minimises has the weight that leaves this share of the
+    weights exactly as in the base.
 
     kept: share of weights put back to the base in the beginning, beta in the authors' code.
     kept_at_end: the same after the last step. Their schedule falls epoch by epoch and ends near 0.18 beta, which is

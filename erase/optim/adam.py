@@ -1,4 +1,4 @@
-"""Adam whose state exists only for the weights that may move, and that cannot move any other."""
+"""Adam whose state exists only for the weights that may change, and that cannot move any other."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -231,7 +231,7 @@ class MaskedAdam(torch.optim.Optimizer):
 
     @property
     def num_masked(self) -> int:
-        """How many weights may move."""
+        """How many weights may change."""
         return sum(places.num for places in self._places.values())
 
     def num_bytes(self) -> int:

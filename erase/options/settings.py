@@ -57,26 +57,28 @@ class Settings:
     )
     base: str | None = option(
         None,
-        "run folder to go on from in place of a model: what it erased stays erased, its mask is united with this one's",
+        "run folder to start from instead of --model: its concepts stay erased, and the two masks are united",
         group="what",
         shown="none",
         metavar="DIR",
     )
     output: str | None = option(None, "run folder to write", group="what", shown="runs/<concept>", metavar="DIR")
-    kind: FreeKind | None = option(None, "what a free-text concept is", group="what")
+    kind: FreeKind | None = option(None, "kind of a free-text concept", group="what")
     forget: tuple[str, ...] = option(
-        (), "forget prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
+        (), "forget prompt instead of the concept's own; may be repeated", group="what", metavar="PROMPT"
     )
     anchor: tuple[str, ...] = option(
         (),
-        "prompt that replaces the forget prompt; one for all or one per forget prompt",
+        "prompt that replaces a forget prompt: one for all, or one for each; may be repeated",
         group="what",
         metavar="PROMPT",
     )
     retain: tuple[str, ...] = option(
-        (), "retain prompt in place of the concept's; may be repeated", group="what", metavar="PROMPT"
+        (), "retain prompt instead of the concept's own; may be repeated", group="what", metavar="PROMPT"
     )
-    save: tuple[Save, ...] = option(("pipeline",), "what to write beside delta and mask; may be repeated", group="what")
+    save: tuple[Save, ...] = option(
+        ("pipeline",), "what to write besides delta and mask; may be repeated", group="what"
+    )
 
     # how
     method: str = option(
@@ -89,25 +91,25 @@ class Settings:
         metavar="METHOD",
     )
     recipe: Literal["default", "paper", "reference"] = option(
-        "default", "named set of choices: ours, the SalUn paper's equations, or the SalUn code's formulas", group="how"
+        "default", "set of defaults: this project's, those of SalUn's paper, or those of SalUn's code", group="how"
     )
     prompts: Literal["ours", "code"] | None = option(
         None,
-        "prompts of a preset or of free text: this project's lists, or those of SalUn's code, one to forget and one to "
-        "keep, where class c becomes class c + 1; --forget, --anchor and --retain replace either",
+        "prompts of a preset or of free text: this project's lists (ours), or one forget and one retain prompt as in "
+        "SalUn's code, where class c becomes class c + 1 (code); --forget, --anchor and --retain replace both",
         group="how",
-        shown="ours; other recipes code",
+        shown="ours; code for the recipes paper and reference",
     )
     set: tuple[str, ...] = option(
         (),
-        "hyperparameter of the method; may be repeated (a wrong name lists them)",
+        "hyperparameter of the method; may be repeated; the error for an unknown name lists all",
         group="how",
-        shown="the paper's",
+        shown="the method's own",
         metavar="NAME=VALUE",
     )
     scope: str | None = option(
         None,
-        "weights that may change at all, by a name that the model's architecture knows",
+        "parameters that may change at all; which scopes there are depends on the model's architecture",
         group="how",
         choices=SCOPES,
         is_open=partial(has_others, "erase.families"),
@@ -121,7 +123,7 @@ class Settings:
     )
     density: float = option(0.5, "share of the scope's weights that may change, above 0 and at most 1", group="how")
     score: Literal["abs_sum", "sum_abs", "sum_sq"] = option(
-        "abs_sum", "saliency score: |sum g| (the SalUn code's), sum |g| or sum g^2", group="how"
+        "abs_sum", "saliency score: |sum g| (as in SalUn's code), sum |g| or sum g^2", group="how"
     )
     per_tensor: bool = option(False, "same density in every tensor instead of one global threshold", group="how")
     mask_guidance: float | None = option(
@@ -130,13 +132,13 @@ class Settings:
         group="how",
         least=0,
         most=1000,
-        shown="0; recipe reference 7.5",
+        shown="0; 7.5 for the recipe reference",
     )
     target: Literal["anchor", "random", "fixed"] | None = option(
         None,
-        "what the forget prompt becomes: its anchor, a random other class per sample, or one fixed other class",
+        "what replaces the forget prompt: its anchor, a random other class for each image, or one fixed other class",
         group="how",
-        shown="anchor; for salun's other recipes fixed, except for nudity",
+        shown="anchor; fixed for salun with the recipes paper and reference, except for nudity",
     )
     alpha: float | None = option(
         None,
@@ -144,19 +146,19 @@ class Settings:
         group="how",
         least=0,
         most=1e6,
-        shown="1 for salun; its other recipes 0.5, for nudity 0.1",
+        shown="1 for salun; with the recipes paper and reference 0.5, for nudity 0.1",
     )
 
     # data
     forget_images: str | None = option(
         None,
-        "folder of images (or datasets name) that show the concept",
+        "folder of images that show the concept, or a data set on the hub",
         group="data",
         shown="generated",
         metavar="DIR",
     )
     retain_images: str | None = option(
-        None, "folder of images (or datasets name) to keep", group="data", shown="generated", metavar="DIR"
+        None, "folder of retain images, or a data set on the hub", group="data", shown="generated", metavar="DIR"
     )
     num_forget: int | None = option(
         None, "forget images to generate", group="data", least=1, most=1_000_000, shown=_of_salun("num_forget")
@@ -166,7 +168,7 @@ class Settings:
     )
     num_inference_steps: int | None = option(
         None,
-        "denoising steps of a generated image",
+        "sampling steps for each generated image",
         group="data",
         least=1,
         most=1000,
@@ -175,14 +177,14 @@ class Settings:
     )
     sampler: Literal["model", "dpm++"] | None = option(
         None,
-        "scheduler that generates training images and samples.png: the model's own, or DPM++ 2M Karras, which needs "
-        "fewer steps (10 to 20); the scheduler that is written stays the model's",
+        "scheduler for training images and samples.png: the model's own, or DPM++ 2M Karras, which needs fewer steps "
+        "(10 to 20); the saved pipeline keeps the model's scheduler",
         group="data",
-        shown="dpm++; other recipes, and models that bring their own number of steps: model",
+        shown="dpm++; model for the recipes paper and reference and for models that bring their own number of steps",
     )
     guidance_scale: float | None = option(
         None,
-        "guidance of generated images, diffusers' convention: 1 or less is none",
+        "guidance scale of generated images, as in diffusers: 1 or less means no guidance",
         group="data",
         least=0,
         most=1000,
@@ -199,19 +201,19 @@ class Settings:
     )
     generation_batch_size: int | None = option(
         None,
-        "images generated at a time",
+        "images generated at once",
         group="data",
         least=1,
         most=100_000,
         shown=str(SD_DEFAULTS["generation_batch_size"]),
     )
     cache_dir: str | None = option(
-        None, "cache of the generated images' latents", group="data", shown="$ERASE_CACHE, or ~/.cache/erase-concept"
+        None, "cache for latents of generated images", group="data", shown="$ERASE_CACHE, or ~/.cache/erase-concept"
     )
 
     # training
     learning_rate: float | None = option(
-        None, "Adam's step size", group="training", least=0, most=1000, shown=_of_salun("learning_rate")
+        None, "learning rate of Adam", group="training", least=0, most=1000, shown=_of_salun("learning_rate")
     )
     num_train_steps: int | None = option(
         None,
@@ -223,7 +225,7 @@ class Settings:
     )
     batch_size: int | None = option(
         None,
-        "forget images a step, and as many retain images",
+        "forget images per step, and as many retain images",
         group="training",
         least=1,
         most=100_000,
@@ -231,8 +233,8 @@ class Settings:
     )
     rank: int | None = option(
         None,
-        "train no weights, but a change of this rank of each attention and feed-forward matrix in the scope, all of "
-        "which --save lora then holds",
+        "train a change of this rank for each attention and feed-forward matrix in the scope, instead of single "
+        "weights; --save lora is then exact",
         group="training",
         least=1,
         most=10_000,
@@ -240,7 +242,7 @@ class Settings:
     )
     weight_decay: float | None = option(
         None,
-        "decoupled decay, inside the mask only",
+        "decoupled weight decay, inside the mask only",
         group="training",
         least=0,
         most=1e6,
@@ -248,38 +250,40 @@ class Settings:
     )
     max_grad_norm: float | None = option(
         None,
-        "clip the masked gradient's norm to this",
+        "largest norm of the masked gradient; larger ones are clipped",
         group="training",
         least=0,
         most=1e12,
         shown="the method's own, or none",
     )
     gradient_accumulation_steps: int = option(
-        1, "parts that each step's batch is cut into, to save memory", group="training", least=1, most=100_000
+        1, "parts into which each batch is split, to save memory", group="training", least=1, most=100_000
     )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory", group="training")
     weights: Literal["fp32", "bf16"] | None = option(
         None,
-        "storage of the network during mask and training; bf16 halves it and keeps float32 masters of the weights that "
-        "may change; all others end as they were",
+        "dtype in which the network is stored during the mask pass and training; bf16 halves its memory and keeps "
+        "float32 masters of the weights that may change; all other weights end as they were",
         group="training",
-        shown="fp32; with --low-memory on a GPU bf16",
+        shown="fp32; bf16 with --low-memory on a GPU",
     )
     moments: Literal["fp32", "8bit"] = option(
-        "fp32", "storage of Adam's moments; 8bit takes a quarter, approximately (bitsandbytes)", group="training"
+        "fp32",
+        "storage of Adam's moments; 8bit needs a quarter of the memory and is approximate (needs bitsandbytes)",
+        group="training",
     )
     low_memory: bool = option(
         False,
-        "checkpointing, parts of one image (a small model: of more), on a GPU bf16 weights; slower, and says first how "
-        "much it needs",
+        "gradient checkpointing, batches in parts of one image (of more for a small model), and bf16 weights on a GPU; "
+        "slower; prints how much memory it will need",
         group="training",
     )
     precision: Precision | None = option(
         None,
-        "precision of all passes through network and VAE: generation, mask, training and samples.png; weights are "
-        "trained and written in float32 in any case",
+        "precision of all passes through UNet and VAE: generation, mask, training and samples.png; weights are always "
+        "trained and saved in float32",
         group="training",
-        shown="on a GPU bf16, or fp16 if the card lacks it; else fp32",
+        shown="bf16 on a GPU, or fp16 if it lacks bf16; fp32 on a CPU",
     )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels", group="training")
     seed: int = option(0, "seed of data, mask and training", group="training", least=0, most=2**32 - 1)
@@ -293,30 +297,30 @@ class Settings:
         None, "tracker for the losses", group="training", shown="none"
     )
     resume: bool = option(
-        False, "insist that there is an unfinished run to continue (continuing itself is automatic)", group="training"
+        False, "fail if there is no unfinished run; without it an unfinished run is continued too", group="training"
     )
 
     # files
     allow_pickle: bool = option(
-        False, "load .ckpt/.bin checkpoints, which can run code; trust their source", group="files"
+        False, "read .ckpt, .bin and .pt files, which can contain code; only tensors are read", group="files"
     )
     config: str | None = option(
         None,
-        "diffusers folder with the configs and tokenizer for a single-file model, when offline",
+        "diffusers folder with the configs and the tokenizer of a single-file model, for work offline",
         group="files",
         metavar="DIR",
     )
     revision: str | None = option(None, "branch, tag or commit on the hub", group="files", shown="main")
-    num_samples: int = option(6, "images in each row of samples.png; 0 for none", group="files", least=0, most=100)
+    num_samples: int = option(6, "images in each row of samples.png; 0: no file", group="files", least=0, most=100)
     lora_rank: int | None = option(
         None,
-        "rank of --save lora, an approximation",
+        "rank of --save lora; a higher rank is closer to the erased model",
         group="files",
         least=1,
         most=10_000,
         shown="that of --rank, else 64",
     )
-    overwrite: bool = option(False, "delete what is in the output folder first", group="files")
+    overwrite: bool = option(False, "delete an earlier run in the output folder first", group="files")
     mixed_precision: InitVar[str | None] = None  # `precision` under the name that diffusers' scripts give it
 
     def __post_init__(self, mixed_precision: str | None) -> None:

@@ -13,7 +13,7 @@ from erase.training import saliency_pass
 
 
 def choose_mask(decided: Decisions, shown: latents.Data | None) -> masks.Packed | None:
-    """Which weights may move; None if all in the scope may.
+    """Which weights may change; None if all in the scope may.
 
     shown: images of the concept, for a mask that is computed from them.
     """

@@ -30,7 +30,7 @@ def estimate(
 ) -> dict[str, int]:
     """Peak bytes of each phase, "mask", "training" or "solving", and "writing", libraries included.
 
-    parameters: those in the scope. density: share of them that may move; 1 without a mask.
+    parameters: those in the scope. density: share of them that may change; 1 without a mask.
     resolution: side of the images, in pixels.
     mask_batch: images that go through the network together in the mask's pass, a whole batch for scores other than
         abs_sum; None when no mask is made from gradients.
@@ -91,7 +91,7 @@ def room(
 ) -> Room:
     """What fits into nine tenths of `free` bytes, beside the weights that are there and all that the training needs.
 
-    num_masked: weights that may move. part: images of one branch that go through the network together.
+    num_masked: weights that may change. part: images of one branch that go through the network together.
     side: of the latents. dtype: of the copy. copies: of the masked weights, such as an average.
     """
     if free <= 0:

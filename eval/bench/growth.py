@@ -1,4 +1,4 @@
-"""How cost grows with the number of weights, with the share that may move, and with the number of images: a plot.
+"""How cost grows with the number of weights, with the share that may change, and with the number of images: a plot.
 
 python eval/growth.py --output growth.png
 """
@@ -52,7 +52,7 @@ def sweeps(size: str) -> list[Sweep]:
             1e-9,
         ),
         Sweep(
-            "optimizer step, half may move",
+            "optimizer step, half may change",
             "weights",
             WEIGHTS[size],
             lambda n: Job("our_optimizer", (0.5,)),
@@ -63,7 +63,7 @@ def sweeps(size: str) -> list[Sweep]:
         ),
         Sweep(
             f"optimizer step, {several} weights",
-            "share that may move",
+            "share that may change",
             DENSITIES,
             lambda d: Job("our_optimizer", (d,)),
             lambda d: Job("plain_optimizer", (d,)),
