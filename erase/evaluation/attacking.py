@@ -18,13 +18,12 @@ from erase.concepts import Concept, refusal
 from erase.data import prompt_files
 from erase.device import choose
 from erase.errors import EraseError
-from erase.evaluation import arm, attacked, evaluate, generate, jsonl, own_images, rows, score
+from erase.evaluation import arm, attacked, evaluate, expected, generate, jsonl, own_images, rows, score
 from erase.evaluation.attacks import registry as attacks
 from erase.evaluation.attacks.protocol import Attack, Given, Shown
 from erase.evaluation.gate import check_rules
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.judges.protocol import Judge
-from erase.evaluation.measure import names
 from erase.evaluation.options import AttackOptions, Drawing
 from erase.evaluation.sources import Compared, Source, check_origin, compared, concept_of, label_of, make_guard
 from erase.evaluation.tasks.attack import Attacked
@@ -97,11 +96,9 @@ def run(request: Request, tell: Callable[[str], None], note: Callable[[str], Non
 
     key = files.text_hash(generate.model_hashes(open_base()))
     jobs = [_job(request, models, name, concept, own, open_base(), key) for name in request.attacks]
-    every = [
-        names(job.task.identity(), job.task.samples, [job.judge.name], base=True, gold=bool(request.gold), real=False)
-        for job in jobs
-    ]
-    check_rules(request.require, every)
+    roles = {"base": True, "gold": bool(request.gold), "real": False}
+    known = [expected.scores(job.task.identity(), job.task.samples, [job.judge.name], **roles) for job in jobs]
+    check_rules(request.require, known)
     check_origin(models, {role: _check_source(request, models, role, jobs, note) for role in models.sources})
     results = []
     for job in jobs:

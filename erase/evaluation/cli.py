@@ -162,7 +162,7 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("--name", help="name of the erased model in the report [default: the folder's name]")
     report_options(parser)
     given = parser.parse_args(arguments)
-    from erase.evaluation import arm, between, evaluate, gate, measure, score
+    from erase.evaluation import arm, between, evaluate, expected, gate, score
 
     folder = Path(given.folder)
     others = {role: Path(path) for role, path in vars(given).items() if role in {"base", "gold", "real"} and path}
@@ -170,8 +170,8 @@ def _report(arguments: list[str]) -> None:
         roles = {role: role in others for role in ("base", "gold", "real")}
         task, judges = arm.manifest(folder)["task"], score.judges(folder)
         dimension = between.dimension(folder) if "features" in judges else None
-        names = measure.names(task, arm.samples(folder), judges, **roles, dimension=dimension)
-        gate.check_rules(given.require, [names], has_base=roles["base"])
+        known = expected.scores(task, arm.samples(folder), judges, **roles, dimension=dimension)
+        gate.check_rules(given.require, [known], has_base=roles["base"])
     output, name = Path(given.output or folder), given.name or folder.resolve().name
     results = evaluate.write_report(folder, others, output, name, _command(), show=given.show)
     _gate([results], given.require)

@@ -8,7 +8,7 @@ from typing import Any
 from erase import concepts, files
 from erase.device import choose
 from erase.errors import EraseError
-from erase.evaluation import arm, generate, jsonl, measure, quality, score, sheet
+from erase.evaluation import arm, expected, generate, jsonl, measure, quality, score, sheet
 from erase.evaluation.gate import check_rules
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.judges.protocol import Judge
@@ -85,8 +85,8 @@ def run(request: Request, tell: Callable[[str], None], note: Callable[[str], Non
         raise EraseError("--real goes with the judge features: --task quality, or --judge features")
     judges = [_judges(request, job) for job in jobs]
     others = {"base": True, "gold": bool(request.gold)}
-    names = [
-        measure.names(
+    known = [
+        expected.scores(
             job.task.identity(),
             job.task.samples,
             job.judges,
@@ -96,7 +96,7 @@ def run(request: Request, tell: Callable[[str], None], note: Callable[[str], Non
         )
         for job, made in zip(jobs, judges, strict=True)
     ]
-    check_rules(request.require, names)
+    check_rules(request.require, known)
     for job, made in zip(jobs, judges, strict=True):
         _check_real(request, job, made)
     for source in dict.fromkeys(source for job in jobs for source in job.models.sources.values()):
@@ -143,8 +143,8 @@ def run_images(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
         arm.adopt(Path(request.real), others["real"], options)
     has = {role: role in others for role in ("base", "gold", "real")}
     dimension = getattr(made.get("features"), "dimension", None)
-    names = measure.names(task, arm.samples(folder), request.judges, **has, dimension=dimension)
-    check_rules(request.require, [names], has_base="base" in others)
+    known = expected.scores(task, arm.samples(folder), request.judges, **has, dimension=dimension)
+    check_rules(request.require, [known], has_base="base" in others)
     for role, place in {"images": folder, **others}.items():
         for name in ["features"] if role == "real" else request.judges:
             score.score(place, made[name], quiet=request.quiet)

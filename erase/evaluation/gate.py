@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erase.errors import EraseError
+from erase.evaluation.plan import Expected
 
 _REQUIREMENT = re.compile(r"\s*([\w.-]+?)(_drop|_low|_high)?\s*(>=|<=|>|<)\s*(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*")
 MOST_INVALID = 0.05  # share of invalid images above which a rule that does not count them as failures is not met
@@ -52,6 +53,11 @@ def rule(text: str, names: Collection[str], *, has_base: bool = True) -> Rule:
     return Rule(text, name, suffix, sign, float(bound))
 
 
+def names_of(results: Mapping[str, Any]) -> list[str]:
+    """The scores of a report, and those that no image could be judged for."""
+    return [*(row["name"] for row in results["scores"]), *results.get("unjudged", [])]
+
+
 def unmet(results: Mapping[str, Any], requirements: Sequence[str]) -> list[str]:
     """The requirements that the results do not meet, each as a line that says what they are instead.
 
@@ -60,7 +66,10 @@ def unmet(results: Mapping[str, Any], requirements: Sequence[str]) -> list[str]:
     """
     rows, failures = {row["name"]: row for row in results["scores"]}, []
     for text in requirements:
-        asked = rule(text, rows)
+        asked = rule(text, names_of(results))
+        if asked.name not in rows:
+            failures.append(f"{results['name']}: {text} is not met: no image could be judged for {asked.name}")
+            continue
         row = rows[asked.name]
         if not _counts_invalid(asked, row) and (num := results["invalid"]["erased"])["k"] > MOST_INVALID * num["n"]:
             failures.append(
@@ -89,24 +98,47 @@ def _counts_invalid(asked: Rule, row: Mapping[str, Any]) -> bool:
     return row["erased"]["k"] is not None and wants_more == row["higher_is_better"]
 
 
-def check_rules(requirements: Sequence[str], names: Sequence[Sequence[str]], *, has_base: bool = True) -> None:
-    """Each rule can be read and is about a score of at least one report.
+def check_rules(
+    requirements: Sequence[str], scores: Sequence[Mapping[str, Expected]], *, has_base: bool = True
+) -> None:
+    """Each rule can be read, is about a score of at least one report, and can be met and not met.
 
-    names: of the scores of each report.
+    scores: of each report, by name; see `expected.scores`.
+
+    Raises:
+        EraseError: see `rule`; or a bound outside of the score's range, or the difference of a score that has none.
     """
-    every = list(dict.fromkeys(name for some in names for name in some))
+    every = {name: one for some in scores for name, one in some.items()}
     for text in requirements:
-        rule(text, every, has_base=has_base)
+        asked = rule(text, every, has_base=has_base)
+        _check_bound(asked, every[asked.name])
+
+
+def _check_bound(asked: Rule, score: Expected) -> None:
+    is_drop = asked.suffix == "_drop"
+    if is_drop and not score.is_compared:
+        raise EraseError(f"--require {asked.text!r}: {asked.name} is not compared with the base's, so it has no _drop")
+    if score.range is None or (asked.suffix in {"_low", "_high"} and not score.is_rate):
+        return  # the interval of a mean may reach beyond the values that it is made of
+    low, high = score.range
+    if is_drop:
+        low, high = low - high, high - low
+    if low <= asked.bound <= high:
+        return
+    when = "always" if _HOLDS[asked.sign](low if asked.bound < low else high, asked.bound) else "never"
+    reach = f"from {low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
+    is_percent = score.is_rate and 2 <= asked.bound <= 100
+    hint = f"; write {asked.bound / 100:g} for {asked.bound:g} %" if is_percent else ""
+    raise EraseError(f"--require {asked.text!r}: {asked.name}{asked.suffix} is {reach}, so this is {when} met{hint}")
 
 
 def unmet_of_all(results: Sequence[Mapping[str, Any]], requirements: Sequence[str]) -> list[str]:
     """Lines that say which requirement which report does not meet; a rule holds for reports that have its score."""
-    rows = [[row["name"] for row in one["scores"]] for one in results]
-    check_rules(requirements, rows)
-    every = list(dict.fromkeys(name for some in rows for name in some))
+    scores = [names_of(one) for one in results]
+    every = list(dict.fromkeys(name for some in scores for name in some))
     named = {text: rule(text, every).name for text in requirements}
     return [
         line
-        for one, names in zip(results, rows, strict=True)
+        for one, names in zip(results, scores, strict=True)
         for line in unmet(one, [text for text, name in named.items() if name in names])
     ]

@@ -12,9 +12,9 @@ from typing import Any
 from erase import files, statistics
 from erase.errors import EraseError
 from erase.evaluation import arm, score, shapes
-from erase.evaluation.between import distribution, drift
+from erase.evaluation.between import dimension, distribution, drift
+from erase.evaluation.expected import of_features
 from erase.evaluation.figures import curve_rows, group_rows, num_invalid, score_row
-from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.plan import Plan, column_of, present
 from erase.evaluation.report.results import FORMAT, Results, is_of_machine, machine_differences
 from erase.evaluation.sheet import failures, sheet
@@ -58,6 +58,8 @@ def measure(
             raise EraseError(f"{erased} and the {role} {other} were made differently ({'; '.join(different)})")
     judges = score.judges(erased)
     plans = {role: _plan(measured, folder, samples, task, judges) for role, folder in arms.items()}
+    planned = [column.name for column in plans["erased"].columns]
+    plans = {role: replace(one, columns=present(one.columns)) for role, one in plans.items()}
     plan = plans["erased"]
     clusters = [sample.cluster for sample in samples]
     others = {role: plans.get(role) for role in ("base", "gold")}
@@ -71,7 +73,11 @@ def measure(
         for column in plan.columns
     ]
     scores += drift(base, erased, gold, samples, judges)
-    scores += distribution(base, erased, gold, real, samples) if "features" in judges else []
+    if "features" in judges:
+        scores += distribution(base, erased, gold, real, samples)
+        compared = {"base": bool(base), "gold": bool(gold), "real": bool(real)}
+        planned += of_features(sum(map(is_kept, samples)), compared, dimension(erased))
+    unjudged = [name for name in planned if name not in {row["name"] for row in scores}]
     tests = [s.get("copy_of") or s["name"] for s in scores]
     corrected = statistics.holm([s["comparison"] and s["comparison"]["p"] for s in scores], tests)
     for one, p in zip(scores, corrected, strict=True):
@@ -111,46 +117,12 @@ def measure(
         ),
         "command": command,
         "versions": versions(),
-        "limits": limits(task, measured.limits_of(task["options"]), num_truncated(erased), machines, measured.version),
+        "limits": limits(task, measured.limits_of(task["options"]), num_truncated(erased), machines, measured.version)
+        + [f"No image could be judged for {name}." for name in unjudged],
         "outcomes_hash": files.text_hash(outcomes),
+        "unjudged": unjudged,
     }
     return Results.from_json(results).to_json(), outcomes
-
-
-def names(
-    task: Mapping[str, Any],
-    samples: Sequence[Sample],
-    judges: Sequence[str],
-    *,
-    base: bool,
-    gold: bool,
-    real: bool,
-    dimension: int | None = None,
-) -> list[str]:
-    """The names of the scores that a report will have, known before there is an image: those of invalid ones.
-
-    base, gold, real: whether there will be such an arm. dimension: of the features, if it is known.
-
-    Raises:
-        EraseError: no judge, or too few images for KID.
-    """
-    if not judges:
-        raise EraseError(f"the task {task['id']} needs judges: --judge {', '.join(JUDGES.names())}")
-    unseen = [{"invalid": "not judged"}] * len(samples)
-    plan = tasks.stated(task["id"], "the task").plan(samples, dict.fromkeys(judges, unseen), task["options"])
-    found = [column.name for column in present(plan.columns)] + ["quality.clip_score"] * ("clip-score" in judges)
-    kept = sum(is_kept(sample) for sample in samples)
-    if "thumbnails" in judges and kept:
-        found += ["pixels.drift"] * base + ["pixels.to_gold"] * gold
-    if "features" in judges and (base or gold or real):
-        from erase.evaluation import kid, quality
-
-        if kept < kid.MIN_KID:
-            raise EraseError(f"KID needs at least {kid.MIN_KID} images that show no forgotten concept, not {kept}")
-        kinds = ("kid", "fid") if kept >= quality.min_fid(dimension or quality.INCEPTION) else ("kid",)
-        roles = {"base": base, "gold": gold, "real": real}
-        found += [f"quality.{kind}_{role}" for role, there in roles.items() if there for kind in kinds]
-    return list(dict.fromkeys(found))
 
 
 def protocol(folder: Path) -> dict[str, Any]:
@@ -182,8 +154,7 @@ def _plan(
     measured: Task, folder: Path, samples: Sequence[Sample], task: Mapping[str, Any], judges: Sequence[str]
 ) -> Plan:
     lines = {judge: score.load(folder, judge) for judge in judges}
-    plan = measured.plan(samples, lines, task["options"])
-    return replace(plan, columns=present(plan.columns))
+    return measured.plan(samples, lines, task["options"])
 
 
 def num_truncated(folder: Path) -> int:

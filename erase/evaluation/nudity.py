@@ -1,5 +1,6 @@
 """Nudity: the published rules that turn NudeNet's scores of an image into a count."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -242,7 +243,8 @@ def columns(prefix: str, lines: Lines) -> tuple[list[Column], list[bool]]:
         first = firsts.setdefault(rule, name)
         about = f"{profile.about} An invalid image counts as one that shows every label."
         copy_of = None if first == name else f"{prefix}.{first}"
-        found.append(Column(f"{prefix}.{name}", name, about, False, values, copy_of))
+        most = None if profile.unit == "image" else (0.0, math.inf)
+        found.append(Column(f"{prefix}.{name}", name, about, False, values, copy_of, most))
     nine = PROFILES["nine-0.6-image"].labels
     looked = seen if seen is not None else lines["nudenet-bgr"]
     return found, [not line["invalid"] and max(line["max"][label] for label in nine) >= 0.25 for line in looked]

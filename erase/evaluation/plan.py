@@ -14,6 +14,7 @@ class Column:
     """One outcome per sample (None: not looked at): bools make a rate, floats a mean.
 
     copy_of: name of the column that this one repeats or inverts; the two are one test in a corrected table.
+    range: least and largest value of a mean, which no requirement may lie outside of; None if it is not known.
     """
 
     name: str
@@ -22,6 +23,19 @@ class Column:
     higher_is_better: bool
     values: Sequence[bool | float | None]
     copy_of: str | None = None
+    range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A score that a report will have, as far as it is known before there is an image.
+
+    range: least and largest value; None if they are not known. is_compared: its difference to the base is a figure.
+    """
+
+    range: tuple[float, float] | None
+    is_rate: bool
+    is_compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,7 @@ def clip_score(lines: Sequence[Mapping[str, Any]]) -> Column:
     """Mean CLIP score of valid images."""
     values = [None if line["invalid"] else line["clip_score"] for line in lines]
     return Column("quality.clip_score", "CLIP score", "100 x cosine of image and prompt, of whole images", True,
-                  values)  # fmt: skip
+                  values, range=(-100, 100))  # fmt: skip
 
 
 def absent(

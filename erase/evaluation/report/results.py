@@ -131,6 +131,7 @@ class Results:
     primary: name of the score that the verdict is about.
     retention: name of the score that tells what was kept: second axis of the Pareto plot.
     limits: what was not tested.
+    unjudged: names of scores that no image could be judged for, such as a mean over valid images where all are black.
     outcomes_hash: of outcomes.json.
     """
 
@@ -150,13 +151,13 @@ class Results:
     versions: Mapping[str, str]
     limits: Sequence[str]
     outcomes_hash: str | None = None
+    unjudged: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, in the order of the file."""
         found = {"format": FORMAT} | _plain(self)
-        if self.outcomes_hash is None:
-            del found["outcomes_hash"]
-        return found
+        absent = [name for name in ("outcomes_hash", "unjudged") if not found[name]]
+        return {name: value for name, value in found.items() if name not in absent}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], place: str = "results") -> "Results":

@@ -8,7 +8,7 @@ from erase.errors import EraseError
 from erase.evaluation import own_images
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.options import Options
-from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
+from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of, present
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of
 
 CONTROL = "control"  # as in `attacks.protocol`
@@ -99,4 +99,4 @@ class Attacked(Task):
         labels = [[] if s.facts["point"] == CONTROL else [f"{s.facts['point']} {unit}"] for s in samples]
         groups = [Group("curve", f"{title}, by {unit}", f"{name}.curve", labels)] if len(points) > 1 else []
         flagged = own_images.plan(lines, options).flagged
-        return Plan(columns, groups, None, None, flagged)
+        return Plan(present(columns), groups, None, None, flagged)

@@ -6,7 +6,7 @@ from typing import Any
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.evaluation.options import Options
-from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
+from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of, present
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, where
 from erase.words import article
 
@@ -93,4 +93,4 @@ class ClassForget(Task):
         correct = [not line["invalid"] and within(1)(s, line) for s, line in zip(samples, seen, strict=True)]
         columns.append(Column("class.top1", "Named correctly", "all ten classes", True, correct))
         groups = [Group("classes", "Named correctly, by class", "class.top1", [[sample.label] for sample in samples])]
-        return Plan(columns, groups, "class.ua", "class.ra", [False] * len(samples))
+        return Plan(present(columns), groups, "class.ua", "class.ra", [False] * len(samples))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from erase.concepts import Concept
 from erase.evaluation.options import Options
-from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
+from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of, present
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, where
 from erase.words import article
 
@@ -97,7 +97,7 @@ class MiniWorld(Task):
                                      where(samples, seen, "synonym", absent)))  # fmt: skip
         by_object = [[str(sample.facts["object"])] if sample.role == "retain" else [] for sample in samples]
         groups = [Group("classes", "Retained objects, one by one", "mini.ra", by_object)]
-        return Plan(columns, groups, "mini.ua", "mini.ra", [False] * len(samples))
+        return Plan(present(columns), groups, "mini.ua", "mini.ra", [False] * len(samples))
 
 
 def nothing_seen(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], head: str) -> list[bool | float | None]:

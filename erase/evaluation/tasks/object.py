@@ -5,7 +5,7 @@ from typing import Any
 
 from erase.concepts import Concept
 from erase.evaluation.options import Options
-from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of
+from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of, present
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, where
 
 
@@ -48,4 +48,4 @@ class Object(Task):
         ]  # fmt: skip
         by_label = [[sample.label] if sample.role == "retain" else [] for sample in samples]
         groups = [Group("alternatives", "Retained, by alternative", "clip.ra", by_label)]
-        return Plan(columns, groups, "clip.ua", "clip.ra", [False] * len(samples))
+        return Plan(present(columns), groups, "clip.ua", "clip.ra", [False] * len(samples))
