@@ -13,18 +13,18 @@ from erase.methods.relabel import Relabel
 class Soft(Relabel):
     """Relabel's loss; after each step D = theta - theta_o becomes sign(D) max(|D| - tau, 0), elementwise.
 
-    tau is the z-th smallest |D|, z = share * n, over the n weights that may change. The share falls linearly from `kept`
+    tau is the z-th smallest |D| of the n weights that may change, z = share * n. The share falls linearly from `kept`
     to `kept_at_end`. So the l1 penalty that the proximal step minimises has the weight that leaves this share of the
     weights exactly as in the base.
 
     kept: share of weights put back to the base in the beginning, beta in the authors' code.
     kept_at_end: the same after the last step. Their schedule falls epoch by epoch and ends near 0.18 beta, which is
-        this default; at 0 the last steps would move every weight after all, and nothing would remain of the sparsity.
+        this default; at 0 the last steps would change every weight, and the result would not be sparse.
 
-    Differs from their code: that counts the VAE's and text encoder's 207 million zeros among the smallest, so that
-    with beta 0.5 most of its steps shrink nothing in the fourth epoch's end and after.
-    Costs Relabel's passes and a selection over all weights a step. Known to break: as Relabel; the moments of Adam are
-    not shrunk, so that a weight that was put back moves again with its old momentum.
+    Differs from their code, which counts the 207 million zeros of the VAE and the text encoder among the smallest, so
+    that with beta 0.5 most of its steps shrink nothing from the end of the fourth epoch on.
+    Costs: Relabel's passes and a selection over all weights per step. Known to fail: as Relabel; Adam's moments are not
+    shrunk, so a weight that was put back changes again with its old momentum.
     """
 
     kept: float = 0.5
