@@ -59,6 +59,9 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
             num_train_steps=16,
             batch_size=17,
             learning_rate=0.25,
+            lr_scheduler="cosine",
+            proportion_empty_prompts=0.5,
+            anchor_every=20,
             weight_decay=0.125,
             max_grad_norm=0.75,
             gradient_accumulation_steps=18,
@@ -83,12 +86,16 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         round_trip=True,
         forget_images="f",
         retain_images="r",
+        num_anchor=11,
     )
     recipe = planning.make_recipe(settings, replace(plan, trajectory_guidance=4.5), "nudity")
     assert recipe == batches.Recipe(
         num_steps=16,
         batch_size=17,
         learning_rate=0.25,
+        schedule="cosine",
+        proportion_empty=0.5,
+        anchor_every=20,
         weight_decay=0.125,
         max_grad_norm=0.75,
         accumulation=18,

@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "scope": ("selfattn", "xattn"),
     "target": ("random", "fixed"),
     "sampler": ("dpm++", "model"),
+    "lr_scheduler": ("constant", "cosine"),
     **{
         name: (3, 5) if forms_of(Settings)[name].type is int else (0.3, 0.7)
         for name in model_defaults._OF_METHOD

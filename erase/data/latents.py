@@ -50,6 +50,7 @@ class Data:
     others: int64, [k], rows of other classes' prompts for random labels.
     words: bool, [len(forget), tokens], where the forget prompt's own words stand: those that its anchor lacks.
     end: bool, [len(forget), tokens], where the forget prompt is over.
+    anchor_images: images of the anchor prompts under their own prompts; None if there are none.
     fingerprint: hash of all that determines these tensors.
     """
 
@@ -64,6 +65,7 @@ class Data:
     unconditional: Conditioning
     fingerprint: str
     record: dict[str, Any]
+    anchor_images: ImageLatents | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Plan:
         where the method begins from "noise".
     retains: False where nothing is kept by images; the retain set is then one empty image.
     trajectory_guidance: of the trajectories; 3 in ESD.
+    num_anchor: images of the anchor prompts to generate beside the forget and retain sets.
     """
 
     num_forget: int
@@ -93,6 +96,7 @@ class Plan:
     trajectory_guidance: float = 3.0
     forget_images: str | None = None
     retain_images: str | None = None
+    num_anchor: int = 0
 
 
 def gather(
@@ -139,6 +143,10 @@ def gather(
     anchors = anchors_of(forget_source.prompts, pairs)
     anchor = row(anchors)
     others = row(concept.others)
+    anchor_images, of_anchors = None, {}
+    if plan.num_anchor:
+        shown = _source(model, plan, None, [anchor for _, anchor in pairs], plan.num_anchor, first_seed, tell=tell)
+        anchor_images, of_anchors["anchor_key"] = read(shown, "anchor images")
     record = {
         "num_forget": len(forget),
         "num_retain": len(retain),
@@ -147,12 +155,15 @@ def gather(
         "forget_key": forget_key,
         "retain_key": retain_key,
         "truncated_captions": cut,
+        **of_anchors,
     }
-    fingerprint = files.text_hash([forget_key, retain_key, list(rows), anchor.tolist(), others.tolist()])
+    keys = [forget_key, retain_key, *of_anchors.values()]
+    fingerprint = files.text_hash([*keys, list(rows), anchor.tolist(), others.tolist()])
     text = model.encode_text(list(rows))
     unconditional = model.unconditional(text[:1])  # row 0 is the empty prompt's
     words, end = _places(model, forget_source.prompts, anchors)
-    return Data(forget, retain, anchor, others, words, end, tuple(rows), text, unconditional, fingerprint, record)
+    places = (anchor, others, words, end)
+    return Data(forget, retain, *places, tuple(rows), text, unconditional, fingerprint, record, anchor_images)
 
 
 def _sources(

@@ -55,8 +55,9 @@ class Method:
 
     anchors: False if the method does not use the anchor, the text to say instead of the concept.
     settings: what the authors run the method with where that is not the general default: a mapping of scope, mask,
-        target, learning_rate, num_train_steps, batch_size, rank, weight_decay, max_grad_norm, num_forget and
-        num_inference_steps. Under "nudity", a mapping of those for nudity. Options of the user win.
+        target, learning_rate, lr_scheduler, num_train_steps, batch_size, proportion_empty_prompts, anchor_every, rank,
+        weight_decay, max_grad_norm, num_forget and num_inference_steps. Under "nudity", a mapping of those for nudity.
+        Options of the user win.
     settings_for: by the "family" that a model's erase_defaults.json states, such as "mini" for the embedded model: a
         mapping of settings for these models, as that file has them under "methods". The file itself wins.
     formula: version number of the method's computation and default hyperparameters. Raise it with every change: runs

@@ -36,6 +36,9 @@ class Preset:
     rank: int | None = None
     weight_decay: float | None = None
     max_grad_norm: float | None = None
+    lr_scheduler: str | None = None
+    proportion_empty_prompts: float | None = None
+    anchor_every: int | None = None
     num_forget: int | None = None
     num_inference_steps: int | None = None
     nudity: Mapping[str, Any] = field(default_factory=dict)

@@ -186,6 +186,11 @@ class MaskedAdam(torch.optim.Optimizer):
         self._scale = None
         return loss
 
+    def set_learning_rate(self, lr: float) -> None:
+        """Size of the steps from the next one on."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
     def uncount(self, num: int) -> None:
         """Take `num` steps that `halt` has skipped out of the count of steps."""
         for state in self.state.values():

@@ -11,7 +11,8 @@ from erase.options.declare import checked, forms_of
 from erase.options.settings import SD_DEFAULTS, Settings
 
 OF_MODEL = (*SD_DEFAULTS, "num_train_steps", "num_inference_steps", "sampler")
-_OF_METHOD = (*OF_MODEL, "scope", "target", "alpha", "mask_guidance", "rank", "max_grad_norm", "set")
+_OF_TRAINING = ("rank", "max_grad_norm", "lr_scheduler", "proportion_empty_prompts", "anchor_every")
+_OF_METHOD = (*OF_MODEL, "scope", "target", "alpha", "mask_guidance", *_OF_TRAINING, "set")
 
 
 def read_defaults(path: Path) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def resolve(
     settings = settings.filled(
         {**SD_DEFAULTS, "guidance_scale": guidance_scale, "num_train_steps": 100 if nudity else 500}
     )
+    settings = settings.filled({"lr_scheduler": "constant", "proportion_empty_prompts": 0.0, "anchor_every": 0})
     _require_use(settings)
     settings = settings.filled({"lora_rank": settings.rank or 64})
     if settings.low_memory:

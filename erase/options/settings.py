@@ -215,6 +215,12 @@ class Settings:
     learning_rate: float | None = option(
         None, "learning rate of Adam", group="training", least=0, most=1000, shown=_of_salun("learning_rate")
     )
+    lr_scheduler: Literal["constant", "cosine"] | None = option(
+        None,
+        "learning rate over the steps: constant, or cosine, which falls from --learning-rate to zero",
+        group="training",
+        shown="the method's own, constant for salun",
+    )
     num_train_steps: int | None = option(
         None,
         "optimizer steps",
@@ -230,6 +236,23 @@ class Settings:
         least=1,
         most=100_000,
         shown=_of_salun("batch_size"),
+    )
+    proportion_empty_prompts: float | None = option(
+        None,
+        "share of the retain rows whose prompt is replaced by the empty prompt, which guidance uses for every image",
+        group="training",
+        least=0,
+        most=1,
+        shown="the method's own, 0 for salun",
+    )
+    anchor_every: int | None = option(
+        None,
+        "in every N-th step, images of the anchor prompts are further retain rows under their own prompt; 0 for none",
+        group="training",
+        least=0,
+        most=10_000_000,
+        shown="the method's own, 0 for salun",
+        metavar="N",
     )
     rank: int | None = option(
         None,

@@ -30,6 +30,7 @@ from erase.runs.planning import (
     needed_memory,
     require_precision,
     require_rank,
+    require_retain_rows,
     require_storage,
 )
 from erase.runs.subjects import announcement, find_concepts
@@ -109,6 +110,8 @@ def decide(
     settings, default = _filled(settings, concept, model, compute, accelerator.num_processes)
     require_rank(settings, method)
     require_storage(settings, method)
+    method = make_method(settings)
+    require_retain_rows(settings, method)
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))
     base_hash = delta.content_hash(model.state_of(model.network))
@@ -123,7 +126,7 @@ def decide(
     )
     return Decisions(
         settings,
-        make_method(settings),
+        method,
         concept,
         parts,
         earlier,

@@ -11,6 +11,7 @@ from erase import methods
 from erase.data import latents
 from erase.errors import EraseError
 from erase.families.protocol import Family
+from erase.options.declare import flag
 from erase.options.recipes import RECIPES
 from erase.options.settings import Settings
 from erase.training import batches, memory
@@ -31,6 +32,7 @@ def make_plan(settings: Settings, model: Family) -> latents.Plan:
         round_trip=not RECIPES[settings.recipe].shared_latent,
         forget_images=settings.forget_images,
         retain_images=settings.retain_images,
+        num_anchor=whole(settings.num_forget) if settings.anchor_every else 0,
     )
 
 
@@ -44,6 +46,7 @@ def make_recipe(settings: Settings, plan: latents.Plan, kind: str = "object") ->
         num_steps=whole(settings.num_train_steps),
         batch_size=whole(settings.batch_size),
         learning_rate=real(settings.learning_rate),
+        schedule=str(settings.lr_scheduler),
         weight_decay=real(settings.weight_decay),
         max_grad_norm=settings.max_grad_norm,
         accumulation=settings.gradient_accumulation_steps,
@@ -51,6 +54,8 @@ def make_recipe(settings: Settings, plan: latents.Plan, kind: str = "object") ->
         in_order=recipe.in_order,
         retain_order="random" if not recipe.in_order else "in_order" if kind == "nudity" else "shuffled",
         independent_latents=not recipe.shared_latent,
+        proportion_empty=real(settings.proportion_empty_prompts),
+        anchor_every=whole(settings.anchor_every),
         seed=settings.seed,
         checkpoint_every=settings.checkpointing_steps,
         eight_bit=settings.moments == "8bit",
@@ -99,6 +104,17 @@ def require_rank(settings: Settings, method: methods.Method) -> None:
         raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
 
 
+def require_retain_rows(settings: Settings, method: methods.Method) -> None:
+    """Raise an EraseError for options about retain rows where there are none; of resolved settings."""
+    if isinstance(method, methods.TrainedMethod) and method.retains:
+        return
+    for name in ("proportion_empty_prompts", "anchor_every"):
+        if value := getattr(settings, name):
+            raise EraseError(
+                f"{flag(name)} is {value:g}, but {settings.method} has no retain term here; use {flag(name)} 0"
+            )
+
+
 def moves_weights(method: methods.Method) -> bool:
     """Whether a method changes weights outside the optimizer's steps, which weights stored in bf16 do not follow."""
     return isinstance(method, methods.TrainedMethod) and bool(
@@ -127,7 +143,7 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
         eight_bit=settings.moments == "8bit",
         resolution=settings.resolution or model.resolution,
         mask_batch=mask_batch if accumulates else None,
-        part=None if isinstance(method, methods.ClosedForm) else part_size(settings),
+        part=None if isinstance(method, methods.ClosedForm) else rows_of_pass(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
         copies=num_copies(method),
@@ -149,6 +165,11 @@ def world_size() -> int:
 def part_size(settings: Settings) -> int:
     """Images of one branch that go through the network together."""
     return max(1, whole(settings.batch_size) // (settings.gradient_accumulation_steps * world_size()))
+
+
+def rows_of_pass(settings: Settings) -> int:
+    """Images of the largest branch that go through the network together: anchor images double the retain rows."""
+    return part_size(settings) * (2 if settings.anchor_every else 1)
 
 
 def whole(value: int | None) -> int:

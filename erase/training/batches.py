@@ -26,6 +26,7 @@ class Recipe:
 
     batch_size: forget and retain images a step, each, over all processes.
     num_steps: optimizer steps; 0 leaves the model as it is.
+    schedule: of the learning rate: "constant", or "cosine", which falls to zero over the steps.
     target: where a forget image's new words come from: "anchor" its own anchor, "random" another class's prompt drawn
         anew for every image, "fixed" the first of the other classes.
     in_order: go through the forget images in order, epoch by epoch, instead of drawing them at random; the last batch
@@ -33,6 +34,9 @@ class Recipe:
     retain_order: the order of the retain images: each batch drawn at "random", "shuffled" in each epoch of the forget
         images, or "in_order"; in the last two the last batch wraps.
     independent_latents: the target branch sees a second sample of the VAE's posterior, as SalUn's code does.
+    proportion_empty: share of the retain rows, each drawn at random, whose inputs are those that guidance starts from
+        (in Stable Diffusion the empty prompt's), in [0, 1].
+    anchor_every: in every such step, as many images of the anchor prompts are retain rows too; 0 for none.
     accumulation: parts that a batch is cut into, to save memory; the result is the same up to rounding.
     eight_bit: Adam's moments take a byte each instead of four.
     trajectory_steps, trajectory_guidance: DDIM steps and guidance of the trajectories on which some methods train.
@@ -41,6 +45,7 @@ class Recipe:
     num_steps: int
     batch_size: int
     learning_rate: float
+    schedule: str = "constant"
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     accumulation: int = 1
@@ -48,11 +53,18 @@ class Recipe:
     in_order: bool = False
     retain_order: Literal["random", "shuffled", "in_order"] = "random"
     independent_latents: bool = False
+    proportion_empty: float = 0.0
+    anchor_every: int = 0
     seed: int = 0
     checkpoint_every: int = 50
     eight_bit: bool = False
     trajectory_steps: int = 50
     trajectory_guidance: float = 3.0
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of this step, counted from 0. Cosine: lr (1 + cos(pi step / num_steps)) / 2, as in diffusers."""
+        falls = self.schedule == "cosine"
+        return self.learning_rate * (0.5 * (1 + math.cos(math.pi * step / self.num_steps)) if falls else 1)
 
 
 def generator(seed: int, *what: Any) -> torch.Generator:
@@ -91,13 +103,18 @@ def batches(
     else:
         words = data.others[:1].expand(len(f))
     index = torch.randint(recipe.trajectory_steps, (len(f),), generator=draw) if walker is not None else t_f
+    c_r = _retain_text(data, recipe, step, r)
+    if recipe.anchor_every and not isinstance(step, tuple) and (step + 1) % recipe.anchor_every == 0:
+        x_a, eps_a, t_a, c_a = _anchor_rows(data, recipe, step, model.num_timesteps)
+        x_r, eps_r, t_r = torch.cat([x_r, x_a]), torch.cat([eps_r, eps_a]), torch.cat([t_r, t_a])
+        c_r = Conditioning.cat([c_r, c_a])
     num_parts = num // share
 
     def on_device(tensor: Tensor) -> Tensor:
         return staged(tensor, model.device)
 
     for part in range(accelerator.process_index * recipe.accumulation, num_parts)[: recipe.accumulation]:
-        rows, kept = (slice(part * n // num_parts, (part + 1) * n // num_parts) for n in (len(f), num))
+        rows, kept = (slice(part * n // num_parts, (part + 1) * n // num_parts) for n in (len(f), len(x_r)))
 
         def here(tensor: Tensor, rows: slice = rows) -> Tensor:
             return on_device(tensor[rows])
@@ -130,7 +147,7 @@ def batches(
             eps_retain=here(eps_r, kept),
             c_forget=c_f,
             c_target=told(data.text[words]),
-            c_retain=told(data.text[data.retain.prompt[r]], kept),
+            c_retain=told(c_r, kept),
             c_empty=c_0,
             words=here(data.words[f]),
             end=here(data.end[f]),
@@ -151,6 +168,26 @@ def _rows(data: Data, recipe: Recipe, step: Any, draw: torch.Generator) -> tuple
     if recipe.retain_order == "shuffled":
         r = torch.randperm(len(data.retain), generator=generator(recipe.seed, "retain order", epoch))[r]
     return f, r
+
+
+def _retain_text(data: Data, recipe: Recipe, step: Any, r: Tensor) -> Conditioning:
+    """Of the retain rows: their own prompts', or for a share of them what guidance starts from."""
+    c = data.text[data.retain.prompt[r]]
+    if not recipe.proportion_empty:
+        return c
+    is_empty = torch.rand(len(r), generator=generator(recipe.seed, "empty prompts", step)) < recipe.proportion_empty
+    return Conditioning.cat([c, data.unconditional])[torch.arange(len(r)).masked_fill(is_empty, len(r))]
+
+
+def _anchor_rows(
+    data: Data, recipe: Recipe, step: int, num_timesteps: int
+) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
+    """Latents, noise, timesteps and text of a batch of images of the anchor prompts."""
+    images, num, draw = data.anchor_images, recipe.batch_size, generator(recipe.seed, "anchor rows", step)
+    assert images is not None
+    a, t = (torch.randint(end, (num,), generator=draw) for end in (len(images), num_timesteps))
+    x = sample(images, a, draw)
+    return x, torch.randn(x.shape, generator=draw), t, data.text[images.prompt[a]]
 
 
 def sample(images: ImageLatents, rows: Tensor, draw: torch.Generator) -> Tensor:

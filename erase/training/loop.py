@@ -129,6 +129,7 @@ def train(
             if recipe.max_grad_norm is not None:
                 accelerator.unscale_gradients(prepared)
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
+            optimizer.set_learning_rate(recipe.learning_rate_at(step))
             prepared.step()
             prepared.zero_grad()
             _after_the_step(method, held, teacher, step, recipe.num_steps, losses.halt)
@@ -188,7 +189,7 @@ def _room(
         model,
         parameters,
         num_masked=optimizer.num_masked,
-        part=share,
+        part=share * (2 if recipe.anchor_every else 1),
         side=data.forget.mean.shape[-1],
         dtype=_dtype(model, accelerator),
         eight_bit=recipe.eight_bit,
