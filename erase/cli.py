@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from erase import __version__, concepts
-from erase.commandline import Command, Parser, add_options, one_line, serve, silence_libraries
+from erase.commandline import Command, Parser, add_config_file, add_options, one_line, serve, silence_libraries
 from erase.errors import EraseError, no_file, printable
+from erase.options import config_file
 from erase.options.declare import flag
 from erase.options.settings import Settings
 
@@ -58,6 +59,7 @@ def _erase(arguments: list[str]) -> None:
     parser.add_argument("--version", action="version", version=f"erase-concept {__version__}")
     parser.add_argument("--list", action="store_true", help="show the presets and exit")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_config_file(parser)
     add_options(parser, Settings, GROUPS)
     given = vars(parser.parse_args(arguments))
     if given.pop("list"):
@@ -67,8 +69,9 @@ def _erase(arguments: list[str]) -> None:
             print(f"{name:20} {concept.kind:7} {world:21} {concept.forget[0]!r} -> {concept.pairs()[0][1]!r}")
         return
     quiet = given.pop("quiet")
-    given["concept"] = list(dict.fromkeys(given["concept"] or ()))  # each once
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    chosen = config_file.merged(given.pop("config_file"), given, Settings)
+    chosen["concept"] = tuple(dict.fromkeys(chosen.get("concept", ())))  # each once
+    settings = Settings(**chosen)
     for name in settings.concept:  # misspelt or refused: an error before the seconds in which torch is imported
         concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
     silence_libraries(quiet)

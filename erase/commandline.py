@@ -164,6 +164,12 @@ def add_options(
             add_mixed_precision(groups[item.metadata["group"]])
 
 
+def add_config_file(parser: argparse.ArgumentParser) -> None:
+    """--config-file, which `config_file.merged` reads."""
+    about = "TOML file of options, or the run.json of a run to repeat; options of the command line win"
+    parser.add_argument("--config-file", metavar="FILE", help=about)
+
+
 def add_mixed_precision(group: Any) -> None:
     """--precision under the name that diffusers' scripts give it."""
     choices = "{" + ",".join(MIXED_PRECISION) + "}"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from erase import tensor_files
 from erase.concepts import Concept
-from erase.data.cache import Workers
+from erase.data.cache import Source, Workers, cached
 from erase.data.latents import Data, Plan, gather
 from erase.data.sources import list_images
 from erase.errors import EraseError
@@ -416,6 +416,16 @@ def test_images_are_cut_to_a_square_in_the_middle_and_stand_upright(tmp_path):
     assert torch.equal(plain.pixels(8), torch.tensor([1.0, -1, -1])[:, None, None].expand(3, 8, 8))
     assert torch.equal(turned.pixels(8)[1, :, 0], torch.tensor([1.0] * 4 + [-1.0] * 4))
     assert plain.pixels(16).shape == (3, 16, 16)
+
+
+def test_latents_lie_in_memory_as_the_cache_gives_them_back(tmp_path):
+    """Computations follow the strides, so a first run would differ from a second one in its last bits."""
+    made = torch.arange(48.0).reshape(2, 2, 3, 4).to(memory_format=torch.channels_last)
+    source = Source(["a", "b"], lambda rows: {"mean": made, "std": made[:, :1].expand(2, 2, 3, 4)}, "a test")
+    first, second = (cached(tmp_path, source, 2, Workers(), "images", True, print) for _ in range(2))
+    for name in ("mean", "std"):
+        assert torch.equal(first[name], second[name])
+        assert first[name].stride() == second[name].stride()
 
 
 def test_image_latents_are_cached_by_content_and_by_batch(collect, tmp_path, monkeypatch):

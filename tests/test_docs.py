@@ -93,10 +93,14 @@ def test_every_erase_command_is_accepted(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("erase.runs.job.run", run)
+    monkeypatch.chdir(tmp_path)
     for page in PAGES:
-        for mark, text in blocks(page, "python"):
+        for mark, text in [*blocks(page, "python"), *blocks(page, "toml")]:
             if mark.startswith(FILE):
-                (tmp_path / mark.removeprefix(FILE)).write_text(text)
+                Path(mark.removeprefix(FILE)).write_text(text)
+    finished = Path("runs/second/run.json")  # of the run before, in one of the pages
+    finished.parent.mkdir(parents=True)
+    finished.write_text(json.dumps({"status": "done", "settings": {"concept": ["church"]}}))
     monkeypatch.syspath_prepend(tmp_path)
     given = of_program("erase-concept")
     jobs = [command for command in given if command[0].startswith("--") and command[0] != "--list"]

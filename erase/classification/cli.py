@@ -7,9 +7,10 @@ from typing import Any
 from erase import __version__
 from erase.classification.presets import PRESETS
 from erase.classification.settings import Settings
-from erase.commandline import Command, Parser, add_options, serve, silence_libraries
+from erase.commandline import Command, Parser, add_config_file, add_options, serve, silence_libraries
 from erase.errors import printable
 from erase.files import default_cache_dir
+from erase.options import config_file
 
 WHAT, TRAINING = {"what": "data"}, {"training": "training"}
 QUIET: dict[str, Any] = {"action": "store_true", "help": "no progress on stderr"}
@@ -47,11 +48,12 @@ def _unlearn(arguments: list[str]) -> None:
         usage="unlearn-classifier [--data DATA] [--forget WHAT] [--method METHOD] [--output DIR] [options]",
     )
     parser.add_argument("--version", action="version", version=f"unlearn-classifier {__version__}")
+    add_config_file(parser)
     add_options(parser, Settings, GROUPS)
     parser.add_argument("--quiet", **QUIET)
     given = vars(parser.parse_args(arguments))
     quiet = given.pop("quiet")
-    settings = _settings(given)
+    settings = Settings(**config_file.merged(given.pop("config_file"), given, Settings))
 
     from erase import files
     from erase.classification import split

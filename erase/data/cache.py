@@ -63,7 +63,8 @@ def cached(
             tell(f"{str(error).partition('; copy')[0]}; these {label} are generated again")
 
     def make(i: int) -> None:
-        found[i] = {name: tensor.cpu() for name, tensor in source.make(chunks[i]).items()}
+        made = source.make(chunks[i])
+        found[i] = {name: tensor.cpu().contiguous() for name, tensor in made.items()}  # as a file gives them back
         tensor_files.write_tensors(paths[i], found[i], header(chunks[i]))
 
     mine = range(workers.rank, len(chunks), workers.count)
