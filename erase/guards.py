@@ -4,8 +4,9 @@
     with guard.on(pipeline):
         pipeline("a photo of a person")
 
-They act between any Stable Diffusion 1 or 2 pipeline and its network during classifier-free guidance, so that the
-pipeline's own formula, eps(0) + s_g (eps(c_p) - eps(0)), gives the guarded result.
+They act between any Stable Diffusion 1, 2 or XL pipeline and its network during classifier-free guidance, so that the
+pipeline's own formula, eps(0) + s_g (eps(c_p) - eps(0)), gives the guarded result. In Stable Diffusion XL the pooled
+states of c_S belong to c_S too; sizes are those of the prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from erase.concepts import refusal
+from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.words import did_you_mean
 
@@ -64,8 +66,8 @@ class SLD:
             num = _half(pipeline, x)
             if self.guidance < 1:
                 return predict(x, t, text, **more)
-            third = c_s.to(text).expand(num, -1, -1)
-            output = predict(_thrice(x, num), _thrice(t, num), torch.cat([text, third]), **_thrice(dict(more), num))
+            more = _with_pooled(_thrice(dict(more), num), slice(2 * num, None), c_s)
+            output = predict(_thrice(x, num), _thrice(t, num), torch.cat([text, _states(c_s, num, text)]), **more)
             predicted = output[0]
             eps_0, eps_p, eps_s = predicted.float().chunk(3)
             unit = _noise_unit(pipeline, t).to(predicted.device)
@@ -106,7 +108,8 @@ class NegativePrompt:
 
         def forward(predict: Callable[..., Any], x: Tensor, t: Any, text: Tensor, more: Mapping[str, Any]) -> Any:
             num = _half(pipeline, x)
-            return predict(x, t, torch.cat([c_s.to(text).expand(num, -1, -1), text[num:]]), **more)
+            more = _with_pooled(more, slice(num), c_s)
+            return predict(x, t, torch.cat([_states(c_s, num, text), text[num:]]), **more)
 
         with _between(pipeline, forward, lambda: None):
             yield
@@ -171,15 +174,36 @@ def _between(pipeline: Any, forward: Callable[..., Any], begin: Callable[[], Non
 
 
 @torch.no_grad()
-def _encode(pipeline: Any, text: str) -> Tensor:
-    """Text encoder states, [1, tokens, d].
+def _encode(pipeline: Any, text: str) -> Conditioning:
+    """One row of text encoder states and, for a network that takes them, of pooled states.
 
     Raises:
-        EraseError: the pipeline has other text inputs, which a guard would leave those of the prompt.
+        EraseError: the network has other inputs than these, which a guard would leave those of the prompt.
     """
-    if getattr(pipeline, "text_encoder_2", None) is not None:
-        raise EraseError(f"guards work with Stable Diffusion 1 and 2 only, not with a {type(pipeline).__name__}")
-    return pipeline.encode_prompt(text, pipeline._execution_device, 1, False)[0]
+    added = pipeline.unet.config.get("addition_embed_type")
+    if added not in (None, "text_time"):
+        raise EraseError(
+            f"guards know Stable Diffusion 1, 2 and XL, not the UNet of this {type(pipeline).__name__} "
+            f"(addition_embed_type is {added!r})"
+        )
+    how = {"device": pipeline._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    encoded = pipeline.encode_prompt(text, **how)
+    return Conditioning(encoded[0], pooled=encoded[2] if added else None)
+
+
+def _states(c: Conditioning, num: int, like: Tensor) -> Tensor:
+    """The text states of a single row `num` times, with the dtype and on the device of `like`."""
+    return c.text_states.to(like).expand(num, -1, -1)
+
+
+def _with_pooled(arguments: Mapping[str, Any], rows: slice, c: Conditioning) -> Mapping[str, Any]:
+    """The network's arguments with the pooled states of `c` in these rows, if it has any."""
+    if c.pooled is None:
+        return arguments
+    added = arguments["added_cond_kwargs"]
+    pooled = added["text_embeds"].clone()
+    pooled[rows] = c.pooled.to(pooled)
+    return {**arguments, "added_cond_kwargs": {**added, "text_embeds": pooled}}
 
 
 def _half(pipeline: Any, x: Tensor) -> int:

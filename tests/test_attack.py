@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from bright import Bright
 from loaded import load_sd
 
 from erase import files, guards
@@ -19,33 +19,11 @@ from erase.evaluation.attacks.guarded import predict
 from erase.evaluation.attacks.learnt_word import LearntWord
 from erase.evaluation.attacks.protocol import Finding
 from erase.evaluation.attacks.registry import make
-from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.report.compare import compare
 from erase.evaluation.tasks.attack import Attacked
 
 FEW = ["--attack-seeds=2", "--num-images=3", "--budget=4", "--set=batch_size=2", "--set=num_shown=2", "--steps=2"]
-
-
-class Bright(Judge):
-    """Sees the concept in an image whose first pixel is brighter than its last."""
-
-    about = "brightness"
-    outputs = {"shows": bool}
-
-    def identity(self) -> dict[str, Any]:
-        return {"version": 1}
-
-    def score(self, images, prompts) -> list[dict[str, Any]]:
-        return [{"shows": bool(np.mean(image[0, 0]) > np.mean(image[-1, -1]))} for image in images]
-
-    @classmethod
-    def knows(cls, options: Any) -> bool:
-        return True
-
-    @classmethod
-    def shows(cls, line: Any, options: Any) -> bool:
-        return line["shows"]
 
 
 @pytest.fixture
