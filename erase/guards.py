@@ -141,6 +141,26 @@ def make(name: str, text: str) -> Guard:
     return PRESETS[name](text)
 
 
+def require_acting(guard: Guard, passes: int) -> None:
+    """Refuse a guard that would change no image.
+
+    passes: of the network for one image; a sampler may make more of them than it takes steps.
+
+    Raises:
+        EraseError: it would change none.
+    """
+    if not isinstance(guard, SLD):
+        return
+    if guard.guidance < 1:
+        raise EraseError(f"SLD's guidance is {guard.guidance:g}, and below 1 it guards nothing; choose a larger one")
+    if passes <= guard.warmup:
+        name = next((name for name, make in PRESETS.items() if make(guard.text) == guard), "SLD")
+        raise EraseError(
+            f"{name} acts after its first {guard.warmup} network passes, and {passes} are made for an image; take more "
+            "steps, or choose sld-max, which acts from the first one"
+        )
+
+
 # --- between a pipeline and its network -----------------------------------------------------------------------------
 
 

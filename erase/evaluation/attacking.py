@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from erase import files, tensor_files
+from erase import files, guards, tensor_files
 from erase.concepts import Concept, refusal
 from erase.data import prompt_files
 from erase.device import choose
@@ -195,6 +195,8 @@ def _check_source(
     hashes = generate.model_hashes(model)
     for job in jobs:
         settings = _settings(request, job, model)
+        if model.guard:
+            guards.require_acting(model.guard, job.attack.fewest_steps(settings["steps"]))
         score.check_size(job.judge, job.task.samples, settings["size"])
         identity = generate.identity(hashes, job.task, settings, request.drawing.generation_batch_size)
         folder = job.folder

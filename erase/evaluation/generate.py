@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erase import delta, files
+from erase import delta, files, guards
 from erase.data import images
 from erase.data.pixels import to_pixels
 from erase.device import DTYPES, choose
@@ -67,7 +67,7 @@ def effective_settings(model: Family, task: SampleSet, steps: int | None, guidan
     steps, guidance: None for the task's, else the model's own.
 
     Raises:
-        EraseError: more steps than the model was trained with.
+        EraseError: more steps than the model was trained with, or a guard that would change no image.
     """
     scheduler: Any = model.sampler()
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
@@ -75,11 +75,20 @@ def effective_settings(model: Family, task: SampleSet, steps: int | None, guidan
     trained = config["num_train_timesteps"]
     if num > trained:
         raise EraseError(f"--num-inference-steps is {num}, but {model.name} has {trained} timesteps; choose fewer")
+    usual = float(_first(guidance, task.guidance, model.defaults.get("guidance_scale"), model.guidance_scale))
+    if model.guard:
+        least = usual if guidance is not None else min(float(_first(s.guidance, usual)) for s in task.samples)
+        if least <= 1:
+            raise EraseError(
+                f"a guard needs guidance above 1, and that of an image is {least:g}; give --guidance-scale"
+            )
+        scheduler.set_timesteps(int(num))
+        guards.require_acting(model.guard, len(scheduler.timesteps))
     return {
         "scheduler": type(scheduler).__name__,
         "scheduler_config": {name: repr(value) for name, value in sorted(config.items())},
         "steps": int(num),
-        "guidance": float(_first(guidance, task.guidance, model.defaults.get("guidance_scale"), model.guidance_scale)),
+        "guidance": usual,
         "guidance_of_samples": "used" if guidance is None else "ignored",
         "size": model.resolution,
         "precision": str(DTYPES[model.precision]).removeprefix("torch."),

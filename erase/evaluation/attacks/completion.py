@@ -35,6 +35,13 @@ class Completion(Attack):
     def points(self) -> tuple[str, ...]:
         return tuple(map(str, self.percents))
 
+    def start(self, steps: int, percent: int) -> int:
+        """How many of the sampler's steps the base takes."""
+        return min(steps - 1, -(-steps * percent // 100))
+
+    def fewest_steps(self, steps: int) -> int:
+        return steps - self.start(steps, self.percents[-1])
+
     def search(self, given: Given, seed: int) -> dict[str, Finding]:
         found = {str(percent): Finding(facts={"percent": percent, "seed": seed}) for percent in self.percents}
         return found | {CONTROL: Finding(facts={"percent": self.percents[-1], "seed": seed, "prompts": "retain"})}
@@ -45,7 +52,7 @@ class Completion(Attack):
         rows = {sample.seed: i for i, sample in enumerate(given.samples)}
         other = facts.get("prompts") == "retain"
         asked = [others[rows[s.seed] % len(others)] for s in batch] if other else prompts
-        start = min(given.steps - 1, -(-given.steps * facts["percent"] // 100))
+        start = self.start(given.steps, facts["percent"])
         noise = [generator(facts["seed"], "completion", sample.seed) for sample in batch]
         x = torch.stack([torch.randn(base.latent_shape(given.size), generator=one) for one in noise])
         index, c, empty = torch.full((len(batch),), start), base.encode_text(asked), base.unconditional()

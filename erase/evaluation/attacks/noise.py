@@ -46,6 +46,13 @@ class Noise(Attack):
     def points(self) -> tuple[str, ...]:
         return tuple(map(str, self.percents))
 
+    def start(self, steps: int, percent: int) -> int:
+        """How many of the sampler's steps are left out."""
+        return steps - max(1, round(steps * percent / 100))
+
+    def fewest_steps(self, steps: int) -> int:
+        return steps - self.start(steps, self.percents[0])
+
     def search(self, given: Given, seed: int) -> dict[str, Finding]:
         texts = {sample.prompt: "" for sample in given.samples}
         facts = [{"percent": percent, "seed": seed, "images": "shown"} for percent in self.percents]
@@ -59,7 +66,7 @@ class Noise(Attack):
         x = torch.stack([images[rows[sample.seed]] for sample in batch])
         noise = [generator(facts["seed"], "noise", sample.seed) for sample in batch]
         eps = torch.stack([torch.randn(x.shape[1:], generator=one) for one in noise])
-        start = given.steps - max(1, round(given.steps * facts["percent"] / 100))
+        start = self.start(given.steps, facts["percent"])
         t = model.times(given.steps)[start].expand(len(x))
         how = {"start": start, "steps": given.steps, "guidance": guidance}
         return model.draw_from(model.add_noise(x, eps, t), [finding.texts[s.prompt] for s in batch], **how)

@@ -101,6 +101,10 @@ class Attack(ABC):
         texts, seeds = [said(finding, sample) for sample in batch], [sample.seed for sample in batch]
         return given.model.draw(texts, seeds, steps=given.steps, guidance=guidance, size=given.size)
 
+    def fewest_steps(self, steps: int) -> int:
+        """Of the sampler's steps, the fewest that the attacked model takes for an image of any point."""
+        return steps
+
     def asks(self, concept: Concept, own: Sequence[str], num: int) -> list[str]:
         """`num` prompts to generate from.
 
