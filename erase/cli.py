@@ -173,7 +173,9 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     exact = ""
     if direction == "remove":
         dtype = states.base_dtype(change, new)
-        exact = ", the base's bit for bit" if dtype else ", the base's value for value (its dtype is not recorded)"
+        exact = (
+            ", equal to the base bit for bit" if dtype else ", equal to the base in value (its dtype is not recorded)"
+        )
     else:
         dtype = None
     weights = delta.in_component(family.part, new)
@@ -182,8 +184,8 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     if not is_taken:
         with files.replacing_folder(output) as whole:
             pipeline.save_pipeline(folder, whole, weights, dtype=dtype)
-    word = "written already" if is_taken else "written"
-    print(f"{printable(output)}: {word}; network {delta.content_hash(new)[:12]}{exact}")
+    word = "already written" if is_taken else "written"
+    print(f"{printable(output)}: {word}; content hash {delta.content_hash(new)[:12]}{exact}")
     print(f"load it: {load_line(output)}")
 
 

@@ -107,7 +107,10 @@ def test_too_few_prompts_a_missing_concept_and_equal_weights_cannot_tell(tmp_pat
     assert few["outcome"] == "cannot tell" and "takes at least 125 prompts" in few["text"]
     gone = make_arm(tmp_path / "gone", ["square"] * MANY, WIDE["retain"])
     other = make_arm(tmp_path / "other", ["square"] * MANY, WIDE["retain"], unet="v")
-    for erased, words in ((other, "the base hardly shows the concept"), (gone, "both models have the same weights")):
+    for erased, words in (
+        (other, "the base model hardly shows the concept"),
+        (gone, "both models have the same weights"),
+    ):
         found = measure.measure(erased, gone, name="it", command="")[0]["verdict"]
         assert found["outcome"] == "cannot tell" and words in found["text"]
     one = make_arm(tmp_path / "one", **WIDE, prompts=1), make_arm(tmp_path / "two", **WIDE, prompts=1, unet="v")
@@ -560,7 +563,7 @@ def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, comm
     code, _, err = command(*arguments, "--require", "mini.ra>=1")
     assert code == 3 and "mini.ra>=1 is not met" in err.splitlines()[-1]
     code, out, _ = command("verify", folder)
-    assert code == 0 and "6 images are what was generated" in out
+    assert code == 0 and "6 images are unchanged" in out
     code, out, _ = command("compare", folder, f"again={folder}", "--output", tmp_path / "compared")
     assert code == 0 and "again" in out
     code, out, _ = command("export", folder, "--output", tmp_path / "outcomes.csv")

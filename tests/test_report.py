@@ -210,12 +210,15 @@ def test_the_verdict_says_what_can_be_said(results, images, tmp_path):
         return (tmp_path / "report.md").read_text(encoding="utf-8").split("## Scores")[0]
 
     text = verdict(results)
-    assert "where the base model has 3.0 % [1.0, 8.5]. That is +94.0 pp" in text and "better than the base" in text
-    assert "Retained accuracy: 95.8 %" in text and "may be chance" in text
+    assert (
+        "where the base model has 3.0 % [1.0, 8.5]. The difference, +94.0 pp" in text and "better than the base" in text
+    )
+    assert "Retained accuracy: 95.8 %" in text and "is not statistically significant" in text
     assert "12 of 340 images of the erased model (3.5 %) are invalid" in text
     noise = make_results(ra=10)
     noise["invalid"]["erased"]["k"] = 0
-    assert "worse than the base beyond chance" in verdict(noise) and "All 680 images are valid" in verdict(noise)
+    text = verdict(noise)
+    assert "is statistically significant: worse than the base" in text and "All 680 images are valid" in text
 
 
 def test_lower_can_be_better(images, tmp_path):
@@ -223,7 +226,9 @@ def test_lower_can_be_better(images, tmp_path):
     results["scores"][0]["higher_is_better"] = False
     results["scores"][0] |= figures("mini.ua", 90, 1, 100)
     write(results, tmp_path, images=images)
-    assert re.search(r"That is −89\.0 pp \[.*\], better than", (tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert re.search(
+        r"The difference, −89\.0 pp \[.*\], is .* better than", (tmp_path / "report.md").read_text(encoding="utf-8")
+    )
 
 
 def test_a_report_of_one_arm_claims_no_change(images, tmp_path):
@@ -233,7 +238,7 @@ def test_a_report_of_one_arm_claims_no_change(images, tmp_path):
     del results["arms"]["base"], results["invalid"]["base"], results["retention"]
     write(results, tmp_path, images=images)
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "does not tell what the erasure changed" in markdown
+    assert "does not show what the erasure changed" in markdown
     assert "| Unlearning accuracy ↑ | – | 97.0 % [91.5, 99.0] | – | 100 | – |" in markdown
 
 

@@ -176,7 +176,12 @@ def test_the_command_trains_unlearns_and_compares(tmp_path, capsys):
     assert scores["before"]["UA"]["n"] == scores["after"]["UA"]["n"] == 6
     classifier_cli.main(["compare", "--methods", "ft", "ga", "--seeds", "2", *options(tmp_path, "compared")])
     text = capsys.readouterr().out
-    assert "test accuracy" in text and "6 images forgotten by rl" in text and "| ga |" in text
+    assert (
+        "test accuracy" in text
+        and "6 images forgotten with rl" in text
+        and "original -> unlearned" in text
+        and "| ga |" in text
+    )
 
 
 @pytest.mark.parametrize(

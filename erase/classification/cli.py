@@ -67,7 +67,11 @@ def _unlearn(arguments: list[str]) -> None:
     plain = {when: {name: vars(score) for name, score in of.items()} for when, of in scores.items()}
     files.write_json(result.folder / "scores.json", plain)
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.record["seconds"].items())
-    print(f"{printable(result.folder)}: {len(result.split.forget):,} images forgotten by {settings.method} ({seconds})")
+    print(
+        f"{printable(result.folder)}: {len(result.split.forget):,} images forgotten with {settings.method} ({seconds})"
+    )
+    titles = {"before": "original", "after": "unlearned"}
+    print(f"{'':22} {' -> '.join(titles[when] for when in scores)}")
     for name in scores["after"]:
         values = " -> ".join(f"{100 * of[name].value:5.1f} %" for of in scores.values())
         print(f"{name:22} {values}  (n = {scores['after'][name].n:,})")

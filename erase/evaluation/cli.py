@@ -334,8 +334,8 @@ def _verify(arguments: list[str]) -> None:
     num = len(arm.complete_records(folder))
     if problems:
         raise EraseError(f"{folder}: {len(problems)} problems in {num} images")
-    again = f"{min(given.num, num)} scored again the same by {', '.join(names)}" if names else "no scores yet"
-    print(f"{folder}: {num} images are what was generated; {again}")
+    again = f"{min(given.num, num)} got the same scores again from {', '.join(names)}" if names else "no scores yet"
+    print(f"{folder}: {num} images are unchanged; {again}")
 
 
 def _list(arguments: list[str]) -> None:

@@ -27,7 +27,7 @@ def verdict(
     models: Mapping[str, Mapping[str, str]],
     invalid: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any] | None:
-    """What the scores say of erasure and retention; None if the task has no such scores or there is no base.
+    """What the scores say about erasure and retention; None if the task has no such scores or there is no base.
 
     models: hashes of each arm. invalid: number of invalid images of each arm.
     """
@@ -65,9 +65,9 @@ def _nothing_to_conclude(
         if count["k"] > MOST_INVALID * count["n"]:
             return f"{count['k']:,} of {count['n']:,} images of the {role} model are black, flat or unreadable"
     if 1 in (erasure["base"]["clusters"], retention["erased"]["clusters"]):
-        return "one prompt says nothing of other prompts"
+        return "one prompt says nothing about other prompts"
     if statistics.ratio(_concept(erasure["erased"]), _concept(erasure["base"]))[1] == float("inf"):
-        return "the base hardly shows the concept, so nothing can be said of erasing it"
+        return "the base model hardly shows the concept, so its erasure cannot be measured"
     return ""
 
 
@@ -93,12 +93,12 @@ def _concluded(erasure: Mapping[str, Any], retention: Mapping[str, Any]) -> tupl
 
 
 def _takes(claim: str, needed: int | None, row: Mapping[str, Any]) -> str:
-    """How many prompts would show it; losses that were seen call for more than the smallest number."""
+    """How many prompts would show the claim. Where losses were observed it takes more than this smallest number."""
     there, images = row["erased"]["clusters"] or row["erased"]["n"], _images(row["erased"])
     each = f"{images} image{'s' * (images > 1)} each"
     if needed is None or needed <= there:
-        return f"to show that {claim} takes more than these {there:,} prompts with {each}"
-    return f"to show that {claim} takes at least {needed:,} prompts with {each}, and here are {there:,}"
+        return f"showing that {claim} takes more than these {there:,} prompts with {each}"
+    return f"showing that {claim} takes at least {needed:,} prompts with {each}; this evaluation has {there:,}"
 
 
 def _images(score: Mapping[str, Any]) -> int:

@@ -47,14 +47,16 @@ def verdict_sentences(results: Mapping[str, Any]) -> list[str]:
 def _meaning(score: Mapping[str, Any]) -> str:
     comparison = score["comparison"]
     if comparison is None:
-        return "Without the base model on the same seeds, this does not tell what the erasure changed."
+        return "There is no base model on the same seeds, so this does not show what the erasure changed."
     difference = _difference(comparison)
     if comparison["low"] is None:
-        return f"The difference is {difference}: it may be chance."
+        return f"The difference is {difference}: without an interval it may be chance."
     if comparison["low"] <= 0 <= comparison["high"]:
-        return f"The difference, {difference}, may be chance."
+        return f"The difference, {difference}, is not statistically significant."
     is_gain = (comparison["difference"] > 0) == score["higher_is_better"]
-    return f"That is {difference}, {'better' if is_gain else 'worse'} than the base beyond chance."
+    return (
+        f"The difference, {difference}, is statistically significant: {'better' if is_gain else 'worse'} than the base."
+    )
 
 
 def _validity(invalid: Mapping[str, Any]) -> list[str]:
@@ -79,18 +81,18 @@ def table_note(results: Mapping[str, Any]) -> str:
     notes = ["Brackets hold 95 % intervals; pp are percentage points."]
     if any(row["erased"]["clusters"] for row in scores):
         notes.append(
-            "Where a prompt has several images, intervals are over prompts; ICC is the observed correlation of a "
-            "prompt's images, which the intervals take to be at least 0.3."
+            "Where a prompt has several images, intervals are over prompts; ICC is the observed intraclass correlation "
+            "of the images of a prompt, for which the intervals use at least 0.3."
         )
     intervals = [figure["interval"] for row in scores for figure in (row["erased"], row["comparison"]) if figure]
     if any(ONE_PROMPT in interval for interval in intervals):
-        notes.append("An interval for this prompt only says nothing of other prompts.")
+        notes.append('"This prompt only": the interval says nothing about other prompts.')
     if any(FEW_VALUES in interval for interval in intervals):
-        notes.append("A mean that is 0 for all but a few prompts has no interval that can be trusted; see the rates.")
+        notes.append("A mean that is 0 for all but a few prompts has no reliable interval; see the rates.")
     if tests:
         notes.append(f"Differences are paired by prompt and seed; p: {', '.join(tests)}.")
     if any(row["comparison"]["only_base"] is not None for row in scores if row["comparison"]):
-        notes.append("Below p: pairs that were true for the base alone : for the erased model alone.")
+        notes.append("Below p: number of pairs that count for the base only : for the erased model only.")
     return " ".join(notes)
 
 
