@@ -1,6 +1,5 @@
 """Stable Diffusion 1 and 2: how they add noise, predict, and generate."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,23 +21,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
-from erase.delta import content_hash, of_component
-from erase.device import rounded, staged
 from erase.errors import EraseError, missing
-from erase.families import architecture, components, compvis, layers, pipeline_folder, scope, sd_parts, single_file
+from erase.families import architecture, compvis, layers, pipeline_folder, scope, sd_parts, single_file
 from erase.families.components import one_line
+from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
-from erase.families.protocol import Family, Sampler
+from erase.families.protocol import Sampler
 from erase.families.stored_unet import load_unet
-from erase.files import text_hash
 from erase.guards import Guard
 from erase.options.model_defaults import read_defaults
 
-_OF_THE_LAST_CALL = {"truncation", "padding"}  # what a tokenizer remembers; no part of its content
-
 
 @dataclass
-class StableDiffusion(Family):
+class StableDiffusion(LatentFamily):
     """Stable Diffusion 1 or 2, text to image.
 
     allow_pickle: how the parts were loaded, for when they are loaded again.
@@ -142,30 +137,6 @@ class StableDiffusion(Family):
     def needs_dtype(cls, folder: Path) -> bool:
         return pipeline_folder.needs_dtype(folder)
 
-    def to(self, device: torch.device) -> None:
-        modules: Any = (self.unet, self.vae, self.text_encoder)
-        for module in modules:
-            module.to(device)
-
-    def release(self) -> None:
-        """Free the parts in `loaded_again`; each is loaded again when it is next used."""
-        for part in self.loaded_again.keys() & vars(self).keys():
-            delattr(self, part)
-
-    def __getattr__(self, name: str) -> Any:
-        """A part that was released (Python asks here for what is not there)."""
-        if name not in type(self).loaded_again:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        part = components.load(self.loaded_again[name], self.folder / name, allow_pickle=self.allow_pickle).to(
-            self.device
-        )
-        setattr(self, name, part)
-        return part
-
-    @property
-    def network(self) -> UNet2DConditionModel:
-        return self.unet
-
     def stored_network(self) -> UNet2DConditionModel:
         return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.unet_file)
 
@@ -189,26 +160,6 @@ class StableDiffusion(Family):
             "timestep": torch.zeros(num, dtype=torch.int64),
             "encoder_hidden_states": torch.empty(num, self.max_tokens, width, dtype=dtype),
         }
-
-    def hash_of(self, part: str) -> str:
-        """The UNet's is the one that deltas and run.json state, whatever the precision."""
-        if part.startswith("tokenizer"):
-            backend: Any = getattr(self, part).backend_tokenizer
-            content = json.loads(backend.to_str())
-            return text_hash({name: value for name, value in content.items() if name not in _OF_THE_LAST_CALL})
-        state = getattr(self, part).state_dict()
-        return content_hash(of_component(part, state) if part == self.part else state)
-
-    @property
-    def multiple(self) -> int:
-        return max(8, self.vae_scale)
-
-    def latent_shape(self, size: int) -> tuple[int, int, int]:
-        return 4, size // self.vae_scale, size // self.vae_scale
-
-    @property
-    def resolution(self) -> int:
-        return int(self.unet.config["sample_size"]) * self.vae_scale
 
     def predict(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The noise that `network` sees in `x`; v predictions are converted: eps = sqrt(a) v + sqrt(1 - a) x."""
@@ -298,61 +249,6 @@ class StableDiffusion(Family):
     def all_tokens(self, prompt: str) -> list[int]:
         ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
         return list(ids[1:-1])
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's posterior, scaled as the UNet wants them: [n, 4, h / 8, w / 8] each.
-
-        images: [n, 3, h, w], in [-1, 1].
-        """
-
-        def encode() -> Tensor:
-            posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist  # pyright: ignore
-            return torch.stack([posterior.mean, posterior.std]).float().cpu()
-
-        mean, std = self._by_vae(encode)
-        factor, (shift, unit) = self.vae.config["scaling_factor"], self._latent_moments()
-        return (mean - shift) * factor / unit, std * factor / unit
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
-        """Images in [-1, 1], [n, 3, 8 h, 8 w], on the CPU."""
-        factor, images = self.vae.config["scaling_factor"], []
-        shift, unit = (moment.to(self.vae.device) for moment in self._latent_moments())
-        for chunk in latents.split(batch_size):
-
-            def decode(chunk: Tensor = chunk) -> Tensor:
-                z = chunk.to(self.vae.device, self.vae.dtype) / factor
-                return self.vae.decode(z * unit.to(z) + shift.to(z)).sample.float()  # pyright: ignore
-
-            images.append(self._by_vae(decode).clamp(-1, 1).cpu())
-        return torch.cat(images)
-
-    def _by_vae(self, compute: Callable[[], Tensor]) -> Tensor:
-        """What the VAE computes in its precision; once more in float32 where half precision overflows.
-
-        Raises:
-            EraseError: it is not finite in float32 either.
-        """
-        with rounded(self.vae_precision, self.vae):
-            found = compute()
-        if self.vae_precision != "fp32" and not found.isfinite().all():
-            found = compute()
-        if not found.isfinite().all():
-            raise EraseError(f"the VAE of {self.name} computes values that are not finite (NaN or infinity)")
-        return found
-
-    @property
-    def vae_precision(self) -> str:
-        """Of the VAE's passes, before any upcast of `_by_vae`."""
-        return self.precision
-
-    def _latent_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation that a VAE's config states for its latents, [1, channels, 1, 1]; else 0 and 1."""
-        mean, std = self.vae.config["latents_mean"], self.vae.config["latents_std"]
-        if mean is None or std is None:
-            return torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-        return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
     def sampler(self, name: Sampler = "model") -> SchedulerMixin:
         """A fresh scheduler to draw with: the model's own, or DPM-Solver++ (Lu et al., 2022) for the same noise.
@@ -485,9 +381,6 @@ class StableDiffusion(Family):
                 eps = unconditional + guidance * (conditional - unconditional)
                 x[rows] = scheduler.step(eps, time, x[rows]).prev_sample  # pyright: ignore
         return x, self._staged(times[index])
-
-    def _staged(self, tensor: Tensor) -> Tensor:
-        return staged(tensor, self.device)
 
     def attention(self, x: Tensor, t: Tensor, c: Conditioning) -> list[Tensor]:
         """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each, with their gradients.

@@ -12,8 +12,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase.errors import EraseError
 from erase.families.components import one_line
+from erase.files import text_hash
 
 _END = "</w>"
+_OF_THE_LAST_CALL = {"truncation", "padding"}  # what a tokenizer remembers; no part of its content
 _WORDS = "a photo of a red circle, 12 churches"
 
 
@@ -49,6 +51,12 @@ def load(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
     if problem:
         raise EraseError(f"{folder} is damaged: {problem}; download the model again")
     return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of what the tokenizer does, whichever files it came from."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    return text_hash({name: value for name, value in content.items() if name not in _OF_THE_LAST_CALL})
 
 
 def _problem(folder: Path, tokenizer: CLIPTokenizer) -> str | None:
