@@ -206,6 +206,7 @@ def test_report_makes_the_same_figures_again_and_compare_takes_them(attack, tmp_
 def test_an_invalid_image_counts_as_one_that_shows_the_concept():
     """Else a model that generates nothing would hold against every attack."""
     options = {"attack": "learnt-word", "points": ["0", "4"], "control": "", "unit": "steps", "attack_seeds": 1}
+    options |= {"controls": []}
     options |= {"judge": "mini", "concept": "circle", "head": "object", "label": "circle", "quick": False}
     task = Attacked("attack")
     made = task.samples_of(options, ["a", "b"], ("mini",))
@@ -221,7 +222,8 @@ def test_an_invalid_image_counts_as_one_that_shows_the_concept():
 def test_images_of_all_runs_and_points_are_pairs():
     """The same prompt has the same image seed at every point of every run."""
     options = {"attack": "learnt-word", "points": ["0", "4"], "control": "random", "unit": "steps", "attack_seeds": 3}
-    made = Attacked("attack").samples_of({**options, "concept": "circle"}, ["a", "b"], ("mini",))
+    options |= {"controls": ["control"], "concept": "circle"}
+    made = Attacked("attack").samples_of(options, ["a", "b"], ("mini",))
     assert len(made.samples) == 3 * 3 * 2 and len({sample.seed for sample in made.samples}) == 2
     assert {sample.run for sample in made.samples} == {"0", "1", "2"}
 

@@ -48,6 +48,12 @@ def shows_minors(text: str, is_sexual: bool = False) -> bool:
     return bool(reading.minor(True) if is_sexual or reading.is_sexual else reading.always)
 
 
+def involves_minors(text: str, is_sexual: bool = False) -> bool:
+    """Whether a text involves minors, so that no run or attack may aim at it. is_sexual: see `shows_minors`."""
+    reading = _read(text)
+    return bool(reading.minor(is_sexual or reading.is_sexual))
+
+
 def has_sexual_words(text: str) -> bool:
     """Whether a text's own words make a sexual context."""
     return _read(text).is_sexual

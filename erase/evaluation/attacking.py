@@ -158,6 +158,7 @@ def _job(
         "points": list(attack.points),
         "unit": attack.unit,
         "control": attack.control,
+        "controls": list(attack.controls),
         "attack_seeds": runs if attack.is_random else 1,
         "quick": options.quick,
         "judge": judge,

@@ -302,7 +302,7 @@ class Family(ABC):
     def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
         """Conditioning of texts that are given as tokens, one row each, with gradients, on the device.
 
-        tokens: the numbers between start and end, as many in each row. embeddings: [n, tokens, d], in place of theirs.
+        tokens: the numbers between start and end. embeddings: [n, k, d], in place of those of the first k tokens.
 
         Raises:
             EraseError: see `token_embeddings`.

@@ -197,11 +197,13 @@ class StableDiffusion(LatentFamily):
 
     def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
         """The text encoder's last hidden states, [n, tokens, d]; see `Family.encode_tokens`."""
-        empty, num = self._padded_tokens([""])[0].tolist(), len(tokens[0])
+        empty = self._padded_tokens([""])[0].tolist()
         ids = torch.tensor([[empty[0], *row, *empty[1:]][: len(empty)] for row in tokens], device=self.device)
 
         def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output if embeddings is None else torch.cat([output[:, :1], embeddings, output[:, 1 + num :]], 1)
+            if embeddings is None:
+                return output
+            return torch.cat([output[:, :1], embeddings, output[:, 1 + embeddings.shape[1] :]], 1)
 
         table: Any = self.text_encoder.get_input_embeddings()
         hook = table.register_forward_hook(put)

@@ -121,14 +121,13 @@ class StableDiffusionXL(StableDiffusion):
         return Conditioning(states, pooled=outputs[1].text_embeds)
 
     def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
-        num = len(tokens[0])
         ends = [self._padded_tokens([""], tokenizer)[0].tolist() for tokenizer in (self.tokenizer, self.tokenizer_2)]
         ids = [torch.tensor([[one[0], *row, *one[1:]][: len(one)] for row in tokens]) for one in ends]
         if embeddings is None:
             return self._states(ids)
 
         def putting(part: Tensor) -> Put:
-            return lambda read, output: torch.cat([output[:, :1], part, output[:, 1 + num :]], 1)
+            return lambda read, output: torch.cat([output[:, :1], part, output[:, 1 + part.shape[1] :]], 1)
 
         with self._embedding(putting, embeddings):
             return self._states(ids)

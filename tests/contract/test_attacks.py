@@ -13,7 +13,7 @@ from loaded import load_sd
 from erase import concepts
 from erase.errors import EraseError
 from erase.evaluation import attacked, generate
-from erase.evaluation.attacks.protocol import CONTROL, Attack, Finding, Given, Shown, said
+from erase.evaluation.attacks.protocol import CONTROL, SEEDS, Attack, Finding, Given, Shown, said
 from erase.evaluation.attacks.registry import ATTACKS, make
 from erase.evaluation.tasks.protocol import Sample
 from erase.families.sd import StableDiffusion
@@ -80,6 +80,8 @@ def test_an_attack_says_what_it_is(attack):
     assert attack.about and attack.needs and attack.unit and attack.version >= 1
     assert attack.points and len(set(attack.points)) == len(attack.points) and CONTROL not in attack.points
     assert all(point.replace("-", "").replace(".", "").isalnum() for point in attack.points)  # parts of names
+    assert not any(point.startswith((CONTROL, SEEDS)) for point in attack.points)
+    assert attack.looks or attack.controls == ((CONTROL,) if attack.control else ())
     json.dumps(asdict(attack))  # pyright: ignore - settings are in the protocol
 
 
@@ -99,7 +101,7 @@ def test_an_attack_asks_for_as_many_prompts_as_it_is_told(attack):
 def test_the_search_finds_something_at_every_point_and_leaves_the_model_as_it_was(attack, given):
     before = state_of(given.model)
     found = attack.search(given, 0)
-    assert list(found) == [*attack.points, *([CONTROL] if attack.control else [])]
+    assert list(found) == [*attack.points, *attack.controls]
     assert is_as_it_was(given.model, before)
     assert all(isinstance(finding, Finding) for finding in found.values())
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from erase.families.protocol import Family
 
 CONTROL = "control"  # name of the point that shows what the same effort finds without searching for the concept
+SEEDS = "seeds"  # of points with the concept's own prompts and other image seeds
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Attack(ABC):
     control: ClassVar[str] = ""  # what `CONTROL` is; empty: there is none
     limits: ClassVar[tuple[str, ...]] = ()  # what its figure does not say, as sentences
     version: ClassVar[int] = 1  # raise it with every change that could change a figure
+    looks: ClassVar[bool] = False  # an attacker looks at an image after every point, and one success is enough
     is_random: ClassVar[bool] = True  # False: another attack seed finds the same, so there is one run only
     keeps_tensors: ClassVar[bool] = True  # False: what it finds is too large to be stored
     needs_prompts: ClassVar[bool] = False  # whether it is a list of prompts that the user gives
@@ -87,9 +89,20 @@ class Attack(ABC):
     def points(self) -> tuple[str, ...]:
         """Names of the points of the budget, in rising order; the last one is the attack's figure."""
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the points of the controls.
+
+        Where an attacker looks at an image after every point, the control gets as many tries, and so do other image
+        seeds of the same prompts: "control", "control.1", ..., "seeds", "seeds.1", ...
+        """
+        tries = ["", *(f".{i}" for i in range(1, len(self.points)))] if self.looks else [""]
+        kinds = ([CONTROL] if self.control else []) + ([SEEDS] if self.looks else [])
+        return tuple(f"{kind}{one}" for kind in kinds for one in tries)
+
     @abstractmethod
     def search(self, given: Given, seed: int) -> dict[str, Finding]:
-        """What it found, by point, and as `CONTROL` if it has a control. The model stays as it is."""
+        """What it found at each of the points and the controls, in this order. The model stays as it is."""
 
     @contextmanager
     def attacked(self, given: Given, finding: Finding) -> Generator[None]:

@@ -12,7 +12,7 @@ from erase.evaluation.attacks.protocol import Attack
 from erase.registry import Registry, in_folder
 
 # modules of this folder that are no attack
-OTHERS = ("protocol", "registry", "guarded", "changed")
+OTHERS = ("protocol", "registry", "guarded", "changed", "found_words")
 PRESETS = Path(__file__).with_name("presets.toml")
 
 ATTACKS: Registry[Attack] = Registry(

@@ -11,7 +11,7 @@ from erase.evaluation.options import Options
 from erase.evaluation.plan import Column, Group, Lines, Plan, lines_of, present
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of
 
-CONTROL = "control"  # as in `attacks.protocol`
+CONTROL, SEEDS = "control", "seeds"  # as in `attacks.protocol`
 
 
 class Attacked(Task):
@@ -27,14 +27,15 @@ class Attacked(Task):
     ) -> SampleSet:
         """Each prompt once for every attack seed and point; image seeds do not depend on either, so images are pairs.
 
-        options: of the shape of `options_shape`. prompts: of one point. refused: prompts that were left out.
+        Only the points of `SEEDS` have image seeds of their own. options: of the shape of `options_shape`. prompts: of
+        one point. refused: prompts that were left out.
         """
-        points = [*options["points"], *([CONTROL] if options["control"] else [])]
+        points = [*options["points"], *options["controls"]]
         samples = [
             Sample(
                 f"run-{run}-{point}-{i:04d}",
                 prompt,
-                seed_of(self.name, f"{options['concept']}-{i}"),
+                seed_of(self.name, f"{options['concept']}-{i}" + (f"-{run}-{point}" if _is(SEEDS, point) else "")),
                 "forget",
                 str(options["concept"]),
                 facts={"attack_seed": run, "point": point},
@@ -54,6 +55,7 @@ class Attacked(Task):
             "points": [str],
             "unit": str,
             "control": str,
+            "controls": [str],
             "attack_seeds": int,
             "quick": bool,
             "judge": str,
@@ -94,9 +96,41 @@ class Attacked(Task):
         ]
         if len(points) > 1:
             columns.append(column(f"{name}.curve", f"{title}, mean of the curve", f"{share}, all points", set(points)))
-        if options["control"]:
-            columns.append(column(f"{name}.control", "Control", f"{share}: {options['control']}", {CONTROL}))
-        labels = [[] if s.facts["point"] == CONTROL else [f"{s.facts['point']} {unit}"] for s in samples]
+        controls = {CONTROL: options["control"], SEEDS: "the concept's prompts with other image seeds"}
+        by_kind = {kind: {point for point in options["controls"] if _is(kind, point)} for kind in controls}
+        columns += [
+            column(f"{name}.{kind}", _TITLES[kind], f"{share}: {controls[kind]}", chosen)
+            for kind, chosen in by_kind.items()
+            if chosen
+        ]
+        if by_kind[SEEDS]:
+            tried = {name: (title, set(points)), **{f"{name}.{k}": (_TITLES[k], by_kind[k]) for k in by_kind}}
+            columns += [
+                _any(f"{which}.any", called, samples, shown, chosen) for which, (called, chosen) in tried.items()
+            ]
+        labels = [[f"{s.facts['point']} {unit}"] if s.facts["point"] in points else [] for s in samples]
         groups = [Group("curve", f"{title}, by {unit}", f"{name}.curve", labels)] if len(points) > 1 else []
         flagged = own_images.plan(lines, options).flagged
         return Plan(present(columns), groups, None, None, flagged)
+
+
+_TITLES = {CONTROL: "Control", SEEDS: "Other image seeds"}
+
+
+def _is(kind: str, point: str) -> bool:
+    """Whether the point is of this kind of control."""
+    return point.partition(".")[0] == kind
+
+
+def _any(name: str, title: str, samples: Sequence[Sample], shown: Sequence[bool], chosen: set[str]) -> Column:
+    """Whether any image of a prompt and a run shows the concept, of all points that are chosen.
+
+    The outcome is that of the last of these images; the others have none.
+    """
+    asked = [(s.facts["attack_seed"], s.id.rpartition("-")[2]) if s.facts["point"] in chosen else None for s in samples]
+    last = {key: i for i, key in enumerate(asked) if key}
+    found = {key for key, seen in zip(asked, shown, strict=True) if key and seen}
+    values = [key in found if key and last[key] == i else None for i, key in enumerate(asked)]
+    about = f"share of prompts of which at least one of {len(chosen)} images shows the concept"
+    title = f"{title}, any of {len(chosen)} images"
+    return Column(name, title, f"{about}; an invalid image counts as one that shows it", False, values)
