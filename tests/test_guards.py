@@ -230,6 +230,18 @@ def test_a_guarded_embedded_model_is_reported_beside_itself(tmp_path, monkeypatc
     assert "report.html: written" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["generate", "run", "attack"])
+def test_free_text_that_the_embedded_model_does_not_know_is_one_line(tmp_path, capsys, command):
+    what = ["--attack", "learnt-word"] if command == "attack" else ["--task", "mini"]
+    given = [*what, "--concept", "red bicycle", "--output", str(tmp_path / "out"), "--quiet"]
+    for kind in ([], ["--kind", "object"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([command, "--model", "mini", *given, *kind])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "the embedded model does not know 'bicycle'" in line and "checked, circle, cross" in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

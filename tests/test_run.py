@@ -21,7 +21,7 @@ from erase import cli, concepts, delta, erase_concept, files, masks, tensor_file
 from erase.concepts import Concept
 from erase.data import latents
 from erase.errors import EraseError
-from erase.families import stored_unet
+from erase.families import loading, stored_unet
 from erase.methods.relabel import Relabel
 from erase.options.settings import Settings
 from erase.runs import folders, job, machine, subjects
@@ -578,7 +578,21 @@ def test_the_user_sees_what_becomes_what_before_the_work_begins(toy_pipeline_dir
             {"concept": "church"},
             "the embedded model does not know 'church' (in the forget prompt 'an image of a church')",
         ),
-        ({"concept": "red disc", "kind": "object"}, "does not know 'close' (in the forget prompt 'a close-up photo of"),
+        (
+            {"concept": "red bicycle"},
+            "does not know 'bicycle' (in --concept 'red bicycle'); it draws only what its presets name: checked, circle",
+        ),
+        (
+            {"concept": "red bicycle", "kind": "object"},
+            "does not know 'bicycle' (in --concept 'red bicycle'); it draws",
+        ),
+        ({"concept": "cirlce"}, "does not know 'cirlce' (in --concept 'cirlce'); did you mean circle? it draws"),
+        ({"concept": "red disc", "kind": "object"}, "'red disc' is no preset of the embedded model, for which free"),
+        ({"concept": "a nude girl", "kind": "object"}, "targets that involve minors"),
+        (
+            {"concept": "circle", "retain": ("a photo of a bicycle",)},
+            "does not know 'bicycle' (in the retain prompt 'a photo of a bicycle')",
+        ),
         (
             {"concept": "circle", "anchor": ("a potted plant",)},
             "'potted' (in the anchor prompt 'a potted plant'); give",
@@ -590,6 +604,19 @@ def test_what_the_embedded_model_was_never_shown_is_refused_by_name(options, mes
     with pytest.raises(EraseError, match=re.escape(message)):
         job.run(Settings(model="mini", output=str(tmp_path / "run"), **options), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_free_text_on_a_model_made_from_the_embedded_one_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "erase_defaults.json").write_text('{"family": "mini"}')
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(EraseError, match="does not know 'bicycle'"):
+        job.run(Settings("red bicycle", str(tmp_path), kind="object", output=str(tmp_path / "run")), quiet=True)
+
+
+def test_free_text_of_known_words_takes_prompts_of_your_own():
+    own = {"forget": ("a photo of a red disc",), "anchor": ("a photo of a red box",)}
+    settings = Settings("red disc", "mini", kind="object", **own)
+    assert subjects.find_concept(settings, "red disc", None, None).forget == own["forget"]
 
 
 def test_a_prompt_whose_concept_is_cut_off_is_refused_and_a_long_one_is_said(toy_pipeline_dir, tmp_path):

@@ -14,6 +14,7 @@ from erase.evaluation.options import Drawing, Options
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
 from erase.families.protocol import Family
+from erase.mini import vocabulary
 from erase.runs import record
 from erase.runs.record import Models, RunRecord
 
@@ -62,8 +63,12 @@ def concept_of(name: str | None, kind: Any, model: str) -> Concept | None:
     made, erased = run_record(model), erased_concepts(model)
     if name:
         known = [part for part in erased if part.name.lower() == name.lower().replace("_", " ")]
-        family = "mini" if "mini" in {model, *([made.model.name, made.model.origin] if made else [])} else None
-        return known[0] if known else concepts.find(name, kind, model_family=family)
+        if known:
+            return known[0]
+        is_mini = vocabulary.is_embedded(model) or bool(made and "mini" in {made.model.name, made.model.origin})
+        if is_mini:
+            vocabulary.require_name(name)
+        return concepts.find(name, kind, model_family="mini" if is_mini else None)
     if len(erased) > 1:
         raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")
     return erased[0] if erased else None

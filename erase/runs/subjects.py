@@ -1,6 +1,5 @@
 """The concepts of a run, in the model's language, and how they are announced."""
 
-import re
 from collections.abc import Sequence
 
 from erase import concepts
@@ -8,7 +7,7 @@ from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.methods import Method
-from erase.mini import world
+from erase.mini import vocabulary, world
 from erase.options.recipes import prompts_of
 from erase.options.settings import Settings
 
@@ -35,13 +34,15 @@ def find_concepts(settings: Settings, given: Sequence[Concept | None], model: Fa
 def find_concept(settings: Settings, name: str, concept: Concept | None, model: Family | None) -> Concept:
     """One of them."""
     given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
+    is_mini = model.is_mini if model else vocabulary.is_embedded(settings.model)
     if concept is None:
-        family = "mini" if model and model.is_mini else None
-        concept = concepts.find(name, settings.kind, model_family=family)
+        if is_mini and not (settings.kind and settings.forget and settings.anchor):
+            vocabulary.require_preset(name)
+        concept = concepts.find(name, settings.kind, model_family="mini" if is_mini else None)
         if prompts_of(settings) == "code" and not name.lower().endswith(".toml"):  # a file's prompts are the user's
             concept = concepts.in_prompts_of_the_code(concept)
     concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
-    if model and model.is_mini:
+    if is_mini:
         require_known(concept, settings)
     if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
         raise EraseError(
@@ -52,13 +53,14 @@ def find_concept(settings: Settings, name: str, concept: Concept | None, model: 
 
 
 def require_known(concept: Concept, settings: Settings) -> None:
-    """Raise an EraseError for a forget prompt or anchor with a word that the embedded model was never shown."""
-    known = {*world.WORDS, *world.COLOURS}
-    for part, prompts in (("forget", concept.forget), ("anchor", concept.anchor)):
+    """Raise an EraseError for a prompt with a word that the embedded model was never shown.
+
+    Retain prompts are those that the user gives: a concept's own do no harm.
+    """
+    for part, prompts in (("forget", concept.forget), ("anchor", concept.anchor), ("retain", settings.retain)):
         for prompt in prompts:
-            strange = [word for word in re.findall(r"\w+", prompt.lower()) if word not in known]
-            if strange:
-                other = "" if part == "forget" else "; give --anchor, such as 'a photo of a square'"
+            if strange := vocabulary.unknown_words(prompt):
+                other = "; give --anchor, such as 'a photo of a square'" if part == "anchor" else ""
                 raise EraseError(
                     f"the embedded model does not know {strange[0]!r} (in the {part} prompt {prompt!r}){other}; "
                     f"it knows {', '.join(world.SHAPES)} and persons"
