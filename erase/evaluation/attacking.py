@@ -20,7 +20,7 @@ from erase.device import choose
 from erase.errors import EraseError
 from erase.evaluation import arm, attacked, evaluate, expected, generate, jsonl, own_images, rows, score
 from erase.evaluation.attacks import registry as attacks
-from erase.evaluation.attacks.protocol import Attack, Given, Shown
+from erase.evaluation.attacks.protocol import Attack, Finding, Given, Shown
 from erase.evaluation.gate import check_rules
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.judges.protocol import Judge
@@ -63,7 +63,10 @@ class Request:
 
 @dataclass
 class Job:
-    """One attack on all models. folders: of the arms, by role, known when the models were loaded once."""
+    """One attack on all models.
+
+    folders: of the arms, by role, known when the models were loaded once. known: see `Given`.
+    """
 
     name: str
     attack: Attack
@@ -71,6 +74,7 @@ class Job:
     judge: Judge
     folder: Path
     folders: dict[str, Path] = field(default_factory=dict[str, Path])
+    known: dict[int, dict[str, Finding]] = field(default_factory=dict[int, dict[str, Finding]])
 
 
 def run(request: Request, tell: Callable[[str], None], note: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -266,6 +270,7 @@ def _attack_and_score(
                 guidance=settings["guidance"],
                 size=settings["size"],
                 quiet=request.quiet,
+                known=job.known,
             )
             attacked.attack(given, job.attack, job.task, folder, settings, drawing.generation_batch_size, role)
         score.score(folder, job.judge, quiet=request.quiet, role=role)

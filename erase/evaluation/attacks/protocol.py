@@ -50,6 +50,7 @@ class Given:
     shown, others: the base's images of the concept and of what should stay (`num_shown`, `num_others` of the attack),
         of the concept's prompts in turn.
     samples: of one run of the attack at one point: what will be generated. steps, guidance, size: of these images.
+    known: what the attack found without the attacked model, by attack seed; the other models' searches see it too.
     """
 
     model: "Family"
@@ -62,6 +63,7 @@ class Given:
     guidance: float
     size: int
     quiet: bool = False
+    known: dict[int, "dict[str, Finding]"] = field(default_factory=dict[int, "dict[str, Finding]"])
 
 
 class Attack(ABC):
