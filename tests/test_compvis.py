@@ -21,10 +21,20 @@ TOPOLOGIES: list[dict[str, Any]] = [
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     ),
     dict(block_out_channels=(4, 8, 16, 16), use_linear_projection=True),  # Stable Diffusion 2
+    dict(
+        block_out_channels=(4, 8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 3),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+    ),  # Stable Diffusion XL
 ]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=["sd1", "three-levels", "sd2"])
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=["sd1", "three-levels", "sd2", "sdxl"])
 def test_compvis_names_are_those_that_diffusers_reads(topology):
     unet = UNet2DConditionModel(**SMALL, **topology)
     state = unet.state_dict()
@@ -65,6 +75,47 @@ def test_the_full_size_name_map_has_the_686_tensors_of_stable_diffusion_1():
     }
     assert {name: names[name] for name in published} == published
     assert unet_name("conv_in.weight", unet.config) == "input_blocks.0.0.weight"
+
+
+SDXL: dict[str, Any] = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    use_linear_projection=True,
+    cross_attention_dim=2048,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+
+
+def test_the_full_size_name_map_has_the_1680_tensors_of_stable_diffusion_xl():
+    """Right-hand names are those of the published base model."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL)
+    names = unet_names(unet.state_dict(), unet.config)
+    assert len(names) == len(set(names.values())) == 1680
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684
+    published = {
+        "add_embedding.linear_1.weight": "label_emb.0.0.weight",
+        "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k.weight": (
+            "input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"
+        ),
+        "down_blocks.2.attentions.1.proj_in.weight": "input_blocks.8.1.proj_in.weight",
+        "mid_block.attentions.0.transformer_blocks.9.ff.net.2.bias": (
+            "middle_block.1.transformer_blocks.9.ff.net.2.bias"
+        ),
+        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.2.conv.weight",
+        "up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_q.weight": (
+            "output_blocks.5.1.transformer_blocks.0.attn1.to_q.weight"
+        ),
+        "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
+        "up_blocks.2.resnets.2.conv_shortcut.weight": "output_blocks.8.0.skip_connection.weight",
+    }
+    assert {name: names[name] for name in published} == published
 
 
 def test_a_name_outside_the_layout_is_refused():

@@ -26,7 +26,7 @@ from transformers import (
 from erase import concepts, erase_concept, files
 from erase.evaluation import arm, cli, generate, score
 from erase.evaluation.report import pool
-from erase.export import ldm
+from erase.export.single_file import save_single_file
 from erase.families import loading, sd
 
 FAST = ("--steps", 2, "--device", "cpu", "--quiet")
@@ -189,7 +189,7 @@ def test_unet_only_weights_are_evaluated_on_a_base(command, erased_dir, toy_pipe
 def test_a_model_erased_from_a_single_file_offline_is_evaluated(command, tiny_pipeline_dir, tmp_path):
     """The base is read with the config that run.json names (4.3)."""
     base = tmp_path / "model.safetensors"
-    ldm.save_single_file(base, tiny_pipeline_dir, dtype="fp32")
+    save_single_file(base, tiny_pipeline_dir, dtype="fp32")
     small: dict[str, Any] = dict(method="uce", num_samples=0, device="cpu", quiet=True, forget=("a cat",))
     small |= dict(anchor=("a dog",), retain=("a tree",), kind="object", output=str(tmp_path / "run"))
     erase_concept("cat", str(base), config=str(tiny_pipeline_dir), **small)

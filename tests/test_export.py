@@ -18,9 +18,9 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from erase.delta import content_hash
 from erase.errors import EraseError
-from erase.export.ldm import save_single_file
 from erase.export.lora import save_lora
 from erase.export.pipeline import save_pipeline
+from erase.export.single_file import save_single_file
 from erase.families.layers import block_of
 from erase.families.pipeline_folder import write_pipeline
 
@@ -280,11 +280,11 @@ def test_a_pipeline_that_is_not_stable_diffusion_1_has_no_single_file(tiny_pipel
         save_single_file(tmp_path / "x.safetensors", base)
     config = json.loads((base / "text_encoder" / "config.json").read_text())
     (base / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
-    with pytest.raises(EraseError, match="only Stable Diffusion 1"):
+    with pytest.raises(EraseError, match="Stable Diffusion 2 is written as a folder only"):
         save_single_file(tmp_path / "x.safetensors", base)
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": ["transformers", "CLIPTextModel"]}))
-    with pytest.raises(EraseError, match="only Stable Diffusion 1"):
+    with pytest.raises(EraseError, match="a second text encoder that is not a StableDiffusionXLPipeline"):
         save_single_file(tmp_path / "x.safetensors", base)
     assert not (tmp_path / "x.safetensors").exists()
 

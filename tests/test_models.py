@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from erase.conditioning import Conditioning
 from erase.errors import EraseError
-from erase.export import ldm, pipeline
+from erase.export import pipeline
+from erase.export.single_file import save_single_file
 from erase.families import loading, pipeline_folder, sd, stored_unet
 from erase.families.sd import StableDiffusion
 
@@ -363,7 +364,7 @@ def test_pickles_are_read_only_when_they_are_allowed(broken, toy, refused):
 @pytest.fixture(scope="module")
 def single_file(tiny_pipeline_dir, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
-    ldm.save_single_file(path, tiny_pipeline_dir, dtype="fp32")
+    save_single_file(path, tiny_pipeline_dir, dtype="fp32")
     return path
 
 

@@ -21,7 +21,7 @@ from erase.export.pipeline import save_pipeline
 from erase.families import loading
 from erase.families.sdxl import StableDiffusionXL
 from erase.methods import METHODS
-from erase.tensor_files import read_tensors, write_tensors
+from erase.tensor_files import read_tensors
 
 PROMPTS = ["a photo of a cat", "a house"]
 
@@ -282,10 +282,3 @@ def test_with_every_scope_and_mask_only_weights_inside_change(toy_sdxl_dir, tmp_
     num_inside = sum(parameter.numel() for parameter in inside.values())
     assert sum(num_changed.values()) <= num_inside * (1 if mask == "none" else 0.5) + 1
     assert mask != "none" or sum(num_changed.values()) > 0.5 * num_inside  # control: a mask is what holds weights
-
-
-def test_a_single_file_is_refused_with_what_to_give_instead(tmp_path):
-    path = tmp_path / "sdxl.safetensors"
-    write_tensors(path, {"conditioner.embedders.1.model.ln_final.weight": torch.ones(2)})
-    with pytest.raises(EraseError, match="is a single file of Stable Diffusion XL; give its diffusers folder"):
-        loading.load(path)

@@ -57,6 +57,7 @@ _ADDITIONS = {
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": ""}
 _SDXL_CLASSES = _CLASSES | {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": ""}
 COMPVIS_INPUT = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first weight, in the original layout
+_SDXL = "Stable Diffusion XL"
 _LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "lora_unet_", "lora_te_")
 
 
@@ -146,6 +147,8 @@ def _of_parts(name: str, found: Mapping[str, str], classes: Mapping[str, str]) -
             return f"a pipeline whose {component.replace('_', ' ')} is {found[component]} instead of {expected}"
     if found["scheduler"].startswith("FlowMatch"):
         return f"a flow-matching model (its scheduler is {found['scheduler']})"
+    if found["scheduler"].startswith("EDM"):
+        return f"an EDM model, such as Playground v2.5 (its scheduler is {found['scheduler']})"
     return None
 
 
@@ -161,7 +164,7 @@ def of_unet(config: Mapping[str, Any]) -> str | None:
 
 
 def of_checkpoint(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """The kind of a single file by the names and shapes of its tensors; None for CompVis' Stable Diffusion."""
+    """The kind of a single file by the names and shapes of its tensors; None for CompVis' Stable Diffusion 1 and 2."""
     names = list(shapes)
 
     def has(*starts: str) -> bool:
@@ -169,8 +172,12 @@ def of_checkpoint(shapes: Mapping[str, Sequence[int]]) -> str | None:
 
     if attached_lora(names):
         return "a LoRA, not a model; merge it into its base model first (pipeline.fuse_lora()) and save that"
+    first = shapes.get(COMPVIS_INPUT)
+    channels = first[1] if first is not None and len(first) > 1 else 0
+    if any(name.startswith("edm_") for name in names):
+        return "an EDM model, such as Playground v2.5"
     if has("conditioner.embedders.1."):
-        return "a single file of Stable Diffusion XL; give its diffusers folder or hub id"
+        return _CHANNELS.get(channels, _SDXL) if first is not None else "a part of Stable Diffusion XL without its UNet"
     if has("conditioner.embedders.0."):
         return "the refiner of Stable Diffusion XL"
     if has("model.diffusion_model.joint_blocks.", "joint_blocks."):
@@ -181,17 +188,23 @@ def of_checkpoint(shapes: Mapping[str, Sequence[int]]) -> str | None:
         return "a ControlNet"
     if has("emb_params", "string_to_param", "<"):
         return "a textual inversion embedding"
-    first = shapes.get(COMPVIS_INPUT)
-    if first is not None:
-        channels = first[1] if len(first) > 1 else 0
-        if has("model.diffusion_model.label_emb."):
-            return _CHANNELS.get(channels, "a UNet with class embeddings, such as Stable unCLIP's")
-        return _CHANNELS.get(channels)
-    if has("down_blocks.", "unet.", "input_blocks.", "module.down_blocks."):
+    if first is not None and channels in _CHANNELS:
+        return _CHANNELS[channels]
+    if first is not None and has("cond_stage_model.", "first_stage_model."):
+        return (
+            "a UNet with class embeddings, such as Stable unCLIP's" if has("model.diffusion_model.label_emb.") else None
+        )
+    if first is not None or has("down_blocks.", "unet.", "input_blocks.", "module.down_blocks."):
         return "the weights of a UNet only; give its base as the model, and this file as --unet"
     if has("decoder.", "encoder.", "first_stage_model."):
         return "the weights of a VAE only"
     return None
+
+
+def of_sdxl_checkpoint(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The kind of a single file by the names and shapes of its tensors; None for Stable Diffusion XL's base model."""
+    kind = of_checkpoint(shapes)
+    return None if kind == _SDXL else kind or "Stable Diffusion 1 or 2"
 
 
 def attached_lora(names: Sequence[str]) -> str | None:

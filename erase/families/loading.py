@@ -104,7 +104,7 @@ def _locate(
     if path.suffix in single_file.SUFFIXES:
         if not path.is_file():
             raise EraseError(f"{path}: no such file")
-        family = registry.reading(single_file.shapes(path))
+        family = registry.reading(single_file.shapes(path, allow_pickle=allow_pickle))
         return family.convert(path, allow_pickle=allow_pickle, config=config, cache_dir=cache_dir)
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise EraseError(f"no model {str(source)!r}: not 'mini', not a folder, not a checkpoint file, not a hub id")

@@ -61,7 +61,7 @@ def write_pipeline(pipeline: Any, folder: str | Path) -> None:
     What transformers 5 alone would write opens in transformers 4 with a text encoder of random weights, or not at all.
     model_index.json is written last; weights that lie in the folder from an earlier call are deleted.
 
-    pipeline: a StableDiffusionPipeline, with or without safety checker and feature extractor.
+    pipeline: a StableDiffusionPipeline, with or without safety checker and feature extractor, or its XL form.
 
     Raises:
         EraseError: a file cannot be written.
@@ -73,7 +73,9 @@ def write_pipeline(pipeline: Any, folder: str | Path) -> None:
                 pipeline.save_pretrained(written)
             for component, level in _OLD_LEVELS.items():
                 _restore_level(written / component / "model.safetensors", *level)
-            pipeline.tokenizer.backend_tokenizer.model.save(str(written / "tokenizer"))  # vocab.json and merges.txt
+            for name in ("tokenizer", "tokenizer_2"):
+                if tokenizer := getattr(pipeline, name, None):
+                    tokenizer.backend_tokenizer.model.save(str(written / name))  # vocab.json and merges.txt
             for path in (written / "model_index.json", written / "feature_extractor" / "preprocessor_config.json"):
                 if path.exists():
                     path.write_text(re.sub("(CLIP\\w*Processor)Pil", r"\1", path.read_text()))

@@ -121,6 +121,22 @@ class Family(ABC):
         raise EraseError(f"{path}: {cls.family} is read from folders only; give a diffusers folder")
 
     @classmethod
+    def no_checkpoint(cls, folder: Path) -> str | None:
+        """Why a pipeline folder cannot be written as a single checkpoint file; None if it can, see `checkpoint`."""
+        return f"{cls.family} models are written as folders only"
+
+    @classmethod
+    def checkpoint(cls, folder: Path, network: delta.State | None = None) -> dict[str, Tensor]:
+        """All weights of a pipeline folder under their names in single checkpoint files.
+
+        network: the trained network's weights; those in the folder if None.
+
+        Raises:
+            EraseError: see `no_checkpoint`; or a component has no weights.
+        """
+        raise EraseError(f"{folder}: {cls.no_checkpoint(folder)}; use the folder")
+
+    @classmethod
     def licence(cls, source: str) -> str | None:
         """The hub's identifier of the licence of a model on the hub; None if it is not known."""
         return next((licence for start, licence in cls.licences.items() if source.startswith(start)), None)

@@ -21,13 +21,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
+from erase.delta import State
 from erase.errors import EraseError, missing
-from erase.families import architecture, compvis, layers, pipeline_folder, scope, sd_parts, single_file
+from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sd_parts, single_file
 from erase.families.components import one_line
 from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
 from erase.families.protocol import Sampler
 from erase.families.stored_unet import load_unet
+from erase.files import read_json
 from erase.guards import Guard
 from erase.options.model_defaults import read_defaults
 
@@ -121,17 +123,34 @@ class StableDiffusion(LatentFamily):
 
     @classmethod
     def knows_file(cls, shapes: Mapping[str, Sequence[int]]) -> bool:
-        return architecture.COMPVIS_INPUT in shapes and architecture.of_checkpoint(shapes) is None
+        return architecture.COMPVIS_INPUT in shapes and cls.kind_of_file(shapes) is None
+
+    @classmethod
+    def kind_of_file(cls, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        """What a single file is, by the names and shapes of its tensors, if this class cannot read it; else None."""
+        return architecture.of_checkpoint(shapes)
 
     @classmethod
     def convert(
         cls, path: Path, *, allow_pickle: bool = False, config: str | None = None, cache_dir: Path | None = None
     ) -> tuple[Path, list[str]]:
-        return single_file.convert(path, allow_pickle=allow_pickle, config=config, cache_dir=cache_dir)
+        how: dict[str, Any] = {"allow_pickle": allow_pickle, "config": config, "cache_dir": cache_dir}
+        return single_file.convert(path, cls, cls.kind_of_file, **how)
+
+    @classmethod
+    def no_checkpoint(cls, folder: Path) -> str | None:
+        text = read_json(folder / "text_encoder" / "config.json")
+        if text.get("hidden_act", "quick_gelu") != "quick_gelu":
+            return "Stable Diffusion 2 is written as a folder only (single files: Stable Diffusion 1 and XL)"
+        return None
+
+    @classmethod
+    def checkpoint(cls, folder: Path, network: State | None = None) -> dict[str, Tensor]:
+        return checkpoint.sd1(folder, network)
 
     @classmethod
     def keep(cls, pipeline: Any, cache_dir: Path | None = None) -> Path:
-        return single_file.keep(pipeline, cache_dir)
+        return single_file.keep(pipeline, cls, cache_dir)
 
     @classmethod
     def needs_dtype(cls, folder: Path) -> bool:

@@ -14,7 +14,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
-from erase.families import architecture, pipeline_folder, scope, sdxl_parts
+from erase.delta import State
+from erase.families import architecture, checkpoint, pipeline_folder, scope, sdxl_parts
 from erase.families.sd import StableDiffusion
 
 Put = Callable[[Tensor, Tensor], Tensor]  # tokens and their embeddings, to other embeddings
@@ -57,6 +58,18 @@ class StableDiffusionXL(StableDiffusion):
     @classmethod
     def other_kind(cls, folder: Path) -> str | None:
         return architecture.of_sdxl(folder)
+
+    @classmethod
+    def kind_of_file(cls, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        return architecture.of_sdxl_checkpoint(shapes)
+
+    @classmethod
+    def no_checkpoint(cls, folder: Path) -> str | None:
+        return None
+
+    @classmethod
+    def checkpoint(cls, folder: Path, network: State | None = None) -> dict[str, Tensor]:
+        return checkpoint.sdxl(folder, network)
 
     @classmethod
     def read_parts(cls, source: str | Path, folder: Path, **how: Any) -> sdxl_parts.Parts:

@@ -64,7 +64,10 @@ def _rename(path: Path, names: list[str], weights: dict[str, Tensor], config: An
         raise EraseError(f"{path} is a LoRA ({lora!r:.80}), not the weights of a UNet; merge it into its base first")
     if not names:
         raise EraseError(f"{path} holds no weights")
-    if any(name.startswith(("first_stage_model.", "cond_stage_model.", "vae.", "text_encoder.")) for name in names):
+    if any(
+        name.startswith(("first_stage_model.", "cond_stage_model.", "conditioner.", "vae.", "text_encoder."))
+        for name in names
+    ):
         raise EraseError(f"{path} is a whole checkpoint, not the weights of a UNet alone; give it as the model itself")
     compvis_names: dict[str, str] = {}
     found: dict[str, str] = {}

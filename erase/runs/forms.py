@@ -6,7 +6,8 @@ from typing import Any
 
 from erase import delta, files, tensor_files
 from erase.delta import State
-from erase.export import ldm, lora, pipeline
+from erase.export import lora, pipeline
+from erase.export.single_file import save_single_file
 from erase.families import loading, pipeline_folder
 from erase.options.settings import Settings
 from erase.runs import folders
@@ -77,7 +78,7 @@ def write(
     elif form == "lora":
         lora.save_lora(target / folders.LORA, base, new, rank=rank)
     elif form == "single-file":
-        ldm.save_single_file(target / single_file(run_folder), source, unet=new, provenance=provenance)
+        save_single_file(target / single_file(run_folder), source, unet=new, provenance=provenance)
 
 
 def add(

@@ -1,0 +1,38 @@
+"""A run's result as a single checkpoint file, in the layout that ComfyUI and A1111 load."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from erase.delta import State
+from erase.errors import EraseError
+from erase.families import loading
+from erase.families.pipeline_folder import cast
+from erase.tensor_files import write_tensors
+
+
+def save_single_file(
+    path: str | Path,
+    pipeline_dir: str | Path,
+    *,
+    unet: State | None = None,
+    dtype: Literal["fp16", "fp32"] = "fp16",
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all networks of a pipeline folder as one checkpoint in the original layout of its family.
+
+    unet: the UNet's weights; those in the folder if None. provenance: JSON-serialisable; goes into the header.
+
+    Raises:
+        EraseError: the folder's family has no such layout, or a component has no weights.
+    """
+    folder = Path(pipeline_dir)
+    family = loading.family_of(folder)
+    problem = family.no_checkpoint(folder)
+    if problem:
+        raise EraseError(f"{folder}: {problem}; use the folder")
+    number = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tensors = {name: cast(tensor, number) for name, tensor in family.checkpoint(folder, unet).items()}
+    write_tensors(path, tensors, provenance)
