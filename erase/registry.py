@@ -120,7 +120,7 @@ class Registry(Generic[T]):
         if ":" in name and name not in self._given and name not in self._loaded:
             raise EraseError(
                 f"{where}: the {self.kind} {name!r} is named by its class, which is not imported because a file says "
-                f"so; give {self.kind} {name} to the command, or install it with an entry point in {self.group}"
+                f"so; give --{self.kind} {name} to the command, or install it with an entry point in {self.group}"
             )
         try:
             return self.load(name)
@@ -183,6 +183,16 @@ class Registry(Generic[T]):
 
 
 _GROUPS_WITH_GIVEN: set[str] = set()
+
+
+def file_name(name: str) -> str:
+    """The name of a part for files and folders: a colon is no part of a name on Windows, nor for tar."""
+    return name.replace(":", "+")
+
+
+def name_of_file(name: str) -> str:
+    """The inverse of `file_name`."""
+    return name.replace("+", ":")
 
 
 def has_others(group: str) -> bool:

@@ -30,6 +30,7 @@ from erase.evaluation.tasks.attack import Attacked
 from erase.evaluation.tasks.protocol import SampleSet, seed_of
 from erase.families.protocol import Family
 from erase.progress import progress
+from erase.registry import file_name
 
 JUDGES = {"mini": "mini", "imagenet": "classifier", "nudenet": "nudenet", "clip": "clip"}  # by a concept's judge type
 QUICK = {"num_images": 6, "attack_seeds": 1, "steps": 8}  # what --quick makes of options that are not given
@@ -173,7 +174,7 @@ def _job(
     device = choose(request.drawing.device, "fp32").device.type
     source = judging.sources(request.judge_models).get(judge)
     looking = judging.make(judge, task.identity(), source=source, device=device)
-    return Job(name, attack, task, looking, request.output / models.label / f"attack-{label_of(name)}")
+    return Job(name, attack, task, looking, request.output / models.label / f"attack-{file_name(name)}")
 
 
 def _settings(request: Request, job: Job, model: Family) -> dict[str, Any]:

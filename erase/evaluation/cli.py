@@ -23,6 +23,7 @@ from erase.evaluation.flags import (
 )
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.options import AttackOptions, Drawing, Options
+from erase.evaluation.parts import REGISTRIES, load_parts, part_options
 from erase.evaluation.tasks.registry import TASKS
 
 DESCRIPTION = """\
@@ -113,6 +114,7 @@ def _score(arguments: list[str]) -> None:
     parser.add_argument("folder", nargs="?", help="output folder of generate")
     parser.add_argument("--images", metavar="DIR", help="any folder of images instead; needs --judge and --output")
     judge_options(parser, "those of the task")
+    part_options(parser, "task")
     concept_options(parser)
     add_options(parser, Options, {"features": "KID and FID of --images"})
     parser.add_argument("--output", metavar="DIR", help="folder for the scores of --images")
@@ -133,6 +135,7 @@ def _score(arguments: list[str]) -> None:
         options = own_images.judged(wanted, options_of(Options, given).features)
         task = {"id": "images", "options": options}
     else:
+        load_parts(folder, given, "task")
         options, task = {}, arm.manifest(folder)["task"]
     names = list(dict.fromkeys(given.judge or task.get("judges", [])))
     if not names:
@@ -143,7 +146,7 @@ def _score(arguments: list[str]) -> None:
         arm.adopt(Path(given.images), folder, options)
     for judge in judges:
         score.score(folder, judge, quiet=given.quiet)
-        print(f"{folder / 'scores' / judge.name}.jsonl: {len(score.load(folder, judge.name))} images scored")
+        print(f"{score.score_file(folder, judge.name, '.jsonl')}: {len(score.load(folder, judge.name))} images scored")
 
 
 def _report(arguments: list[str]) -> None:
@@ -160,11 +163,13 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("--real", metavar="PATH", help="scored folder, or features file, of real images")
     parser.add_argument("--output", metavar="DIR", help="folder of the report [default: folder]")
     parser.add_argument("--name", help="name of the erased model in the report [default: the folder's name]")
+    part_options(parser, *REGISTRIES)
     report_options(parser)
     given = parser.parse_args(arguments)
     from erase.evaluation import arm, between, evaluate, expected, gate, score
 
     folder = Path(given.folder)
+    load_parts(folder, given, *REGISTRIES)
     others = {role: Path(path) for role, path in vars(given).items() if role in {"base", "gold", "real"} and path}
     if given.require:
         roles = {role: role in others for role in ("base", "gold", "real")}
@@ -317,6 +322,7 @@ def _verify(arguments: list[str]) -> None:
     parser.add_argument("folder", help="output folder of generate")
     parser.add_argument("--num", type=int, default=32, metavar="N", help="images to score again [default: %(default)s]")
     judge_options(parser)
+    part_options(parser, *REGISTRIES)
     quiet_option(parser)
     given = parser.parse_args(arguments)
     if given.num < 1:
@@ -324,8 +330,10 @@ def _verify(arguments: list[str]) -> None:
     from erase.evaluation import arm, score
 
     folder = Path(given.folder)
-    task = arm.manifest(folder)["task"]
-    names = score.scored_by(folder)
+    load_parts(folder, given, *REGISTRIES)
+    task, names = arm.manifest(folder)["task"], score.scored_by(folder)
+    for name in names:
+        score.identity(folder, name)  # before a module is imported because a file has its name
     sources = judging.sources(given.judge_model)
     judges = [judging.make(name, task, source=sources.get(name)) for name in names]
     problems = score.verify(folder, judges, given.num, quiet=given.quiet)

@@ -27,6 +27,7 @@ from erase.evaluation.sources import (
 )
 from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
+from erase.registry import file_name
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _job(request: Request, model: str, name: str) -> Job:
     if task.judges and request.judges:
         raise EraseError(f"--judge goes with the tasks prompts and images; {name} has {', '.join(task.judges)}")
     models = compared(model, drawing, guard, concept=request.concept, base=request.base, gold=request.gold)
-    return Job(models, task, task.judges or request.judges, request.output / models.label / task.id)
+    return Job(models, task, task.judges or request.judges, request.output / models.label / file_name(task.id))
 
 
 def _judges(request: Request, job: Job) -> dict[str, Judge]:
@@ -220,7 +221,7 @@ def _check_source(
             folder = job.folder
             if role != "erased":  # shared by all that have the same base
                 key = files.text_hash(identity)[:12]
-                folder = request.output / "shared" / f"{label_of(source.model)}-{job.task.id}-{key}"
+                folder = request.output / "shared" / f"{label_of(source.model)}-{job.folder.name}-{key}"
             arm.check_arm(folder, identity)
             job.folders[role] = folder
             job.hashes[role] = hashes[model.part]

@@ -14,6 +14,7 @@ from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.tasks.protocol import Sample
 from erase.progress import each, progress
+from erase.registry import file_name, name_of_file
 
 BATCH = 32  # images in memory at a time
 
@@ -134,13 +135,13 @@ def identity_of(judge: Judge) -> dict[str, Any]:
 
 
 def score_file(folder: Path, judge: str, suffix: str) -> Path:
-    """The file of a judge's identity (.json) or outputs (.jsonl); no file name has a colon on Windows."""
-    return folder / "scores" / f"{judge.replace(':', '+')}{suffix}"
+    """The file of a judge's identity (.json) or outputs (.jsonl)."""
+    return folder / "scores" / f"{file_name(judge)}{suffix}"
 
 
 def scored_by(folder: Path) -> list[str]:
     """The judges that scored a folder, by name; none is allowed."""
-    return sorted(path.stem.replace("+", ":") for path in (folder / "scores").glob("*.json"))
+    return sorted(name_of_file(path.stem) for path in (folder / "scores").glob("*.json"))
 
 
 def judges(folder: Path) -> list[str]:
