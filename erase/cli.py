@@ -57,7 +57,9 @@ def _erase(arguments: list[str]) -> None:
         epilog=EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"erase-concept {__version__}")
-    parser.add_argument("--list", action="store_true", help="show the presets and exit")
+    parser.add_argument(
+        "--list", action="store_true", help="show the presets, with the models that know them, and exit"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_config_file(parser)
     add_options(parser, Settings, GROUPS)
@@ -65,8 +67,11 @@ def _erase(arguments: list[str]) -> None:
     if given.pop("list"):
         for name in concepts.names():
             concept = concepts.load(name)
-            world = "embedded model" if concept.judge.get("type") == "mini" else "any other model"
-            print(f"{name:20} {concept.kind:7} {world:21} {concept.forget[0]!r} -> {concept.pairs()[0][1]!r}")
+            is_mini, has_mini = (
+                one.judge.get("type") == "mini" for one in (concept, concepts.load(name, model_family="mini"))
+            )
+            models = "embedded model" if is_mini else "all models" if has_mini else "other models"
+            print(f"{name:17} {concept.kind:7} {models:15} {concept.forget[0]!r} -> {concept.pairs()[0][1]!r}")
         return
     quiet = given.pop("quiet")
     chosen = config_file.merged(given.pop("config_file"), given, Settings)

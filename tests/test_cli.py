@@ -186,7 +186,10 @@ def test_the_examples_of_help_are_accepted(asked):
 def test_list_shows_every_preset(command):
     code, out, err = command("--list")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == concepts.names()
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert list(lines) == concepts.names()
+    models = {"circle": "embedded model", "church": "other models", "nudity": "all models"}
+    assert all(model in lines[name] for name, model in models.items())
 
 
 def test_version_is_one_everywhere(command):
