@@ -15,7 +15,13 @@ CONTENT = "content"  # in the metadata: `content_hash` of the tensors
 ALIGNMENT = 64  # bytes; kernels of the CPU round differently for tensors that begin elsewhere
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    labels: Mapping[str, str] | None = None,
+) -> None:
     """Write a safetensors file: same tensors and metadata, same bytes.
 
     The data begin at a multiple of 64 bytes however long the header is, so that the tensors of two files of the same
@@ -23,11 +29,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mappin
 
     metadata: JSON-serialisable; stored as one JSON text under the key "erase", together with a hash of the tensors,
         which `read_tensors` checks.
+    labels: further entries of the header, which other software looks for.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries = {"format": "pt"} if metadata is None else {}
     if metadata is not None:
-        text = json.dumps({**metadata, CONTENT: content_hash(tensors)}, sort_keys=True)
-        header["__metadata__"] = {METADATA_KEY: text}
+        entries[METADATA_KEY] = json.dumps({**metadata, CONTENT: content_hash(tensors)}, sort_keys=True)
+    header: dict[str, Any] = {"__metadata__": entries | dict(sorted((labels or {}).items()))}
     names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0
     for name in names:
         tensor = tensors[name]

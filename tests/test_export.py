@@ -18,7 +18,6 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from erase.delta import content_hash
 from erase.errors import EraseError
-from erase.export.lora import save_lora
 from erase.export.pipeline import save_pipeline
 from erase.export.single_file import save_single_file
 from erase.families.layers import block_of
@@ -372,65 +371,3 @@ def test_a_safety_checker_is_written_as_older_libraries_read_it(tiny_pipeline_di
     reloaded = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert content_hash(reloaded.safety_checker.state_dict()) == content_hash(checker.state_dict())
     assert type(reloaded.feature_extractor) is CLIPImageProcessor
-
-
-def is_lora_layer(name: str) -> bool:
-    words = ("to_q.", "to_k.", "to_v.", "to_out.", "proj_in.", "proj_out.", "net.")
-    return ".attentions." in name and name.endswith("weight") and any(word in name for word in words)
-
-
-def test_a_lora_of_full_rank_is_the_new_model(tiny_pipeline_dir, tmp_path):
-    pytest.importorskip("peft")
-    base = read_unet(tiny_pipeline_dir)
-    noisy = edit(base)
-    new = {name: noisy[name] if is_lora_layer(name) else base[name] for name in base}
-    fit = save_lora(tmp_path / "pytorch_lora_weights.safetensors", base, new, rank=64, provenance={"concept": "circle"})
-    assert fit.left_out == 0
-    assert fit.residuals.keys() == {name.removesuffix(".weight") for name in base if is_lora_layer(name)}
-    assert max(fit.residuals.values()) < 1e-6
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
-    pipeline.load_lora_weights(tmp_path)
-    assert pipeline.get_list_adapters()  # a file with wrong names loads as nothing, without an error
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    fused = pipeline.unet.state_dict()
-    assert max((fused[name] - new[name]).abs().max().item() for name in new) < 1e-5
-    assert max((base[name] - new[name]).abs().max().item() for name in new) > 0.1  # control
-
-
-def test_a_lora_of_low_rank_leaves_what_the_singular_values_say(tmp_path):
-    """The best rank-r approximation leaves the root of the sum of squares of the other singular values."""
-    layer = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
-    draw = torch.Generator().manual_seed(0)
-    change = torch.randn(24, 8, generator=draw)
-    singular = torch.linalg.svdvals(change)
-    base = {f"{layer}.weight": torch.randn(24, 8, generator=draw), "conv_in.weight": torch.zeros(4, 4, 3, 3)}
-    new = base | {f"{layer}.weight": base[f"{layer}.weight"] + change}
-    residuals = []
-    for rank in (1, 3, 8):
-        fit = save_lora(tmp_path / "lora.safetensors", base, new, rank=rank)
-        expected = (singular[rank:].square().sum() / singular.square().sum()).sqrt().item()
-        assert fit.residuals[layer] == pytest.approx(expected, abs=1e-6)
-        residuals.append(fit.residuals[layer])
-        factors = load_file(tmp_path / "lora.safetensors")
-        assert factors[f"unet.{layer}.lora_A.weight"].shape == (rank, 8)
-        assert factors[f"unet.{layer}.lora_B.weight"].shape == (24, rank)
-    assert residuals[0] > residuals[1] > residuals[2]
-
-
-def test_a_lora_says_what_it_cannot_carry(tmp_path):
-    base = {
-        "a.attentions.0.proj_in.weight": torch.zeros(4, 4, 1, 1),
-        "a.resnets.0.conv1.weight": torch.zeros(2, 2, 3, 3),
-    }
-    changed = {
-        "a.attentions.0.proj_in.weight": torch.ones(4, 4, 1, 1),
-        "a.resnets.0.conv1.weight": torch.ones(2, 2, 3, 3),
-    }
-    fit = save_lora(tmp_path / "lora.safetensors", base, changed, rank=2)
-    assert fit.left_out == pytest.approx(36 / 52)
-    assert fit.residuals.keys() == {"a.attentions.0.proj_in"}
-    with pytest.raises(EraseError, match="no attention or feed-forward layer changed"):
-        save_lora(tmp_path / "lora.safetensors", base, base, rank=2)
-    with pytest.raises(EraseError, match="rank must be at least 1, not 0"):
-        save_lora(tmp_path / "lora.safetensors", base, changed, rank=0)

@@ -32,15 +32,20 @@ def save_lora(
     new_state: State,
     *,
     rank: int,
+    names: Mapping[str, str],
+    labels: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> LoraFit:
-    """Write the change of the UNet's attention and feed-forward layers as a LoRA of this rank.
+    """Write the change of the UNet's attention and feed-forward layers as a LoRA of this rank, as kohya's trainer does.
+
+    Each layer has `lora_down` [rank, n], `lora_up` [m, rank] and `alpha`, which is the rank: the change is up @ down.
 
     Each layer gets the best approximation of its change (Eckart and Young 1936). A masked fine-tune is not of low rank:
     read the residuals. Whoever has a LoRA can leave it off, so it protects nobody.
 
     path: diffusers looks for `pytorch_lora_weights.safetensors` in a folder.
     base_state, new_state: weights of the UNet, named as diffusers names them, without a prefix.
+    names: of the layers in the file, see `Family.lora_names`. labels: of the header, for the software that loads it.
     provenance: JSON-serialisable; goes into the header.
 
     Raises:
@@ -56,11 +61,13 @@ def save_lora(
         change = (new_state[name].double() - base_state[name].double()).flatten(1)
         up, down = _low_rank(change, rank)
         residuals[layer] = ((change - up @ down).norm() / change.norm()).item()
-        factors[f"unet.{layer}.lora_A.weight"] = down.float().reshape(rank, *shape[1:])
-        factors[f"unet.{layer}.lora_B.weight"] = up.float().reshape(-1, rank, *shape[2:])
+        factors[f"{names[layer]}.lora_down.weight"] = down.float().reshape(rank, *shape[1:])
+        factors[f"{names[layer]}.lora_up.weight"] = up.float().reshape(-1, rank, *shape[2:])
+        factors[f"{names[layer]}.alpha"] = torch.tensor(float(rank))
     if not factors:
         raise EraseError("no attention or feed-forward layer changed, so a LoRA has nothing to carry; save the delta")
-    write_tensors(path, factors, provenance)
+    made = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    write_tensors(path, factors, provenance, labels={**made, **(labels or {})})
     carried = sum(changed[f"{layer}.weight"] for layer in residuals)
     return LoraFit(residuals, 1 - carried / sum(changed.values()))
 

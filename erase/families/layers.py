@@ -25,3 +25,13 @@ def block_of(name: str) -> str:
 def fits_lora(name: str, weight: Tensor) -> bool:
     """Linear layers and 1x1 convolutions of the transformer blocks."""
     return ".attentions." in name and weight.ndim >= 2 and all(size == 1 for size in weight.shape[2:])
+
+
+def layer_of(weight: str) -> str:
+    """The layer that a weight belongs to: its name without the last part."""
+    return weight.rpartition(".")[0]
+
+
+def lora_name(layer: str) -> str:
+    """A layer of the UNet as kohya's trainer (sd-scripts) names it in LoRA files."""
+    return "lora_unet_" + layer.replace(".", "_")

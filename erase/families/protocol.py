@@ -3,7 +3,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -225,6 +225,19 @@ class Family(ABC):
     def fits_lora(self, name: str, weight: Tensor) -> bool:
         """Whether a LoRA that the usual loaders read can change the weight; none by default."""
         return False
+
+    @classmethod
+    def lora_names(cls, folder: Path, weights: Iterable[str]) -> dict[str, str]:
+        """The network's layers under their names in LoRA files, those of kohya's trainer (sd-scripts); none by default.
+
+        folder: of a pipeline. weights: names of the network's parameters.
+        """
+        return {}
+
+    @classmethod
+    def lora_labels(cls, folder: Path) -> dict[str, str]:
+        """Entries of a LoRA's header by which other software knows the base model's architecture; none by default."""
+        return {}
 
     def reference_names(self) -> dict[str, str]:
         """The network's weights by their names in files of the original authors' code; none by default."""

@@ -1,6 +1,6 @@
 """Stable Diffusion 1 and 2: how they add noise, predict, and generate."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,10 +137,15 @@ class StableDiffusion(LatentFamily):
         how: dict[str, Any] = {"allow_pickle": allow_pickle, "config": config, "cache_dir": cache_dir}
         return single_file.convert(path, cls, cls.kind_of_file, **how)
 
+    @staticmethod
+    def _is_second(folder: Path) -> bool:
+        """Whether a folder is Stable Diffusion 2, by the activation of its OpenCLIP text encoder."""
+        text = read_json(folder / "text_encoder" / "config.json")
+        return text.get("hidden_act", "quick_gelu") != "quick_gelu"
+
     @classmethod
     def no_checkpoint(cls, folder: Path) -> str | None:
-        text = read_json(folder / "text_encoder" / "config.json")
-        if text.get("hidden_act", "quick_gelu") != "quick_gelu":
+        if cls._is_second(folder):
             return "Stable Diffusion 2 is written as a folder only (single files: Stable Diffusion 1 and XL)"
         return None
 
@@ -167,6 +172,16 @@ class StableDiffusion(LatentFamily):
 
     def fits_lora(self, name: str, weight: Tensor) -> bool:
         return layers.fits_lora(name, weight)
+
+    @classmethod
+    def lora_names(cls, folder: Path, weights: Iterable[str]) -> dict[str, str]:
+        """By diffusers' names, as kohya's trainer has them for Stable Diffusion 1 and 2."""
+        return {layer: layers.lora_name(layer) for layer in map(layers.layer_of, weights)}
+
+    @classmethod
+    def lora_labels(cls, folder: Path) -> dict[str, str]:
+        is_second = cls._is_second(folder)
+        return {"ss_base_model_version": "sd_v2" if is_second else "sd_v1", "ss_v2": str(is_second)}
 
     def reference_names(self) -> dict[str, str]:
         """By CompVis' names, as SalUn's code stores them."""

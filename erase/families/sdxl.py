@@ -1,6 +1,6 @@
 """Stable Diffusion XL: two text encoders, pooled text states and sizes beside Stable Diffusion's inputs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.delta import State
-from erase.families import architecture, checkpoint, pipeline_folder, scope, sdxl_parts
+from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sdxl_parts
 from erase.families.sd import StableDiffusion
+from erase.files import read_json
 
 Put = Callable[[Tensor, Tensor], Tensor]  # tokens and their embeddings, to other embeddings
 
@@ -70,6 +71,16 @@ class StableDiffusionXL(StableDiffusion):
     @classmethod
     def checkpoint(cls, folder: Path, network: State | None = None) -> dict[str, Tensor]:
         return checkpoint.sdxl(folder, network)
+
+    @classmethod
+    def lora_names(cls, folder: Path, weights: Iterable[str]) -> dict[str, str]:
+        """By the original layout's names, the only ones that kohya's trainer reads."""
+        names = compvis.unet_names(weights, read_json(folder / "unet" / "config.json"))
+        return {layers.layer_of(ours): layers.lora_name(layers.layer_of(theirs)) for ours, theirs in names.items()}
+
+    @classmethod
+    def lora_labels(cls, folder: Path) -> dict[str, str]:
+        return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
 
     @classmethod
     def read_parts(cls, source: str | Path, folder: Path, **how: Any) -> sdxl_parts.Parts:

@@ -76,7 +76,9 @@ def write(
     elif form == "unet":
         tensor_files.write_tensors(target / folders.UNET, new)
     elif form == "lora":
-        lora.save_lora(target / folders.LORA, base, new, rank=rank)
+        family = loading.family_of(source)
+        names, labels = family.lora_names(source, base), family.lora_labels(source)
+        lora.save_lora(target / folders.LORA, base, new, rank=rank, names=names, labels=labels)
     elif form == "single-file":
         save_single_file(target / single_file(run_folder), source, unet=new, provenance=provenance)
 
