@@ -287,10 +287,13 @@ def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def share(score: Any, *, inverted: bool = False, interval: bool = False) -> str:
     if score is None:
         return "-"
-    value, low, high = score.value, score.low, score.high
-    if inverted:
-        value, low, high = 1 - value, 1 - high, 1 - low
-    return f"{value:.0%} [{low:.0%}, {high:.0%}]" if interval else f"{value:.0%}"
+    value = 1 - score.value if inverted else score.value
+    if not interval:
+        return f"{value:.0%}"
+    if score.low is None:
+        return f"{value:.0%} [cannot tell]"
+    low, high = (1 - score.high, 1 - score.low) if inverted else (score.low, score.high)
+    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def mean(values: Any, scale: float, digits: int) -> str:
@@ -372,7 +375,9 @@ def differences(results: Mapping[str, Any]) -> str:
             if not seeds or not ours[0][0]:
                 return ""
             found = statistics.paired_pooled(title, [v for v, _ in theirs], [v for v, _ in ours], clusters=ours[0][1])
-            value, low, high = (100 * end for end in (found.difference, found.low or 0.0, found.high or 0.0))
+            if found.low is None or found.high is None:
+                return f"{100 * found.difference:+.1f} [cannot tell]"
+            value, low, high = (100 * end for end in (found.difference, found.low, found.high))
             return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
         lines = []
@@ -394,7 +399,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Drift of what should stay against recovery by the attack, a panel a concept; methods that no other beats joined.
 
     Only what erased the concept (drawn in at most a tenth of the images) stands in it. Bars are 95 % intervals.
+    Without rows there is no plot.
     """
+    if not rows:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -407,16 +415,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     sheet = Figure(figsize=(4.4 * len(shown) + 1.8, 4.4), layout="constrained")
     handles: dict[str, Any] = {}
     for ax, concept in zip(sheet.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        here = [row for row in rows if row["concept"] == concept and row["variant"] in names and row["recovered"]]
-        points = [(r["variant"], r["drift"][0], r["recovered"]) for r in here if 1 - r["kept_forget"].value <= 0.1]
+        here = [row for row in rows if row["concept"] == concept and row["variant"] in names]
+        whole = [row for row in here if row["recovered"] and row["drift"]]
+        points = [(r["variant"], r["drift"][0], r["recovered"]) for r in whole if 1 - r["kept_forget"].value <= 0.1]
         for name, x, rate in points:
             colour, marker = looks[name]
-            ax.plot((x, x), (rate.low, rate.high), color=colour, linewidth=1)
+            if rate.low is not None:
+                ax.plot((x, x), (rate.low, rate.high), color=colour, linewidth=1)
             handles[name] = ax.plot(x, rate.value, marker, color=colour, markersize=7, label=name)[0]
         at = sorted((x, rate.value) for name, x, rate in points if name != "gold")
         best = [(x, y) for x, y in at if not any((p <= x and q <= y) and (p, q) != (x, y) for p, q in at)]
         ax.plot(*zip(*best, strict=True), color="0.6", linestyle="--", linewidth=1, zorder=0)
-        ax.set(title=concept, xscale="log", xlabel="drift of retained images (lower is better)", ylim=(-0.03, 1.03))
+        scale = "log" if all(x > 0 for _, x, _ in points) else "linear"  # what changed no image has no logarithm
+        ax.set(title=concept, xscale=scale, xlabel="drift of retained images (lower is better)", ylim=(-0.03, 1.03))
         ax.set_ylabel("concept recovered by a learnt word (lower is better)")
     ordered = [handles[name] for name in names if name in handles]
     sheet.legend(handles=ordered, loc="outside right center", fontsize=8)

@@ -93,22 +93,24 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(path: str | Path, results: dict[str, Any]) -> None:
-    """A PNG: the average gap of each line with its interval, sorted, the smallest on top."""
+    """A PNG: the average gap of each line with its interval if it has one, sorted, the smallest on top."""
     from matplotlib.figure import Figure
 
     lines = {label: line["gap"] for label, line in results["rows"].items() if label != RETRAIN and "gap" in line}
     order = sorted(lines, key=lambda label: -lines[label]["value"])
     figure = Figure(figsize=(6, 0.9 + 0.28 * len(order)), layout="constrained")
     ax = figure.subplots()
-    centre = [100 * lines[label]["value"] for label in order]
-    ends = [(line["low"], line["value"], line["high"]) for line in (lines[label] for label in order)]
-    reach = [(0.0, 0.0) if low is None else (100 * (value - low), 100 * (high - value)) for low, value, high in ends]
-    ax.errorbar(
-        centre, order, xerr=np.reshape(reach, (-1, 2)).T, fmt="o", color="black", markersize=4, linewidth=1, capsize=2
-    )
+    ax.plot([100 * lines[label]["value"] for label in order], order, "o", color="black", markersize=4)
+    for label in order:
+        value, low, high = (lines[label][end] for end in ("value", "low", "high"))
+        if low is not None:
+            reach = [[100 * (value - low)], [100 * (high - value)]]
+            ax.errorbar(100 * value, label, xerr=reach, color="black", linewidth=1, capsize=2)
     ax.set_xlim(left=0)
     ax.grid(axis="x", linewidth=0.4)
-    ax.set_xlabel("average gap to retraining, points; mean and 95 % interval over seeds")
+    num = len(results["seeds"])
+    over = f"mean and 95 % interval over {num} seeds" if num > 1 else "one seed"
+    ax.set_xlabel(f"average gap to retraining, points; {over}")
     ax.set_title(f"{results['settings']['data']}, forget {results['settings']['forget']}", fontsize=10)
     with files.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})

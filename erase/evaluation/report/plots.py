@@ -1,6 +1,7 @@
 """The report's plots as SVG text for a web page: bars and curves of base and erased model, and what methods trade."""
 
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -18,15 +19,17 @@ PAGE_COLOURS = {INK: "currentColor", BASE: "var(--base)", ERASED: "var(--erased)
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and how far it may be off; drawn as a bar or point with a line."""
+    """A value and how far it may be off, None if that is not known; drawn as a bar or point with a line."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
-    def reach(self) -> list[list[float]]:
-        """Down and up from the value, as matplotlib wants it."""
+    def reach(self) -> list[list[float]] | None:
+        """Down and up from the value, as matplotlib wants it; None for no line."""
+        if self.low is None or self.high is None:
+            return None
         return [[max(0.0, self.value - self.low)], [max(0.0, self.high - self.value)]]
 
 
@@ -52,7 +55,7 @@ def bars(rows: Sequence[tuple[str, Interval | None, Interval]], *, is_rate: bool
 
 
 def curve(points: Sequence[tuple[float, Interval | None, Interval]], *, axis: str, is_rate: bool, salt: str) -> str:
-    """Two lines with their intervals as bands: place on the axis, base, erased."""
+    """Two lines with their intervals as bands, a single point's as a bar: place on the axis, base, erased."""
 
     def draw(ax: "Axes") -> None:
         arms = (
@@ -61,7 +64,11 @@ def curve(points: Sequence[tuple[float, Interval | None, Interval]], *, axis: st
         )
         for colour, line in arms:
             places = [x for x, _ in line]
-            ax.fill_between(places, [y.low for _, y in line], [y.high for _, y in line], color=colour, alpha=0.2)
+            if len(line) == 1:  # which has no width for a band
+                _error(ax, *places, line[0][1], colour)
+            elif line:
+                ends = [[math.nan if end is None else end for end in (y.low, y.high)] for _, y in line]
+                ax.fill_between(places, *zip(*ends, strict=True), color=colour, alpha=0.2)
             ax.plot(places, [y.value for _, y in line], "o-", color=colour, linewidth=1.4, markersize=4)
         ax.set_xlabel(axis)
         ax.set_xticks([x for x, _, _ in points])
@@ -110,11 +117,18 @@ def pareto(
 
 def _bar(ax: "Axes", place: float, figure: Interval, colour: str, height: float) -> None:
     ax.barh(place, figure.value, height=height, color=colour)
-    ax.errorbar(figure.value, place, xerr=figure.reach, color=INK, linewidth=0.9, capsize=2.2, capthick=0.9)
+    if figure.reach:
+        ax.errorbar(figure.value, place, xerr=figure.reach, color=INK, linewidth=0.9, capsize=2.2, capthick=0.9)
+
+
+def _error(ax: "Axes", x: float, y: Interval, colour: str) -> None:
+    if y.reach:
+        ax.errorbar(x, y.value, yerr=y.reach, color=colour, linewidth=0.9, capsize=2.2, capthick=0.9)
 
 
 def _point(ax: "Axes", x: Interval, y: Interval, colour: str, *, filled: bool) -> None:
-    ax.errorbar(x.value, y.value, xerr=x.reach, yerr=y.reach, color=colour, linewidth=0.8, alpha=0.6)
+    if x.reach or y.reach:
+        ax.errorbar(x.value, y.value, xerr=x.reach, yerr=y.reach, color=colour, linewidth=0.8, alpha=0.6)
     ax.plot(x.value, y.value, "o", color=colour, markersize=6, markerfacecolor=colour if filled else "none")
 
 
@@ -131,11 +145,17 @@ def _name(ax: "Axes", name: str, x: float, y: float) -> None:
 
 
 def _percent(ax: "Axes", axis: str, *, limits: bool = True) -> None:
-    from matplotlib.ticker import PercentFormatter
+    """Shares in per cent. limits: show all from 0 to 100 %; else no tick lies outside of it."""
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+    form = PercentFormatter(1, symbol=" %")
     if limits:
         getattr(ax, f"set_{axis}lim")(0, 1)
-    getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1, symbol=" %"))
+        getattr(ax, f"{axis}axis").set_major_formatter(form)
+    else:
+        form.set_axis(getattr(ax, f"{axis}axis"))
+        inside = FuncFormatter(lambda share, place: form(share, place) if -1e-9 <= share <= 1 + 1e-9 else "")
+        getattr(ax, f"{axis}axis").set_major_formatter(inside)
 
 
 def _svg(draw: Callable[["Axes"], None], *, height: float, salt: str) -> str:

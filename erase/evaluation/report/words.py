@@ -148,9 +148,8 @@ def _prompts(number: int, icc: float | None) -> str:
 
 
 def interval_of(score: Mapping[str, Any]) -> plots.Interval:
-    """The value and its interval; without one, the value alone."""
-    value, low, high = score["value"], score["low"], score["high"]
-    return plots.Interval(value, value if low is None else low, value if high is None else high)
+    """The value and its interval, if it has one."""
+    return plots.Interval(score["value"], score["low"], score["high"])
 
 
 def figure_text(score: Mapping[str, Any] | None) -> str:
