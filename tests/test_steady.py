@@ -20,6 +20,7 @@ from loaded import load_sd
 from erase import masks, methods, tensor_files
 from erase.errors import EraseError
 from erase.methods.relabel import Relabel
+from erase.methods.robust import Robust
 from erase.methods.sdd import SelfDistillation
 from erase.methods.soft import Soft
 from erase.optim import MaskedAdam
@@ -166,9 +167,24 @@ class DivergingTeacher(SelfDistillation):
             yield name, term * float("nan") if type(self).calls == 4 else term
 
 
+class DivergingWords(Robust):
+    calls = 0
+
+    def loss(self, model: Any, frozen: Any, batch: Any) -> Any:
+        type(self).calls += 1
+        for name, term in super().loss(model, frozen, batch):
+            yield name, term * float("nan") if (name, type(self).calls) == ("words", 4) else term
+
+
 @pytest.mark.parametrize(
     ("kind", "eight_bit", "every"),
-    [(Diverging, False, 6), (Diverging, True, 25), (DivergingSoft, False, 25), (DivergingTeacher, False, 25)],
+    [
+        (Diverging, False, 6),
+        (Diverging, True, 25),
+        (DivergingSoft, False, 25),
+        (DivergingTeacher, False, 25),
+        (DivergingWords, False, 25),
+    ],
 )
 def test_a_bad_step_that_is_found_late_leaves_what_one_found_at_once_leaves(
     toy_pipeline_dir, tmp_path, monkeypatch, kind, eight_bit, every

@@ -118,7 +118,7 @@ def test_room_is_decided_from_free_memory(model):
     """Nothing without a GPU, then a copy, then both branches at once."""
     parameters = dict(model.unet.named_parameters())
     num = sum(p.numel() for p in parameters.values())
-    how: dict[str, Any] = {"num_masked": num // 2, "part": 2, "side": 4, "dtype": torch.bfloat16}
+    how: dict[str, Any] = {"num_masked": num // 2, "part": 2, "together": 4, "side": 4, "dtype": torch.bfloat16}
     how |= {"eight_bit": False, "copies": 0}
     sizes = [0, *(int(1000 * 1.4**n) for n in range(36))]
     found = [memory.room(model, parameters, free=free, **how) for free in sizes]

@@ -203,15 +203,15 @@ def test_options_reach_the_weights_and_the_identity_of_a_run(toy_pipeline_dir, t
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"method": "esd-x", "anchor_every": 2}, "--anchor-every is 2, but esd-x has no retain term here"),
+        ({"method": "esd-x", "anchor_every": 2}, "--anchor-every is 2, but esd-x has no retain loss here"),
         (
             {"method": "salun", "alpha": 0, "proportion_empty_prompts": 0.5},
-            "--proportion-empty-prompts is 0.5, but salun has no retain term here; use --proportion-empty-prompts 0",
+            "--proportion-empty-prompts is 0.5, but salun has no retain loss here; use --proportion-empty-prompts 0",
         ),
-        ({"method": "uce", "anchor_every": 1}, "--anchor-every is 1, but uce has no retain term here"),
+        ({"method": "uce", "anchor_every": 1}, "--anchor-every is 1, but uce has no retain loss here"),
     ],
 )
-def test_options_about_retain_rows_need_a_retain_term(toy_pipeline_dir, tmp_path, options, told):
+def test_options_about_retain_rows_need_a_retain_loss(toy_pipeline_dir, tmp_path, options, told):
     small = {name: value for name, value in SMALL.items() if name != "learning_rate"}
     with pytest.raises(EraseError, match=f"^{told}"):
         erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **small, **options)

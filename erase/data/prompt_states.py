@@ -1,7 +1,7 @@
 """Prompts as text-encoder states, and where the concept's own words are in them."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,20 @@ def _holds(tokens: Sequence[int], part: Sequence[int]) -> bool:
     return any(list(tokens[i : i + len(part)]) == list(part) for i in range(len(tokens) - len(part) + 1))
 
 
-def distinguishing(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[int]]:
+def with_word(prompt: str, anchor: str, word: str) -> str:
+    """The prompt with `word` in place of the words that its anchor lacks, all of them if it lacks none.
+
+    "a photo of a cat" beside "a photo of a dog" becomes "a photo of a ~".
+    """
+    words = prompt.split()
+    own, _ = distinguishing(words, anchor.split())
+    own = own or [1]
+    kept = [one for place, one in enumerate(words, 1) if place not in own or place == own[0]]
+    kept[own[0] - 1 : own[0]] = [word]
+    return " ".join(kept)
+
+
+def distinguishing(a: Sequence[Hashable], b: Sequence[Hashable]) -> tuple[list[int], list[int]]:
     """Places of the tokens that a has and b lacks, and the other way round; all of one that has nothing of its own.
 
     The start token has place 0, so that the first of `a` has 1.

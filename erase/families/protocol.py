@@ -307,6 +307,11 @@ class Family(ABC):
         return self.encode_text([""]) if empty is None else empty
 
     @property
+    def text_encoders(self) -> Sequence[nn.Module]:
+        """The networks of `encode_text`; loaded again if they were released."""
+        return ()
+
+    @property
     def token_embeddings(self) -> Tensor:
         """The text encoder's embedding of each token, [vocabulary, d]; of several encoders side by side.
 

@@ -257,6 +257,10 @@ class StableDiffusion(LatentFamily):
         return ids
 
     @property
+    def text_encoders(self) -> Sequence[torch.nn.Module]:
+        return (self.text_encoder,)
+
+    @property
     def token_embeddings(self) -> Tensor:
         table: Any = self.text_encoder.get_input_embeddings()
         return table.weight
@@ -270,7 +274,7 @@ class StableDiffusion(LatentFamily):
         table: Any = self.text_encoder.get_input_embeddings()
         hook = table.register_forward_hook(put)
         try:
-            return Conditioning(self.text_encoder(self._padded_tokens(prompts).to(self.device)).last_hidden_state)
+            return Conditioning(self.text_encoder(self._staged(self._padded_tokens(prompts))).last_hidden_state)
         finally:
             hook.remove()
 

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.delta import State
+from erase.device import staged
 from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sdxl_parts
 from erase.families.sd import StableDiffusion
 from erase.files import read_json
@@ -140,7 +141,7 @@ class StableDiffusionXL(StableDiffusion):
     def _states(self, ids: Sequence[Tensor]) -> Conditioning:
         """The second last hidden states of each encoder, without its final norm, as the pipeline takes them."""
         encoders: list[Any] = [self.text_encoder, self.text_encoder_2]
-        outputs = [e(i.to(e.device), output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
+        outputs = [e(staged(i, e.device), output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
         states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         return Conditioning(states, pooled=outputs[1].text_embeds)
 
@@ -162,6 +163,10 @@ class StableDiffusionXL(StableDiffusion):
             return empty
         assert empty.pooled is not None
         return Conditioning(torch.zeros_like(empty.text_states), pooled=torch.zeros_like(empty.pooled))
+
+    @property
+    def text_encoders(self) -> Sequence[torch.nn.Module]:
+        return self.text_encoder, self.text_encoder_2
 
     @property
     def _tables(self) -> list[Any]:

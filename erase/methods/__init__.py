@@ -6,6 +6,7 @@
 from erase.methods.protocol import ClosedForm as ClosedForm
 from erase.methods.protocol import Method as Method
 from erase.methods.protocol import TrainedMethod as TrainedMethod
+from erase.methods.protocol import WordAttack as WordAttack
 from erase.methods.registry import METHODS as METHODS
 from erase.methods.registry import Preset as Preset
 from erase.methods.registry import find as find

@@ -37,6 +37,7 @@ class Batch:
     c_empty: what guidance starts from (in Stable Diffusion the empty prompt), one for each forget row.
     words: bool, [n, tokens], where the concept's own words stand in the forget prompt.
     end: bool, [n, tokens], where the forget prompt is over: its end token and the padding.
+    c_words: the forget prompts with a learned word in place of the concept's own, if the method has an `attack`.
     """
 
     x_forget: Tensor
@@ -52,6 +53,7 @@ class Batch:
     c_empty: Conditioning
     words: Tensor
     end: Tensor
+    c_words: Conditioning | None = None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,24 @@ class Turn:
     rewind: bool = False
 
 
+@dataclass(frozen=True)
+class WordAttack:
+    """Words that are learned on the edited model between the steps, so that they bring the concept back.
+
+    num_words: they take turns; each keeps its embedding and Adam's moments until its next turn.
+    every: steps of the training from one attack to the next. num_steps: of Adam, on one word, in an attack.
+    batch_size: images of the concept in each of them. learning_rate: of Adam, in units of the token embeddings.
+    restart_after: a word starts again after so many of its own steps.
+    """
+
+    num_words: int
+    every: int
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    restart_after: int
+
+
 class Method:
     """What both kinds of methods have.
 
@@ -125,6 +143,14 @@ class TrainedMethod(Method, ABC):
         """A function (<g_f, g_f>, <g_f, g_r>, <g_r, g_r>) -> (w_f, w_r), the factors of the forget and the retain
         gradient, all float64 tensors without dimensions. None: both are 1. Reading a number (`float`, `if`) makes a GPU
         wait in each step.
+        """
+        return None
+
+    @property
+    def attack(self) -> WordAttack | None:
+        """Words to learn during the training from the forget images, which must show the "concept". Batches then have
+        `c_words`, with the word that was attacked last. A term of the loss that is neither "forget" nor "retain" is
+        allowed for them, but not with a `balance`. None: no words are learned.
         """
         return None
 

@@ -63,6 +63,13 @@ _NO_SETTINGS = ("path", "hyperparameters", "nudity", "families")
 METHODS: dict[str, Preset] = {
     "salun": Preset("relabel:Relabel", mask="saliency", target=None),
     "relabel": Preset("relabel:Relabel", target=None),
+    "salun-robust": Preset(
+        "robust:Robust",
+        {"alpha": 5.0},
+        mask="saliency",
+        lr_scheduler="cosine",
+        proportion_empty_prompts=0.5,
+    ),
     "salun-soft": Preset("soft:Soft", target=None),
     "ga": Preset("ascent:GradientAscent", {"alpha": 0.1}, num_train_steps=1000),
     "esd-x": Preset(

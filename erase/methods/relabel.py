@@ -11,7 +11,7 @@ from torch import Tensor
 from erase.methods.balance import nash
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import Balance, TrainedMethod
-from erase.methods.terms import both, relabelled
+from erase.methods.terms import relabelled, several
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Relabel(TrainedMethod):
         keep = batch.eps_retain
         with torch.no_grad():
             if self.frozen_target and self.distill_retain:
-                wanted, keep = both(frozen, target, retain)
+                wanted, keep = several(frozen, target, retain)
             else:
                 wanted = (frozen if self.frozen_target else model)(*target)
                 keep = frozen(*retain) if self.distill_retain else keep
-        answer, kept = both(model, (batch.x_forget, batch.t_forget, batch.c_forget), retain)
+        answer, kept = several(model, (batch.x_forget, batch.t_forget, batch.c_forget), retain)
         return {"forget": F.mse_loss(answer, wanted), "retain": self.alpha * F.mse_loss(kept, keep)}

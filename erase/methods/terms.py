@@ -22,8 +22,7 @@ def denoised(model: Predictor, batch: Batch) -> Tensor:
     return F.mse_loss(model(batch.x_retain, batch.t_retain, batch.c_retain), batch.eps_retain)
 
 
-def both(predict: Predictor, one: Seen, other: Seen) -> tuple[Tensor, Tensor]:
-    """The predictions for two batches, from one pass."""
-    (x, t, c), (x_2, t_2, c_2) = one, other
-    found = predict(torch.cat([x, x_2]), torch.cat([t, t_2]), Conditioning.cat([c, c_2]))
-    return found[: len(x)], found[len(x) :]
+def several(predict: Predictor, *seen: Seen) -> tuple[Tensor, ...]:
+    """The predictions for several batches, from one pass."""
+    x, t, c = zip(*seen, strict=True)
+    return predict(torch.cat(x), torch.cat(t), Conditioning.cat(c)).split([len(one) for one in x])

@@ -80,14 +80,16 @@ def make_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedFor
 def can_scale(settings: Settings, method: methods.Method) -> bool:
     """Whether fp16 can do: its gradients are scaled, which a method that compares them does not know of."""
     trained = isinstance(method, methods.TrainedMethod)
-    compares = trained and (method.balance is not None or method.prepares)
+    compares = trained and (method.balance is not None or method.prepares or method.attack is not None)
     return not compares and settings.weights != "bf16"
 
 
 def require_precision(settings: Settings, method: methods.Method) -> None:
     """Raise an EraseError where fp16, which scales gradients, meets a method that compares them."""
     if settings.precision == "fp16" and not can_scale(settings, method):
-        raise EraseError(f"{settings.method} compares gradients, which --precision fp16 scales; use bf16 or fp32")
+        learns = isinstance(method, methods.TrainedMethod) and method.attack is not None
+        does = "learns words by gradients of its own" if learns else "compares gradients"
+        raise EraseError(f"{settings.method} {does}, which --precision fp16 scales; use bf16 or fp32")
 
 
 def require_rank(settings: Settings, method: methods.Method) -> None:
@@ -111,7 +113,7 @@ def require_retain_rows(settings: Settings, method: methods.Method) -> None:
     for name in ("proportion_empty_prompts", "anchor_every"):
         if value := getattr(settings, name):
             raise EraseError(
-                f"{flag(name)} is {value:g}, but {settings.method} has no retain term here; use {flag(name)} 0"
+                f"{flag(name)} is {value:g}, but {settings.method} has no retain loss here; use {flag(name)} 0"
             )
 
 
@@ -134,6 +136,7 @@ def require_storage(settings: Settings, method: methods.Method) -> None:
 def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
     accumulates, method = settings.mask in {"saliency", "inverse"}, make_method(settings)
+    attack = method.attack if isinstance(method, methods.TrainedMethod) else None
     mask_batch = part_size(settings) if settings.score == "abs_sum" else whole(settings.batch_size)
     mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
     return memory.estimate(
@@ -147,6 +150,7 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
         copies=num_copies(method),
+        text=memory.text_passes(model, attack.batch_size) if attack else 0,
     )
 
 

@@ -81,11 +81,13 @@ def batches(
     share: int,
     accelerator: Accelerator,
     walker: Walker | None = None,
+    said: Callable[[Tensor], Conditioning] | None = None,
 ) -> Iterator[Batch]:
     """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would.
 
     walker: gives, inside a context, the model that generates a trajectory from noise to the concept, on which the
         forget latents are; None if there is none.
+    said: gives `Batch.c_words` of these forget images; None if there are none.
     """
     draw, num = generator(recipe.seed, "train", step), recipe.batch_size
     f, r = _rows(data, recipe, step, draw)
@@ -151,6 +153,7 @@ def batches(
             c_empty=c_0,
             words=here(data.words[f]),
             end=here(data.end[f]),
+            c_words=None if said is None else said(f[rows]),
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,12 @@ from torch import Tensor
 from erase import files, tensor_files
 from erase.errors import EraseError
 from erase.optim import MaskedAdam
-from erase.training.exchanged import Exchanged
+
+
+class Kept(Protocol):
+    """What a training goes on with beside weights and moments: tensors by name, of fixed shapes and dtypes."""
+
+    values: dict[str, Tensor]
 
 
 @contextmanager
@@ -32,11 +37,11 @@ def keep(
     optimizer: MaskedAdam,
     accelerator: Accelerator,
     losses: list[dict[str, float]],
-    kept: Mapping[str, Exchanged],
+    kept: Mapping[str, Kept],
 ) -> None:
     """Write all that the next step depends on: of the weights those inside the mask, since no other one moves.
 
-    kept: other values of these weights that the training goes on with, by name.
+    kept: what else the training goes on with, by name.
     """
     tensors = {f"weights/{name}": weights for name, weights in optimizer.masked_weights().items()}
     moments: dict[str, dict[str, Any]] = {}
@@ -55,7 +60,7 @@ def restore(
     path: Path,
     optimizer: MaskedAdam,
     accelerator: Accelerator,
-    kept: Mapping[str, Exchanged],
+    kept: Mapping[str, Kept],
     num_steps: int,
 ) -> list[dict[str, float]]:
     """Put a stored state in place; returns the losses of the steps that led to it.
@@ -77,8 +82,8 @@ def restore(
             parts.setdefault(part, {})[rest] = tensor
         weights = optimizer.masked_weights()
         _require_like(path, parts["weights"], weights)
-        for part in kept:
-            _require_like(path, parts[part], weights)
+        for part, held in kept.items():
+            _require_like(path, parts[part], held.values)
         state: dict[int, dict[str, Any]] = {int(number): dict(of) for number, of in header["optimizer"].items()}
         for name, tensor in parts["optimizer"].items():
             number, _, key = name.partition("/")
@@ -88,7 +93,7 @@ def restore(
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(header["scaler"])
     for part, held in kept.items():
-        held.values = {name: parts[part][name].to(now.device) for name, now in weights.items()}
+        held.values = {name: parts[part][name].to(now.device) for name, now in held.values.items()}
     return header["losses"]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from erase.progress import progress
 from erase.training import memory
 from erase.training.backward import gradients
 from erase.training.batches import Recipe, Walker, batches, generator
-from erase.training.checkpoint import keep, restore
+from erase.training.checkpoint import Kept, keep, restore
 from erase.training.copied import Copied
 from erase.training.exchanged import Exchanged
 from erase.training.gradients import start_detached, taking_gradients
 from erase.training.losses import Losses
+from erase.training.words import Words
 
 
 def train(
@@ -69,6 +71,7 @@ def train(
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_network().named_parameters()))
     walks = method.follows if method.images == "noise" else None
+    words = Words(model, method.attack, data, recipe, share, accelerator) if method.attack else None
     room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, checkpointing=checkpointing)
     asks_base = method.needs_base or walks == "base"
     held = Exchanged(model, optimizer) if method.shrinks or asks_base and not room.copy else None
@@ -78,9 +81,9 @@ def train(
     # a scaler wants to see the gradients themselves
     gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
     walker = _walker(model, walks, base, teacher)
-    kept = {"teacher": teacher} if teacher is not None else {}
-    if method.turns:
-        kept["remembered"] = Exchanged(model, optimizer)
+    remembered = Exchanged(model, optimizer) if method.turns else None
+    held_too = {"teacher": teacher, "remembered": remembered, "words": words}
+    kept: dict[str, Kept] = {name: part for name, part in held_too.items() if part is not None}
     seen: list[dict[str, float]] = []
     if state_path.exists():
         seen = restore(state_path, optimizer, accelerator, kept, recipe.num_steps)
@@ -117,8 +120,9 @@ def train(
             turn = method.turn(step, recipe.num_steps)
             if turn.remember or turn.rewind:
                 read(step)
-                _before_the_step(turn, kept["remembered"])
-            parts = batches(model, data, recipe, step, share, accelerator, walker)
+                _before_the_step(turn, remembered)
+            said = partial(words.said, step=step) if words is not None else None
+            parts = batches(model, data, recipe, step, share, accelerator, walker, said)
             losses.add(
                 gradients(
                     model, method, base or model, parts, turn, recipe, accelerator, optimizer, together=room.together
@@ -133,6 +137,8 @@ def train(
             prepared.step()
             prepared.zero_grad()
             _after_the_step(method, held, teacher, step, recipe.num_steps, losses.halt)
+            if words is not None:
+                words.after(step, losses.halt)
             bar.update()
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
                 read(step + 1)
@@ -190,6 +196,7 @@ def _room(
         parameters,
         num_masked=optimizer.num_masked,
         part=share * (2 if recipe.anchor_every else 1),
+        together=share * (2 + bool(recipe.anchor_every) + (method.attack is not None)),
         side=data.forget.mean.shape[-1],
         dtype=_dtype(model, accelerator),
         eight_bit=recipe.eight_bit,
@@ -231,12 +238,17 @@ def _refuse_what_does_not_fit(
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
     if is_scaled and (method.balance or method.prepares):
         raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
+    if method.attack and (method.images != "concept" or method.balance):
+        raise EraseError("a method with an attack trains on images of the concept and balances no gradients")
+    if is_scaled and method.attack:
+        raise EraseError("this method learns words by their own gradients, which --precision fp16 scales; use bf16")
     if is_rounded and (method.prepares or method.shrinks or method.turns or method.teacher_decay is not None):
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
 
 
-def _before_the_step(turn: Turn, remembered: Exchanged) -> None:
+def _before_the_step(turn: Turn, remembered: Exchanged | None) -> None:
     """Remember the weights, or put them back."""
+    assert remembered is not None
     if turn.remember:
         remembered.take()
     if turn.rewind:

@@ -27,6 +27,7 @@ def estimate(
     checkpointing: bool,
     copies: int,
     eight_bit: bool = False,
+    text: int = 0,
 ) -> dict[str, int]:
     """Peak bytes of each phase, "mask", "training" or "solving", and "writing", libraries included.
 
@@ -37,7 +38,7 @@ def estimate(
     part: images of one branch that go through the network together; None for a closed form, which needs none.
     dtype: of the stored weights.
     copies: of the masked weights that are kept beside them, such as their values in the base.
-    eight_bit: of the moments.
+    eight_bit: of the moments. text: bytes of text encoders that stay during the training, see `text_passes`.
     """
     size = dtype.itemsize
     weights = sum(parameter.numel() for parameter in model.network.parameters()) * size
@@ -60,7 +61,7 @@ def estimate(
         largest = max(parameter.numel() for parameter in parameters.values())
         stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
         moments, gradients, kept = stored, size * masked, copies * size * masked
-        needs["training"] = weights + moments + masters + gradients + kept + places + pass_of(part)
+        needs["training"] = weights + moments + masters + gradients + kept + places + pass_of(part) + text
     float32 = 4 * weights // size
     needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change
     return {phase: LIBRARIES + need for phase, need in needs.items()}
@@ -83,6 +84,7 @@ def room(
     *,
     num_masked: int,
     part: int,
+    together: int,
     side: int,
     dtype: torch.dtype,
     eight_bit: bool,
@@ -92,7 +94,8 @@ def room(
     """What fits into nine tenths of `free` bytes, beside the weights that are there and all that the training needs.
 
     num_masked: weights that may change. part: images of one branch that go through the network together.
-    side: of the latents. dtype: of the copy. copies: of the masked weights, such as an average.
+    together: images of all branches. side: of the latents. dtype: of the copy. copies: of the masked weights, such as
+    an average.
     """
     if free <= 0:
         return Room(copy=False, together=False)
@@ -101,10 +104,12 @@ def room(
     left = int(0.9 * free) - num_masked * (moments + (1 + copies) * size)
     left -= 4 * max(parameter.numel() for parameter in parameters.values())
     resolution = side * model.resolution // model.latent_shape(model.resolution)[-1]
-    of_pass = activations(model, part, resolution, torch.float32, checkpointing=False)
+    of_branch, of_all = (
+        activations(model, num, resolution, torch.float32, checkpointing=False) for num in (part, together)
+    )
     needed = sum(parameter.numel() for parameter in model.network.parameters()) * dtype.itemsize
-    has_copy = left - of_pass >= needed
-    return Room(has_copy, has_copy and left - 2 * of_pass >= needed)
+    has_copy = left - of_branch >= needed
+    return Room(has_copy, has_copy and left - of_all >= needed)
 
 
 def part_of_batch(model: Family, resolution: int) -> int:
@@ -113,6 +118,19 @@ def part_of_batch(model: Family, resolution: int) -> int:
     Every part costs a pass and two exchanges of the base's values. A small model saves nothing by parts of one image.
     """
     return max(1, SMALL // activations(model, 1, resolution, torch.float32, checkpointing=True))
+
+
+def text_passes(model: Family, num: int) -> int:
+    """Bytes of the text encoders, and of what `num` prompts keep for the gradient of a token's embedding.
+
+    Raises:
+        EraseError: see `Family.token_embeddings`.
+    """
+    parameters = [parameter for encoder in model.text_encoders for parameter in encoder.parameters()]
+    embedding = model.token_embeddings[0].detach().clone().requires_grad_(True)
+    with torch.enable_grad(), _keeping({_storage(parameter) for parameter in parameters}) as kept:
+        model.encode_with([""], 0, embedding)
+    return sum(parameter.nbytes for parameter in parameters) + num * _bytes(kept)
 
 
 def activations(model: Family, num: int, resolution: int, dtype: torch.dtype, *, checkpointing: bool) -> int:

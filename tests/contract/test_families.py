@@ -77,6 +77,14 @@ def test_the_unconditional_branch_is_one_row_encoded_before_or_not(model):
     torch.testing.assert_close(vars(one), vars(two))
 
 
+def test_text_encoders_hold_the_table_of_token_embeddings(model):
+    own = {id(parameter) for encoder in model.text_encoders for parameter in encoder.parameters()}
+    assert own and not own & {id(parameter) for parameter in model.network.parameters()}
+    shapes = [parameter.shape for encoder in model.text_encoders for parameter in encoder.parameters()]
+    vocabulary, width = model.token_embeddings.shape
+    assert sum(shape[1] for shape in shapes if len(shape) == 2 and shape[0] == vocabulary) == width
+
+
 def test_a_tokens_own_embedding_gives_the_prompts_own_states_and_another_has_a_gradient(model):
     token = model.tokens("cat")[0]
     own = model.token_embeddings[token].detach()

@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erase.concepts import Concept, refusal
-from erase.errors import EraseError
 from erase.evaluation.attacks.guarded import predict
 from erase.evaluation.attacks.protocol import CONTROL, Attack, Finding, Given, budget_of, checked_points
 from erase.families.protocol import Family
 from erase.progress import progress
 from erase.training.batches import generator
-
-WORD = "~"  # one token of every CLIP vocabulary, and in nobody's prompts
+from erase.training.words import WORD, spread_timesteps, token_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class LearntWord(Attack):
     @contextmanager
     def attacked(self, given: Given, finding: Finding) -> Generator[None]:
         model = given.model
-        before = model.token_embeddings[_row(model)].clone()
+        before = model.token_embeddings[token_of(model)].clone()
         try:
             teach(model, finding.tensors["word"].to(before))
             yield
@@ -112,7 +110,7 @@ def learn_at(
 ) -> dict[int, Tensor]:
     """The word's embedding, [d], after each of these numbers of steps. A guard stands before the model as it does when
     images are generated."""
-    row = _row(model)
+    row = token_of(model)
     vector = model.token_embeddings.detach().mean(0).requires_grad_(True)
     optimizer = torch.optim.Adam([vector], lr=attack.learning_rate)
     prompts = [template.format(WORD) for template in attack.templates]
@@ -122,8 +120,7 @@ def learn_at(
             draw = generator(attack.seed, "inversion", step)
             rows = torch.randint(len(latents), (attack.batch_size,), generator=draw)
             said = torch.randint(len(prompts), (attack.batch_size,), generator=draw)
-            strata = torch.arange(attack.batch_size) + torch.rand(attack.batch_size, generator=draw)
-            t = (strata * (model.num_timesteps / attack.batch_size)).long().to(model.device)
+            t = spread_timesteps(attack.batch_size, model.num_timesteps, draw).to(model.device)
             x = latents[rows]
             eps = torch.randn(x.shape, generator=draw).to(model.device)
             c = model.encode_with([prompts[i] for i in said.tolist()], row, vector)
@@ -139,11 +136,4 @@ def learn_at(
 
 def teach(model: Family, vector: Tensor) -> None:
     """Let the model's text encoder know the word: `WORD` means `vector` from here on."""
-    model.set_token(_row(model), vector)
-
-
-def _row(model: Family) -> int:
-    tokens = model.tokens(WORD)
-    if len(tokens) != 1:
-        raise EraseError(f"{model.name}'s tokenizer has no single token for {WORD!r}; it is not CLIP's")
-    return tokens[0]
+    model.set_token(token_of(model), vector)
