@@ -48,6 +48,14 @@ _VAE = {
 }
 
 
+def no_layout(config: Mapping[str, Any]) -> str | None:
+    """Why a UNet has no place in the CompVis layout, by its configuration; None if it has one."""
+    layers = config.get("layers_per_block", 2)
+    if isinstance(layers, int):
+        return None
+    return f"layers_per_block is {layers}; the CompVis layout needs one number for all levels"
+
+
 def unet_name(name: str, config: Mapping[str, Any]) -> str:
     """The name of a UNet weight in the CompVis layout, without `model.diffusion_model.`.
 
@@ -59,9 +67,9 @@ def unet_name(name: str, config: Mapping[str, Any]) -> str:
     Raises:
         EraseError: the weight has no place in that layout, or levels differ in their number of layers.
     """
-    layers = config["layers_per_block"]
-    if not isinstance(layers, int):
-        raise EraseError(f"layers_per_block is {layers}; the CompVis layout needs one number for all levels")
+    if problem := no_layout(config):
+        raise EraseError(problem)
+    layers = config.get("layers_per_block", 2)  # diffusers' default
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
     if not match:
         for start, stem in _ENDS.items():

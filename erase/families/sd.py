@@ -147,7 +147,7 @@ class StableDiffusion(LatentFamily):
     def no_checkpoint(cls, folder: Path) -> str | None:
         if cls._is_second(folder):
             return "Stable Diffusion 2 is written as a folder only (single files: Stable Diffusion 1 and XL)"
-        return None
+        return compvis.no_layout(read_json(folder / "unet" / "config.json"))
 
     @classmethod
     def checkpoint(cls, folder: Path, network: State | None = None) -> dict[str, Tensor]:

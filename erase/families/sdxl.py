@@ -67,7 +67,7 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def no_checkpoint(cls, folder: Path) -> str | None:
-        return None
+        return compvis.no_layout(read_json(folder / "unet" / "config.json"))
 
     @classmethod
     def checkpoint(cls, folder: Path, network: State | None = None) -> dict[str, Tensor]:

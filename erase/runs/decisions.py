@@ -116,6 +116,9 @@ def decide(
     parameters = model.trainable(str(settings.scope))
     base_hash = delta.content_hash(model.state_of(model.network))
     given_mask = load_mask(settings, model, parameters, base_hash)
+    forms.require_writable(
+        settings.save, model.folder, _changing(parameters, given_mask if "lora" in settings.save else None)
+    )
     identity = of_run(
         settings,
         [concept, *everything],
@@ -144,6 +147,15 @@ def decide(
         quiet=quiet,
         tell=tell,
     )
+
+
+def _changing(parameters: Mapping[str, Parameter], mask: masks.Packed | None) -> dict[str, Parameter]:
+    """The parameters of which a mask, if there is one, lets some weights change."""
+    if mask is None:
+        return dict(parameters)
+    return {
+        name: parameter for name, parameter in parameters.items() if name in mask and masks.count({name: mask[name]})
+    }
 
 
 def announce(decided: Decisions) -> None:

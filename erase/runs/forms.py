@@ -4,11 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from erase import delta, files, tensor_files
 from erase.delta import State
+from erase.errors import EraseError
 from erase.export import lora, pipeline
 from erase.export.single_file import save_single_file
 from erase.families import loading, pipeline_folder
+from erase.families.layers import fits_lora
 from erase.options.settings import Settings
 from erase.runs import folders
 from erase.runs.record import RunRecord
@@ -40,6 +44,26 @@ def planned(settings: Settings, folder: Path, source: Path) -> list[str]:
     files += [folders.MASK] if settings.mask != "none" or settings.base else []
     files += [folders.SAMPLES] if settings.num_samples else []
     return files + [name for form in published(settings) for name in names(form, folder, source)]
+
+
+def require_writable(forms: Sequence[str], source: Path, changing: Mapping[str, Tensor]) -> None:
+    """Refuse forms that a model cannot be written in.
+
+    source: diffusers folder of the base model. changing: the network's weights that may change, by name.
+
+    Raises:
+        EraseError: one cannot be written; the message says why.
+    """
+    family = loading.family_of(source)
+    if "single-file" in forms and (problem := family.no_checkpoint(source)):
+        raise EraseError(f"no single file can be written: {problem}; leave out single-file")
+    if "lora" in forms:
+        fitting = [name for name, weight in changing.items() if fits_lora(name, weight)]
+        problem = "no attention or feed-forward layer may change with this scope and mask" if not fitting else ""
+        if fitting and not family.lora_names(source, fitting):
+            problem = f"{family.family} has no names for LoRA layers"
+        if problem:
+            raise EraseError(f"no LoRA can be written: {problem}; leave out lora")
 
 
 def single_file(run_folder: Path) -> str:
@@ -121,6 +145,8 @@ def add(
         before = family.state_of(family.read_network(source, allow_pickle=pickles, weights_file=weights_file))
         after = delta.apply(before, change)
     target = output or run_folder
+    changed = {name: after[name] for name in change.changed}
+    require_writable(forms, source, delta.in_component(family.part, changed))
     for form in forms:
         write(
             form,

@@ -67,8 +67,9 @@ def curve(points: Sequence[tuple[float, Interval | None, Interval]], *, axis: st
             if len(line) == 1:  # which has no width for a band
                 _error(ax, *places, line[0][1], colour)
             elif line:
-                ends = [[math.nan if end is None else end for end in (y.low, y.high)] for _, y in line]
-                ax.fill_between(places, *zip(*ends, strict=True), color=colour, alpha=0.2)
+                low = [math.nan if y.low is None else y.low for _, y in line]
+                high = [math.nan if y.high is None else y.high for _, y in line]
+                ax.fill_between(places, low, high, color=colour, alpha=0.2)
             ax.plot(places, [y.value for _, y in line], "o-", color=colour, linewidth=1.4, markersize=4)
         ax.set_xlabel(axis)
         ax.set_xticks([x for x, _, _ in points])
