@@ -25,7 +25,8 @@ class Robust(TrainedMethod):
     The loss and the mask are SalUn's (Fan et al., ICLR 2024). Training against learned prompts is AdvUnlearn's (Zhang
     et al., NeurIPS 2024), who attack the text encoder anew in each step; rounds of learned words are STEREO's
     (Srivatsan et al., CVPR 2025). Here a few words persist, one of them is attacked at a time, and only the masked
-    weights of the network are trained. The combination and its defaults are this project's, from the embedded model.
+    weights of the network are trained. The combination and its defaults are this project's; no results of it are
+    published yet.
 
     alpha: weight of the retain term; more keeps more and forgets less.
     beta: weight of the learned words' term; 0 learns no words.
