@@ -188,7 +188,22 @@ def growth() -> str:
     return mini_methods.markdown(["sweep", "x", "side", "CPU seconds", "memory"], lines)
 
 
+def sdxl_memory() -> str:
+    """Gigabytes of each phase, and the smallest card whose 12, 16 or 24 GiB hold the largest and 1 GB more."""
+    found = stored("sdxl-memory.json")
+    lines = ["| options | mask | training | smallest card | main memory to save |", "| --- | --- | --- | --- | --- |"]
+    for name, row in found["rows"].items():
+        phases = row["phases"]
+        trained = phases.get("training", phases.get("solving"))
+        largest = max(phases.get("mask", 0), trained) + 1e9
+        card = next((f"{size} GB" for size in (12, 16, 24) if largest <= size * 2**30), "above 24 GB")
+        mask = f"{phases['mask'] / 1e9:.1f}" if "mask" in phases else "-"
+        lines.append(f"| `{name}` | {mask} | {trained / 1e9:.1f} | {card} | {phases['writing'] / 1e9:.1f} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "sdxl memory": sdxl_memory,
     "summary": summary,
     "samplers": samplers,
     "growth": growth,

@@ -179,7 +179,8 @@ def _job(
 
 def _settings(request: Request, job: Job, model: Family) -> dict[str, Any]:
     steps = request.drawing.num_inference_steps or (QUICK["steps"] if request.options.quick else None)
-    return generate.effective_settings(model, job.task, steps, request.drawing.guidance_scale)
+    drawing = request.drawing
+    return generate.effective_settings(model, job.task, steps, drawing.guidance_scale, drawing.resolution)
 
 
 def _counts(request: Request) -> tuple[int, int]:
@@ -203,7 +204,7 @@ def _check_source(
         settings = _settings(request, job, model)
         if model.guard:
             guards.require_acting(model.guard, job.attack.fewest_steps(settings["steps"]))
-        score.check_size(job.judge, job.task.samples, settings["size"])
+        score.check_size(job.judge, [generate.size_of(sample, settings) for sample in job.task.samples])
         identity = generate.identity(hashes, job.task, settings, request.drawing.generation_batch_size)
         folder = job.folder
         if role != "erased":  # shared by all that have the same base

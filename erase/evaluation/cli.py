@@ -97,6 +97,7 @@ def _generate(arguments: list[str]) -> None:
         Path(given.output),
         steps=drawing.num_inference_steps,
         guidance=drawing.guidance_scale,
+        resolution=drawing.resolution,
         batch_size=drawing.generation_batch_size,
         rank=rank,
         world=world,

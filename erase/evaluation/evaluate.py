@@ -214,9 +214,10 @@ def _check_source(
     hashes = generate.model_hashes(model)
     for job, made in zip(jobs, judges, strict=True):
         for role in (role for role, own in job.models.sources.items() if own == source):
-            settings = generate.effective_settings(model, job.task, drawing.num_inference_steps, drawing.guidance_scale)
+            how = drawing.num_inference_steps, drawing.guidance_scale, drawing.resolution
+            settings = generate.effective_settings(model, job.task, *how)
             for judge in made.values():
-                score.check_size(judge, job.task.samples, settings["size"])
+                score.check_size(judge, [generate.size_of(sample, settings) for sample in job.task.samples])
             identity = generate.identity(hashes, job.task, settings, drawing.generation_batch_size)
             folder = job.folder
             if role != "erased":  # shared by all that have the same base
@@ -230,7 +231,8 @@ def _check_source(
 
 def _draw_and_score(request: Request, role: str, source: Source, job: Job, judges: Mapping[str, Judge]) -> None:
     drawing, folder = request.drawing, job.folders[role]
-    how = {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale}
+    how: dict[str, Any] = {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale}
+    how["resolution"] = drawing.resolution
     with jsonl.alone(folder):  # many runs may share one base
         if not (folder / arm.MANIFEST).exists() or arm.missing(folder):
             model, size = source.load(drawing), drawing.generation_batch_size

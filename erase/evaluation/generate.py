@@ -61,14 +61,20 @@ def model_hashes(model: Family) -> dict[str, str]:
     return {part: model.hash_of(part) for part in model.parts} | guard
 
 
-def effective_settings(model: Family, task: SampleSet, steps: int | None, guidance: float | None) -> dict[str, Any]:
+def effective_settings(
+    model: Family, task: SampleSet, steps: int | None, guidance: float | None, resolution: int | None = None
+) -> dict[str, Any]:
     """How images are generated, read back from the objects that generate them; guidance and size per sample override.
 
-    steps, guidance: None for the task's, else the model's own.
+    steps, guidance: None for the task's, else the model's own. resolution: side in pixels of every image; None for the
+        samples' own sizes, else the model's.
 
     Raises:
-        EraseError: more steps than the model was trained with, or a guard that would change no image.
+        EraseError: more steps than the model was trained with, a side that its VAE cannot make, or a guard that would
+            change no image.
     """
+    if resolution is not None and resolution % model.multiple:
+        raise EraseError(f"--resolution is {resolution}; {model.name} makes multiples of {model.multiple} pixels")
     scheduler: Any = model.sampler()
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     num = _first(steps, task.steps, model.defaults.get("num_inference_steps"), 50)
@@ -90,7 +96,8 @@ def effective_settings(model: Family, task: SampleSet, steps: int | None, guidan
         "steps": int(num),
         "guidance": usual,
         "guidance_of_samples": "used" if guidance is None else "ignored",
-        "size": model.resolution,
+        "size": model.resolution if resolution is None else resolution,
+        **({} if resolution is None else {"size_of_samples": "ignored"}),
         "precision": str(DTYPES[model.precision]).removeprefix("torch."),
         "device": model.device.type,
         "noise": "one CPU generator a picture",  # part of an identity: old folders have this text
@@ -99,6 +106,13 @@ def effective_settings(model: Family, task: SampleSet, steps: int | None, guidan
             name: text for name, text in versions().items() if name in ("torch", "diffusers", "transformers")
         },
     }
+
+
+def size_of(sample: Sample, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a sample's image, in pixels. settings: see `effective_settings`."""
+    if "size_of_samples" in settings:
+        return settings["size"], settings["size"]
+    return _first(sample.height, settings["size"]), _first(sample.width, settings["size"])
 
 
 def _first(*values: Any) -> Any:
@@ -124,6 +138,7 @@ def generate(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    resolution: int | None = None,
     batch_size: int = 8,
     rank: int = 0,
     world: int = 1,
@@ -140,7 +155,7 @@ def generate(
     Raises:
         EraseError: the folder holds other images, or cannot be written.
     """
-    settings = effective_settings(model, task, steps, guidance)
+    settings = effective_settings(model, task, steps, guidance, resolution)
     arm.open_arm(folder, identity(model_hashes(model), task, settings, batch_size), task.samples)
     absent = {sample.id for sample in arm.missing(folder)}
     mine = [batch for batch in batches(task.samples, batch_size)[rank::world] if any(s.id in absent for s in batch)]
@@ -199,7 +214,7 @@ def _drawn(
 
     A GPU that runs out of memory halves the batch: each image has its own noise, so they stay what they are.
     """
-    size = _first(batch[0].height, settings["size"]), _first(batch[0].width, settings["size"])
+    size = size_of(batch[0], settings)
     own = batch[0].guidance if settings["guidance_of_samples"] == "used" else None
     try:
         latents = draw(batch, size, _first(own, settings["guidance"]))

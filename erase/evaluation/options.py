@@ -92,6 +92,15 @@ class Drawing:
         most=1000,
         aliases=("--guidance",),
     )
+    resolution: int | None = option(
+        None,
+        "side in pixels of every image, also of samples that have a size of their own, as in I2P",
+        group="drawing",
+        shown="the sample's own, else the model's",
+        least=8,
+        most=8192,
+        aliases=("--size",),
+    )
     generation_batch_size: int = option(
         8, "images generated at once", group="drawing", least=1, most=4096, aliases=("--batch-size",)
     )

@@ -1,7 +1,7 @@
 """Raw outputs of a judge, per image, into the arm's folder; every figure of a report is computed from them later."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,22 @@ from erase.errors import EraseError
 from erase.evaluation import arm, jsonl, shapes
 from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.judges.registry import JUDGES
-from erase.evaluation.tasks.protocol import Sample
 from erase.progress import each, progress
 from erase.registry import file_name, name_of_file
 
 BATCH = 32  # images in memory at a time
 
 
-def check_size(judge: Judge, samples: Sequence[Sample], size: int) -> None:
+def check_size(judge: Judge, sizes: Iterable[tuple[int, int]]) -> None:
     """Refuse images that the judge cannot look at, before there are any.
 
-    size: of samples that name none, in pixels.
+    sizes: height and width of the images, in pixels.
 
     Raises:
-        EraseError: the judge sees one size only, and a sample has another.
+        EraseError: the judge sees one size only, and an image has another.
     """
     seen = judge.size
-    for sample in samples if seen else ():
-        height, width = sample.height or size, sample.width or size
+    for height, width in sizes if seen else ():
         if (height, width) != (seen, seen):
             raise EraseError(
                 f"the judge {judge.name} sees {seen} x {seen} pixels, but the images will have {width} x {height}; "

@@ -198,6 +198,7 @@ class Settings:
         least=1,
         most=8192,
         shown="the model's own, 512 for SD v1.4",
+        aliases=("--size",),
     )
     generation_batch_size: int | None = option(
         None,
