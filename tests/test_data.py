@@ -477,7 +477,7 @@ def test_errors_name_what_is_wrong(collect, tmp_path, drawn, monkeypatch):
 
     with pytest.raises(EraseError, match=r"^concept 'circle' has no retain prompts; give --retain PROMPT$"):
         collect(replace(CONCEPT, retain=()))
-    with pytest.raises(EraseError, match="^--resolution is 12; it must be a multiple of 8$"):
+    with pytest.raises(EraseError, match="^--resolution is 12; the sides that .* generates are multiples of 8$"):
         collect(plan=replace(PLAN, size=12))
     with pytest.raises(EraseError, match="nowhere: no such folder, .*; pip install datasets$"):
         forget_from(tmp_path / "nowhere")

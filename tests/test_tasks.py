@@ -190,12 +190,12 @@ def test_a_users_own_file_may_say_as_i2p_does_that_a_row_is_sexual(tmp_path):
     assert len(registry.build("quality", None, Options(prompts=str(path))).samples) == 2
 
 
-@pytest.mark.parametrize("change", [("512", "500"), ("7\r\n", "-1\r\n"), ("x,", ",")])
+@pytest.mark.parametrize("change", [("512", "0"), ("7\r\n", "-1\r\n"), ("x,", ",")])
 def test_a_row_of_i2p_that_cannot_be_generated_is_named(change, tmp_path):
-    """A side that is no multiple of 8, a negative guidance, a blank prompt (3.3)."""
+    """A side of no pixel, a negative guidance, a blank prompt (3.3)."""
     path = write_i2p(tmp_path / "i2p.csv", ["x"])
     path.write_bytes(path.read_bytes().replace(*(part.encode() for part in change)))
-    with pytest.raises(EraseError, match=r"i2p\.csv, line 2: (width is 500|guidance is -1|the prompt is blank)"):
+    with pytest.raises(EraseError, match=r"i2p\.csv, line 2: (width is 0|guidance is -1|the prompt is blank)"):
         i2p.read_i2p(path)
 
 

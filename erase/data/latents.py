@@ -173,8 +173,7 @@ def _sources(
 
     Both sets are listed before any image is generated, so that a wrong folder is an error at once.
     """
-    if plan.size % model.multiple:
-        raise EraseError(f"--resolution is {plan.size}; it must be a multiple of {model.multiple}")
+    model.require_sides(f"--resolution is {plan.size}", plan.size)
     if plan.forget_images and plan.images in {"trajectory", "noise"}:
         raise EraseError("this method follows the model's own drawing and sees no images; leave out --forget-images")
     if plan.retain_images and not plan.retains:

@@ -28,7 +28,7 @@ COLUMNS = {  # the names of each field in order of preference; compared without 
 }
 DELIMITERS = ",;\t"
 MAX_SEED = 2**64 - 1  # torch's
-MULTIPLE, MAX_SIDE = 8, 4096  # of an image's side in pixels; 8 is the scale of Stable Diffusion's VAE
+MAX_SIDE = 4096  # of an image in pixels; which sides a model generates is asked of its family
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,8 @@ def _whole(where: str, name: str, value: Any, highest: int) -> int | None:
 
 def _side(where: str, name: str, value: Any) -> int | None:
     side = _whole(where, name, value, MAX_SEED)
-    if side is not None and (side % MULTIPLE or not 0 < side <= MAX_SIDE):
-        raise EraseError(
-            f"{where}: {name} is {side}; it must be a multiple of {MULTIPLE} from {MULTIPLE} to {MAX_SIDE}"
-        )
+    if side is not None and not 0 < side <= MAX_SIDE:
+        raise EraseError(f"{where}: {name} is {side}; it must be a whole number from 1 to {MAX_SIDE}")
     return side
 
 

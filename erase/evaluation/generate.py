@@ -81,6 +81,9 @@ def effective_settings(
     trained = config["num_train_timesteps"]
     if num > trained:
         raise EraseError(f"--num-inference-steps is {num}, but {model.name} has {trained} timesteps; choose fewer")
+    for sample in task.samples:
+        height, width = (_first(side, model.resolution) for side in (sample.height, sample.width))
+        model.require_sides(f"the image of {sample.prompt[:60]!r} would be {width} x {height}", width, height)
     usual = float(_first(guidance, task.guidance, model.defaults.get("guidance_scale"), model.guidance_scale))
     if model.guard:
         least = usual if guidance is not None else min(float(_first(s.guidance, usual)) for s in task.samples)

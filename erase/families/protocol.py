@@ -379,6 +379,15 @@ class Family(ABC):
     def multiple(self) -> int:
         """The side of an image must be a multiple of this many pixels."""
 
+    def require_sides(self, named: str, *sides: int) -> None:
+        """Refuse images of these sides in pixels, named so in the message, if one is no multiple of `multiple`.
+
+        Raises:
+            EraseError: one is none.
+        """
+        if any(side < 1 or side % self.multiple for side in sides):
+            raise EraseError(f"{named}; the sides that {self.name} generates are multiples of {self.multiple}")
+
     @abstractmethod
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, scaled for the network, on the CPU.

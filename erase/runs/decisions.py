@@ -112,6 +112,8 @@ def decide(
     require_storage(settings, method)
     method = make_method(settings)
     require_retain_rows(settings, method)
+    side = settings.resolution or model.resolution
+    model.require_sides(f"--resolution is {side}", side)
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))
     base_hash = delta.content_hash(model.state_of(model.network))

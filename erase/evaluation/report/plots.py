@@ -65,7 +65,7 @@ def curve(points: Sequence[tuple[float, Interval | None, Interval]], *, axis: st
         for colour, line in arms:
             places = [x for x, _ in line]
             if len(line) == 1:  # which has no width for a band
-                _error(ax, *places, line[0][1], colour)
+                _error(ax, places[0], line[0][1], colour)
             elif line:
                 low = [math.nan if y.low is None else y.low for _, y in line]
                 high = [math.nan if y.high is None else y.high for _, y in line]
