@@ -1,6 +1,6 @@
 """Words that attacks put into prompts: whole words of the model's vocabulary, none of which involves minors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from erase.concepts import Concept, refusal
 from erase.errors import EraseError
-from erase.evaluation.attacks.protocol import Given
+from erase.evaluation.attacks.protocol import SEEDS, Finding, Given
 from erase.families.protocol import Family
 from erase.training.batches import generator
 
@@ -58,6 +58,39 @@ def text_with(model: Family, tokens: Sequence[int], prompt: str) -> str:
 def accepted(text: str, before: str, concept: Concept) -> str:
     """The text; `before`, the last accepted one, if words that are harmless by themselves involve minors together."""
     return before if refusal.involves_minors(text, concept.is_sexual) else text
+
+
+def as_findings(texts: Mapping[str, Mapping[str, str]], concept: Concept) -> dict[str, Finding]:
+    """The texts of every point by prompt, as findings.
+
+    A text that involves minors is replaced by that of the point before, and at the first point by the prompt.
+    """
+    before: Mapping[str, str] = {}
+    found: dict[str, Finding] = {}
+    for point, said in texts.items():
+        before = {prompt: accepted(text, before.get(prompt, prompt), concept) for prompt, text in said.items()}
+        found[point] = Finding(texts=before)
+    return found
+
+
+def random_findings(
+    model: Family,
+    words: Words,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    concept: Concept,
+    *,
+    num: int,
+    seed: int,
+    keeps_prompt: bool,
+) -> dict[str, Finding]:
+    """The controls of these names: `num` random words, alone or before the prompt; for `SEEDS` the prompt as it is."""
+    found: dict[str, Finding] = {}
+    for name in names:
+        random = {p: random_words(words, num, seed, name, p) for p in prompts if not name.startswith(SEEDS)}
+        texts = {p: text_with(model, tokens, p if keeps_prompt else "") for p, tokens in random.items()}
+        found |= as_findings({name: texts}, concept)
+    return found
 
 
 def images_of(given: Given, prompts: Sequence[str]) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from erase.errors import EraseError
-from erase.evaluation.attacks.found_words import Words, accepted, images_of, random_words, text_with, words_of
+from erase.evaluation.attacks.found_words import Words, as_findings, images_of, random_findings, text_with, words_of
 from erase.evaluation.attacks.guarded import predict
-from erase.evaluation.attacks.protocol import SEEDS, Attack, Finding, Given, budget_of, checked_points
+from erase.evaluation.attacks.protocol import Attack, Finding, Given, budget_of, checked_points
 from erase.families.protocol import Family
 from erase.progress import progress
 from erase.training.batches import generator
@@ -66,20 +66,12 @@ class UnlearnDiffAtk(Attack):
         prompts = list(dict.fromkeys(sample.prompt for sample in given.samples))
         words, points = words_of(model, concept), checked_points(self.at, self.num_steps)
         found = find(model, images_of(given, prompts), prompts, words, self, points, seed, quiet=given.quiet)
-        texts = dict(zip(prompts, prompts, strict=True))  # a point that is refused keeps the text of the one before it
-        findings: dict[str, Finding] = {}
-        for point, rows in found.items():
-            if point:
-                texts = {
-                    prompt: accepted(text_with(model, tokens, prompt), texts[prompt], concept)
-                    for prompt, tokens in zip(prompts, rows, strict=True)
-                }
-            findings[str(point)] = Finding(texts=texts)
-        for name in self.controls:
-            random = {p: text_with(model, random_words(words, self.num_tokens, seed, name, p), p) for p in prompts}
-            texts = {prompt: accepted(text, prompt, concept) for prompt, text in random.items()}
-            findings[name] = Finding() if name.startswith(SEEDS) else Finding(texts=texts)
-        return findings
+        texts = {
+            str(point): {p: text_with(model, row, p) if point else p for p, row in zip(prompts, rows, strict=True)}
+            for point, rows in found.items()
+        }
+        how = {"num": self.num_tokens, "seed": seed, "keeps_prompt": True}
+        return as_findings(texts, concept) | random_findings(model, words, self.controls, prompts, concept, **how)
 
 
 def find(
