@@ -3,7 +3,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from erase.version import __version__ as __version__
+
 __all__ = ["Concept", "EraseError", "Method", "Run", "apply", "erase_concept", "load_delta", "remove"]
 
 if TYPE_CHECKING:

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from erase import __version__, concepts
+from erase import concepts
 from erase.commandline import Command, Parser, add_config_file, add_options, one_line, serve, silence_libraries
 from erase.errors import EraseError, no_file, printable
 from erase.options import config_file
 from erase.options.declare import flag
 from erase.options.settings import Settings
+from erase.version import __version__
 
 GROUPS = {
     "what": "concept, model and output",

@@ -33,7 +33,7 @@ ATTRIBUTES = {"unet", "text_encoder"}
 OPTIONS = {"settings", "given", "drawing"}  # the option --unet is an attribute of these
 ALLOWED = {
     ("cli.py", "unet"): "the option --unet, and a form of `export --to`",
-    ("evaluation/cli.py", "unet"): "the option --unet",
+    ("evaluation/commands/run.py", "unet"): "the option --unet",
     ("evaluation/sources.py", ".unet"): "the option --unet, in a dataclass of options",
     ("guards.py", ".unet"): "guards change a pipeline of diffusers, whose component it is",
     ("methods/scissorhands.py", ".attn1."): "its published code renews self-attention of two named blocks",
@@ -310,7 +310,7 @@ def test_guidance_scopes_and_tags_are_the_familys(watercolour_dir, toy_pipeline_
 def test_guidance_of_an_evaluation_is_the_familys_where_nothing_else_says(watercolour_dir):
     registry.give(Ink)
     model: Any = loading.load(watercolour_dir)
-    task: Any = SimpleNamespace(steps=None, guidance=None)
+    task: Any = SimpleNamespace(steps=None, guidance=None, samples=())
     assert generate.effective_settings(model, task, None, None)["guidance"] == 3.0
     assert generate.effective_settings(model, task, None, 2.0)["guidance"] == 2.0
 

@@ -48,7 +48,7 @@ def test_settings_without_a_size_are_those_of_earlier_versions(model):
 
 
 def test_a_size_that_the_vae_cannot_make_is_refused(model):
-    with pytest.raises(EraseError, match="--resolution is 9; .* makes multiples of 8 pixels"):
+    with pytest.raises(EraseError, match="--resolution is 9; the sides that .* generates are multiples of 8"):
         generate.effective_settings(model, TASK, None, None, 9)
 
 

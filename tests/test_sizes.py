@@ -32,6 +32,9 @@ def test_the_sides_are_multiples_of_the_vaes_scale_and_of_eight(toy_pipeline_dir
     assert isinstance(model, StableDiffusion)
     model.vae_scale, side = scale, max(8, scale)
     settings_of(model, side, 3 * side)
+    generate.effective_settings(
+        model, SampleSet("prompts", 1, {}, (Sample("a", "a", 0, "", height=5),), ()), 2, None, side
+    )
     for height, width in ((side + 4, side), (side, side + 4), (None, 5)):
         with pytest.raises(EraseError) as error:
             settings_of(model, height, width)

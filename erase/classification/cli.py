@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from erase import __version__
 from erase.classification.presets import PRESETS
 from erase.classification.settings import Settings
 from erase.commandline import Command, Parser, add_config_file, add_options, serve, silence_libraries
 from erase.errors import printable
 from erase.files import default_cache_dir
 from erase.options import config_file
+from erase.version import __version__
 
 WHAT, TRAINING = {"what": "data"}, {"training": "training"}
 QUIET: dict[str, Any] = {"action": "store_true", "help": "no progress on stderr"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from erase import __version__, delta, device, files
+from erase import delta, device, files
 from erase.classification import networks
 from erase.classification.data import Dataset
 from erase.classification.networks import Classifier, Shape
@@ -15,6 +15,7 @@ from erase.classification.settings import Settings
 from erase.classification.split import Split
 from erase.errors import EraseError
 from erase.options.declare import MIXED_PRECISION
+from erase.version import __version__
 
 MODEL, DELTA, MASK = "model.safetensors", "delta.safetensors", "mask.safetensors"
 SPLIT, RECORD = "split.json", "run.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from erase import __version__, files
+from erase import files
 from erase.classification import membership
 from erase.classification.cells import RETRAIN
 from erase.classification.membership import GAP_OVER
@@ -16,6 +16,7 @@ from erase.errors import EraseError
 from erase.statistics.figures import CONFIDENCE, Score, values_of
 from erase.statistics.intervals import quantile
 from erase.statistics.means import CANNOT_TELL
+from erase.version import __version__
 
 _NOT_SHARED = {"method", "output", "seed", "device", "mask", "set", "allow_pickle"}  # settings that lines may differ in
 

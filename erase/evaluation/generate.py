@@ -73,17 +73,13 @@ def effective_settings(
         EraseError: more steps than the model was trained with, a side that its VAE cannot make, or a guard that would
             change no image.
     """
-    if resolution is not None and resolution % model.multiple:
-        raise EraseError(f"--resolution is {resolution}; {model.name} makes multiples of {model.multiple} pixels")
+    _check_sides(model, task, resolution)
     scheduler: Any = model.sampler()
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     num = _first(steps, task.steps, model.defaults.get("num_inference_steps"), 50)
     trained = config["num_train_timesteps"]
     if num > trained:
         raise EraseError(f"--num-inference-steps is {num}, but {model.name} has {trained} timesteps; choose fewer")
-    for sample in task.samples:
-        height, width = (_first(side, model.resolution) for side in (sample.height, sample.width))
-        model.require_sides(f"the image of {sample.prompt[:60]!r} would be {width} x {height}", width, height)
     usual = float(_first(guidance, task.guidance, model.defaults.get("guidance_scale"), model.guidance_scale))
     if model.guard:
         least = usual if guidance is not None else min(float(_first(s.guidance, usual)) for s in task.samples)
@@ -116,6 +112,15 @@ def size_of(sample: Sample, settings: Mapping[str, Any]) -> tuple[int, int]:
     if "size_of_samples" in settings:
         return settings["size"], settings["size"]
     return _first(sample.height, settings["size"]), _first(sample.width, settings["size"])
+
+
+def _check_sides(model: Family, task: SampleSet, resolution: int | None) -> None:
+    if resolution is not None:
+        model.require_sides(f"--resolution is {resolution}", resolution)
+        return
+    for sample in task.samples:
+        height, width = (_first(side, model.resolution) for side in (sample.height, sample.width))
+        model.require_sides(f"the image of {sample.prompt[:60]!r} would be {width} x {height}", width, height)
 
 
 def _first(*values: Any) -> Any:

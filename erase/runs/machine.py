@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_tensorboard_available, is_wandb_available
 
-import erase
 from erase import device
 from erase.errors import EraseError, missing
 from erase.options.settings import Settings
 from erase.runs.planning import world_size
+from erase.version import __version__
 
 # Processes generate fixed shares of the images and wait for one another afterwards. A slower GPU may need hours longer
 # than a faster one, and a process group gives up after 10 minutes by default.
@@ -51,7 +51,7 @@ def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) 
 
 def versions() -> dict[str, str]:
     return {
-        "erase-concept": erase.__version__,
+        "erase-concept": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "diffusers": diffusers.__version__,

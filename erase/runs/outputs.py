@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-import erase
 from erase import delta, files, masks
 from erase.data import latents
 from erase.errors import EraseError
@@ -16,6 +15,7 @@ from erase.families import pipeline_folder
 from erase.runs import card, folders, forms, samples
 from erase.runs.decisions import Decisions
 from erase.runs.planning import whole
+from erase.version import __version__
 
 
 def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | None) -> delta.Delta:
@@ -54,7 +54,7 @@ def provenance(decided: Decisions, images: latents.Data | None) -> dict[str, Any
     """How the change was made, for the delta's header."""
     settings, model = decided.settings, decided.model
     made = {
-        "erase_version": erase.__version__,
+        "erase_version": __version__,
         "base": settings.model,
         "concept": asdict(decided.concept),
         "method": settings.method,

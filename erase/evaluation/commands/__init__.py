@@ -1,0 +1,1 @@
+"""The commands of `eval-concept`, one a file: each parses its options, calls one function and prints."""
