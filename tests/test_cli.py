@@ -318,7 +318,7 @@ def test_settings_of_a_wrong_type_are_refused(options, message):
         ("remove --delta . --model mini --output o", ". is a folder; a file is needed"),
         ("inspect .", ". is a folder; a file is needed"),
         ("--concept church --method salum", r"--method is 'salum'; did you mean salun\? \(salun, relabel"),
-        ("--concept church --method 9", "--method is '9'; choose salun, relabel, salun-soft, ga, esd-x"),
+        ("--concept church --method 9", "--method is '9'; choose salun, relabel, salun-robust, salun-soft"),
         ("--concept church --recipe papr", r"--recipe is 'papr'; did you mean paper\? \(default, paper, reference\)"),
         ("--concept church --scope all", "--scope is 'all'; .*xattn"),
         ("--concept church --kind nudity", "--kind is 'nudity'; choose object, style"),
