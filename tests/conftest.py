@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import toy_sd3
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import (
     AutoencoderKL,
@@ -119,6 +120,14 @@ def toy_sdxl_dir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def toy_sd3_dir(tmp_path_factory) -> Path:
+    """The smallest random Stable Diffusion 3: 8 x 8 pixels, text states of width 24. Read it only."""
+    folder = tmp_path_factory.mktemp("toy-sd3") / "base"
+    toy_sd3.make_pipeline().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def clip_dir(tmp_path_factory, tiny_pipeline_dir) -> Path:
     """A random CLIP of 8-pixel patches, with the tiny pipeline's tokenizer."""
@@ -164,14 +173,6 @@ def classifier_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def make_tokenizer(**options: Any) -> CLIPTokenizer:
-    """It knows the 256 bytes, each also at a word's end: a token is a letter."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the byte alphabet of GPT-2 and CLIP
-    letters = [chr(n) for n in visible] + [chr(256 + n) for n in range(256 - len(visible))]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=77, **options)
-
-
 def make_sdxl_pipeline(text_layers: int = 2) -> StableDiffusionXLPipeline:
     """A random pipeline with two text encoders; the second pads with "!", as the real one does."""
 
@@ -212,13 +213,15 @@ def make_sdxl_pipeline(text_layers: int = 2) -> StableDiffusionXLPipeline:
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
-    parts |= dict(tokenizer=make_tokenizer(), tokenizer_2=make_tokenizer(pad_token="!"), scheduler=scheduler)
+    parts |= dict(
+        tokenizer=toy_sd3.clip_tokenizer(), tokenizer_2=toy_sd3.clip_tokenizer(pad_token="!"), scheduler=scheduler
+    )
     return StableDiffusionXLPipeline(**parts, add_watermarker=False)
 
 
 def make_pipeline(unet: dict[str, Any], vae_channels: tuple[int, ...], text_layers: int) -> StableDiffusionPipeline:
     """A random pipeline with a tokenizer of letters."""
-    tokenizer = make_tokenizer()
+    tokenizer = toy_sd3.clip_tokenizer()
     words = range(len(tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(0)

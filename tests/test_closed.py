@@ -32,8 +32,8 @@ D, TOKENS = 8, 7
 def text() -> Text:
     draw = torch.Generator().manual_seed(0)
     forget, anchor, retain, empty = (torch.randn(n, TOKENS, D, generator=draw) for n in (3, 3, 4, 1))
-    at = torch.tensor([2, 3, 1])
-    return Text(forget, anchor, retain, empty, at, torch.tensor([4, 3, 2]), torch.tensor([1, 2, 6, 3]))
+    at = (torch.tensor(places)[:, None] for places in ([2, 3, 1], [4, 3, 2], [1, 2, 6, 3]))
+    return Text(forget, anchor, retain, empty, *at, runs=((0, 1, TOKENS),))
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_read_text_names_the_tokens_in_which_a_prompt_differs_from_its_anchor(to
     model = load_sd(toy_pipeline_dir)
     concept = Concept("cat", "object", forget=("a cat", "cat here", "cat"), anchor=("a dog", "dog here", ""))
     found = prompt_states.read_text(model, concept)
-    assert found.forget_at.tolist() == [4, 3, 3] and found.anchor_at.tolist() == [4, 3, 0]
+    assert found.forget_at.tolist() == [[4], [3], [3]] and found.anchor_at.tolist() == [[4], [3], [0]]
     assert found.retain.shape == (0, 77, 8) and found.empty.shape == (1, 77, 8)
 
 

@@ -14,7 +14,7 @@ from erase.conditioning import Conditioning
 from erase.data import images
 from erase.data.cache import Source, Workers, cached
 from erase.data.pixels import to_pixels
-from erase.data.prompt_states import anchors_of, distinguishing
+from erase.data.prompt_states import anchors_of, own_places
 from erase.data.sources import list_images
 from erase.errors import EraseError
 from erase.families.protocol import Family, Sampler
@@ -205,9 +205,9 @@ def _places(model: Family, prompts: Sequence[str], anchors: Sequence[str]) -> tu
     """`Data.words` and `Data.end` of the forget prompts."""
     words, end = (torch.zeros(len(prompts), model.max_tokens, dtype=torch.bool) for _ in range(2))
     for number, (prompt, instead) in enumerate(zip(prompts, anchors, strict=True)):
-        own, _ = distinguishing(model.tokens(prompt), model.tokens(instead))
-        words[number, own] = True
-        end[number, len(model.tokens(prompt)) + 1 :] = True
+        for run, own in zip(model.token_runs(prompt), own_places(model, prompt, instead)[0], strict=True):
+            words[number, own] = True
+            end[number, run.first + len(run.tokens) : run.stop] = True
     return words, end
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from erase.concepts import Concept
 from erase.errors import EraseError
-from erase.families.protocol import Family
+from erase.families.protocol import Family, TokenRun
 from erase.methods.inputs import Text
 
 
@@ -72,16 +72,33 @@ def read_text(model: Family, concept: Concept) -> Text:
         return model.encode_text(prompts).text_states
 
     pairs = concept.pairs()
-    ends = [distinguishing(model.tokens(forget), model.tokens(anchor)) for forget, anchor in pairs]
+    ends = [own_places(model, forget, anchor) for forget, anchor in pairs]
+    runs = model.token_runs("")
     return Text(
         forget=states([forget for forget, _ in pairs]),
         anchor=states([anchor for _, anchor in pairs]),
         retain=states(concept.retain) if concept.retain else states([""])[:0],
         empty=states([""]),
-        forget_at=torch.tensor([max(own, default=0) for own, _ in ends]),
-        anchor_at=torch.tensor([max(own, default=0) for _, own in ends]),
-        retain_at=torch.tensor([len(model.tokens(prompt)) for prompt in concept.retain], dtype=torch.int64),
+        forget_at=torch.tensor([_last(runs, own) for own, _ in ends]),
+        anchor_at=torch.tensor([_last(runs, own) for _, own in ends]),
+        retain_at=torch.tensor(
+            [[run.last for run in model.token_runs(prompt)] for prompt in concept.retain], dtype=torch.int64
+        ).view(-1, len(runs)),
+        runs=tuple((run.begin, run.first, run.stop) for run in runs),
     )
+
+
+def own_places(model: Family, a: str, b: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Places in the text states of what prompt a has and b lacks, and the other way round, for each run of states."""
+    found = []
+    for ours, theirs in zip(model.token_runs(a), model.token_runs(b), strict=True):
+        own = distinguishing(ours.tokens, theirs.tokens)
+        found.append([[place + ours.first - 1 for place in places] for places in own])
+    return [places for places, _ in found], [places for _, places in found]
+
+
+def _last(runs: Sequence[TokenRun], own: Sequence[Sequence[int]]) -> list[int]:
+    return [max(places, default=run.begin) for run, places in zip(runs, own, strict=True)]
 
 
 def anchors_of(prompts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:

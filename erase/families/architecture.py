@@ -1,6 +1,6 @@
 """Which kind of model a folder or a checkpoint is, told from its names and configs before any weight is loaded.
 
-Only text-to-image Stable Diffusion 1, 2 and XL can be erased from; every other kind is refused by its name.
+Only text-to-image Stable Diffusion 1, 2, XL and 3 can be erased from; every other kind is refused by its name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any
 from erase.errors import EraseError
 from erase.files import read_json
 
-KNOWN = "this version knows text-to-image Stable Diffusion 1, 2 and XL"
+KNOWN = "this version knows text-to-image Stable Diffusion 1, 2, XL and 3"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 # the first that matches counts
 _PIPELINES = {
     "StableDiffusionXL": "Stable Diffusion XL for another task than text to image",
-    "StableDiffusion3": "Stable Diffusion 3",
+    "StableDiffusion3": "Stable Diffusion 3 for another task than text to image",
     "Flux": "FLUX",
     "StableCascade": "Stable Cascade",
     "StableUnCLIP": "Stable unCLIP",
@@ -56,6 +56,7 @@ _ADDITIONS = {
 # component -> its class; "" is any
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": ""}
 _SDXL_CLASSES = _CLASSES | {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": ""}
+_SD3_CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
 COMPVIS_INPUT = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first weight, in the original layout
 _SDXL = "Stable Diffusion XL"
 _LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "lora_unet_", "lora_te_")
@@ -137,15 +138,23 @@ def of_sdxl(folder: Path) -> str | None:
     return of_unet(config | {"addition_embed_type": None})
 
 
-def _of_parts(name: str, found: Mapping[str, str], classes: Mapping[str, str]) -> str | None:
-    """What a pipeline of this class name is that lacks a component, or has one of another class than these."""
+def of_sd3(folder: Path) -> str | None:
+    """The kind of a pipeline folder of the class StableDiffusion3Pipeline; None for text to image."""
+    return _of_parts("StableDiffusion3Pipeline", components(folder), _SD3_CLASSES, flow=True)
+
+
+def _of_parts(name: str, found: Mapping[str, str], classes: Mapping[str, str], *, flow: bool = False) -> str | None:
+    """What a pipeline of this class name is that lacks a component, or has one of another class than these.
+
+    flow: whether its scheduler is to be one for flow matching.
+    """
     for component in (*classes, "scheduler"):
         if component not in found:
             return f"a {name} without the component {component!r}"
     for component, expected in classes.items():
         if expected and found[component] != expected:
             return f"a pipeline whose {component.replace('_', ' ')} is {found[component]} instead of {expected}"
-    if found["scheduler"].startswith("FlowMatch"):
+    if found["scheduler"].startswith("FlowMatch") and not flow:
         return f"a flow-matching model (its scheduler is {found['scheduler']})"
     if found["scheduler"].startswith("EDM"):
         return f"an EDM model, such as Playground v2.5 (its scheduler is {found['scheduler']})"

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from erase.device import DTYPES, rounded
 
@@ -21,25 +21,30 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
         module.train(training)
 
 
+_ROUNDED = {"sample", "hidden_states", "encoder_hidden_states", "pooled_projections"}  # inputs, by forward's names
+
+
 @contextmanager
-def predicting(unet: Any, precision: str) -> Iterator[None]:
-    """Inside, the UNet computes in the precision, weights and inputs rounded; what it gives is float32."""
+def predicting(network: Any, precision: str) -> Iterator[None]:
+    """Inside, the network computes in the precision, weights and inputs rounded; what it gives is float32."""
     if precision == "fp32":
         yield
         return
-    forward, own, dtype = unet.forward, vars(unet).get("forward"), DTYPES[precision]
+    forward, own, dtype = network.forward, vars(network).get("forward"), DTYPES[precision]
+    names = list(signature(forward).parameters)
 
-    def in_precision(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **more: Any) -> Any:
-        output: Any = forward(sample.to(dtype), timestep, encoder_hidden_states.to(dtype), **more)
+    def in_precision(*values: Any, **named: Any) -> Any:
+        given = dict(zip(names, values, strict=False)) | named
+        output: Any = forward(**{name: x.to(dtype) if name in _ROUNDED else x for name, x in given.items()})
         if isinstance(output, tuple):
             return (output[0].float(), *output[1:])
         return type(output)(output.sample.float())
 
     try:
-        unet.forward = in_precision
-        with rounded(precision, unet):
+        network.forward = in_precision
+        with rounded(precision, network):
             yield
     finally:
-        del unet.forward
+        del network.forward
         if own is not None:
-            unet.forward = own
+            network.forward = own

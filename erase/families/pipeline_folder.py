@@ -10,22 +10,31 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from erase.errors import EraseError
-from erase.families import architecture
+from erase.families import architecture, registry
 from erase.files import copy, refuse_links, scratch_folder
 from erase.progress import loading
 from erase.tensor_files import open_tensors, read_tensors, write_tensors
 
-UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 DEFAULTS_FILE = "erase_defaults.json"  # beside model_index.json: what this model needs other than Stable Diffusion 1
 WEIGHTS = re.compile(
     r"(.+?)(?:\.(\w+)(?:-\d+-of-\d+)?)?\.(safetensors|bin|ckpt|pt|pth|msgpack|h5|onnx|pb)|.+\.index(\.\w+)?\.json"
 )
 
 
+def network_part(folder: str | Path) -> str:
+    """The component that is trained, such as "unet", by the family that serves the folder's pipeline class."""
+    return registry.serving(architecture.pipeline_class(Path(folder))).part
+
+
+def network_file(folder: str | Path) -> str:
+    """Where the weights of that component are written, relative to the folder."""
+    return f"{network_part(folder)}/diffusion_pytorch_model.safetensors"
+
+
 def published_names(base_dir: str | Path) -> list[str]:
     """The files that `save_pipeline` writes, relative to its output."""
     base = Path(base_dir)
-    return [*(name for name, _ in files_to_publish(base)), UNET_FILE, "model_index.json"]
+    return [*(name for name, _ in files_to_publish(base)), network_file(base), "model_index.json"]
 
 
 def stored_dtype(folder: str | Path) -> str | None:
@@ -97,10 +106,10 @@ def component_names(folder: Path) -> list[str]:
 
 
 def files_to_publish(base: Path) -> Iterator[tuple[str, Path]]:
-    """(name in the output, file to copy) of all that is copied, except model_index.json and the UNet's weights."""
-    components = component_names(base)
-    if "unet" not in components:
-        raise EraseError(f"{base} is not a Stable Diffusion folder: its model_index.json names no unet")
+    """(name in the output, file to copy) of all that is copied, except model_index.json and the network's weights."""
+    components, network = component_names(base), network_part(base)
+    if network not in components:
+        raise EraseError(f"{base} is not a Stable Diffusion folder: its model_index.json names no {network}")
     for component in components:
         folder = base / component
         if not folder.is_dir():
@@ -108,7 +117,7 @@ def files_to_publish(base: Path) -> Iterator[tuple[str, Path]]:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         variant = only_variant([path.name for path in files])
         for path in files:
-            if component == "unet" and WEIGHTS.fullmatch(path.name):
+            if component == network and WEIGHTS.fullmatch(path.name):
                 continue
             name = path.relative_to(base).as_posix()
             yield name.replace(f".{variant}.", ".") if variant else name, path

@@ -4,6 +4,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,6 +20,25 @@ from erase.families.scope import inside
 from erase.guards import Guard
 
 Sampler = Literal["model", "dpm++"]
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """Tokens of a prompt in one part of the text states, which are those of one text encoder.
+
+    begin, stop: the part's places in the states. first: the place of the first of `tokens`, behind a start token if the
+        encoder has one. tokens: those of the prompt, without start and end.
+    """
+
+    begin: int
+    first: int
+    stop: int
+    tokens: list[int]
+
+    @property
+    def last(self) -> int:
+        """The place of the prompt's last token; where the part begins if it has none."""
+        return max(self.begin, self.first + len(self.tokens) - 1)
 
 
 class Family(ABC):
@@ -358,6 +378,10 @@ class Family(ABC):
     @abstractmethod
     def all_tokens(self, prompt: str) -> list[int]:
         """As `tokens`, with those behind the text encoder's limit, which it never sees."""
+
+    def token_runs(self, prompt: str) -> list[TokenRun]:
+        """The prompt's tokens in each part of the text states that a text encoder of its own made."""
+        return [TokenRun(0, 1, self.max_tokens, self.tokens(prompt))]
 
     def truncates(self, prompt: str) -> bool:
         """Whether the prompt is longer than the text encoder reads."""

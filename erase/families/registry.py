@@ -28,6 +28,7 @@ def made_registry() -> Registry[Family]:
     own = {
         _ANY: "erase.families.sd:StableDiffusion",
         "StableDiffusionXLPipeline": "erase.families.sdxl:StableDiffusionXL",
+        "StableDiffusion3Pipeline": "erase.families.sd3:StableDiffusion3",
     }
     return Registry("model family", base=Family, group="erase.families", own=own, check=_problem, has_option=False)
 

@@ -61,9 +61,11 @@ class Text:
     """A concept in text encoder states, float32, [prompts, tokens, d]: all that closed forms see.
 
     forget, anchor: row by row what to forget and what to say instead. retain: prompts to keep. empty: one row.
-    forget_at, anchor_at: int64, [prompts], the last token of what distinguishes the two prompts, or the last word;
-        0, the start token, of an empty prompt.
-    retain_at: int64, [prompts], the last word.
+    runs: (begin, first, stop) of each part of the states that a text encoder of its own made: its places, and that of a
+        prompt's first token, which is behind `begin` where the encoder has a start token.
+    forget_at, anchor_at: int64, [prompts, runs], the last token of what distinguishes the two prompts, or the last
+        word; where the run begins, for an empty prompt.
+    retain_at: int64, [prompts, runs], the last word.
     """
 
     forget: Tensor
@@ -73,6 +75,7 @@ class Text:
     forget_at: Tensor
     anchor_at: Tensor
     retain_at: Tensor
+    runs: tuple[tuple[int, int, int], ...]
 
     def pairs(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Embeddings to redirect and where to, as columns: float64, [d, n] each.
@@ -82,22 +85,25 @@ class Text:
         """
         forget: list[Tensor] = []
         anchor: list[Tensor] = []
-        num = self.forget.shape[1]
-        for c_e, c_a, i, j in zip(self.forget, self.anchor, _ints(self.forget_at), _ints(self.anchor_at), strict=True):
-            if tokens == "all":
-                i = j = 1
-            length = 1 if tokens == "last" else num - max(i, j)
-            forget.append(c_e[i : i + length])
-            anchor.append(c_a[j : j + length])
+        rows = zip(self.forget, self.anchor, _ints(self.forget_at), _ints(self.anchor_at), strict=True)
+        for c_e, c_a, ends_e, ends_a in rows:
+            for (_, first, stop), i, j in zip(self.runs, ends_e, ends_a, strict=True):
+                if tokens == "all":
+                    i = j = first
+                length = 1 if tokens == "last" else stop - max(i, j)
+                forget.append(c_e[i : i + length])
+                anchor.append(c_a[j : j + length])
         return torch.cat(forget).double().T, torch.cat(anchor).double().T
 
     def kept(self, tokens: Tokens) -> Tensor:
         """Embeddings to keep, as columns: float64, [d, n]; with "all" the start token too, as often as it occurs."""
-        start = {"last": self.retain_at, "tail": self.retain_at, "all": torch.zeros_like(self.retain_at)}[tokens]
-        stop = start + 1 if tokens == "last" else torch.full_like(start, self.retain.shape[1])
-        found = [c[i:j] for c, i, j in zip(self.retain, _ints(start), _ints(stop), strict=True)]
-        return torch.cat([self.empty[0, :0], *found]).double().T
+        found = [self.empty[0, :0]]
+        for c, ends in zip(self.retain, _ints(self.retain_at), strict=True):
+            for (begin, _, stop), last in zip(self.runs, ends, strict=True):
+                i, j = {"last": (last, last + 1), "tail": (last, stop), "all": (begin, stop)}[tokens]
+                found.append(c[i:j])
+        return torch.cat(found).double().T
 
 
-def _ints(values: Tensor) -> list[int]:
-    return cast(list[int], values.tolist())  # pyright: ignore[reportUnknownMemberType] - torch's is untyped
+def _ints(values: Tensor) -> list[list[int]]:
+    return cast(list[list[int]], values.tolist())  # pyright: ignore[reportUnknownMemberType] - torch's is untyped

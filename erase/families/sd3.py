@@ -1,0 +1,324 @@
+"""Stable Diffusion 3: a transformer that predicts the velocity of a rectified flow. Experimental."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
+
+from erase.concepts import refusal
+from erase.conditioning import Conditioning
+from erase.errors import EraseError
+from erase.families import architecture, components, pipeline_folder, sd3_parts, unet_file
+from erase.families.latent import LatentFamily
+from erase.families.modes import evaluating, predicting
+from erase.families.protocol import Sampler, TokenRun
+from erase.families.stored_unet import reading
+from erase.guards import Guard
+from erase.options.model_defaults import read_defaults
+
+_TEXT = ("context_embedder.", "time_text_embed.text_embedder.")  # the maps of text states that are only of the text
+_TEXT_MAP = "context_embedder.weight"
+_JOINT = (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj.", ".attn.to_add_out.")
+_TIME = ("time_text_embed.timestep_embedder.", "norm_out.", "proj_out.")
+
+
+@dataclass
+class StableDiffusion3(LatentFamily):
+    """Stable Diffusion 3 and 3.5 with their three text encoders, text to image.
+
+    A noisy latent is x_s = (1 - s) x_0 + s eps, and the network predicts v = eps - x_0 (Esser et al., ICML 2024,
+    arXiv:2403.03206), so that the noise in x_s is x_s + (1 - s) v. Timestep t, 0 to 999, is the noise level s of the
+    scheduler's training grid, whose shift is applied.
+
+    Text states are those of both CLIP encoders side by side, filled up with zeros to the width of T5's, then T5's.
+    Attention is joint, and behind the first block a text token holds the image too. So `xattn` is the projections of
+    the text tokens with the two maps through which all text enters, and `xattn-kv`, on which closed forms act, the map
+    of the text states alone (`context_embedder`); pooled states pass beside it.
+
+    transformer_file: weights that replaced the folder's.
+    """
+
+    family = "sd3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    part = "transformer"
+    parts = (
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+    )
+    data_parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    loaded_again: ClassVar[Mapping[str, Any]] = {
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModelWithProjection,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "text_encoder_3": T5EncoderModel,
+    }
+    scopes: ClassVar[Mapping[str, Callable[[str], bool]]] = {
+        "full": lambda name: True,
+        "xattn": lambda name: name.startswith(_TEXT) or any(part in name for part in _JOINT),
+        "xattn-kv": lambda name: name == _TEXT_MAP,
+        "attn": lambda name: name.startswith(_TEXT) or ".attn." in name,
+        "selfattn": lambda name: ".attn." in name and not any(part in name for part in _JOINT),
+        "noxattn": lambda name: not name.startswith((*_TEXT, *_TIME)) and not any(part in name for part in _JOINT),
+        "notime": lambda name: not name.startswith(_TIME),
+        "pooled": lambda name: name.startswith(_TEXT[1]),
+    }
+    guidance_scale = 7.0
+    tags = ("stable-diffusion-3",)
+    licences: ClassVar[Mapping[str, str]] = {}
+
+    name: str
+    folder: Path
+    transformer: SD3Transformer2DModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection
+    text_encoder_3: T5EncoderModel
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    tokenizer_3: Any
+    scheduler: FlowMatchEulerDiscreteScheduler
+    defaults: dict[str, Any]
+    allow_pickle: bool = False
+    guard: Guard | None = None
+    transformer_file: str | None = None
+    notes: tuple[str, ...] = ()
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        self.vae_scale = 2 ** (len(self.vae.config["block_out_channels"]) - 1)  # also while the VAE is released
+        self.sigmas: Tensor = self.sampler().sigmas[: self.num_timesteps].flip(0)  # rising
+
+    @classmethod
+    def other_kind(cls, folder: Path) -> str | None:
+        return architecture.of_sd3(folder)
+
+    @classmethod
+    def from_folder(
+        cls, source: str | Path, folder: Path, *, allow_pickle: bool = False, weights_file: str | Path | None = None
+    ) -> Self:
+        parts = sd3_parts.read(source, folder, allow_pickle=allow_pickle, weights_file=weights_file)
+        return cls(
+            f"{source} with {Path(weights_file).name}" if weights_file else str(source),
+            folder,
+            **{name: getattr(parts, name) for name in (*cls.parts, "scheduler", "notes")},
+            defaults=read_defaults(folder / pipeline_folder.DEFAULTS_FILE),
+            allow_pickle=allow_pickle,
+            transformer_file=None if weights_file is None else str(weights_file),
+        )
+
+    @classmethod
+    def read_network(
+        cls,
+        folder: Path,
+        *,
+        allow_pickle: bool = False,
+        weights_file: str | Path | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> SD3Transformer2DModel:
+        with reading(folder):
+            network = components.load(SD3Transformer2DModel, folder / cls.part, allow_pickle=allow_pickle)
+            if weights_file is not None:
+                for note in unet_file.put_into(network, weights_file, allow_pickle=allow_pickle):
+                    tell(note)
+        return network
+
+    @classmethod
+    def needs_dtype(cls, folder: Path) -> bool:
+        return any(pipeline_folder.stored_dtype(folder / part) != "float32" for part in sd3_parts.ENCODERS)
+
+    def stored_network(self) -> SD3Transformer2DModel:
+        return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.transformer_file)
+
+    def is_text_map(self, name: str) -> bool:
+        return name == _TEXT_MAP
+
+    def is_value_map(self, name: str) -> bool:
+        return name == _TEXT_MAP
+
+    def fits_lora(self, name: str, weight: Tensor) -> bool:
+        return name.endswith(".weight") and weight.ndim == 2 and (".attn." in name or ".ff" in name)
+
+    def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
+        config = self.transformer.config
+        return {
+            "hidden_states": torch.empty(num, *self.latent_shape(size), dtype=dtype),
+            "timestep": torch.zeros(num),
+            "encoder_hidden_states": torch.empty(num, self.max_tokens, config["joint_attention_dim"], dtype=dtype),
+            "pooled_projections": torch.empty(num, config["pooled_projection_dim"], dtype=dtype),
+        }
+
+    @property
+    def multiple(self) -> int:
+        return self.vae_scale * int(self.transformer.config["patch_size"])
+
+    # --- prediction ---
+
+    def predict(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """The noise that `network` sees in `x`: x + (1 - s) v."""
+        return x + (1 - self._levels(t, x)) * self._velocity(network, x, t, c)
+
+    def _velocity(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        assert c.pooled is not None
+        return network(
+            hidden_states=x.to(network.dtype),
+            timestep=self._levels(t, x).view(-1) * self.num_timesteps,
+            encoder_hidden_states=c.text_states.to(network.dtype),
+            pooled_projections=c.pooled.to(network.dtype),
+        ).sample.float()
+
+    def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_s = (1 - s) x + s eps; t: int64, [n], 0 to 999."""
+        s = self._levels(t, x)
+        return (1 - s) * x + s * eps
+
+    def _levels(self, t: Tensor, x: Tensor) -> Tensor:
+        """The noise levels at timesteps t, [n, 1, 1, 1], with the dtype and on the device of x; copied there once."""
+        if (self.sigmas.device, self.sigmas.dtype) != (x.device, x.dtype):
+            self.sigmas = self.sigmas.to(x)
+        return self.sigmas[t][:, None, None, None]
+
+    # --- text ---
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
+        """By diffusers' own pipeline: states [len(prompts), 77 + 256, d] and pooled states, on the CPU."""
+        refusal.refuse(prompts, "prompt")
+        pipeline, found = self.assembled(self.transformer, self.scheduler), []
+        how: dict[str, Any] = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
+        for start in range(0, len(prompts), batch_size):
+            part = list(prompts[start : start + batch_size])
+            states, _, pooled, _ = pipeline.encode_prompt(part, device=self.device, **how)
+            found.append(Conditioning(states, pooled=pooled).to("cpu"))
+        return Conditioning.cat(found) if found else self.encode_text([""])[:0]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.model_max_length + T5_TOKENS
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Those of CLIP."""
+        ids: Any = self.tokenizer(prompt, truncation=True, max_length=self.tokenizer.model_max_length)["input_ids"]
+        return list(ids[1:-1])
+
+    def all_tokens(self, prompt: str) -> list[int]:
+        ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
+        return list(ids[1:-1])
+
+    def truncates(self, prompt: str) -> bool:
+        """Whether CLIP's encoders or T5 read a part only."""
+        ids: Any = self.tokenizer_3(prompt, verbose=False)["input_ids"]
+        return len(self.all_tokens(prompt)) > self.tokenizer.model_max_length - 2 or len(ids) > T5_TOKENS
+
+    def token_runs(self, prompt: str) -> list[TokenRun]:
+        """CLIP's tokens, then T5's, which have no start token."""
+        ids: Any = self.tokenizer_3(prompt, truncation=True, max_length=T5_TOKENS)["input_ids"]
+        middle, end = self.tokenizer.model_max_length, self.max_tokens
+        return [TokenRun(0, 1, middle, self.tokens(prompt)), TokenRun(middle, middle, end, list(ids[:-1]))]
+
+    # --- images ---
+
+    def sampler(self, name: Sampler = "model") -> Any:
+        """A fresh scheduler: the model's own, or DPM-Solver++ (Lu et al., 2022) on the same noise levels."""
+        if name == "dpm++":
+            return DPMSolverMultistepScheduler(
+                num_train_timesteps=self.num_timesteps,
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
+                flow_shift=self.scheduler.config["shift"],
+            )
+        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)  # pyright: ignore
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        size: int | tuple[int, int],
+        sampler: Sampler = "model",
+        network: SD3Transformer2DModel | None = None,
+    ) -> Tensor:
+        """Latents [n, c, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
+        refusal.refuse(prompts, "prompt")
+        if self.guard:
+            raise EraseError("guards do not know Stable Diffusion 3 yet; leave out --guard")
+        height, width = (size, size) if isinstance(size, int) else size
+        network = network or self.transformer
+        pipeline = self.assembled(network, self.sampler(sampler))
+        pipeline.set_progress_bar_config(disable=True)
+        with evaluating(network), predicting(network, self.precision):
+            return pipeline(
+                list(prompts),
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                output_type="latent",
+                return_dict=False,
+            )[0].cpu()  # pyright: ignore
+
+    def assembled(self, network: SD3Transformer2DModel, scheduler: Any) -> Any:
+        """diffusers' pipeline of the model's parts with this transformer and scheduler."""
+        parts: dict[str, Any] = {part: getattr(self, part) for part in self.parts if part != self.part}
+        return StableDiffusion3Pipeline(**parts, transformer=network, scheduler=scheduler)
+
+    def times(self, steps: int) -> Tensor:
+        """Evenly spaced on the training grid, from the last timestep on."""
+        return torch.linspace(self.num_timesteps - 1, 0, steps + 1)[:-1].round().long()
+
+    @torch.no_grad()
+    def trajectory(
+        self, x: Tensor, index: Tensor, c: Conditioning, empty: Conditioning, *, steps: int, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        """By Euler steps of the flow, whatever the model's own scheduler; see `Family.trajectory`."""
+        index, times = index.cpu(), self.times(steps)
+        x = self._followed(x, c, empty, index, start=0, steps=steps, guidance=guidance)
+        return x, self._staged(times[index])
+
+    @torch.no_grad()
+    def draw_from(self, latents: Tensor, prompts: Sequence[str], *, start: int, steps: int, guidance: float) -> Tensor:
+        """By Euler steps of the flow; see `Family.draw_from`."""
+        refusal.refuse(prompts, "prompt")
+        if self.guard:
+            raise EraseError("guards do not know Stable Diffusion 3 yet; leave out --guard")
+        to, how = torch.full((len(latents),), steps), {"start": start, "steps": steps, "guidance": guidance}
+        return self._followed(latents, self.encode_text(prompts), self.unconditional(), to, **how).cpu()
+
+    def _followed(
+        self, x: Tensor, c: Conditioning, empty: Conditioning, to: Tensor, *, start: int, steps: int, guidance: float
+    ) -> Tensor:
+        """Latents after `to` of the steps, int64 [n], begun at step `start`."""
+        x, c, empty = self._staged(x.clone()), c.each(self._staged), empty.each(self._staged)
+        times, guidance = self.times(steps), max(guidance, 1)  # 0 is none too, as in diffusers
+        levels = [*self.sigmas.cpu()[times].tolist(), 0.0]
+        with evaluating(self.transformer), predicting(self.transformer, self.precision):
+            for number in range(start, int(to.max())):
+                rows = self._staged((to > number).nonzero().view(-1))
+                t = torch.full((2 * len(rows),), int(times[number]), device=self.device)
+                both = Conditioning.cat([empty.expand(len(rows)), c[rows]])
+                v = self._velocity(self.transformer, x[rows].repeat(2, 1, 1, 1), t, both)
+                without, named = v.chunk(2)
+                x[rows] += (levels[number + 1] - levels[number]) * (without + guidance * (named - without))
+        return x
+
+
+T5_TOKENS = 256  # that the pipeline reads where it is not told otherwise

@@ -1,0 +1,169 @@
+"""Laws of Stable Diffusion 3: it encodes, predicts and generates as diffusers does, and every method erases from it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from erase import delta, erase_concept
+from erase.concepts import Concept
+from erase.data import prompt_states
+from erase.errors import EraseError
+from erase.families import loading
+from erase.families.sd3 import StableDiffusion3
+from erase.methods import METHODS
+
+PROMPTS = ["a church", "a small dog in a garden"]
+HOW: dict[str, Any] = {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "num_train_steps": 2}
+HOW |= {"batch_size": 2, "num_samples": 0, "quiet": True}
+
+
+@pytest.fixture
+def model(toy_sd3_dir) -> StableDiffusion3:
+    found = loading.load(toy_sd3_dir)
+    assert isinstance(found, StableDiffusion3)
+    return found
+
+
+@pytest.fixture
+def pipeline(toy_sd3_dir) -> Any:
+    found = StableDiffusion3Pipeline.from_pretrained(toy_sd3_dir)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def test_text_is_encoded_as_by_the_pipeline(model, pipeline):
+    states, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    found = model.encode_text(PROMPTS)
+    assert found.text_states.shape == (2, 77 + 256, 24) and len(found[0:1].text_states[0]) == model.max_tokens
+    torch.testing.assert_close((found.states, found.pooled), (states.detach(), pooled.detach()))
+
+
+def test_the_noise_is_that_of_the_flow(model, pipeline):
+    """Noisy latents are the scheduler's, and the network's velocity gives back noise and image."""
+    x, eps = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    t, scheduler = torch.tensor([0, 500, 999]), pipeline.scheduler
+    times = scheduler.timesteps.flip(0)[t]
+    noisy = model.add_noise(x, eps, t)
+    torch.testing.assert_close(noisy, scheduler.scale_noise(x, times, eps))
+    c = model.encode_text(["a", "b", "c"])
+    v = pipeline.transformer(noisy, c.states, c.pooled, times).sample
+    torch.testing.assert_close(model(noisy, t, c), noisy + (1 - times.view(-1, 1, 1, 1) / 1000) * v)
+
+    class Exact(torch.nn.Module):
+        dtype = torch.float32
+
+        def forward(self, **_: Any) -> Any:
+            return type("Output", (), {"sample": eps - x})
+
+    torch.testing.assert_close(model.predict(Exact(), noisy, t, c), eps, atol=1e-5, rtol=0)
+
+
+def test_images_are_the_pipelines_own(model, pipeline):
+    ours = model.draw(PROMPTS, [1, 2], steps=3, guidance=4.0, size=8)
+    draws = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    how: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 8, "width": 8}
+    theirs = pipeline(PROMPTS, generator=draws, output_type="latent", **how).images
+    torch.testing.assert_close(ours, theirs)
+    images = pipeline.vae.decode(theirs / 1.5 + 0.1).sample.clamp(-1, 1)
+    torch.testing.assert_close(model.decode(ours), images)
+    mean, _ = model.encode_images(images)
+    torch.testing.assert_close(mean, (pipeline.vae.encode(images).latent_dist.mean - 0.1) * 1.5)
+
+
+def test_both_samplers_follow_one_flow(model):
+    """With many steps they end at the same latents, which few steps miss."""
+    how: dict[str, Any] = {"guidance": 2.0, "size": 8}
+    exact = model.draw(PROMPTS, [1, 2], steps=200, **how)
+    near = model.draw(PROMPTS, [1, 2], steps=50, sampler="dpm++", **how)
+    far = model.draw(PROMPTS, [1, 2], steps=2, **how)
+    assert (near - exact).norm() < 0.1 * (far - exact).norm()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_another_precision_rounds_and_leaves_the_weights_alone(model, precision):
+    before = delta.content_hash(model.state_of(model.network))
+    how: dict[str, Any] = {"steps": 2, "guidance": 2.0, "size": 8}
+    exact = model.draw(PROMPTS, [1, 2], **how)
+    model.precision = precision
+    rounded = model.draw(PROMPTS, [1, 2], **how)
+    assert not torch.equal(rounded, exact) and (rounded - exact).abs().max() < 0.1
+    assert delta.content_hash(model.state_of(model.network)) == before
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fmn"])
+def test_every_method_erases_and_the_delta_is_exact(method, toy_sd3_dir, tmp_path):
+    run = erase_concept("church", str(toy_sd3_dir), method=method, output=str(tmp_path / "run"), **HOW)
+    change = delta.load(run.folder / "delta.safetensors")
+    assert run.record.weights.changed and all(name.startswith("transformer.") for name in change.changed)
+    base, erased = (loading.load(folder) for folder in (toy_sd3_dir, run.folder))
+    t, c = torch.tensor([700]), base.encode_text(["church"])
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(base(x, t, c), erased(x, t, c))
+    StableDiffusion3Pipeline.from_pretrained(run.folder)
+
+
+def test_a_method_without_an_answer_is_refused_in_one_line(toy_sd3_dir, tmp_path):
+    with pytest.raises(EraseError, match="sd3 has no cross-attention layers"):
+        erase_concept("church", str(toy_sd3_dir), method="fmn", output=str(tmp_path / "run"), **HOW)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("scope", StableDiffusion3.scopes)
+def test_only_the_scope_changes(scope, toy_sd3_dir, tmp_path):
+    output = tmp_path / "run"
+    run = erase_concept(
+        "church", str(toy_sd3_dir), method="relabel", scope=scope, output=str(output), save=("delta",), **HOW
+    )
+    within = StableDiffusion3.scopes[scope]
+    names = [name.removeprefix("transformer.") for name in delta.load(run.folder / "delta.safetensors").changed]
+    assert names and all(map(within, names))
+
+
+def test_a_scope_of_the_text_is_what_the_text_passes_through(model):
+    """Without the weights of `xattn` nothing of the prompt reaches the image."""
+    with torch.no_grad():
+        for name, parameter in model.trainable("xattn").items():
+            if "to_add_out" not in name:
+                parameter.zero_()
+    t, (one, other) = torch.tensor([500]), (model.encode_text([prompt]) for prompt in PROMPTS)
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(x, t, one), model(x, t, other))
+
+
+def test_words_stand_in_both_runs_of_text_states(model):
+    clip, t5 = model.token_runs("a dog")
+    assert (clip.begin, clip.first, clip.stop, clip.tokens) == (0, 1, 77, model.tokens("a dog"))
+    assert (t5.begin, t5.first, t5.stop) == (77, 77, 333) and model.tokenizer_3.decode(t5.tokens) == "a dog"
+    states = [model.encode_text([prompt]).text_states[0] for prompt in ("a dog", "a dot")]
+    moved = (states[0] != states[1]).any(1).nonzero().view(-1).tolist()
+    assert min(moved) == clip.last  # nothing before the last letter, for CLIP reads from left to right
+    text = prompt_states.read_text(model, Concept("dog", "object", ("a dog",), ("a cat",), retain=("a hat", "")))
+    assert text.forget_at.tolist() == [[4, 77 + 5]]  # for T5 the spaces are tokens too
+    assert text.retain_at.tolist() == [[4, 77 + 5], [0, 77]]
+    c_e, c_a = text.pairs("last")
+    assert torch.equal(c_e.T, text.forget[0, [4, 82]].double()) and torch.equal(c_a.T, text.anchor[0, [4, 82]].double())
+    assert text.kept("all").shape[1] == 2 * 333 and text.pairs("all")[0].shape[1] == 332
+
+
+def test_a_long_prompt_is_cut_by_clip_and_reported(model):
+    assert model.truncates("word " * 60) and not model.truncates("word")
+
+
+@pytest.mark.parametrize("part", ["text_encoder_3", "tokenizer_3", "scheduler"])
+def test_a_missing_part_is_one_line(part, toy_sd3_dir, tmp_path):
+    folder = Path(shutil.copytree(toy_sd3_dir, tmp_path / "model"))
+    shutil.rmtree(folder / part)
+    with pytest.raises(EraseError, match=part):
+        loading.load(folder)
+
+
+def test_guards_are_refused(toy_sd3_dir, model):
+    from erase import guards
+
+    model.guard = guards.make("negative", "church")
+    with pytest.raises(EraseError, match="guards do not know Stable Diffusion 3"):
+        model.draw(PROMPTS, [1, 2], steps=2, guidance=2.0, size=8)
