@@ -42,7 +42,12 @@ def refused(source: Path) -> str:
         ),
         ("StableDiffusionXLInpaintPipeline", {}, "Stable Diffusion XL for another task"),
         ("StableDiffusionXLImg2ImgPipeline", {"text_encoder": [None, None]}, "the refiner of Stable Diffusion XL"),
-        ("StableDiffusion3Pipeline", {"transformer": ["diffusers", "X"], "unet": [None, None]}, "Stable Diffusion 3"),
+        (
+            "StableDiffusion3Img2ImgPipeline",
+            {"transformer": ["diffusers", "X"], "unet": [None, None]},
+            "Stable Diffusion 3 for another task",
+        ),
+        ("StableDiffusion3Pipeline", {"transformer": ["diffusers", "X"]}, "transformer is X"),
         ("FluxPipeline", {"transformer": ["diffusers", "X"], "unet": [None, None]}, "FLUX"),
         ("QwenImagePipeline", {"transformer": ["diffusers", "X"], "unet": [None, None]}, "a diffusion transformer"),
         ("StableDiffusionControlNetPipeline", {"controlnet": ["diffusers", "ControlNetModel"]}, "with a ControlNet"),
@@ -60,7 +65,7 @@ def test_a_pipeline_of_another_kind_is_named(name, components, kind, folder):
     edit(folder / "model_index.json", _class_name=name, **components)
     message = refused(folder)
     assert message.startswith(str(folder)) and kind in message
-    assert message.endswith("this version knows text-to-image Stable Diffusion 1, 2 and XL")
+    assert message.endswith("this version knows text-to-image Stable Diffusion 1, 2, XL and 3")
 
 
 @pytest.mark.parametrize(

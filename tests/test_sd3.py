@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from erase import delta, erase_concept
+from erase import delta, erase_concept, guards
 from erase.concepts import Concept
 from erase.data import prompt_states
 from erase.errors import EraseError
+from erase.evaluation import generate
 from erase.families import loading
 from erase.families.sd3 import StableDiffusion3
 from erase.methods import METHODS
@@ -161,9 +162,7 @@ def test_a_missing_part_is_one_line(part, toy_sd3_dir, tmp_path):
         loading.load(folder)
 
 
-def test_guards_are_refused(toy_sd3_dir, model):
-    from erase import guards
-
-    model.guard = guards.make("negative", "church")
-    with pytest.raises(EraseError, match="guards do not know Stable Diffusion 3"):
-        model.draw(PROMPTS, [1, 2], steps=2, guidance=2.0, size=8)
+def test_guards_are_refused(toy_sd3_dir):
+    guard = guards.make("negative", "church")
+    with pytest.raises(EraseError, match="guards do not know the family sd3"):
+        generate.load_model(str(toy_sd3_dir), guard=guard, device="cpu")

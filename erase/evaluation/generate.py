@@ -48,6 +48,8 @@ def load_model(
         model.network.load_state_dict(delta.in_component(model.part, state))
         model.name = f"{source} + {Path(delta_path).name}"
     model.to(compute.device)
+    if guard and not model.takes_guards:
+        raise EraseError(f"--guard: guards do not know the family {model.family} of {source}; leave it out")
     model.guard, model.precision = guard, compute.precision
     return model
 

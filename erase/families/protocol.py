@@ -57,6 +57,7 @@ class Family(ABC):
     num_timesteps: of the training schedule. scopes: by name, which weights may be trained at all. "full" is every
         weight; a method's preset asks for other scopes by the names in `scope.SCOPES`.
     guidance_scale: of generated images, where neither user, task nor model folder says; 1 is none.
+    takes_guards: whether `guard` acts on what the model generates.
     tags: of the model card, beside those of every card. licences: of models on the hub, by the start of their ids.
 
     folder: the diffusers folder that it came from.
@@ -75,6 +76,7 @@ class Family(ABC):
     num_timesteps: ClassVar[int] = 1000
     scopes: ClassVar[Mapping[str, Callable[[str], bool]]] = {}
     guidance_scale: ClassVar[float] = 0.0  # to be stated
+    takes_guards: ClassVar[bool] = True
     tags: ClassVar[tuple[str, ...]] = ()
     licences: ClassVar[Mapping[str, str]] = {}
 

@@ -18,7 +18,6 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
-from erase.errors import EraseError
 from erase.families import architecture, components, pipeline_folder, sd3_parts, unet_file
 from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
@@ -80,6 +79,7 @@ class StableDiffusion3(LatentFamily):
         "pooled": lambda name: name.startswith(_TEXT[1]),
     }
     guidance_scale = 7.0
+    takes_guards = False
     tags = ("stable-diffusion-3",)
     licences: ClassVar[Mapping[str, str]] = {}
 
@@ -258,8 +258,6 @@ class StableDiffusion3(LatentFamily):
     ) -> Tensor:
         """Latents [n, c, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
         refusal.refuse(prompts, "prompt")
-        if self.guard:
-            raise EraseError("guards do not know Stable Diffusion 3 yet; leave out --guard")
         height, width = (size, size) if isinstance(size, int) else size
         network = network or self.transformer
         pipeline = self.assembled(network, self.sampler(sampler))
@@ -298,8 +296,6 @@ class StableDiffusion3(LatentFamily):
     def draw_from(self, latents: Tensor, prompts: Sequence[str], *, start: int, steps: int, guidance: float) -> Tensor:
         """By Euler steps of the flow; see `Family.draw_from`."""
         refusal.refuse(prompts, "prompt")
-        if self.guard:
-            raise EraseError("guards do not know Stable Diffusion 3 yet; leave out --guard")
         to, how = torch.full((len(latents),), steps), {"start": start, "steps": steps, "guidance": guidance}
         return self._followed(latents, self.encode_text(prompts), self.unconditional(), to, **how).cpu()
 
