@@ -19,6 +19,7 @@ from erase.methods import METHODS
 
 PROMPTS = ["a church", "a small dog in a garden"]
 HOW: dict[str, Any] = {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "num_train_steps": 2}
+REFUSED = {"fmn": "sd3 has no cross-attention layers", "salun-robust": "sd3 has no table of token embeddings"}
 HOW |= {"batch_size": 2, "num_samples": 0, "quiet": True}
 
 
@@ -95,7 +96,7 @@ def test_another_precision_rounds_and_leaves_the_weights_alone(model, precision)
     assert delta.content_hash(model.state_of(model.network)) == before
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fmn"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in REFUSED])
 def test_every_method_erases_and_the_delta_is_exact(method, toy_sd3_dir, tmp_path):
     run = erase_concept("church", str(toy_sd3_dir), method=method, output=str(tmp_path / "run"), **HOW)
     change = delta.load(run.folder / "delta.safetensors")
@@ -107,10 +108,18 @@ def test_every_method_erases_and_the_delta_is_exact(method, toy_sd3_dir, tmp_pat
     StableDiffusion3Pipeline.from_pretrained(run.folder)
 
 
-def test_a_method_without_an_answer_is_refused_in_one_line(toy_sd3_dir, tmp_path):
-    with pytest.raises(EraseError, match="sd3 has no cross-attention layers"):
-        erase_concept("church", str(toy_sd3_dir), method="fmn", output=str(tmp_path / "run"), **HOW)
+@pytest.mark.parametrize("method", REFUSED)
+def test_a_method_without_an_answer_is_refused_in_one_line(method, toy_sd3_dir, tmp_path):
+    with pytest.raises(EraseError, match=REFUSED[method]):
+        erase_concept("church", str(toy_sd3_dir), method=method, output=str(tmp_path / "run"), **HOW)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("form", "said"), [("lora", "sd3 has no names"), ("single-file", "written as folders only")])
+def test_other_forms_are_refused_before_any_image(form, said, toy_sd3_dir, tmp_path, cache_dir):
+    with pytest.raises(EraseError, match=said):
+        erase_concept("church", str(toy_sd3_dir), output=str(tmp_path / "run"), save=("pipeline", form), **HOW)
+    assert not (tmp_path / "run").exists() and not list(cache_dir.glob("latents/*"))
 
 
 @pytest.mark.parametrize("scope", StableDiffusion3.scopes)

@@ -340,7 +340,7 @@ class Family(ABC):
         Raises:
             EraseError: this architecture has no single table of them.
         """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
+        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
 
     def set_token(self, token: int, embedding: Tensor) -> None:
         """Let the text encoder know the token by this embedding, [d], from here on; see `token_embeddings`."""
@@ -353,7 +353,7 @@ class Family(ABC):
         Raises:
             EraseError: see `token_embeddings`; or a prompt shows minors in a sexual context.
         """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
+        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
 
     def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
         """Conditioning of texts that are given as tokens, one row each, with gradients, on the device.
@@ -363,7 +363,7 @@ class Family(ABC):
         Raises:
             EraseError: see `token_embeddings`.
         """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
+        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of these tokens; its own tokens may be others.
@@ -371,7 +371,7 @@ class Family(ABC):
         Raises:
             EraseError: see `token_embeddings`.
         """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose another attack")
+        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
 
     @abstractmethod
     def tokens(self, prompt: str) -> list[int]:

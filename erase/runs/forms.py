@@ -59,8 +59,8 @@ def require_writable(forms: Sequence[str], source: Path, changing: Mapping[str, 
         raise EraseError(f"no single file can be written: {problem}; leave out single-file")
     if "lora" in forms:
         fitting = [name for name, weight in changing.items() if fits_lora(name, weight)]
-        problem = "no attention or feed-forward layer may change with this scope and mask" if not fitting else ""
-        if fitting and not family.lora_names(source, fitting):
+        problem = "" if fitting else "no attention or feed-forward layer may change with this scope and mask"
+        if not family.lora_names(source, changing):
             problem = f"{family.family} has no names for LoRA layers"
         if problem:
             raise EraseError(f"no LoRA can be written: {problem}; leave out lora")

@@ -6,7 +6,7 @@ from erase.families.sd import StableDiffusion
 
 
 class WatercolourPipeline(StableDiffusionPipeline):
-    """Generates as Stable Diffusion does."""
+    """The same as StableDiffusionPipeline."""
 
 
 class Watercolour(StableDiffusion):
