@@ -115,7 +115,7 @@ def decide(
     side = settings.resolution or model.resolution
     model.require_sides(f"--resolution is {side}", side)
     if isinstance(method, methods.TrainedMethod) and method.attack:
-        model.token_embeddings  # an error if there is none: words are learned in it
+        _ = model.token_embeddings  # an error if there is none: words are learned in it
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))
     base_hash = delta.content_hash(model.state_of(model.network))
