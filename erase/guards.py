@@ -136,7 +136,7 @@ def make(name: str, text: str) -> Guard:
     if name not in PRESETS:
         raise EraseError(f"unknown guard {name!r}; {did_you_mean(name, PRESETS)}({', '.join(PRESETS)})")
     if not text.strip():
-        raise EraseError("a guard needs a text that says what to steer away from")
+        raise EraseError("a guard needs a text to steer away from")
     refusal.refuse([text], "the guard's text")
     return PRESETS[name](text)
 
@@ -229,7 +229,7 @@ def _with_pooled(arguments: Mapping[str, Any], rows: slice, c: Conditioning) -> 
 def _half(pipeline: Any, x: Tensor) -> int:
     """How many images the batch is drawing: half of it, since guidance puts the unconditional ones in front."""
     if not pipeline.do_classifier_free_guidance:
-        raise EraseError("a guard works through guidance, and guidance_scale is at most 1; use more")
+        raise EraseError("a guard needs guidance_scale above 1")
     return len(x) // 2
 
 

@@ -62,7 +62,7 @@ def train(
     optimizer: MaskedAdam, weights: Mapping[str, Parameter], steps: range, *, gathers: bool = True,
     max_norm: float | None = None,
 ) -> None:  # fmt: skip
-    """Two backward passes a step, as the forget and the retain term are."""
+    """Two backward passes a step, as the forget and the retain loss are."""
     for step in steps:
         if gathers:
             with optimizer.gathering():

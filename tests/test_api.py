@@ -59,7 +59,7 @@ def test_hyperparameters_in_a_mapping_are_those_in_texts():
     flags: Any = {"filter": False, "rho": 1e-7}
     speed = methods.make("speed", {}, Settings(concept="church", method="speed", set=flags).set)
     assert (speed.filter, speed.rho) == (False, 1e-7)
-    with pytest.raises(EraseError, match="--set is 3; it must be a text or several"):
+    with pytest.raises(EraseError, match="--set is 3; it must be a string or several"):
         Settings(concept="church", set=3)  # pyright: ignore[reportArgumentType]
 
 

@@ -214,7 +214,7 @@ def test_an_identity_follows_the_weights_and_not_the_place(classifier_dir, clip_
 
 def test_a_model_that_cannot_be_had_is_one_line(tmp_path):
     with pytest.raises(
-        EraseError, match="'microsoft/resnet-50' is no folder here and cannot be had.*local copy"
+        EraseError, match="'microsoft/resnet-50' is not a local folder and cannot be downloaded.*local copy"
     ) as error:
         Classifier()
     assert "\n" not in str(error.value)

@@ -605,7 +605,7 @@ def test_an_image_that_cannot_be_read_is_one_line_that_names_it(spoil, reason, t
     """(3.5, 4.10)"""
     write_folder(tmp_path, size=4)
     spoil(tmp_path / "train" / "dark" / "bad.png", monkeypatch)
-    with pytest.raises(EraseError, match=rf"bad\.png cannot be read as an image \({reason}\); mend or remove it$"):
+    with pytest.raises(EraseError, match=rf"bad\.png cannot be read as an image \({reason}\); repair or remove it$"):
         data.load(str(tmp_path), tmp_path, size=4)
 
 

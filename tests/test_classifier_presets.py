@@ -150,7 +150,7 @@ def test_a_tuned_line_replaces_fields_of_the_methods_general_line(tmp_path):
         ("[presets]\nft = { epochs = true }", "epochs is True; it must be a whole number"),
         ("[presets]\nft = { learning_rate = nan }", "learning_rate is nan; it must be a number"),
         ("[presets]\nft = { learning_rate = -1 }", "learning_rate is -1; it must be a number, 0 or more"),
-        ("[presets]\nft = { method = 3 }", "method is 3; it must be a text"),
+        ("[presets]\nft = { method = 3 }", "method is 3; it must be a string"),
         ('[presets]\nft = { options = { alpha = "1" } }', "options is .*; it must be a table of numbers"),
         ("[tuned.digits.whole]", r"\[tuned.digits\]: unknown name 'whole'; choose share, half, class"),
         ("[tuned.digits.half]\nft = {}", r"\[tuned.digits.half\]: unknown name 'ft'"),

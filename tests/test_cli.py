@@ -289,7 +289,7 @@ def test_settings_from_python_are_stored_as_json_can_write_them():
         ({"num_forget": 1.5}, "--num-forget is 1.5; it must be a whole number"),
         ({"density": "half"}, "--density is 'half'; it must be a number"),
         ({"density": None}, "--density is None; it must be a number"),
-        ({"output": 3}, "--output is 3; it must be a text"),
+        ({"output": 3}, "--output is 3; it must be a string"),
         ({"resume": "no"}, "--resume is 'no'; it must be True or False"),
     ],
 )

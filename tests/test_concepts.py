@@ -367,9 +367,9 @@ def test_a_name_without_letters_cannot_be_described():
         ({"retain": ("a lamp",)}, "both forgets and retains 'a lamp'"),
         ({"kind": "thing"}, "has kind 'thing'; choose object, style, person, abstract or nudity"),
         ({"name": " "}, "a concept needs a name"),
-        ({"forget": "a lamp"}, "'forget' must be a list of texts, not a text"),
-        ({"retain": ("a", 3)}, "'retain' must be a list of texts, but holds a number: 3"),
-        ({"judge": "nudenet"}, "'judge' must be a table, not a text"),
+        ({"forget": "a lamp"}, "'forget' must be a list of strings, not a string"),
+        ({"retain": ("a", 3)}, "'retain' must be a list of strings, but holds a number: 3"),
+        ({"judge": "nudenet"}, "'judge' must be a table, not a string"),
     ],
 )
 def test_a_concept_that_does_not_fit_together_is_one_clear_line(changes, message):
@@ -381,7 +381,7 @@ def test_a_concept_that_does_not_fit_together_is_one_clear_line(changes, message
 def test_an_override_that_does_not_fit_is_refused():
     with pytest.raises(EraseError, match="has 2 anchors for 1 forget prompt"):
         override(lamp(anchor=("a", "b")), forget=["a lantern"])
-    with pytest.raises(EraseError, match="'anchor' must be a list of texts, not a text"):
+    with pytest.raises(EraseError, match="'anchor' must be a list of strings, not a string"):
         override(lamp(), anchor="a candle")
 
 
@@ -390,11 +390,11 @@ def test_an_override_that_does_not_fit_is_refused():
     [
         ("retain =", "retian =", r"unknown key 'retian'; did you mean retain\? \(name, kind"),
         ("retain =", "zzz =", r"unknown key 'zzz'; \(name, kind"),
-        ('["a photo of a sofa"]', '"a sofa"', "'retain' must be a list of texts, not a text"),
-        ('["a photo of a sofa"]', "[1]", "'retain' must be a list of texts, but holds a number: 1"),
+        ('["a photo of a sofa"]', '"a sofa"', "'retain' must be a list of strings, not a string"),
+        ('["a photo of a sofa"]', "[1]", "'retain' must be a list of strings, but holds a number: 1"),
         ('"object"', "7", "has kind 7; choose"),
         ("{ type", "[] #", "'judge' must be a table, not a list"),
-        ("index = 846", "index = 1979-05-27", "'judge.index' must be a list of texts, not a date"),
+        ("index = 846", "index = 1979-05-27", "'judge.index' must be a list of strings, not a date"),
         ('kind = "object"', "", "'kind' is missing"),
         ("retain =", "mini =", "'mini' must be a table, not a list"),
         ("retain =", "[mini]\nretian =", r"unknown key 'retian' in \[mini\]; did you mean retain"),
@@ -413,8 +413,8 @@ def test_an_override_that_does_not_fit_is_refused():
             "judge.alternatives is missing; a judge of type 'clip'",
         ),
         ('"imagenet", index = 846', '"clip", target = "x", alternatives = []', "judge.alternatives is \\[\\]"),
-        ("retain =", "name = 3\nretain =", "'name' must be a text, not a number"),
-        ("retain =", "synonyms = {}\nretain =", "'synonyms' must be a list of texts, not a table"),
+        ("retain =", "name = 3\nretain =", "'name' must be a string, not a number"),
+        ("retain =", "synonyms = {}\nretain =", "'synonyms' must be a list of strings, not a table"),
         ("retain =", "forget = []\nretain =", "is not valid TOML: .*overwrite"),
         ("retain =", "x = " + "[" * 5000 + "\nretain =", "is not valid TOML"),
     ],

@@ -325,7 +325,7 @@ def test_text_files_beside_images_are_captions_and_a_missing_one_is_said(suffix,
     assert words(data, data.forget.prompt) == ["a red circle, on white", "red circle", "a circle"]
     assert lines == [
         f"{tmp_path}: 3 images; 1 caption from text files beside them; "
-        "2 without a caption, which take the concept's prompts in turn"
+        "2 without a caption, which get the concept's prompts in turn"
     ]
 
 
@@ -337,7 +337,7 @@ def test_a_caption_that_is_cut_is_said_and_recorded(collect, tmp_path):
         (tmp_path / f"{name}.txt").write_text(caption)
     lines: list[str] = []
     data = collect(plan=replace(PLAN, forget_images=str(tmp_path)), tell=lines.append)
-    assert data.record["truncated_captions"] == [long] and "cut: 1, the first 'a circle a circle" in lines[-1]
+    assert data.record["truncated_captions"] == [long] and "truncated: 1, the first 'a circle a circle" in lines[-1]
 
 
 def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path, monkeypatch):
@@ -356,7 +356,7 @@ def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path,
     assert sum(encoded) == 5  # batches of two, c a | a a | b b | b, and in each of them no image twice
     assert lines == [
         f"{tmp_path}: 3 images; 1 caption from text files beside them; 2 captions from names of their folders; "
-        "7 images with the repeats that folder names ask for"
+        "7 images including the repeats of folder names"
     ]
 
 
@@ -366,12 +366,12 @@ def test_kohyas_folders_give_a_prompt_and_a_number_of_repeats(collect, tmp_path,
         ({"metadata.jsonl": '{"file_name": "gone.png", "text": "x"}'}, r"jsonl, line 1: there is no image 'gone\.png'"),
         ({"metadata.jsonl": '{"file_name": "../out.png", "text": "x"}'}, r"line 1: there is no image '\.\./out\.png'"),
         ({"metadata.jsonl": '{"file_name": 7, "text": "x"}'}, "line 1: no file_name"),
-        ({"metadata.jsonl": "{"}, "line 1: .*needed is one JSON object a line"),
-        ({"metadata.csv": "file_name,text\na.png,x\n./a.png,y\n"}, r"line 3: '\./a\.png' has a caption already"),
-        ({"a.txt": "x", "gone.txt": "y"}, r"gone\.txt captions no image: none beside it has this name"),
+        ({"metadata.jsonl": "{"}, "line 1: .*each line must be one JSON object"),
+        ({"metadata.csv": "file_name,text\na.png,x\n./a.png,y\n"}, r"line 3: '\./a\.png' already has a caption"),
+        ({"a.txt": "x", "gone.txt": "y"}, r"gone\.txt is a caption without an image: no image beside it has this name"),
         ({"a.txt": "x", "a.caption": "y"}, r"a\.png has two captions, a \.txt and a \.caption file"),
         ({"a.txt": b"\xff\xff\xff"}, r"a\.txt, line 1: this is not utf-8 text"),
-        ({"2000_x/b.png": b""}, "'2000_x' asks for 2,000 repeats of its images; rename it"),
+        ({"2000_x/b.png": b""}, "'2000_x' means 2,000 repeats of its images; rename it"),
     ],
 )
 def test_captions_that_fit_no_image_are_one_line(files, message, tmp_path):
@@ -517,5 +517,5 @@ def test_an_image_that_cannot_be_read_is_named(collect, tmp_path, content):
     image(tmp_path / "good.png", size=(64, 64))
     whole = (tmp_path / "good.png").read_bytes()
     (tmp_path / "bad.png").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    with pytest.raises(EraseError, match=r"^cannot read the image .*bad\.png \(.*\); mend or remove it$"):
+    with pytest.raises(EraseError, match=r"^cannot read the image .*bad\.png \(.*\); repair or remove it$"):
         collect(plan=replace(PLAN, forget_images=str(tmp_path)))

@@ -128,7 +128,7 @@ def test_a_delta_refuses_any_other_model_and_names_both_hashes():
         apply(other, delta)
     with pytest.raises(EraseError, match=f"leads to {content_hash(new)[:12]}: it fits that model only"):
         remove(other, delta)
-    with pytest.raises(EraseError, match="applied already"):
+    with pytest.raises(EraseError, match="already applied"):
         apply(new, delta)
     with pytest.raises(EraseError, match="not applied"):
         remove(base, delta)

@@ -40,7 +40,7 @@ PAGES = {
 BLOCK = re.compile(r"(?:<!-- (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE, RUNS = "file ", "runs on the embedded model"  # marks before a block
 FEW = ["--num-train-steps=2", "--num-forget=2", "--num-retain=2", "--num-inference-steps=2", "--num-samples=0"]
-OTHERS = {"pip", "ruff", "pyright", "pytest", "accelerate", "python"}  # programs that are not ours
+OTHERS = {"pip", "ruff", "pyright", "pytest", "mkdocs", "accelerate", "python"}  # programs that are not ours
 
 
 def blocks(page: str, language: str) -> list[tuple[str, str]]:

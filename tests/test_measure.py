@@ -348,7 +348,7 @@ def test_quality_of_the_base_to_itself_is_nothing_and_to_real_images_is_the_same
 
 def test_scores_of_another_judge_and_of_changed_images_are_refused(tmp_path):
     folder = make_arm(tmp_path / "a", **BASE)
-    with pytest.raises(EraseError, match='is of another judge .weights: "w" there, "x" here'):
+    with pytest.raises(EraseError, match='was written by another judge .weights: "w" there, "x" here'):
         score.score(folder, Stub("x"), quiet=True)
     lines = (folder / "scores" / "mini.jsonl").read_text().splitlines(keepends=True)
     (folder / "scores" / "mini.jsonl").write_text("".join(lines[:5]) + lines[5][:20])  # as a crash leaves it
@@ -367,8 +367,8 @@ def test_verify_finds_a_changed_image_and_a_changed_score(tmp_path):
     assert score.verify(folder, [Stub()], 40, quiet=True) == []
     path = folder / "scores" / "mini.jsonl"
     path.write_text(path.read_text().replace('"none"', '"circle"'))
-    assert score.verify(folder, [Stub()], 40, quiet=True) == ["retain-19: mini now says something else"]
-    assert "another one now" in score.verify(folder, [Stub("x")], 4, quiet=True)[0]
+    assert score.verify(folder, [Stub()], 40, quiet=True) == ["retain-19: mini now gives another output"]
+    assert "has changed" in score.verify(folder, [Stub("x")], 4, quiet=True)[0]
     Image.new("RGB", (8, 8), "red").save(folder / "images" / "00000.png")
     assert "its hash differs" in score.verify(folder, [Stub()], 4, quiet=True)[0]
 
@@ -603,7 +603,7 @@ def test_stages_one_by_one_give_the_same_report(toy, tmp_path, command):
         (("generate", "--model", "mini", "--task", "mini", "--output", "x"), "needs a concept"),
         (("score", "absent"), "absent is no evaluation folder"),
         (("score", "--images", "absent", "--judge", "mini", "--output", "x"), "absent: no such folder of images"),
-        (("score", "--images", "absent"), "give a folder"),
+        (("score", "--images", "absent"), "give an output folder"),
         (("report", "absent"), "absent is no evaluation folder"),
         (("compare", "absent", "--output", "x"), "absent"),
         (("run", "--model", "mini", "--task", "mini", "--concept", "circle"), "mini has no run.json .* give --base"),

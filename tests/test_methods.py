@@ -448,9 +448,9 @@ def test_what_a_methods_name_implies_wins_over_the_recipe_and_loses_to_what_is_g
 def test_what_a_method_cannot_use_is_refused(toy_pipeline_dir, gathered, accelerator, tmp_path):
     from erase import erase_concept
 
-    with pytest.raises(EraseError, match="--alpha is 0.5, but esd-x has no retain term"):
+    with pytest.raises(EraseError, match="--alpha is 0.5, but esd-x has no retain loss"):
         erase_concept(CONCEPT, str(toy_pipeline_dir), method="esd-x", alpha=0.5, output=str(tmp_path / "run"))
-    with pytest.raises(EraseError, match="no retain term; leave out --retain-images"):
+    with pytest.raises(EraseError, match="no retain loss; leave out --retain-images"):
         gathered(ESD(), retain_images=str(tmp_path))
     for method in (ESD(), SelfDistillation()):
         with pytest.raises(EraseError, match="sees no images; leave out --forget-images"):

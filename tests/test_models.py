@@ -247,15 +247,15 @@ def test_xformers_needs_a_gpu_and_its_package(toy, monkeypatch):
 
 def test_a_place_where_no_model_is(refused, tmp_path):
     assert "has no model_index.json; give the folder of a whole diffusers pipeline" in refused(tmp_path)
-    assert refused(tmp_path / "gone").startswith(f"no model '{tmp_path}/gone': not 'mini', not a folder")
-    assert refused("salun").startswith("no model 'salun': not 'mini'")
+    assert refused(tmp_path / "gone").startswith(f"no model '{tmp_path}/gone': it is not 'mini', a folder")
+    assert refused("salun").startswith("no model 'salun': it is not 'mini'")
     assert refused(tmp_path / "gone.safetensors") == f"{tmp_path}/gone.safetensors: no such file"
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(refused):
     started = time.perf_counter()
     message = refused("nobody/no-such-model")
-    assert message.startswith("'nobody/no-such-model' is no folder here and cannot be had from the hub (")
+    assert message.startswith("'nobody/no-such-model' is not a local folder and cannot be downloaded from the hub (")
     assert message.endswith("give the folder of a local copy with --model DIR, or try --model mini")
     assert time.perf_counter() - started < 5
 

@@ -39,7 +39,7 @@ def test_too_few_steps_for_every_loop_are_said(steps, is_told, toy_pipeline_dir,
     options = {key: value for key, value in FEW.items() if key != "quiet"}
     options |= {"method": "erasediff", "num_train_steps": steps, "model": str(toy_pipeline_dir)}
     job.run(Settings("church", output=str(tmp_path / "run"), **options), quiet=True, tell=said.append)
-    told = "erasediff as published takes at least 4 steps; 3 leave out some of its loops"
+    told = "erasediff as published needs at least 4 steps; with 3 some of its loops are left out"
     assert (told in said) == is_told
 
 

@@ -115,7 +115,7 @@ BAD = {
     "negative guidance": ("prompt,guidance\na,-0.5\n", r"line 2: guidance is -0\.5; it must be a number from 0"),
     "no size": ("prompt,width,height\na,512,0\n", "line 2: height is 0; it must be a whole number from 1 to 4096"),
     "huge size": ("prompt,width\na,8192\n", "line 2: width is 8192; it must be a whole number from 1 to 4096"),
-    "latin-1": (HEADER.encode() + "é,1\n".encode("latin-1"), "line 2: this is not utf-8 text; save the file in UTF-8"),
+    "latin-1": (HEADER.encode() + "é,1\n".encode("latin-1"), "line 2: this is not utf-8 text; save the file as UTF-8"),
     "binary": (b"prompt,seed\na\0b,1\n", "is not a text file"),
     "huge field": (HEADER + "a" * 200_000 + ",1\n", "line 2: a field has more than 131,072 characters"),
 }  # fmt: skip
@@ -132,15 +132,15 @@ def test_what_is_doubtful_is_refused_with_its_line(case, written):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2: .*needed is one JSON object a line"),
-        ('{"prompt": "a"}\n\n["b"]\n', "line 3: needed is one JSON object a line, not"),
-        ('{"prompt": 7}\n', "line 1: the prompt is 7; it must be a text"),
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2: .*each line must be one JSON object"),
+        ('{"prompt": "a"}\n\n["b"]\n', "line 3: each line must be one JSON object, not"),
+        ('{"prompt": 7}\n', "line 1: the prompt is 7; it must be a string"),
         ('{"prompt": "a"}\n{"caption": "b"}\n', "line 2: the prompt is blank"),
         ('{"caption_of": "a"}\n', "has no column prompt, text or caption; it has 'caption_of'"),
         ('{"prompt": "a", "seed": true}\n', "line 1: seed is 'True'; it must be a number"),
         ('{"prompt": "a", "seed": [1]}\n', "line 1: seed is"),
         ('{"prompt": "a", "guidance": NaN}\n', "line 1: guidance is 'nan'; it must be a number"),
-        ("[" * 100_000, "line 1: .*needed is one JSON object a line"),
+        ("[" * 100_000, "line 1: .*each line must be one JSON object"),
     ],
 )
 def test_a_json_line_that_cannot_be_used_is_named(content, message, written):

@@ -626,7 +626,7 @@ def test_a_prompt_whose_concept_is_cut_off_is_refused_and_a_long_one_is_said(toy
     for forget, anchor in ((long + long + "a cat", "a dog"), (long + long + "a cat", long + long + "a dog")):
         hidden = replace(CONCEPT, forget=(forget,), anchor=(anchor,))
         with pytest.raises(
-            EraseError, match=r"has \d+ tokens; the text encoder reads 75, and the concept is behind them"
+            EraseError, match=r"has \d+ tokens; the text encoder reads 75, and the concept comes after them"
         ):
             erase_concept(hidden, str(toy_pipeline_dir), output=str(tmp_path / "hidden"), **OPTIONS)
         assert not (tmp_path / "hidden").exists()
@@ -636,7 +636,7 @@ def test_a_prompt_whose_concept_is_cut_off_is_refused_and_a_long_one_is_said(toy
     del options["quiet"]
     record = job.run(Settings("cat", str(toy_pipeline_dir), **options), shown, quiet=True, tell=said.append).record
     assert record.data["truncated_prompts"] == [shown.forget[0], shown.retain[1]]
-    assert said[1].startswith("longer than the 77 tokens that the text encoder reads, and cut: 'a cat in a very")
+    assert said[1].startswith("longer than the 77 tokens that the text encoder reads, and truncated: 'a cat in a very")
     assert said[1].endswith("and 1 more")
 
 

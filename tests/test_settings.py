@@ -124,7 +124,7 @@ def test_a_recipe_wins_over_the_same_settings_of_the_model_folder():
     ("content", "message"),
     [
         ({"famly": "mini"}, "unknown setting 'famly'"),
-        ({"family": 3}, "family is 3; it must be a text"),
+        ({"family": 3}, "family is 3; it must be a string"),
         ({"output": "elsewhere"}, "unknown setting 'output'"),
         ({"batch_size": "many"}, "batch_size is 'many'; it must be a whole number"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
@@ -136,7 +136,7 @@ def test_a_recipe_wins_over_the_same_settings_of_the_model_folder():
         ({"methods": {"ga": [1]}}, "methods must hold an object"),
         ({"methods": {"gaa": {}}}, "unknown method 'gaa'"),
         ({"methods": {"ga": {"set": "alpha=1"}}}, "ga: set is 'alpha=1'; it must be a list"),
-        ({"methods": {"ga": {"set": [1]}}}, "ga: set is 1; it must be a text"),
+        ({"methods": {"ga": {"set": [1]}}}, "ga: set is 1; it must be a string"),
         ({"methods": {"ga": {"set": ["alpha"]}}}, "ga: set has 'alpha'; it must be NAME=VALUE"),
         ({"methods": {"ga": {"scope": "all"}}}, "ga: scope is 'all'"),
         ({"methods": {"ga": {"forget_images": "/etc"}}}, "ga: unknown setting 'forget_images'"),
@@ -240,7 +240,7 @@ def test_the_documented_defaults_are_those_that_are_read(tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
     section = page.partition("## erase_defaults.json")[2]
     folder_defaults(tmp_path, json.loads(section.partition("```json")[2].partition("```")[0]))
-    named = set(re.findall(r"`(\w+)`", section.partition("At the top")[2]))
+    named = set(re.findall(r"`(\w+)`", section.partition("Top-level keys")[2]))
     assert named == {*model_defaults._OF_METHOD}
 
 

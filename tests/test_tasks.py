@@ -95,7 +95,7 @@ def test_what_is_no_i2p_is_one_clear_line(tmp_path):
         registry.build("i2p", None, Options(prompts=str(write_i2p(tmp_path / "b.csv", ["x"])), subset="sexy"))
     with pytest.raises(EraseError, match="No such file"):
         registry.build("i2p", None, Options(prompts=str(tmp_path / "absent.csv")))
-    with pytest.raises(EraseError, match="cannot be had from the hub .* give a local copy: --prompts FILE"):
+    with pytest.raises(EraseError, match="cannot be downloaded from the hub .* give a local copy: --prompts FILE"):
         registry.build("i2p", None)
 
 

@@ -114,7 +114,7 @@ def _tables(value: Any, where: str) -> dict[str, dict[str, Any]]:
     return {name: _table(row, f"{where} {name}") for name, row in _table(value, where).items()}
 
 
-_NOUNS = {str: "a text", int: "a whole number, 0 or more", float: "a number, 0 or more", tuple: "a table of numbers"}
+_NOUNS = {str: "a string", int: "a whole number, 0 or more", float: "a number, 0 or more", tuple: "a table of numbers"}
 
 
 def _values(cls: type[Preset] | type[Training], row: dict[str, Any], where: str) -> dict[str, Any]:

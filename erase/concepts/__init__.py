@@ -1,4 +1,4 @@
-"""What to erase, as data: prompts to forget, what to say instead, what to keep, and how to tell that it worked."""
+"""Concepts as data: forget prompts, their anchors, retain prompts, and how a judge recognises the concept."""
 
 from erase.concepts.concept import Concept as Concept
 from erase.concepts.concept import FreeKind as FreeKind

@@ -1,4 +1,4 @@
-"""What to erase, as data: prompts to forget, what to say instead, what to keep, and how to tell whether it is there."""
+"""Concepts as data: forget prompts, their anchors, retain prompts, and how a judge recognises the concept."""
 # pyright: strict
 
 import re
@@ -12,7 +12,7 @@ from erase.errors import EraseError
 from erase.files import text_hash
 from erase.words import counted, listed
 
-FreeKind = Literal["object", "style", "person", "abstract"]  # what free text can be said to be
+FreeKind = Literal["object", "style", "person", "abstract"]  # kinds of free-text concepts
 Kind = Literal["object", "style", "person", "abstract", "nudity"]
 JUDGES: dict[str, dict[str, tuple[type | tuple[type, ...], str]]] = {  # types of judges and what each needs
     "imagenet": {"index": (int, "a class index")},
@@ -28,7 +28,7 @@ class Concept:
     """A concept to erase. However it is made, it is checked: see `__post_init__`.
 
     forget: prompts that show the concept.
-    anchor: what to say instead; one for each forget prompt, in the same order, or a single one for all. "" is allowed,
+    anchor: prompts that replace the forget prompts: one for each, in the same order, or one for all. "" is allowed,
         but a named thing erases better: the model still sees the concept in a noisy image and "" restores it.
     retain: prompts whose images must stay as they are; the more diverse, the less is lost.
     others: prompts of other classes, from which random labels are drawn; may be empty.
@@ -50,7 +50,7 @@ class Concept:
     def __post_init__(self) -> None:
         """Raise an EraseError unless the parts have their types, fit together and leave minors out."""
         if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance] - users give anything
-            raise EraseError(f"'name' must be a text, not {type_name(self.name)}")
+            raise EraseError(f"'name' must be a string, not {type_name(self.name)}")
         for key in PROMPT_KEYS:
             object.__setattr__(self, key, texts(getattr(self, key), key))
         object.__setattr__(self, "judge", read_judge(self.judge))
@@ -73,7 +73,7 @@ class Concept:
             raise EraseError(f"concept {self.name!r} both forgets and retains {contradictions[0]!r}; drop it from one")
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """(forget prompt, what to say instead), a single anchor repeated."""
+        """Pairs of forget prompt and anchor; a single anchor is repeated."""
         anchors = self.anchor * len(self.forget) if len(self.anchor) == 1 else self.anchor
         return tuple(zip(self.forget, anchors, strict=True))
 
@@ -98,7 +98,7 @@ def advice(concept: Concept) -> str:
 
 
 def mapping(concept: Concept) -> str:
-    """What becomes what, in one line: the first pair of forget prompt and anchor, and how many more there are."""
+    """One line for the user: the first pair of forget prompt and anchor, and how many more there are."""
     (forget, anchor), more = concept.pairs()[0], len(concept.forget) - 1
     rest = f" (and {more} more pair{'s' if more > 1 else ''})" if more else ""
     return f"{forget!r} -> {anchor!r}{rest}"
@@ -202,11 +202,11 @@ def _mentions(prompt: str, concepts: Iterable[Concept]) -> bool:
 
 def texts(value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
-        raise EraseError(f"'{key}' must be a list of texts, not {type_name(value)}")
+        raise EraseError(f"'{key}' must be a list of strings, not {type_name(value)}")
     found: list[str] = []
     for item in cast(Sequence[Any], value):
         if not isinstance(item, str):
-            raise EraseError(f"'{key}' must be a list of texts, but holds {type_name(item)}: {item!r}")
+            raise EraseError(f"'{key}' must be a list of strings, but holds {type_name(item)}: {item!r}")
         found.append(item)
     return tuple(found)
 
@@ -239,7 +239,7 @@ def _check_judge(judge: Mapping[str, Any]) -> None:
 def type_name(value: Any) -> str:
     kinds: dict[type[Any], str] = {
         bool: "true or false",
-        str: "a text",
+        str: "a string",
         int: "a number",
         float: "a number",
         list: "a list",

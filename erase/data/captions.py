@@ -76,9 +76,9 @@ def _metadata(sources: Sequence[Path], paths: set[Path]) -> dict[Path, str]:
                 )
             image = source.parent / name
             if image not in paths:
-                raise EraseError(f"{where}: there is no image {name!r}; mend the line or remove it")
+                raise EraseError(f"{where}: there is no image {name!r}; correct the line or remove it")
             if image in texts:
-                raise EraseError(f"{where}: {name!r} has a caption already; remove one of the two")
+                raise EraseError(f"{where}: {name!r} already has a caption; remove one of the two")
             texts[image] = row.prompt.strip()
     return texts
 
@@ -94,7 +94,9 @@ def _beside(sources: Sequence[Path], paths: Sequence[Path]) -> dict[Path, str]:
             continue  # somebody's notes
         named = by_stem.get(source.with_suffix(""))
         if named is None:
-            raise EraseError(f"{source} captions no image: none beside it has this name; remove the file")
+            raise EraseError(
+                f"{source} is a caption without an image: no image beside it has this name; remove the file"
+            )
         if named[0] in texts:
             raise EraseError(f"{named[0]} has two captions, a .txt and a .caption file; remove one of them")
         texts |= dict.fromkeys(named, " ".join(prompt_files.text_of(source).split()))
@@ -108,7 +110,7 @@ def _of_folder(name: str) -> tuple[str, int]:
         repeats = int(kohya[1])
         if repeats > _MAX_REPEATS:
             raise EraseError(
-                f"the folder {name!r} asks for {repeats:,} repeats of its images; rename it (at most {_MAX_REPEATS:,})"
+                f"the folder {name!r} means {repeats:,} repeats of its images; rename it (at most {_MAX_REPEATS:,})"
             )
         return kohya[2].replace("_", " "), repeats
     label = re.sub(r"^\d+_(?=.)", "", name).replace("_", " ")
@@ -119,8 +121,8 @@ def _summary(folder: Path, found: Sequence[Captioned], sources: dict[str, int]) 
     parts = [f"{num:,} caption{'s' * (num != 1)} from {source}" for source, num in sources.items() if num]
     bare = sum(image.text is None for image in found)
     if bare:
-        parts.append(f"{bare:,} without a caption, which take the concept's prompts in turn")
+        parts.append(f"{bare:,} without a caption, which get the concept's prompts in turn")
     total = sum(image.repeats for image in found)
     if total > len(found):
-        parts.append(f"{total:,} images with the repeats that folder names ask for")
+        parts.append(f"{total:,} images including the repeats of folder names")
     return f"{folder}: {len(found):,} image{'s' * (len(found) != 1)}; {'; '.join(parts)}"

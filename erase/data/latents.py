@@ -175,9 +175,11 @@ def _sources(
     """
     model.require_sides(f"--resolution is {plan.size}", plan.size)
     if plan.forget_images and plan.images in {"trajectory", "noise"}:
-        raise EraseError("this method follows the model's own drawing and sees no images; leave out --forget-images")
+        raise EraseError(
+            "this method trains on the model's own trajectories and uses no images; leave out --forget-images"
+        )
     if plan.retain_images and not plan.retains:
-        raise EraseError("this method has no retain term; leave out --retain-images")
+        raise EraseError("this method has no retain loss; leave out --retain-images")
     pairs = concept.pairs()
     names = [forget for forget, _ in pairs]
     shown = [anchor for _, anchor in pairs] if plan.images == "anchor" else names
@@ -188,7 +190,9 @@ def _sources(
     given = (*(forget.prompts if plan.forget_images else ()), *(retain.prompts if plan.retain_images else ()))
     cut = [caption for caption in dict.fromkeys(given) if caption and model.truncates(caption)]
     if cut:
-        tell(f"captions longer than the text encoder reads, and cut: {len(cut)}, the first {cut[0][:60] + '...'!r}")
+        tell(
+            f"captions longer than the text encoder reads, and truncated: {len(cut)}, the first {cut[0][:60] + '...'!r}"
+        )
     if plan.images == "trajectory":
         forget = _followed(model, plan, forget.prompts, first_seed)
     elif plan.images == "noise":
@@ -230,7 +234,9 @@ def of_prompts(data: Data, prompts: Sequence[str]) -> Data:
     wanted = {row for row, prompt in enumerate(data.prompts) if prompt in set(prompts)}
     rows = torch.tensor([i for i, row in enumerate(data.forget.prompt.tolist()) if row in wanted], dtype=torch.int64)
     if not len(rows):
-        raise EraseError(f"--num-forget {len(data.forget)} leaves no image for {prompts[0]!r}; generate more")
+        raise EraseError(
+            f"--num-forget {len(data.forget)} leaves no image for the prompt {prompts[0]!r}; generate more"
+        )
     f = data.forget
     part = ImageLatents(f.mean[rows], f.std[rows], f.prompt[rows], None if f.t is None else f.t[rows])
     fingerprint = files.text_hash([data.fingerprint, rows.tolist()])

@@ -129,7 +129,7 @@ def _row(where: str, line: int, fields: Mapping[str, Any], facts: Mapping[str, A
     if prompt is None:
         prompt = ""
     if not isinstance(prompt, str):
-        raise EraseError(f"{where}: the prompt is {prompt!r}; it must be a text")
+        raise EraseError(f"{where}: the prompt is {prompt!r}; it must be a string")
     if not prompt.strip() and not allow_blank:
         raise EraseError(f"{where}: the prompt is blank; write one or remove the line")
     guidance = _number(where, "guidance", fields.get("guidance"))
@@ -197,7 +197,7 @@ def text_of(path: Path) -> str:
         text = content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise EraseError(f"{path}, line {line}: this is not {encoding} text; save the file in UTF-8") from error
+        raise EraseError(f"{path}, line {line}: this is not {encoding} text; save the file as UTF-8") from error
     if "\0" in text:
         raise EraseError(f"{path} is not a text file; save it as CSV in UTF-8")
     return text
@@ -210,9 +210,9 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise EraseError(f"{path}, line {number}: {error}; needed is one JSON object a line") from error
+            raise EraseError(f"{path}, line {number}: {error}; each line must be one JSON object") from error
         if not isinstance(value, dict):
-            raise EraseError(f"{path}, line {number}: needed is one JSON object a line, not {line.strip()[:40]!r}")
+            raise EraseError(f"{path}, line {number}: each line must be one JSON object, not {line.strip()[:40]!r}")
         yield number, value
 
 
@@ -236,7 +236,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             has = f"{len(values)} field{'s' * (len(values) != 1)}"
             raise EraseError(
                 f"{path}, line {line}: {has}, but the header has {len(header)} ({', '.join(header)[:80]}); "
-                "put quotes around a prompt that holds a separator"
+                "put quotes around a prompt that contains a separator"
             )
         for number in range(line, last):
             parts = lines[number - 1].split(delimiter)

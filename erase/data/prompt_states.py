@@ -26,7 +26,7 @@ def truncated(model: Family, concept: Concept) -> list[str]:
         if len(whole) > limit and (same or any(_holds(whole, name) and not _holds(read, name) for name in names)):
             raise EraseError(
                 f"the forget prompt {forget[:60] + '...'!r} has {len(whole)} tokens; the text encoder reads {limit}, "
-                "and the concept is behind them; write it shorter, the concept first"
+                "and the concept comes after them; shorten the prompt, or put the concept first"
             )
     prompts = dict.fromkeys((*concept.forget, *concept.anchor, *concept.retain, *concept.others))
     return [prompt for prompt in prompts if model.truncates(prompt)]

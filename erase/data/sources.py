@@ -45,7 +45,7 @@ class SourceImage:
         try:
             yield
         except images.BadImage as error:
-            raise EraseError(f"cannot read the image {self.name} ({error.reason}); mend or remove it") from error
+            raise EraseError(f"cannot read the image {self.name} ({error.reason}); repair or remove it") from error
 
 
 def list_images(source: str, tell: Callable[[str], None] = lambda line: None) -> list[tuple[SourceImage, str | None]]:

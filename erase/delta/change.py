@@ -85,7 +85,7 @@ def apply(state: State, delta: Delta) -> dict[str, Tensor]:
     Raises:
         EraseError: `state` is not the very model that the delta was made from, or the delta is damaged.
     """
-    return _switch(state, delta, delta.base_hash, delta.result_hash, "starts from", "the delta is applied already")
+    return _switch(state, delta, delta.base_hash, delta.result_hash, "starts from", "the delta is already applied")
 
 
 def remove(state: State, delta: Delta) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def load(path: str | Path) -> Delta:
     header = header_from_json(read_metadata(path), path)
     delta = Delta(read_tensors(path), header)
     for problem in _problems(delta):
-        raise EraseError(f"{path} is damaged: {problem}; copy it again or make it anew")
+        raise EraseError(f"{path} is damaged: {problem}; copy or create it again")
     return delta
 
 
@@ -162,7 +162,7 @@ def _switch(state: State, delta: Delta, start: str, end: str, verb: str, hint: s
         new = _dense(delta, name).bitwise_xor_(_patterns(state[name])).view(state[name].dtype)
         switched[name] = new.reshape(state[name].shape).to(state[name].device)
     if (reached := content_hash(switched)) != end:
-        raise EraseError(f"the delta is damaged: it gives {reached[:12]} instead of {end[:12]}; make it anew")
+        raise EraseError(f"the delta is damaged: it gives {reached[:12]} instead of {end[:12]}; create it again")
     return switched
 
 

@@ -56,7 +56,7 @@ def header_from_json(stored: Mapping[str, Any], path: object) -> Header:
             f"{path} has delta format {found[1]}, which a later version wrote; this one reads up to {FORMAT}"
         )
     for problem in _problems(stored):
-        raise EraseError(f"{path} is damaged: its header {problem}; copy it again or make it anew")
+        raise EraseError(f"{path} is damaged: its header {problem}; copy or create it again")
     layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in stored["layout"].items()}
     known = {"format", "kind", "layout", "base_hash", "result_hash", "provenance", CONTENT}
     more = {name: value for name, value in stored.items() if name not in known}

@@ -128,7 +128,7 @@ def complete_records(folder: Path) -> list[dict[str, Any]]:
     absent = [name for name in wanted if name not in drawn]
     if absent:
         raise EraseError(
-            f"{folder}: {len(absent)} of {len(wanted)} images are not generated yet; generate again to go on"
+            f"{folder}: {len(absent)} of {len(wanted)} images are not generated yet; run eval-concept generate again"
         )
     foreign = drawn.keys() - set(wanted)
     if foreign:

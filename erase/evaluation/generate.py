@@ -232,7 +232,7 @@ def _drawn(
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise EraseError(
-                f"one picture of {size[0]} x {size[1]} does not fit the GPU's memory; try --precision bf16"
+                f"one image of {size[0]} x {size[1]} does not fit into the GPU's memory; try --precision bf16"
             ) from error
         torch.cuda.empty_cache()
         half = (len(batch) + 1) // 2

@@ -152,4 +152,4 @@ def _with_reach(value: float, variance: float, count: int, n: int, is_one: bool)
 
 def _require_enough(n: int) -> None:
     if n < MIN_KID:
-        raise EraseError(f"KID of {n} images says nothing; {MIN_KID} are the least")
+        raise EraseError(f"KID of {n} images is meaningless; it needs at least {MIN_KID}")

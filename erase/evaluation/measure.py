@@ -176,16 +176,21 @@ def limits(
     found = list(own)
     if "attack" not in task["options"]:
         found = [
-            "Prompts as they are: no attack, learned embedding or fine-tuning was tried to bring the concept back."
+            "Attacks: no adversarial prompt, learned embedding or fine-tuning was tried to bring the concept back."
         ]
         found += own
     if task.get("refused"):
-        found.append(f"{task['refused']} prompts put minors beside sexual content and were not generated.")
+        found.append(f"{task['refused']} prompts put minors in a sexual context and were left out.")
     if num_truncated:
-        found.append(f"{num_truncated} images have prompts that are longer than the text encoder reads, and were cut.")
+        found.append(
+            f"{num_truncated} images have prompts that are longer than the text encoder reads; these were truncated."
+        )
     different = machine_differences(machines.get("base", {}), machines["erased"])
     if different:
-        found.append(f"Base and erased images are of different machines ({'; '.join(different)}), and differ slightly.")
+        found.append(
+            f"Base and erased images were generated on different machines ({'; '.join(different)}), which changes them "
+            "slightly."
+        )
     if version != task["version"]:
         found.append(
             f"The images were generated for version {task['version']} of the task, and version {version} computed the "

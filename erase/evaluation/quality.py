@@ -45,7 +45,7 @@ def fid(a: np.ndarray, b: np.ndarray, *, allow_small: bool = False) -> float:
     from_a, from_b = checked(a, b)
     n, least = min(len(from_a), len(from_b)), min_fid(from_a.shape[1])
     if n < (2 if allow_small else least):
-        raise EraseError(f"FID of {n} images is mostly bias, {least} are the least; use KID, which has none")
+        raise EraseError(f"FID of {n} images is mostly bias; it needs at least {least}; use KID, which has no bias")
     _require_torchmetrics()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -70,13 +70,13 @@ def load_features(path: str | Path, identity: Mapping[str, Any]) -> np.ndarray:
     """
     stored = read_metadata(path).get("identity")
     if stored is None:
-        raise EraseError(f"{path} is no file of features; make one with save_features")
+        raise EraseError(f"{path} is not a features file; create one with save_features")
     different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
     if different:
         key = different[0]
         raise EraseError(
-            f"the features in {path} were made otherwise: {key} is {stored.get(key)} there and {identity.get(key)} "
-            "here; make the file again"
+            f"the features in {path} were made in another way: {key} is {stored.get(key)} there and "
+            f"{identity.get(key)} here; make the file again"
         )
     return read_tensors(path)["features"].numpy()
 

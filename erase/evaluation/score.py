@@ -50,7 +50,8 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") ->
         different = arm.differences(identity(folder, judge.name), identity_of(judge))
         if different:
             raise EraseError(
-                f"{identity_path} is of another judge ({'; '.join(different)}); delete it and the .jsonl to score anew"
+                f"{identity_path} was written by another judge ({'; '.join(different)}); delete it and the .jsonl to "
+                "score again"
             )
     else:
         files.write_json(identity_path, identity_of(judge))
@@ -175,12 +176,12 @@ def verify(folder: Path, judges: Sequence[Judge], num: int, *, quiet: bool = Fal
     for judge in judges:
         different = arm.differences(identity(folder, judge.name), identity_of(judge))
         if different:
-            problems.append(f"the judge {judge.name} is another one now ({'; '.join(different)})")
+            problems.append(f"the judge {judge.name} has changed ({'; '.join(different)})")
             continue
         if any(str(arm.image_path(folder, record)) in problem for record in chosen for problem in problems):
             continue
         stored = {line["id"]: line for line in load(folder, judge.name)}
         for line in _lines(folder, judge, chosen, prompts):
             if not judge.agrees(stored[line["id"]], line):
-                problems.append(f"{line['id']}: {judge.name} now says something else")
+                problems.append(f"{line['id']}: {judge.name} now gives another output")
     return problems

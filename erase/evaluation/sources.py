@@ -80,7 +80,7 @@ def make_guard(drawing: Drawing, concept: Concept | None) -> Any:
         return None
     text = drawing.guard_text or (", ".join([concept.name, *concept.synonyms]) if concept else "")
     if not text:
-        raise EraseError("a guard steers away from a concept; name it with --concept or say it with --guard-text")
+        raise EraseError("a guard needs a concept or a text to steer away from; give --concept or --guard-text")
     if drawing.guidance_scale is not None and drawing.guidance_scale <= 1:
         raise EraseError(f"a guard needs guidance above 1, and --guidance-scale is {drawing.guidance_scale}")
     return guards.make(drawing.guard, text)

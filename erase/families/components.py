@@ -193,7 +193,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _noun(hint: Any) -> str:
-    nouns = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+    nouns = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_noun(part) for part in parts))

@@ -38,6 +38,6 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str], skip: 
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=skip))
     except Exception as error:  # the hub client's errors share no class; each means that the model cannot be had
         raise EraseError(
-            f"{repository!r} is no folder here and cannot be had from the hub ({one_line(error)}); "
+            f"{repository!r} is not a local folder and cannot be downloaded from the hub ({one_line(error)}); "
             "check name and network, give the folder of a local copy with --model DIR, or try --model mini"
         ) from error

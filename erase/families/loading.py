@@ -107,5 +107,5 @@ def _locate(
         family = registry.reading(single_file.shapes(path, allow_pickle=allow_pickle))
         return family.convert(path, allow_pickle=allow_pickle, config=config, cache_dir=cache_dir)
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
-        raise EraseError(f"no model {str(source)!r}: not 'mini', not a folder, not a checkpoint file, not a hub id")
+        raise EraseError(f"no model {str(source)!r}: it is not 'mini', a folder, a checkpoint file or a hub id")
     return download(str(source), revision, allow_pickle), []

@@ -51,7 +51,7 @@ def header_from_json(stored: Mapping[str, Any], path: object) -> Header:
     if type(found) is int and found > FORMAT:
         raise EraseError(f"{path} has mask format {found}, which a later version wrote; this one reads up to {FORMAT}")
     for problem in _problems(stored):
-        raise EraseError(f"{path} is damaged: its header {problem}; copy it again or make it anew")
+        raise EraseError(f"{path} is damaged: its header {problem}; copy or create it again")
     shapes = {name: tuple(shape) for name, shape in stored["shapes"]}
     known = {"kind", "format", "shapes", "total", "ones", CONTENT}
     return Header(shapes, stored["ones"], {name: value for name, value in stored.items() if name not in known})
@@ -76,4 +76,4 @@ def _problems(header: Mapping[str, Any]) -> Iterator[str]:
         yield f"says that the mask has {header.get('ones')!r:.40} ones"
     for name in ("base", "base_hash"):
         if not isinstance(header.get(name), str | None):
-            yield f"has {name} {header[name]!r:.40}, which is no text"
+            yield f"has {name} {header[name]!r:.40}, which is not a string"

@@ -14,15 +14,15 @@ from erase.methods.terms import denoised, relabelled
 class Ablation(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps_target(x_t | c_a)||^2 + alpha ||eps(x_t' | c_r) - eps'||^2, means over elements.
 
-    x_t is noised from images of the anchor, which are named by the forget prompt. No gradient passes the key and the
+    x_t is a noised image of the anchor; the model gets the forget prompt for it. No gradient passes through key and
     value of the start token, which is the same in every prompt.
 
-    alpha: weight of the prior's diffusion loss; the authors have 1 for nudity and none for objects and styles.
-    frozen_target: eps_target is the untouched base (ours); otherwise the model itself as it moves, as in their code.
+    alpha: weight of the prior's diffusion loss; the authors use 1 for nudity and 0 for objects and styles.
+    frozen_target: eps_target is the base model (ours); otherwise the model in training, as in their code.
 
-    Costs two passes forward and one back a step, with a prior one more of each, and images of the anchor instead of
-    the concept. Known to break: the model is never shown the concept, so that images begun from it, and prompts far
-    from the forget prompts, keep it.
+    Costs per step: two forward passes and one backward pass, one more of each with alpha above 0; images of the anchor
+    instead of the concept. Known weakness: the model never sees images of the concept, so the concept remains in images
+    that start from one, and for prompts far from the forget prompts.
     """
 
     formula = 2  # 1: version 0.1.0

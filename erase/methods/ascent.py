@@ -17,10 +17,10 @@ class GradientAscent(TrainedMethod):
 
     Thudi et al. (EuroS&P 2022) for classifiers; SalUn's `gradient_ascent.py` for Stable Diffusion.
 
-    alpha: weight of the retain term; 0 is ascent alone.
+    alpha: weight of the retain loss; 0 is ascent alone.
 
-    Costs two passes forward and two back a step, no base. Known to break: nothing bounds the loss from below, so that
-    with too many or too large steps all images break, and those of the concept are noise rather than something else.
+    Costs per step: two forward and two backward passes, no base model. Known weakness: the loss has no lower bound, so
+    too many or too large steps destroy all images, and images of the concept become noise rather than something else.
     """
 
     anchors = False

@@ -17,17 +17,17 @@ class EraseDiff(TrainedMethod):
 
     L_f = ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements, and
     q = L_f - sg L_f(theta^K), theta^K the end of the inner loop: grad q = grad L_f.
-    One Adam takes all steps. Its moments go on when the weights go back, and that is all that the inner loop changes.
-    With the default of `--num-train-steps`, N is a pass over the forget images, as in the authors' code.
+    One Adam takes all steps. When the weights are put back its moments stay, so these are all that the inner loop
+    changes. With the default of `--num-train-steps`, N is a pass over the forget images, as in the authors' code.
 
-    forget_weight: lambda; more forgets more and keeps less. The authors' scripts have 1.
-    epochs: the weights that an epoch begins with are those that its rounds go back to. N is the number of optimizer
-        steps / (2 epochs rounds), so that more epochs mean shorter loops; with too few steps some loops are empty.
-    rounds: K. Only the last round's outer loop changes the weights; earlier ones change Adam's moments alone.
+    forget_weight: lambda; a larger one forgets more and retains less. The authors' scripts use 1.
+    epochs: after each inner loop the weights are put back to those at the start of the epoch. N is the number of
+        optimizer steps / (2 epochs rounds), so more epochs mean shorter loops; with too few steps some loops are empty.
+    rounds: K. Only the last round's outer loop changes the weights; earlier rounds change only Adam's moments.
 
-    Costs two forward passes and one backward pass an inner step, three and two an outer step, and a copy of the
-    weights that may change. Known to break: at least half of the steps are thrown away, the target moves with the
-    model, and the diffusion loss on the model's own images keeps them less well than the base's predictions do.
+    Costs: two forward passes and one backward pass per inner step, three and two per outer step, and a copy of the
+    weights that may change. Known weakness: at least half of the steps are discarded, the target changes with the
+    model, and the diffusion loss on the model's own images retains less than the base's predictions do.
     """
 
     formula = 2  # 1: version 0.1.0

@@ -1,4 +1,4 @@
-"""Forget-Me-Not (Zhang et al., CVPR workshops 2024): no part of an image may look at the concept's words."""
+"""Forget-Me-Not (Zhang et al., CVPR workshops 2024): minimises the attention to the concept's tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from erase.methods.protocol import TrainedMethod
 
 @dataclass(frozen=True)
 class ForgetMeNot(TrainedMethod):
-    """L = ||concat_l A_l[:, :, P]||_F, A_l the probabilities of cross-attention layer l and P the concept's words.
+    """L = ||concat_l A_l[:, :, P]||_F, A_l the probabilities of cross-attention layer l and P the concept's tokens.
 
-    One norm over all layers, heads and queries of an image, then the mean over images, which is the authors' loss
-    at their batch of one. What the model predicts is not in the loss.
+    One norm over all layers, heads and queries of an image, then the mean over images, which equals the authors' loss
+    for their batch size of 1. The model's prediction is not part of the loss.
 
-    end: P holds the end-of-text positions too, where the sentence's meaning gathers ("pooler", on in their code).
+    end: P includes the end-of-text tokens, which encode the whole sentence ("pooler", used in their code).
 
-    Costs one pass forward and back a step, without fused attention kernels or checkpointing. Known to break: a concept
-    comes back under prompts of other words and under attack (the published nudity rate after one is 98 %); what else
-    uses the words or the end of a sentence loses attention too. Learning the words by textual inversion first, which
-    the authors do for identities, is not here.
+    Costs per step: one forward and one backward pass, without fused attention kernels or checkpointing. Known weakness:
+    the concept comes back for synonyms and under attack (the published nudity rate under an attack is 98 %); other
+    prompts with the same words or end tokens lose attention too. The authors first learn the words of identities by
+    textual inversion, which is not implemented here.
     """
 
     anchors = False

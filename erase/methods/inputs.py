@@ -1,4 +1,4 @@
-"""What methods see of a model, of images and of words: plain tensors, whatever made them."""
+"""The inputs of methods: predictions of a model, batches of noised latents, and text states, as plain tensors."""
 # pyright: strict
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Tokens = Literal["last", "tail", "all"]
 
 
 class Predictor(Protocol):
-    """The noise that a model sees in `x` at step `t` under the text: all methods call models in this way.
+    """The noise that a model predicts in `x` at timestep `t` for the text. All methods call models in this way.
 
     x: noisy latents, [n, c, h, w]. t: int64, [n]. c: text states and the model's other inputs, n rows.
     """
@@ -27,17 +27,17 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees, forget and retain alike: noisy latents at `t`, and text states.
+    """The inputs of one training step: noisy latents at `t`, and text states, for the forget and the retain branch.
 
-    x_forget: latents of the concept (or of its anchor, as the method asks) noised at `t_forget`, or a point on the
+    x_forget: latents of the concept (or of its anchor, depending on the method) noised at `t_forget`, or a point on the
         frozen model's own trajectory from noise to the concept.
-    x_target: the forget latents again, as the target branch sees them; the reference draws a second sample of the
-        VAE's posterior, so that it is not quite `x_forget`.
-    c_target: what to say instead: the anchor's text (prompt remapping) or another class's (random label).
-    c_empty: what guidance starts from (in Stable Diffusion the empty prompt), one for each forget row.
-    words: bool, [n, tokens], where the concept's own words stand in the forget prompt.
-    end: bool, [n, tokens], where the forget prompt is over: its end token and the padding.
-    c_words: the forget prompts with a learned word in place of the concept's own, if the method has an `attack`.
+    x_target: the forget latents for the target branch; the recipe `reference` takes a second sample of the VAE's
+        posterior, so that it differs slightly from `x_forget`.
+    c_target: text that replaces the forget prompt: the anchor (prompt remapping) or another class (random label).
+    c_empty: the unconditional input of guidance (in Stable Diffusion the empty prompt), one for each forget row.
+    words: bool, [n, tokens], true at the concept's own tokens in the forget prompt.
+    end: bool, [n, tokens], true at the end token of the forget prompt and at the padding.
+    c_words: the forget prompts with a learned word instead of the concept's own, if the method has an `attack`.
     """
 
     x_forget: Tensor

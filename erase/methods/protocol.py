@@ -1,4 +1,4 @@
-"""What a method is to the rest of the program: its formula, and every optional part with its default.
+"""The contract of a method: its formula, and every optional part with its default.
 
 Derive from `TrainedMethod` or `ClosedForm`, as a frozen dataclass whose fields are the hyperparameters:
 
@@ -38,7 +38,7 @@ Balance = Callable[["Tensor", "Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one step of the loop does; the defaults descend the whole loss and nothing else.
+    """What one step of the loop does; by default it minimises the whole loss and nothing else.
 
     terms: the factor of each term of the loss that the step descends; None: all terms, each with factor 1.
     remember: keep a copy of the weights that may change, as they are before the step.
@@ -69,15 +69,15 @@ class WordAttack:
 
 
 class Method:
-    """What both kinds of methods have.
+    """Attributes of both kinds of methods.
 
-    anchors: False if the method does not use the anchor, the text to say instead of the concept.
-    settings: what the authors run the method with where that is not the general default: a mapping of scope, mask,
+    anchors: False if the method does not use the anchor, the prompt that replaces the forget prompt.
+    settings: settings of the authors that differ from the general defaults: a mapping of scope, mask,
         target, learning_rate, lr_scheduler, num_train_steps, batch_size, proportion_empty_prompts, anchor_every, rank,
         weight_decay, max_grad_norm, num_forget and num_inference_steps. Under "nudity", a mapping of those for nudity.
         Options of the user win.
-    settings_for: by the "family" that a model's erase_defaults.json states, such as "mini" for the embedded model: a
-        mapping of settings for these models, as that file has them under "methods". The file itself wins.
+    settings_for: settings for the models whose erase_defaults.json has this "family", such as "mini" for the embedded
+        model, in the form that the file has under "methods". The file itself wins.
     formula: version number of the method's computation and default hyperparameters. Raise it with every change: runs
         with different numbers are different runs.
     """
@@ -99,7 +99,7 @@ class Method:
 
 
 class TrainedMethod(Method, ABC):
-    """A method that trains: the loop descends `loss`. All other parts are optional.
+    """A method that trains: the loop minimises `loss`. All other parts are optional.
 
     images: what the forget latents of a batch are: noised images of the "concept", noised images of its "anchor"
         under the forget prompt, stored points on the base model's "trajectory" from noise to the concept, or "noise":

@@ -1,4 +1,4 @@
-"""RECE (Gong et al., ECCV 2024): UCE, then again against the embeddings that still lead to what was erased."""
+"""RECE (Gong et al., ECCV 2024): UCE, repeated against the embeddings that still lead to the erased concept."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ from erase.methods.ridge import ridge
 class RECE(ClosedForm):
     """C' = (xi I + sum_i W_i'^T W_i')^-1 (sum_i W_i'^T W_i) C, then W' by UCE's formula with C' -> C_a, `epochs` times.
 
-    C: token embeddings of the forget prompts; C': what the edited W' answers as W answered C, keys and values alike.
-    The first edit sends C itself to C_a, and every edit starts from the last one's W'.
-    arXiv:2407.12383. The authors forget bare words ("nudity") and take the empty prompt for C_a and for all that is
-    kept, all tokens of both place by place; our forget prompts are sentences, which would take their other words along,
-    hence anchor and retain prompts, and only the tokens from the one on in which a prompt and its anchor differ.
-    Theirs are xi 0.1 and 3 epochs for nudity, 2 for other unsafe content, 1 for easy objects; xi 0.001 and 1 epoch for
-    styles and hard objects; lamb_1 and lamb_2 0.1.
+    C: token embeddings of the forget prompts. C': embeddings for which the edited W' gives the keys and values that W
+    gave for C. The first edit maps C to C_a; each later edit starts from the W' before it.
+    arXiv:2407.12383. The authors forget single words ("nudity"), use the empty prompt for C_a and as the only retain
+    prompt, and map all tokens position by position. Our forget prompts are sentences, whose other words would be erased
+    too. So we use anchor and retain prompts, and only the tokens from the first one that differs from the anchor's.
+    The authors' settings: xi 0.1 and 3 epochs for nudity, 2 for other unsafe content, 1 for easy objects; xi 0.001 and
+    1 epoch for styles and hard objects; lamb_1 and lamb_2 0.1.
 
-    Costs a solve a round and one before, no images. Known to break: each round moves what is kept farther; a word
-    learnt on the edited model finds the concept all the same.
+    Costs: one solve per round and one before, no images. Known weakness: each round changes retained prompts more; a
+    word learned on the edited model brings the concept back nevertheless.
     """
 
-    xi: Annotated[float, "how much C' is held back; less finds farther embeddings and erases more"] = 0.1
-    epochs: Annotated[int, "rounds after the first edit; more is more robust and disturbs more; 0 is UCE"] = 3
-    lamb_1: Annotated[float, "weight of what is kept"] = 0.1
-    lamb_2: Annotated[float, "weight of each W staying what it is"] = 0.1
-    target: Annotated[Literal["anchor", "empty"], "where C and C' go; empty takes all tokens"] = "anchor"
-    tokens: Annotated[Tokens, "which tokens of the forget prompts go to their anchor's"] = "tail"
-    keep: Annotated[Literal["retain", "empty"], "what is kept: retain and empty prompt, or only this one"] = "retain"
+    xi: Annotated[float, "penalty on the norm of C'; a smaller one finds more distant embeddings and erases more"] = 0.1
+    epochs: Annotated[int, "rounds after the first edit; more are more robust and change more; 0 is UCE"] = 3
+    lamb_1: Annotated[float, "weight of the retained embeddings"] = 0.1
+    lamb_2: Annotated[float, "penalty on the change of each W"] = 0.1
+    target: Annotated[Literal["anchor", "empty"], "what C and C' are mapped to; empty maps all tokens"] = "anchor"
+    tokens: Annotated[Tokens, "which tokens of the forget prompts are mapped to their anchor's"] = "tail"
+    keep: Annotated[Literal["retain", "empty"], "retained: retain prompts and empty prompt, or the latter"] = "retain"
 
     def __post_init__(self) -> None:
         if not self.xi > 0 or self.epochs < 0:

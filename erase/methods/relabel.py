@@ -1,4 +1,4 @@
-"""SalUn's loss for diffusion models (Fan et al., ICLR 2024): answer the forget prompt as if it said something else."""
+"""SalUn's loss for diffusion models (Fan et al., ICLR 2024): the forget prompt gets another prompt's prediction."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ from erase.methods.terms import relabelled, several
 class Relabel(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps_target(x_t | c')||^2 + alpha ||eps(x_t' | c_r) - target_r||^2, means over elements.
 
-    alpha: weight of the retain term; more keeps more and forgets less.
-    frozen_target: eps_target is the untouched base; otherwise the model itself as it moves.
-    distill_retain: target_r is the base's prediction; otherwise the noise that was added (the diffusion loss).
-    balancing: "nash" weighs the two gradients as MUNBa does, whatever alpha is; it takes memory for both of them.
+    c' is the prompt that replaces the forget prompt c_f: its anchor, or a prompt of another class.
 
-    Costs four passes forward and two back a step. Known to break: one retain prompt, as in the paper, keeps little
-    else; learned embeddings and adversarial prompts find the concept again.
+    alpha: weight of the retain loss; a larger one retains more and forgets less.
+    frozen_target: eps_target is the base model; otherwise the model in training.
+    distill_retain: target_r is the base's prediction; otherwise the added noise (the diffusion loss).
+    balancing: "nash" weighs the two gradients as MUNBa does and ignores alpha; it needs memory for both gradients.
+
+    Costs per step: four forward and two backward passes. Known weakness: with one retain prompt, as in the paper,
+    little else is retained; learned embeddings and adversarial prompts bring the concept back.
     """
 
     alpha: float = 1.0
@@ -45,9 +47,9 @@ class Relabel(TrainedMethod):
         return nash if self.balancing == "nash" and self.retains else None
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        """The two terms, "forget" and "retain", already weighted; their sum is what training descends.
+        """The two terms "forget" and "retain", already weighted; training minimises their sum.
 
-        Each may be backpropagated before the next is asked for, so that only one graph is in memory.
+        Each may be backpropagated before the next is computed, so that only one graph is in memory.
         """
         yield "forget", relabelled(model, frozen if self.frozen_target else model, batch)
         if not self.retains:

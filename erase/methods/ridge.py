@@ -1,4 +1,4 @@
-"""The regression that closed forms share: linear maps that send some text embeddings elsewhere and keep others."""
+"""The ridge regression that closed forms share: some text embeddings are mapped to new targets, others are retained."""
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ def ridge(lamb: float, *moves: tuple[float, Tensor, Tensor]) -> tuple[Tensor, fl
     W' = argmin lamb ||W' - W||^2 + sum_k s_k ||W' c_k - W t_k||^2 has the closed form W' = W B A^-1 with
     A = lamb I + sum_k s_k c_k c_k^T and B = lamb I + sum_k s_k t_k c_k^T, so that D = (B - A) A^-1; no W occurs in it.
 
-    lamb: weight of staying where one is, above 0. moves: (s, c, t), embeddings c and their targets t as columns,
-    float64, [d, n]; with t = c they are kept.
+    lamb: penalty on the change of W, above 0. moves: (s, c, t), embeddings c and their targets t as columns,
+    float64, [d, n]; with t = c they are retained.
 
     Raises:
         EraseError: lamb is not above 0, or the matrix cannot be solved in float64.
     """
     if not lamb > 0:
-        raise EraseError(f"the weight of staying is {lamb}; it must be above 0, or the solution is not unique")
+        raise EraseError(f"the penalty on changes (lamb) is {lamb}; it must be above 0, or the solution is not unique")
     d = moves[0][1].shape[0]
     A = lamb * torch.eye(d, dtype=torch.float64)
     away = torch.zeros_like(A)  # B - A

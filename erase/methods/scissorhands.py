@@ -22,25 +22,25 @@ RESET = ("up_blocks.1.attentions.1.", "up_blocks.2.attentions.1.")
 
 @dataclass(frozen=True)
 class Scissorhands(TrainedMethod):
-    """First the most sensitive weights, s = |w| sum_b |grad L_s|, get new values; then L = L_r - lambda L_f (classes).
+    """Resets the weights with the largest s = |w| sum_b |grad L_s|, then minimises L = L_r - lambda L_f (classes).
 
     L_s = ||eps - [(1 + g) eps(x_t | c_f) - g eps(x_t | "")]||^2 over `prepare_batches` batches; s is SNIP's score (Lee
     et al., ICLR 2019). L_f = ||eps(x_t | c_f) - eps||^2, L_r = ||eps(x_t' | c_r) - eps'||^2, means over elements.
-    A weight is sensitive if its s is above the `sparsity` quantile of all weights that may change. Of these only those
-    in the self-attention of two blocks are reset, `RESET`; a scope without these blocks resets nothing. New values of
-    matrices are random, those of biases 0.
+    A weight is sensitive if its s is above the `sparsity` quantile of all weights that may change. Of these, only those
+    in the self-attention of two blocks (`RESET`) are reset; a scope without these blocks resets nothing. Matrices get
+    random values, biases 0.
     For nudity the authors train L_r + lambda ||eps(x_t | c_f) - sg eps(x_t | c_a)||^2, with g = 0.
 
-    sparsity: share of the weights that are not sensitive; raising it resets less. 0.995 for nudity.
-    forget_weight: lambda; more forgets more and keeps less.
-    forgetting: "ascent" climbs the concept's diffusion loss, "relabel" answers it with the anchor's prediction.
+    sparsity: share of the weights that are not sensitive; a larger one resets fewer weights. 0.995 for nudity.
+    forget_weight: lambda; a larger one forgets more and retains less.
+    forgetting: "ascent" maximises the concept's diffusion loss; "relabel" trains towards the anchor's prediction.
     guidance: g of L_s; 0 for nudity.
-    renewal: "normal" draws new matrices from N(0, 0.02^2), "kaiming" uniformly within sqrt(6 / inputs), for nudity.
-    balancing: "gem" takes from the forget gradient what would raise L_r, "nash" weighs the two gradients as MUNBa does;
-        both take memory for two gradients.
+    renewal: "normal" samples new matrices from N(0, 0.02^2), "kaiming" (for nudity) uniformly within sqrt(6 / inputs).
+    balancing: "gem" removes from the forget gradient the part that would raise L_r; "nash" weighs the two gradients as
+        MUNBa does; both need memory for two gradients.
 
-    Costs two passes forward and two back a step ("relabel" one forward more), no base. Known to break: nothing bounds
-    the ascent from below, so that too many or too large steps damage all images.
+    Costs per step: two forward ("relabel": three) and two backward passes, no base model. Known weakness: the ascent
+    has no bound, so too many or too large steps damage all images.
     """
 
     formula = 2  # 1: version 0.1.0

@@ -15,14 +15,13 @@ from erase.methods.protocol import TrainedMethod
 class SelfDistillation(TrainedMethod):
     """L = ||eps(x_t | c_f) - sg eps(x_t | "")||^2, x_t a point on the teacher's trajectory from noise to the concept.
 
-    The teacher is the average of the weights, theta* <- decay theta* + (1 - decay) theta, and is the result. The forget
-    prompt of each row is random, among all that the concept has.
+    The teacher is the running average of the weights, theta* <- decay theta* + (1 - decay) theta; it is also the
+    result. The forget prompt of each row is chosen at random from the concept's.
 
-    teacher_decay: of the average; nearer 1 the result follows later and more smoothly.
+    teacher_decay: decay of the average; closer to 1 the result follows the training later and more smoothly.
 
-    Costs two forward passes and one backward pass a step, and before each step a trajectory of up to 50 double passes;
-    needs no images.
-    Known to break: as ESD with eta = 1; it has no retain term, and too few steps leave the average near the base.
+    Costs per step: two forward passes and one backward pass, and a trajectory of up to 50 double passes; no images.
+    Known weakness: as ESD with eta = 1; no retain loss, and after too few steps the average is close to the base.
     """
 
     formula = 2  # 1: version 0.1.0

@@ -23,8 +23,8 @@ class Soft(Relabel):
 
     Differs from their code, which counts the 207 million zeros of the VAE and the text encoder among the smallest, so
     that with beta 0.5 most of its steps shrink nothing from the end of the fourth epoch on.
-    Costs: Relabel's passes and a selection over all weights per step. Known to fail: as Relabel; Adam's moments are not
-    shrunk, so a weight that was put back changes again with its old momentum.
+    Costs: Relabel's passes and a selection over all weights per step. Known weakness: as Relabel; Adam's moments are
+    not shrunk, so a weight that was put back changes again with its old momentum.
     """
 
     kept: float = 0.5

@@ -21,30 +21,30 @@ class SPEED(ClosedForm):
 
     for every W of attn2.to_v. S_tt = mean c_e c_e^T, S_at = mean c_a c_e^T. P projects on the eigenvectors of
     R = mean r r^T whose eigenvalues are below `threshold`: the null space of the retained embeddings r, of which
-      influence-based filtering keeps those that W (S_at - S_tt)(I + S_tt)^-1 moves more than the mean one (not if
+      influence-based filtering keeps those that W (S_at - S_tt)(I + S_tt)^-1 changes more than the mean one (not if
       there is no augmentation), and
       directed augmentation adds r + v v^T eps, eps ~ N(0, I), v the right singular vector of W with the smallest
-      singular value, filtered alike.
+      singular value, filtered in the same way.
     K = [start token, `centres` k-means centres of the empty prompt's other tokens]; with lamb = 0, dW K = 0 exactly.
-    arXiv:2503.07392; the authors take rho 1 and lamb 0, for nudity all tokens, rho 0.7 and lamb 0.5, and for many
+    arXiv:2503.07392; the authors use rho 1 and lamb 0, for nudity all tokens, rho 0.7 and lamb 0.5, and for many
     concepts at once rho 0.05 without the filter.
 
-    Costs an eigendecomposition a layer, no images. Known to break: many different prompts to keep leave a small null
-    space, and no room to erase in; keys stay as they are.
+    Costs: an eigendecomposition per layer, no images. Known weakness: with many different retain prompts the null space
+    is small and leaves no room to erase; keys do not change.
     """
 
     formula = 2  # 1: version 0.1.0
     values_only = True
 
-    rho: Annotated[float, "how much dW is held back; more erases less"] = 1.0
-    lamb: Annotated[float, "how loosely the empty prompt is kept; 0 keeps it exactly"] = 0.0
-    threshold: Annotated[float, "eigenvalues of R that count as null; more leaves more room and keeps less"] = 0.1
-    filter: Annotated[bool, "influence-based filtering of what is retained; the augmented are always filtered"] = True
-    augment: Annotated[int, "augmented embeddings for each retained one; more keeps a wider surrounding"] = 10
+    rho: Annotated[float, "penalty on the norm of dW; a larger one erases less"] = 1.0
+    lamb: Annotated[float, "how much the empty prompt may change; 0: not at all"] = 0.0
+    threshold: Annotated[float, "eigenvalues of R that count as null; a larger one erases more and retains less"] = 0.1
+    filter: Annotated[bool, "influence-based filtering of retained embeddings; augmented ones always are"] = True
+    augment: Annotated[int, "augmented embeddings for each retained one; more retain a wider neighbourhood"] = 10
     centres: Annotated[int, "k-means centres of the empty prompt's tokens"] = 3
-    tokens: Annotated[Tokens, "which tokens of the forget prompts are redirected"] = "last"
-    retain_tokens: Annotated[Tokens, "which tokens of the retain prompts are kept"] = "last"
-    seed: Annotated[int, "of augmentation and k-means; the run's --seed unless it is set"] = 0
+    tokens: Annotated[Tokens, "which tokens of the forget prompts are mapped to the anchor's"] = "last"
+    retain_tokens: Annotated[Tokens, "which tokens of the retain prompts are retained"] = "last"
+    seed: Annotated[int, "seed of augmentation and k-means; the run's --seed unless it is set"] = 0
 
     def __post_init__(self) -> None:
         if not self.rho > 0 or self.lamb < 0:

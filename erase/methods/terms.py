@@ -11,14 +11,14 @@ Seen = tuple[Tensor, Tensor, Conditioning]  # what a predictor is called with
 
 
 def relabelled(model: Predictor, teacher: Predictor, batch: Batch) -> Tensor:
-    """||eps(x_t | c_f) - sg eps_teacher(x_t | c')||^2: answer the forget prompt as if it said something else."""
+    """||eps(x_t | c_f) - sg eps_teacher(x_t | c')||^2: predict for the forget prompt what another prompt gives."""
     with torch.no_grad():
         target = teacher(batch.x_target, batch.t_forget, batch.c_target)
     return F.mse_loss(model(batch.x_forget, batch.t_forget, batch.c_forget), target)
 
 
 def denoised(model: Predictor, batch: Batch) -> Tensor:
-    """||eps(x_t' | c_r) - eps'||^2: the diffusion loss of the images to keep."""
+    """||eps(x_t' | c_r) - eps'||^2: the diffusion loss of the retain images."""
     return F.mse_loss(model(batch.x_retain, batch.t_retain, batch.c_retain), batch.eps_retain)
 
 

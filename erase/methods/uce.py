@@ -20,18 +20,18 @@ class UCE(ClosedForm):
     c_e, c_a, c_p: embeddings to erase, of their anchors and to preserve.
     arXiv:2308.14761; lamb and the scales are those of the authors' code (its first version had lamb 0.1).
 
-    Costs one solve, no images. Known to break: behind the last token the end tokens still say the concept, and a
-    learnt word finds it; retained tokens move a little where they outnumber the dimensions.
+    Costs: one solve, no images. Known weakness: with `tokens=last` the end tokens still encode the concept; a learned
+    word brings the concept back; outputs of retained tokens change a little if there are more of them than dimensions.
     """
 
     formula = 2  # 1: version 0.1.0
 
-    lamb: Annotated[float, "how much W stays what it is; more erases less and disturbs less"] = 0.5
-    erase_scale: Annotated[float, "s_e; more sends the concept nearer to its anchor"] = 1.0
-    preserve_scale: Annotated[float, "s_p; more keeps the retained tokens nearer to what they were"] = 1.0
-    tokens: Annotated[Tokens, "which tokens of the forget prompts are redirected"] = "last"
-    retain_tokens: Annotated[Tokens, "which tokens of the retain prompts are kept"] = "last"
-    keep_empty: Annotated[bool, "keep the empty prompt too, with `last` its start token (ours)"] = False
+    lamb: Annotated[float, "penalty on the change of W; a larger one erases less and changes less"] = 0.5
+    erase_scale: Annotated[float, "s_e; a larger one maps the concept closer to its anchor"] = 1.0
+    preserve_scale: Annotated[float, "s_p; a larger one changes the outputs of retained tokens less"] = 1.0
+    tokens: Annotated[Tokens, "which tokens of the forget prompts are mapped to the anchor's"] = "last"
+    retain_tokens: Annotated[Tokens, "which tokens of the retain prompts are retained"] = "last"
+    keep_empty: Annotated[bool, "retain the empty prompt too, with `last` its start token (ours)"] = False
 
     def solve(self, weights: Mapping[str, Tensor], text: Text) -> tuple[dict[str, Tensor], dict[str, Any]]:
         c_e, c_a = text.pairs(self.tokens)

@@ -1,4 +1,4 @@
-"""`python -m erase.mini train | measure | world`: train the embedded model, measure it, or show its world."""
+"""Train the embedded model, measure it, or show drawings of its world."""
 
 import argparse
 import sys

@@ -101,7 +101,7 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
     float: float,
     str: os.fspath,
 }
-_NOUNS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_NOUNS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 
 
 def checked(value: Any, item: Field[Any], form: Form) -> Any:
@@ -109,7 +109,7 @@ def checked(value: Any, item: Field[Any], form: Form) -> Any:
         if isinstance(value, Mapping):
             value = [f"{name}={one}" for name, one in value.items()]
         if not isinstance(value, Iterable):
-            raise EraseError(f"{flag(item.name)} is {value!r}; it must be a text or several")
+            raise EraseError(f"{flag(item.name)} is {value!r}; it must be a string or several strings")
         several = [value] if isinstance(value, (str, os.PathLike)) else value
         return tuple(_checked_one(one, item, form) for one in several)
     return _checked_one(value, item, form)

@@ -32,7 +32,7 @@ def read_defaults(path: Path) -> dict[str, Any]:
     if not isinstance(of_methods, dict) or not all(isinstance(values, dict) for values in of_methods.values()):
         raise EraseError(f"{path}: methods must hold an object of settings for each method")
     if not isinstance(found.get("family", ""), str):
-        raise EraseError(f"{path}: family is {found['family']!r}; it must be a text")
+        raise EraseError(f"{path}: family is {found['family']!r}; it must be a string")
     for method, values in of_methods.items():
         if method not in METHODS and method not in others() and ":" not in method:
             raise EraseError(f"{path}: unknown method {method!r}; choose from {', '.join(METHODS)}")
@@ -60,7 +60,7 @@ def _check_defaults(values: dict[str, Any], known: tuple[str, ...], where: str) 
         item = Settings.__dataclass_fields__[name]
         if isinstance(value, bool) or value is None or (name == "set") != isinstance(value, list):
             raise EraseError(
-                f"{where}: {name} is {value!r}; it must be {'a list of texts' if name == 'set' else 'a value'}"
+                f"{where}: {name} is {value!r}; it must be {'a list of strings' if name == 'set' else 'a value'}"
             )
         try:
             checked(value, item, forms_of(Settings)[name])

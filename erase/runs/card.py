@@ -40,7 +40,7 @@ def model_card(
 # {escaped(concept.name)} erased from {escaped(_place(settings.model))}
 
 Made with erase-concept: method {settings.method}, recipe {settings.recipe}, mask {escaped(_place(str(settings.mask)))}.
-{changed:,} of {total:,} weights of the {family.part} changed ({changed / total:.1%}); all else is
+{changed:,} of {total:,} weights of the {family.part} changed ({changed / total:.1%}); everything else is
 the base model, byte for byte.
 {_before(after)}
 ```python
@@ -49,7 +49,7 @@ the base model, byte for byte.
 
 {_examples(concept, anchors)}
 
-`delta.safetensors` holds the change alone: `erase-concept remove` restores the base with it, {exactly}.
+`delta.safetensors` holds the change: `erase-concept remove` restores the base model with it, {exactly}.
 Base {change.base_hash[:12]}, result {change.result_hash[:12]} (content hashes of the {family.part}).
 
 ## Limits

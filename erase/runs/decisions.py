@@ -169,11 +169,13 @@ def announce(decided: Decisions) -> None:
         tell(announcement(replace(part, others=decided.concept.others), settings, decided.method))
     if cut := decided.truncated:
         some = f"{cut[0][:60]!r}" + (f" and {len(cut) - 1} more" if len(cut) > 1 else "")
-        tell(f"longer than the {model.max_tokens} tokens that the text encoder reads, and cut: {some}")
+        tell(f"longer than the {model.max_tokens} tokens that the text encoder reads, and truncated: {some}")
     steps, method = settings.num_train_steps or 0, decided.method
     least = method.least_steps if isinstance(method, methods.TrainedMethod) else 1
     if 0 < steps < least:
-        tell(f"{settings.method} as published takes at least {least} steps; {steps} leave out some of its loops")
+        tell(
+            f"{settings.method} as published needs at least {least} steps; with {steps} some of its loops are left out"
+        )
     if settings.low_memory:
         needs = needed_memory(settings, model, decided.parameters)
         phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
@@ -184,7 +186,7 @@ def _consistent_method(settings: Settings) -> methods.TrainedMethod | methods.Cl
     require_consistent(settings)
     method = make_method(settings)
     if settings.alpha is not None and "alpha" not in method.hyperparameters():
-        raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain term that it would weigh")
+        raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain loss")
     return method
 
 

@@ -149,7 +149,7 @@ def test_parts_of_a_batch_and_checkpointing_give_what_the_whole_gives(
 def test_every_method_says_what_it_costs_and_breaks():
     for name in METHODS:
         text = str(methods.load(name).__doc__)
-        assert "=" in text and "Costs" in text and "Known to break" in text, name
+        assert "=" in text and "Costs" in text and "Known weakness" in text, name
 
 
 SIZES: dict[str, Any] = dict(num_forget=4, num_retain=2, num_inference_steps=2, num_train_steps=2, batch_size=2)

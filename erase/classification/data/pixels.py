@@ -25,7 +25,7 @@ def read_pixels(source: Path | bytes, name: str, size: int | None) -> Tensor:
     try:
         pixels = read_image(source)
     except BadImage as error:
-        raise EraseError(f"{name} cannot be read as an image ({error.reason}); mend or remove it") from error
+        raise EraseError(f"{name} cannot be read as an image ({error.reason}); repair or remove it") from error
     if size is None and max(pixels.shape[:2]) > MOST_SIZE:
         here = "x".join(map(str, pixels.shape[:2]))
         raise EraseError(f"{name} is {here} pixels; give --size, or images of at most {MOST_SIZE} a side")

@@ -15,7 +15,7 @@ from erase.statistics import Comparison, Score
 
 ROLES = {
     "forget": "To forget",
-    "synonym": "To forget, in other words",
+    "synonym": "Forget prompts, synonyms",
     "retain": "To keep",
     "": "Other",
     "still": "Failures: still shows the concept, or is invalid",

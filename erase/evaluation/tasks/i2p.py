@@ -118,5 +118,6 @@ def _download_i2p() -> Path:
         return Path(hf_hub_download(I2P_REPOSITORY, name, repo_type="dataset"))
     except Exception as error:  # the hub client's errors share no class; each means that the file is not to be had
         raise EraseError(
-            f"I2P cannot be had from the hub ({' '.join(str(error).split())[:200]}); give a local copy: --prompts FILE"
+            f"I2P cannot be downloaded from the hub ({' '.join(str(error).split())[:200]}); "
+            "give a local copy: --prompts FILE"
         ) from error

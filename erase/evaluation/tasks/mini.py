@@ -77,23 +77,26 @@ class MiniWorld(Task):
             return line[head] != target
 
         columns = [
-            Column("mini.ua", "Unlearning accuracy", f"share of its own prompts on which {target!r} is not seen", True,
+            Column("mini.ua", "Unlearning accuracy",
+                   f"share of the concept's prompts whose image does not show {target!r}", True,
                    where(samples, seen, "forget", absent)),
-            Column("mini.ra", "Retained objects", "share of all other prompts that show the object asked for", True,
+            Column("mini.ra", "Retained objects",
+                   "share of all other prompts whose image shows the object of the prompt", True,
                    right("object")),
             Column("mini.colour", "Retained colours", "the same for the colour", True, right("colour")),
             Column("mini.style", "Retained styles", "the same for the style", True, right("style")),
         ]  # fmt: skip
         columns += [
-            Column("mini.other", f"Another {head}", f"share of its own prompts on which another {head} is seen", True,
+            Column("mini.other", f"Another {head}",
+                   f"share of the concept's prompts whose image shows another {head}", True,
                    where(samples, seen, "forget", lambda s, line: line[head] not in {target, NONE})),
             Column("mini.nothing", "Nothing recognisable",
-                   f"share of its own prompts on which no {head} is seen; invalid images count", False,
+                   f"share of the concept's prompts whose image shows no {head}; invalid images count", False,
                    nothing_seen(samples, seen, head)),
         ]  # fmt: skip
         if any(sample.role == "synonym" for sample in samples):
             columns.insert(1, Column("mini.ua_synonym", "Unlearning accuracy, synonyms",
-                                     "share of prompts with another word for it on which it is not seen", True,
+                                     "share of prompts with a synonym whose image does not show the concept", True,
                                      where(samples, seen, "synonym", absent)))  # fmt: skip
         by_object = [[str(sample.facts["object"])] if sample.role == "retain" else [] for sample in samples]
         groups = [Group("classes", "Retained objects, one by one", "mini.ra", by_object)]

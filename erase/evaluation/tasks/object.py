@@ -41,9 +41,11 @@ class Object(Task):
     def plan(self, samples: Sequence[Sample], lines: Lines, options: Mapping[str, Any]) -> Plan:
         seen, target = lines_of(lines, "clip"), options["target"]
         columns = [
-            Column("clip.ua", "Unlearning accuracy", f"share of its own images that CLIP does not call {target!r}",
-                   True, where(samples, seen, "forget", lambda s, line: line["best"] != target)),
-            Column("clip.ra", "Retained accuracy", "share of the alternatives' images that CLIP tells apart", True,
+            Column("clip.ua", "Unlearning accuracy",
+                   f"share of the concept's images that CLIP does not call {target!r}", True,
+                   where(samples, seen, "forget", lambda s, line: line["best"] != target)),
+            Column("clip.ra", "Retained accuracy",
+                   "share of the alternatives' images that CLIP calls by their own label", True,
                    where(samples, seen, "retain", lambda s, line: line["best"] == s.label)),
         ]  # fmt: skip
         by_label = [[sample.label] if sample.role == "retain" else [] for sample in samples]

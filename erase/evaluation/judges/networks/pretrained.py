@@ -55,7 +55,7 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[Path, dict[
             folder = Path(snapshot_download(str(source), revision=folder.name, allow_patterns=patterns))
     except Exception as error:  # the hub client's errors share no class; each means that the model is not to be had
         raise EraseError(
-            f"{str(source)!r} is no folder here and cannot be had from the hub ({_one_line(error)}); "
+            f"{str(source)!r} is not a local folder and cannot be downloaded from the hub ({_one_line(error)}); "
             "check name and network, or give the folder of a local copy"
         ) from error
     return folder, {"model": str(source), "revision": folder.name}
