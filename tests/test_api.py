@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet
 
 import erase
 from erase import EraseError, delta, methods
-from erase.families import loading, single_file
+from erase.families import loading
 from erase.methods.esd import ESD
 from erase.methods.relabel import Relabel
 from erase.options.settings import Settings
@@ -138,11 +138,11 @@ def test_a_pipeline_in_memory_is_a_model(asked, toy_pipeline_dir, tmp_path, cach
         here, there = getattr(written, part).state_dict(), getattr(base, part).state_dict()
         assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
     assert torch.equal(written.encode_text(["a cat"]).text_states, base.encode_text(["a cat"]).text_states)
-    assert single_file.keep(pipeline) == Path(folder)
+    assert loading.keep(pipeline) == Path(folder)
     with torch.no_grad():
         pipeline.unet.conv_in.weight.add_(1)
-    assert single_file.keep(pipeline) != Path(folder)
-    assert single_file.keep(pipeline, tmp_path / "other").is_relative_to(tmp_path / "other")
+    assert loading.keep(pipeline) != Path(folder)
+    assert loading.keep(pipeline, tmp_path / "other").is_relative_to(tmp_path / "other")
 
 
 def test_other_objects_are_refused_in_one_line(asked, toy_pipeline_dir):

@@ -28,7 +28,7 @@ class Robust(TrainedMethod):
     weights of the network are trained. The combination and its defaults are this project's; no results of it are
     published yet.
 
-    alpha: weight of the retain term; more keeps more and forgets less.
+    alpha: weight of the retain loss; a larger one retains more and forgets less.
     beta: weight of the learned words' term; 0 learns no words.
     words: number of learned words, which are trained in turn. Half of them start from the mean of all tokens, the
         others from one of the forget prompts' own tokens.
@@ -39,8 +39,8 @@ class Robust(TrainedMethod):
     restart_after: Adam steps after which a word starts again; many make a word stronger, few find more different words.
 
     Costs five passes forward and three back a step, and for each Adam step of a word one more of each over
-    `attack_batch` images; the text encoder stays in memory. Known to break: other attacks than learned words, such as
-    fine-tuning; and what is drawn for unrelated prompts changes more than without words.
+    `attack_batch` images; the text encoder stays in memory. Known weakness: other attacks than learned words, such as
+    fine-tuning, work; and images of unrelated prompts change more than without words.
     """
 
     alpha: float = 5.0
