@@ -3,7 +3,7 @@
     python -m erase.mini train --without circle --parts-from erase/mini/weights --output runs/gold-circle
     python eval/mini_methods.py --output runs/methods --jobs 2 --gold circle=runs/gold-circle
 
-Each cell is one erasure, the images of the task mini, and an attack with three seeds: a new word learnt in 60 steps
+Each cell is one erasure, the images of the task mini, and an attack with three seeds: a new word learned in 60 steps
 from the base's images of the concept ("recovered": how often it shows the concept again). The base and, where they are
 given, models that were trained without the concept are attacked alike; several of one concept (`--gold` repeated) show
 how far two retrainings are apart. A finished cell is kept, so the same command continues;
@@ -29,9 +29,9 @@ CONCEPTS = ("circle", "striped", "nudity")
 NUM_IMAGES = 120  # images of the concept; with those by synonym and of everything else a thousand in three seeds
 PROTOCOL = 2  # raise it when cells measure something else; 2: three attack seeds, fifteen prompts of the word
 ATTACK_SEEDS = (0, 1, 2)
-NUM_RECOVERED = 45  # images of each learnt word
+NUM_RECOVERED = 45  # images of each learned word
 NUM_UNPROMPTED = 64  # images of the empty prompt
-NUM_SHOWN = 64  # images of the concept that it is learnt from; others for each attack seed
+NUM_SHOWN = 64  # images of the concept that it is learned from; others for each attack seed
 PLACES = ("", " on a light background", " on a dark background")
 GUARDS = ("negative", "sld-medium", "sld-max")
 DENSITIES, MASKS, SCORES = (0.01, 0.05, 0.1, 0.25, 0.5), ("saliency", "random", "inverse"), ("sum_abs", "sum_sq")
@@ -89,7 +89,7 @@ def unprompted(model: str, delta: Path | None) -> float:
 def recovered(
     folder: Path, concept: str, latents: Any, seed: int, *, model: str = "mini", delta: Path | None = None
 ) -> list[bool]:
-    """Whether each image of a word learnt on the model shows the concept. seed: of the attack."""
+    """Whether each image of a word learned on the model shows the concept. seed: of the attack."""
     from erase import concepts
     from erase.evaluation import generate, score
     from erase.evaluation.attacks import learnt_word
@@ -225,7 +225,7 @@ def prompts_of(concept: str) -> list[str]:
 
 
 def prompts_of_word() -> list[str]:
-    """The prompt of each image of a learnt word."""
+    """The prompt of each image of a learned word."""
     from erase.evaluation.attacks import learnt_word
 
     templates = tuple(template + place for place in PLACES for template in learnt_word.LearntWord.templates)
@@ -428,7 +428,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ax.plot(*zip(*best, strict=True), color="0.6", linestyle="--", linewidth=1, zorder=0)
         scale = "log" if all(x > 0 for _, x, _ in points) else "linear"  # what changed no image has no logarithm
         ax.set(title=concept, xscale=scale, xlabel="drift of retained images (lower is better)", ylim=(-0.03, 1.03))
-        ax.set_ylabel("concept recovered by a learnt word (lower is better)")
+        ax.set_ylabel("concept recovered by a learned word (lower is better)")
     ordered = [handles[name] for name in names if name in handles]
     sheet.legend(handles=ordered, loc="outside right center", fontsize=8)
     sheet.savefig(path, dpi=110)

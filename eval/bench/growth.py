@@ -69,7 +69,7 @@ def sweeps(size: str) -> list[Sweep]:
             lambda d: Job("plain_optimizer", (d,)),
             lambda d: fixed,
             "bytes_per_weight",
-            unit="bytes a weight",
+            unit="bytes per weight",
         ),
         Sweep(
             "mask pass, small UNet",
