@@ -1,4 +1,4 @@
-"""Fill the tables of results in README.md and docs/ from eval/results/*.json.
+"""Fill the tables in README.md and docs/: results from eval/results/*.json, supported models from the registry.
 
     python eval/result_tables.py            # rewrite every block between <!-- table NAME --> and <!-- /table -->
     python eval/result_tables.py --list     # names of the tables, and the pages that show them
@@ -21,6 +21,8 @@ from erase import files
 from erase.classification import compare
 from erase.classification.membership import GAP_OVER
 from erase.classification.summary import over_seeds, shown
+from erase.families.architecture import refused_kinds
+from erase.families.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -202,7 +204,26 @@ def sdxl_memory() -> str:
     return "\n".join(lines)
 
 
+def models() -> str:
+    """The kinds of models that the registered families are tested on."""
+    lines = ["| model | pipeline class | single file | guards | needs |", "| --- | --- | --- | --- | --- |"]
+    for family in map(FAMILIES.load, FAMILIES.names()):
+        for model in family.models:
+            files = ", ".join([*["read"] * model.read, *["written"] * model.written]) or "no"
+            needs = f"`{model.options}`" if model.options else "-"
+            guards = "yes" if family.takes_guards and model.guided else "no"
+            lines.append(f"| {model.name} | `{family.pipelines[0]}` | {files} | {guards} | {needs} |")
+    return "\n".join(lines)
+
+
+def refused_models() -> str:
+    """The kinds of models that are refused by name."""
+    return f"Refused by name: {'; '.join(refused_kinds())}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "models": models,
+    "refused models": refused_models,
     "sdxl memory": sdxl_memory,
     "summary": summary,
     "samplers": samplers,

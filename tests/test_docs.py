@@ -37,7 +37,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 }
-BLOCK = re.compile(r"(?:<!-- (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"(?:<!-- ([^\n]+?) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE, RUNS = "file ", "runs on the embedded model"  # marks before a block
 FEW = ["--num-train-steps=2", "--num-forget=2", "--num-retain=2", "--num-inference-steps=2", "--num-samples=0"]
 OTHERS = {"pip", "ruff", "pyright", "pytest", "mkdocs", "accelerate", "python"}  # programs that are not ours

@@ -62,6 +62,12 @@ _SDXL = "Stable Diffusion XL"
 _LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "lora_unet_", "lora_te_")
 
 
+def refused_kinds() -> list[str]:
+    """The kinds of models that are refused by name, as the messages call them."""
+    kinds = ["the refiner of Stable Diffusion XL", *_PIPELINES.values(), *_CHANNELS.values(), *_ADDITIONS.values()]
+    return list(dict.fromkeys([*kinds, *_COMPONENTS.values(), "an EDM model, such as Playground v2.5", "GLIGEN"]))
+
+
 def components(folder: Path) -> dict[str, str]:
     """Component -> its class, of those that the folder's model_index.json fills; a name that is a path is none.
 

@@ -17,6 +17,7 @@ from erase import delta
 from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.families.scope import inside
+from erase.families.supported import Model
 from erase.guards import Guard
 
 Sampler = Literal["model", "dpm++"]
@@ -59,6 +60,7 @@ class Family(ABC):
     guidance_scale: of generated images, where neither user, task nor model folder says; 1 is none.
     takes_guards: whether `guard` acts on what the model generates.
     tags: of the model card, beside those of every card. licences: of models on the hub, by the start of their ids.
+    models: the kinds of models that it is tested on, for the table of supported models.
 
     folder: the diffusers folder that it came from.
     defaults: what the folder's erase_defaults.json says, and "family": "mini" for the embedded model's world.
@@ -79,6 +81,7 @@ class Family(ABC):
     takes_guards: ClassVar[bool] = True
     tags: ClassVar[tuple[str, ...]] = ()
     licences: ClassVar[Mapping[str, str]] = {}
+    models: ClassVar[tuple[Model, ...]] = ()
 
     name: str
     folder: Path

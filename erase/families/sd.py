@@ -12,7 +12,9 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     StableDiffusionPipeline,
+    TCDScheduler,
     UNet2DConditionModel,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -23,12 +25,23 @@ from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.delta import State
 from erase.errors import EraseError, missing
-from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sd_parts, single_file
+from erase.families import (
+    architecture,
+    checkpoint,
+    compvis,
+    layers,
+    pipeline_folder,
+    scope,
+    sd_parts,
+    single_file,
+    supported,
+)
 from erase.families.components import one_line
 from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
 from erase.families.protocol import Sampler
 from erase.families.stored_unet import load_unet
+from erase.families.supported import Model
 from erase.files import read_json
 from erase.guards import Guard
 from erase.options.model_defaults import read_defaults
@@ -50,6 +63,14 @@ class StableDiffusion(LatentFamily):
     guidance_scale = 7.5
     tags = ("stable-diffusion",)
     licences = {"CompVis/stable-diffusion": "creativeml-openrail-m"}
+    models = (
+        Model("Stable Diffusion 1.1 to 1.5 and fine-tunes of it"),
+        Model("Stable Diffusion 1 with an LCM-LoRA merged", guided=False, options=supported.DISTILLED),
+        Model("Stable Diffusion 2.0 and 2.1, epsilon prediction", written=False),
+        Model("Stable Diffusion 2.0 and 2.1, v prediction", written=False),
+        Model("SD-Turbo", written=False, guided=False, options=supported.DISTILLED),
+        Model("the embedded model, `mini`"),
+    )
     loaded_again: ClassVar[Mapping[str, Any]] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
     name: str
@@ -389,10 +410,11 @@ class StableDiffusion(LatentFamily):
     def _ddim(self, prediction_type: str) -> DDIMScheduler:
         """DDIM steps on the model's schedule, for predictions of this type.
 
-        Timesteps end at the last one, 999, if the model's own do (distilled models such as Turbo and Lightning).
+        Timesteps begin at the last one, 999, if the model's own do: distilled models such as Turbo, Lightning and LCM.
         """
         own: Any = self.scheduler
-        spacing = "trailing" if own.config.get("timestep_spacing") == "trailing" else "leading"
+        is_trailing = own.config.get("timestep_spacing") == "trailing" or isinstance(own, LCMScheduler | TCDScheduler)
+        spacing = "trailing" if is_trailing else "leading"
         how: dict[str, Any] = {"clip_sample": False, "timestep_spacing": spacing}
         return DDIMScheduler.from_config(own.config, prediction_type=prediction_type, **how)  # pyright: ignore
 

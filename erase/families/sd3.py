@@ -23,6 +23,7 @@ from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
 from erase.families.protocol import Sampler, TokenRun
 from erase.families.stored_unet import reading
+from erase.families.supported import Model
 from erase.guards import Guard
 from erase.options.model_defaults import read_defaults
 
@@ -80,6 +81,7 @@ class StableDiffusion3(LatentFamily):
     }
     guidance_scale = 7.0
     takes_guards = False
+    models = (Model("Stable Diffusion 3 and 3.5 with T5, experimental", read=False, written=False),)
     tags = ("stable-diffusion-3",)
     licences: ClassVar[Mapping[str, str]] = {}
 

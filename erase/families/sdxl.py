@@ -16,8 +16,9 @@ from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.delta import State
 from erase.device import staged
-from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sdxl_parts
+from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sdxl_parts, supported
 from erase.families.sd import StableDiffusion
+from erase.families.supported import Model
 from erase.files import read_json
 
 Put = Callable[[Tensor, Tensor], Tensor]  # tokens and their embeddings, to other embeddings
@@ -52,6 +53,12 @@ class StableDiffusionXL(StableDiffusion):
     guidance_scale = 5.0
     tags = ("stable-diffusion-xl",)
     licences = {"stabilityai/stable-diffusion-xl": "openrail++"}
+    models = (
+        Model("Stable Diffusion XL base and fine-tunes of it"),
+        Model("Stable Diffusion XL, v prediction"),
+        Model("SDXL-Turbo", guided=False, options=supported.DISTILLED),
+        Model("SDXL-Lightning", guided=False, options=supported.DISTILLED),
+    )
 
     text_encoder_2: CLIPTextModelWithProjection = field(kw_only=True)
     tokenizer_2: CLIPTokenizer = field(kw_only=True)
