@@ -1,0 +1,94 @@
+"""How prompts reach a network that reads the last hidden states of one CLIP text encoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from erase.concepts import refusal
+from erase.conditioning import Conditioning
+from erase.device import staged
+from erase.families.protocol import Family
+
+
+class ClipText(Family):
+    """A family whose prompts one CLIP text encoder reads.
+
+    tokenizer: it pads and cuts every prompt to the length that the text encoder reads.
+    """
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
+        """The text encoder's last hidden states, [len(prompts), tokens, d], on the CPU; see `Family.encode_text`."""
+        refusal.refuse(prompts, "prompt")
+        states = []
+        for start in range(0, len(prompts), batch_size):
+            ids = self._padded_tokens(prompts[start : start + batch_size])
+            states.append(self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.cpu())
+        return Conditioning(torch.cat(states))
+
+    def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
+        """The text encoder's last hidden states, [n, tokens, d]; see `Family.encode_tokens`."""
+        empty = self._padded_tokens([""])[0].tolist()
+        ids = torch.tensor([[empty[0], *row, *empty[1:]][: len(empty)] for row in tokens], device=self.device)
+
+        def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if embeddings is None:
+                return output
+            return torch.cat([output[:, :1], embeddings, output[:, 1 + embeddings.shape[1] :]], 1)
+
+        table: Any = self.text_encoder.get_input_embeddings()
+        hook = table.register_forward_hook(put)
+        try:
+            return Conditioning(self.text_encoder(ids).last_hidden_state)
+        finally:
+            hook.remove()
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        text: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()
+
+    def _padded_tokens(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
+        """int64, [len(prompts), tokens]."""
+        how: dict[str, Any] = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True}
+        ids: Any = (tokenizer or self.tokenizer)(list(prompts), return_tensors="pt", **how)["input_ids"]
+        return ids
+
+    @property
+    def text_encoders(self) -> Sequence[torch.nn.Module]:
+        return (self.text_encoder,)
+
+    @property
+    def token_embeddings(self) -> Tensor:
+        table: Any = self.text_encoder.get_input_embeddings()
+        return table.weight
+
+    def encode_with(self, prompts: Sequence[str], token: int, embedding: Tensor) -> Conditioning:
+        refusal.refuse(prompts, "prompt")
+
+        def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return torch.where((arguments[0] == token)[..., None], embedding, output)
+
+        table: Any = self.text_encoder.get_input_embeddings()
+        hook = table.register_forward_hook(put)
+        try:
+            return Conditioning(self.text_encoder(staged(self._padded_tokens(prompts), self.device)).last_hidden_state)
+        finally:
+            hook.remove()
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.model_max_length
+
+    def tokens(self, prompt: str) -> list[int]:
+        ids: Any = self.tokenizer(prompt, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return list(ids[1:-1])
+
+    def all_tokens(self, prompt: str) -> list[int]:
+        ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
+        return list(ids[1:-1])
