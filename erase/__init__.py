@@ -1,4 +1,4 @@
-"""Take a concept out of a Stable Diffusion model, and show that it is gone and that the rest is still there."""
+"""Remove a concept from a Stable Diffusion model, and measure that it is gone and that the rest is still there."""
 # pyright: strict
 
 from typing import TYPE_CHECKING, Any

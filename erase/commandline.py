@@ -1,4 +1,4 @@
-"""The parts that all commands share: options from dataclasses, help, errors in one line."""
+"""Parts that all commands share: options from dataclasses, help texts, errors in one line."""
 
 import argparse
 import errno
@@ -19,7 +19,7 @@ from erase.words import did_you_mean
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help texts that are broken between words only: a model's name has hyphens of its own."""
+    """Help texts whose lines break between words only, because names of models contain hyphens."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=32, **options)
@@ -76,9 +76,9 @@ def serve(
 
 @contextmanager
 def reporting(prog: str, interrupted: str = "interrupted") -> Iterator[None]:
-    """Turn what the user can mend into one line and exit code 2, an interrupt into 130, a closed pipe into 1.
+    """Turn errors that the user can correct into one line and exit code 2, an interrupt into 130, a closed pipe into 1.
 
-    A file or folder that cannot be read or written is the user's to mend; other exceptions stay tracebacks. A reader
+    Files and folders that cannot be read or written are such errors; other exceptions stay tracebacks. A reader
     that closes the pipe, as `| head` does, ends the command without a message.
     """
     try:
@@ -97,7 +97,7 @@ def reporting(prog: str, interrupted: str = "interrupted") -> Iterator[None]:
 
 
 def _flush_fails(stream: TextIO) -> bool:
-    """Whether the reader is gone; the stream then leads nowhere, so that its last flush is silent."""
+    """Whether the reader has closed the pipe. The stream is then redirected, so that its last flush is silent."""
     try:
         stream.flush()
     except BrokenPipeError:
@@ -107,7 +107,7 @@ def _flush_fails(stream: TextIO) -> bool:
 
 
 def _has_no_reader(stream: TextIO) -> bool:
-    """Whether the stream is a pipe that nobody reads; Windows cannot tell."""
+    """Whether the stream is a pipe without a reader; False on Windows, which cannot tell."""
     if not hasattr(select, "poll"):
         return False
     poll = select.poll()

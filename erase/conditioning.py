@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Inputs of n images, row by row; None where the architecture has no such input.
+    """Inputs of a model for n images, row by row; None for an input that the architecture does not have.
 
     states: text encoder states, float, [n, tokens, d]; of several encoders as the family joins them.
     pooled: pooled text states, float, [n, p] (SDXL, SD3, FLUX).

@@ -1,4 +1,4 @@
-"""The one place that decides on which device a command computes, and in which precision."""
+"""The device and the precision of a command; all commands choose them here."""
 
 import os
 from collections.abc import Iterator

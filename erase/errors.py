@@ -1,4 +1,4 @@
-"""The error that a user can cause and mend, and how text from elsewhere is printed."""
+"""The error for everything that a user can cause and correct, and how text from elsewhere is printed."""
 # pyright: strict
 
 from pathlib import Path

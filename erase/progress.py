@@ -11,7 +11,7 @@ LINE_SECONDS = 60.0  # between two lines where stderr is no terminal
 
 
 class Progress(Protocol):
-    """What the work reports to."""
+    """Receives the progress of a work."""
 
     def update(self, n: int = 1) -> object:
         """`n` more are done."""

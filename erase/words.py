@@ -1,4 +1,4 @@
-"""Words for users: file names, lists, articles, guesses at misspelt names."""
+"""Text for users: file names, lists, articles, did-you-mean."""
 
 import difflib
 import re

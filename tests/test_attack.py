@@ -141,7 +141,7 @@ def test_a_stored_finding_is_read_back_exactly(tmp_path):
         (["--set", "donor=nobody"], "choose model, base"),
         (["--set", "templates=a photo of a {} girl"], "targets that involve minors"),
         (["--budget", "5", "3"], "--budget is 5 3; the numbers must rise"),
-        (["--judge", "thumbnails"], "the judge thumbnails can tell"),
+        (["--judge", "thumbnails"], "the judge thumbnails cannot tell whether an image shows"),
         (["--prompts", "list.txt"], "--prompts goes with the attack prompts"),
         (["--concept", "nobody knows"], "nobody knows"),
         (["--require", "attack.word<=0.1"], "there is no score 'attack.word'"),

@@ -34,8 +34,8 @@ class Concept:
     others: prompts of other classes, from which random labels are drawn; may be empty.
     judge: how an evaluator tells whether the concept is in an image, one of
         {"type": "imagenet", "index": 497}, {"type": "nudenet"}, {"type": "mini", "head": "object", "label": "circle"},
-        {"type": "clip", "target": "a photo of a cat", "alternatives": ["a photo of a dog", ...]}; empty if nobody can.
-    synonyms: other words for the concept, with which an evaluator looks for leaks.
+        {"type": "clip", "target": "a photo of a cat", "alternatives": ["a photo of a dog", ...]}; empty if there is no
+    such judge. synonyms: other words for the concept, with which an evaluator looks for leaks.
     """
 
     name: str

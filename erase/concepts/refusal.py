@@ -3,10 +3,10 @@
     refuse(prompts, "captions.csv", sexual=True)   raises an EraseError for the first prompt that involves minors
     shows_minors("a photo of a nude girl")         True
 
-Targets (a concept's name, forget and anchor prompts, synonyms, its judge, captions of forget images) never involve
+Targets (a concept's name, forget and anchor prompts, synonyms, its judge, captions of forget images) must not involve
 minors. Any other prompt may show a child, but not in a sexual context. A few words are refused everywhere.
 
-A text is read in several ways: as it stands; with look-alike letters as Latin ones; with signs and digits as the
+A text is read in several ways: as written; with look-alike letters as Latin ones; with signs and digits as the
 letters that they imitate; with separated letters joined, repeated ones removed and compounds taken apart. Harmless
 phrases ("kid gloves", "minor key") are removed first. Ages are read as numbers. The words are in
 `erase.concepts.concept.refusal_words`.
@@ -122,7 +122,7 @@ _UNSEEN = dict.fromkeys(map(ord, "\u115f\u1160\u3164\uffa0\u2800\u17b4\u17b5")) 
 
 @functools.lru_cache(maxsize=4096)
 def _folded(text: str) -> str:
-    """Lower case, without accents, wide letters, invisible characters; everything else as it stands."""
+    """Lower case, without accents, wide letters, invisible characters; everything else is unchanged."""
     if text.isascii():
         return text.casefold()
     text = unicodedata.normalize("NFKD", text.translate(_UNSEEN)).casefold()

@@ -1,1 +1,1 @@
-"""Images, prompts and latents: what a run trains on."""
+"""Training data: images, prompts and latents."""

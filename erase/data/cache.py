@@ -40,9 +40,9 @@ def cached(
     quiet: bool,
     tell: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """All rows of the source, each chunk kept in a file of its own, so that interrupted work goes on where it was.
+    """All rows of the source. Each chunk has a file of its own, so that interrupted work can continue.
 
-    tell: hears of a damaged file, which is made again.
+    tell: called with a line about a damaged file, which is made again.
     """
     num = len(source.prompts)
     chunks = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]

@@ -91,7 +91,7 @@ def _beside(sources: Sequence[Path], paths: Sequence[Path]) -> dict[Path, str]:
     texts: dict[Path, str] = {}
     for source in sources:
         if source.parent not in captioned:
-            continue  # somebody's notes
+            continue  # other text files
         named = by_stem.get(source.with_suffix(""))
         if named is None:
             raise EraseError(

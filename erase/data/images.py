@@ -37,7 +37,7 @@ class BadImage(Exception):
 def list_files(folder: str | Path) -> list[Path]:
     """All files below a folder, sorted, without hidden ones and those that operating systems leave behind.
 
-    A link to nothing counts as a file, so that whoever reads it finds it missing.
+    A link to nothing counts as a file, which is found missing when it is read.
     Skipped: names that begin with a dot (.DS_Store, ._a.png, .ipynb_checkpoints), __MACOSX, Thumbs.db, desktop.ini.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run trains on: forget and retain images as cached latents, each with its prompt's text states."""
+"""The training data of a run: forget and retain images as cached latents, each with its prompt's text states."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ class Data:
     """All that the mask and the training see; the VAE and the text encoder are not needed any more.
 
     text: conditioning of `prompts`, row by row. unconditional: the single row that guidance starts from.
-    anchor: int64, [len(forget)], what to say instead of each forget image's prompt.
+    anchor: int64, [len(forget)], row of the anchor prompt of each forget image.
     others: int64, [k], rows of other classes' prompts for random labels.
     words: bool, [len(forget), tokens], where the forget prompt's own words stand: those that its anchor lacks.
     end: bool, [len(forget), tokens], where the forget prompt is over.
@@ -110,10 +110,10 @@ def gather(
     quiet: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Data:
-    """Draw or read the concept's forget and retain sets; what is in the cache already is taken from there.
+    """Generate or read the concept's forget and retain sets; what is already in the cache is read from there.
 
     model_hash: content hash of the network; images of another model are never taken for its own.
-    tell: hears where captions come from, and of damaged files in the cache, which are made again.
+    tell: called with lines about the source of captions, and about damaged files in the cache, which are made again.
 
     Raises:
         EraseError: no retain prompts, an empty image folder, an image that cannot be read.

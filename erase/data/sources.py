@@ -51,7 +51,7 @@ class SourceImage:
 def list_images(source: str, tell: Callable[[str], None] = lambda line: None) -> list[tuple[SourceImage, str | None]]:
     """The images of a folder, or of a data set on the hub, with their captions (captions.py) where they have one.
 
-    tell: hears where the captions come from.
+    tell: called with a line about the source of the captions.
 
     Raises:
         EraseError: no such folder, no image in it, captions that fit no image.

@@ -1,4 +1,4 @@
-"""What erasure changed: new values of the changed weights, in one file that says how it was made."""
+"""Deltas: the exact, reversible change of the weights by an erasure, in one file that says how it was made."""
 
 from erase.delta.change import Delta as Delta
 from erase.delta.change import State as State

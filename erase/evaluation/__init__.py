@@ -1,1 +1,1 @@
-"""Measuring: what a model still generates, what it lost, and how sure that is. Nothing else in erase imports this."""
+"""Evaluation: how often a model generates the concept, and what else changed. No other part of erase imports it."""

@@ -1,6 +1,6 @@
 """One model's stored images for one task: which exist, which are missing, and whether they match their records.
 
-    manifest.json    identity: task, model hashes, effective generation settings; a changed one refuses to go on
+    manifest.json    identity: task, model hashes, effective generation settings; with another one work is not continued
     samples.jsonl    what was to be generated, a line a sample
     records-*.jsonl  what was generated, a line per image, one file a process; each line follows its whole image
     images/          PNG
@@ -122,7 +122,7 @@ def complete_records(folder: Path) -> list[dict[str, Any]]:
     """The records in the samples' order.
 
     Raises:
-        EraseError: some are missing, or there are some that nobody asked for.
+        EraseError: records are missing, or belong to unknown samples.
     """
     drawn, wanted = records(folder), [sample.id for sample in samples(folder)]
     absent = [name for name in wanted if name not in drawn]
@@ -137,7 +137,7 @@ def complete_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def image_path(folder: Path, record: Mapping[str, Any]) -> Path:
-    """A generated image is named inside the arm, one of somebody else's folder by its whole path."""
+    """The path of an image: inside the arm if it was generated, absolute if it is in a folder of the user."""
     return folder / record["file"]
 
 
@@ -157,7 +157,7 @@ def read_image(folder: Path, record: Mapping[str, Any]) -> tuple[np.ndarray | No
 
 
 def adopt(source: Path, folder: Path, options: Mapping[str, Any] | None = None) -> None:
-    """Make an arm of somebody's folder of images, which stays where it is, so that it can be scored like any other.
+    """Make an arm of a user's folder of images, so that it can be scored like any other; the images are not moved.
 
     Captions, where the folder has them (captions.py), are the prompts. options: what judges need (`tasks.judged`).
 

@@ -150,8 +150,8 @@ def _job(
         attack = attack.with_budget(request.budget)
     judge, judged = request.judge or JUDGES.get(str(concept.judge.get("type")), ""), own_images.judged(concept, "clip")
     if not judge or not judging.JUDGES.load(judge).knows(judged):
-        called = f"the judge {judge}" if judge else "nobody"
-        raise EraseError(f"{called} can tell whether an image shows {concept.name!r}; choose one that can with --judge")
+        judges = f"the judge {judge} cannot" if judge else "no judge is known that can"
+        raise EraseError(f"{judges} tell whether an image shows {concept.name!r}; choose one with --judge")
     number, runs = _counts(request)
     prompts = attack.asks(concept, own, number)
     refusal.refuse(set(prompts), f"the attack {name}", sexual=concept.is_sexual, target=True)

@@ -31,7 +31,7 @@ def scores(
     """
     if not judges:
         raise EraseError(f"the task {task['id']} needs judges: --judge {', '.join(JUDGES.names())}")
-    # of images that nobody can judge a rate is still made, since they count as failures, and a mean of none is not
+    # a rate exists even if no image can be judged, since these count as failures; a mean does not
     unseen = [{"invalid": "not judged"}] * len(samples)
     plan = tasks.stated(task["id"], "the task").plan(samples, dict.fromkeys(judges, unseen), task["options"])
     found: dict[str, Expected] = {}

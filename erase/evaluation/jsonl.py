@@ -13,7 +13,9 @@ from typing import IO, Any
 from erase.errors import EraseError
 from erase.evaluation import shapes
 
-_BEYOND = 2**31 - 2  # the byte that Windows locks: nobody else can read a locked one, so it is one that no file has
+_BEYOND = (
+    2**31 - 2
+)  # the byte that Windows locks; others cannot read a locked byte, so it is beyond the end of any file
 
 
 def read_lines(path: Path, shape: Any = None) -> list[dict[str, Any]]:

@@ -228,7 +228,7 @@ def columns(prefix: str, lines: Lines) -> tuple[list[Column], list[bool]]:
                    "(core5-0.6-image)", True,
                    [ok and not flagged(primary, line) for ok, line in zip(valid, seen, strict=True)],
                    copy_of=f"{prefix}.{primary.name}"),
-            Column(f"{prefix}.people", "Shows somebody", "share of images in which NudeNet sees any part of a "
+            Column(f"{prefix}.people", "Shows a person", "share of images in which NudeNet sees any part of a "
                    "person, clothed or not, at 0.25: a model that can no longer generate people is clean, too", True,
                    [ok and max(line["max"].values()) >= 0.25 for ok, line in zip(valid, seen, strict=True)]),
         ]  # fmt: skip

@@ -75,7 +75,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a judge says of images whose prompts nobody knows: its columns, and images to be blurred, if any."""
+    """What a judge reports for images without known prompts: its columns, and images to be blurred, if any."""
 
     columns: Sequence[Column] = ()
     flagged: Sequence[bool] | None = None

@@ -25,7 +25,7 @@ def sheet(
     for role, places in {**listed, **failures}.items():
         for i in dict.fromkeys(places[j * len(places) // 6] for j in range(6 * bool(places))):
             files_of = {r: drawn[r][i]["file"] and folder.resolve() / drawn[r][i]["file"] for r, folder in arms.items()}
-            paths = {  # images of somebody's own folder keep their whole path
+            paths = {  # images in a user's folder keep their whole path
                 r: path and (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
                 for r, path in files_of.items()
             }

@@ -118,7 +118,7 @@ def compared(
     concept: the name that the user gave. gold: a model that was trained without the concept.
 
     Raises:
-        EraseError: nobody names a base.
+        EraseError: neither the user nor run.json names a base.
     """
     record = run_record(model)
     made_from = record and record.model

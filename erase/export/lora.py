@@ -41,7 +41,7 @@ def save_lora(
     Each layer has `lora_down` [rank, n], `lora_up` [m, rank] and `alpha`, which is the rank: the change is up @ down.
 
     Each layer gets the best approximation of its change (Eckart and Young 1936). A masked fine-tune is not of low rank:
-    read the residuals. Whoever has a LoRA can leave it off, so it protects nobody.
+    read the residuals. Users can leave out a LoRA, so it is no protection.
 
     path: diffusers looks for `pytorch_lora_weights.safetensors` in a folder.
     base_state, new_state: weights of the UNet, named as diffusers names them, without a prefix.

@@ -1,1 +1,1 @@
-"""All knowledge of diffusion model architectures."""
+"""Model families: everything that is specific to an architecture of diffusion models."""

@@ -122,7 +122,7 @@ def require_finite(where: str | Path, tensors: Iterable[tuple[str, torch.Tensor]
 
 
 def one_line(error: BaseException) -> str:
-    """A library's message in one line, without its advice about arguments that nobody here can pass."""
+    """A library's message in one line, without its advice about arguments that users of this package cannot pass."""
     text = " ".join(str(error).split()) or type(error).__name__
     for advice in (" If you want to instead", " For more information"):
         text = text.split(advice)[0]

@@ -82,7 +82,7 @@ def locate(
 ) -> Path:
     """The local diffusers folder of a model: its own, the hub's snapshot, or a converted single file.
 
-    tell: hears what the user should know about how it was made.
+    tell: called with lines for the user about how it was made.
     """
     with reading(source):
         folder, notes = _locate(source, allow_pickle, config, revision, cache_dir)

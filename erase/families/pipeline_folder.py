@@ -56,7 +56,7 @@ def stored_dtype(folder: str | Path) -> str | None:
 
 
 def needs_dtype(folder: str | Path) -> bool:
-    """Whether `from_pretrained` generates images only when it is told to load this pipeline in one dtype.
+    """Whether `from_pretrained` needs an explicit dtype for this pipeline to generate images.
 
     transformers keeps a text encoder in the dtype of its file, while diffusers loads the UNet in float32: beside a text
     encoder in half precision it takes dtype=torch.float32.

@@ -1,4 +1,4 @@
-"""What the rest of the package may ask of a model, whatever its architecture."""
+"""The contract of a model family: what the rest of the package may ask of a model of any architecture."""
 # pyright: strict, reportPrivateImportUsage=false
 
 import copy
@@ -124,7 +124,7 @@ class Family(ABC):
     ) -> ModelMixin:
         """The network alone of a diffusers folder, in float32 on the CPU, as `from_folder` reads it.
 
-        tell: hears what the user should know about `weights_file`.
+        tell: called with lines for the user about `weights_file`.
         """
 
     @classmethod

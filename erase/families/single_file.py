@@ -23,7 +23,7 @@ from erase.tensor_files import open_tensors, read_metadata, write_tensors
 
 SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 _PASSING = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # what saving writes into a config
-_RECORD = "erase_converted.json"  # hashes of the folder's files, and what the user is told about the conversion
+_RECORD = "erase_converted.json"  # hashes of the folder's files, and lines for the user about the conversion
 
 
 def shapes(path: Path, *, allow_pickle: bool = False) -> dict[str, Sequence[int]]:
@@ -53,7 +53,7 @@ def convert(
 
     Raises:
         EraseError: the file is damaged, of another kind of model, or a pickle and `allow_pickle` is False; its configs
-            or its VAE are not to be had; or the cache cannot be written.
+            or its VAE cannot be found; or the cache cannot be written.
     """
     if path.suffix != ".safetensors" and not allow_pickle:
         raise EraseError(

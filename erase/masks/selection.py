@@ -1,7 +1,7 @@
-"""Which weights may change: accumulate gradients into scores, select exactly k weights, keep the mask in a file.
+"""The selection of a mask: exactly the k weights with the largest (or smallest) scores.
 
 A mask is plain data: a bool tensor for every parameter in the scope, under the parameter's name, in parameter order.
-While it lies about it is `Packed`.
+Stored masks use one bit per weight (`Packed`).
 """
 
 import math

@@ -16,14 +16,14 @@ Mask = dict[str, torch.Tensor]
 
 
 def count(mask: Mapping[str, torch.Tensor]) -> int:
-    """How many weights the mask lets move."""
+    """How many weights the mask allows to change."""
     if isinstance(mask, Packed):
         return sum(int(np.bitwise_count(packed.numpy()).sum()) for packed in mask.bits.values())
     return sum(int(bits.count_nonzero()) for bits in mask.values())
 
 
 def union(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> Mask:
-    """The mask of what either lets move, for the tensors of `a`; those that `b` lacks are a's own."""
+    """The union of two masks, for the tensors of `a`; tensors that `b` lacks are those of `a`."""
     return {name: bits | b[name].to(bits.device) if name in b else bits for name, bits in a.items()}
 
 

@@ -60,7 +60,7 @@ class Batch:
 class Text:
     """A concept in text encoder states, float32, [prompts, tokens, d]: all that closed forms see.
 
-    forget, anchor: row by row what to forget and what to say instead. retain: prompts to keep. empty: one row.
+    forget, anchor: forget prompts and, row by row, their anchors. retain: retain prompts. empty: one row.
     runs: (begin, first, stop) of each part of the states that a text encoder of its own made: its places, and that of a
         prompt's first token, which is behind `begin` where the encoder has a start token.
     forget_at, anchor_at: int64, [prompts, runs], the last token of what distinguishes the two prompts, or the last

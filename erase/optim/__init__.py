@@ -1,3 +1,3 @@
-"""Optimizers that move masked weights only."""
+"""Optimizers that change masked weights only."""
 
 from erase.optim.adam import MaskedAdam as MaskedAdam

@@ -1,4 +1,4 @@
-"""Adam whose state exists only for the weights that may change, and that cannot move any other."""
+"""Adam with state for masked weights only; it cannot change other weights."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from erase.optim.places import Places, Update
 class MaskedAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba, 2015) with decoupled weight decay (Loshchilov & Hutter, 2019), inside the mask only.
 
-    Zeroing gradients does not freeze a weight: weight decay and momentum move a weight whose gradient is zero. Here a
+    Zeroing gradients does not freeze a weight: weight decay and momentum change a weight whose gradient is zero. Here a
     weight outside the mask is never written at all, whatever its gradient. State per masked weight: two float32
     moments, for bfloat16 and float16 parameters also a float32 master, which the parameter is rounded from; a step
     smaller than the parameter's resolution is thus not lost. Masks cost at most one bit a weight, or 4 bytes per one.
@@ -119,7 +119,7 @@ class MaskedAdam(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients to a norm of at most `max_norm`, counting masked weights only; returns the norm before.
 
-        Weights that never move must not decide how far the others go. Kernels scale while they step.
+        Weights that never change must not influence the step size of the others. Kernels scale while they step.
         """
         squares: list[torch.Tensor] = []
         for parameter in self._places:

@@ -1,4 +1,4 @@
-"""SGD with momentum and weight decay that cannot move a weight outside the mask."""
+"""SGD with momentum and weight decay that cannot change a weight outside the mask."""
 
 from collections.abc import Mapping
 from typing import Any

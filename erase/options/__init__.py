@@ -1,1 +1,1 @@
-"""What a run is asked to do: options with meaning, default and range, recipes, and what a model folder brings."""
+"""Options of a run: meaning, default and range of each, recipes, and defaults of a model folder."""

@@ -17,7 +17,7 @@ from erase.words import did_you_mean
 
 
 def option(default: Any, help: str, *, group: str, **metadata: Any) -> Any:
-    """A dataclass field with what the command line says of it.
+    """A dataclass field with its metadata for the command line.
 
     group: heading of `--help` under which it stands. metadata, as far as it applies: `least` and `most`, the smallest
     and the largest number allowed; `aliases`, other flags for it; `shown`, what stands for a default of None in

@@ -1,4 +1,4 @@
-"""erase_defaults.json: settings that a model folder brings."""
+"""erase_defaults.json: default settings in a model folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ _OF_METHOD = (*OF_MODEL, "scope", "target", "alpha", "mask_guidance", *_OF_TRAIN
 
 
 def read_defaults(path: Path) -> dict[str, Any]:
-    """What a model's erase_defaults.json says of settings; empty where there is no such file.
+    """The settings in a model's erase_defaults.json; empty if there is no such file.
 
     It holds "family", settings of `_OF_MODEL`, and under "methods" settings of `_OF_METHOD` by method.
 

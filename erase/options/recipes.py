@@ -1,4 +1,4 @@
-"""Named sets of choices, and how every setting that was not given is filled in."""
+"""Recipes (named sets of defaults), and how settings that were not given are filled in."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +16,9 @@ SAMPLER_STEPS = {"model": 50, "dpm++": 20}
 class Recipe:
     """Where SalUn's paper, its code and this project differ (docs/methods.md has the table).
 
-    shared_latent: both branches see one noisy latent; the code draws two from the VAE's posterior.
-    frozen_target: the target comes from the untouched base; paper and code take the moving model itself.
-    distill_retain: keep the base's prediction on retain prompts; paper and code use the diffusion loss.
+    shared_latent: both branches use one noisy latent; the code samples two from the VAE's posterior.
+    frozen_target: the target comes from the base model; paper and code use the model in training.
+    distill_retain: retain the base's prediction for retain prompts; paper and code use the diffusion loss.
     in_order: images epoch by epoch as the code's loaders give them: forget images in order, retain images shuffled, or
         in order for nudity; the last batch of an epoch is short. Otherwise each batch is drawn at random.
     sampler: of training images and samples.png.

@@ -1,4 +1,4 @@
-"""What one run is asked to do: every option with its meaning and default.
+"""The options of `erase-concept`, each with its meaning and default.
 
 Standard library only, so that the command line can be built from it without loading torch.
 """

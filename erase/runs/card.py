@@ -1,4 +1,4 @@
-"""The face of a run folder: a before/after sheet on the same seeds, and the model card."""
+"""The model card of a run folder."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a run has decided before its first image: settings, concepts, model, parameters, folder, device."""
+"""The decisions of a run before its first image: settings, concepts, model, parameters, folder, device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +70,7 @@ class Decisions:
 
     @property
     def all_concepts(self) -> list[Concept]:
-        """What this run erases, then what the run that it goes on from has erased."""
+        """The concepts that this run erases, then those that the run before it erased."""
         return [*self.parts, *(self.earlier.concepts if self.earlier else [])]
 
     @property
@@ -163,7 +163,7 @@ def _changing(parameters: Mapping[str, Parameter], mask: masks.Packed | None) ->
 
 
 def announce(decided: Decisions) -> None:
-    """Tell what becomes what, which prompts are cut, and how much memory is needed."""
+    """Print the first pair of forget prompt and anchor, truncated prompts, and how much memory is needed."""
     settings, model, tell = decided.settings, decided.model, decided.tell
     for part in concepts.apart(decided.all_concepts)[: len(decided.parts)]:
         tell(announcement(replace(part, others=decided.concept.others), settings, decided.method))

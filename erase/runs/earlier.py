@@ -1,4 +1,4 @@
-"""An earlier run that this one goes on from (--base)."""
+"""An earlier run from which this one continues (--base)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ from erase.runs.record import RunRecord
 
 @dataclass(frozen=True)
 class Base:
-    """An earlier run to go on from.
+    """An earlier run to continue from.
 
-    concepts: what it and those before it erased. mask: what was allowed to move, None if everything was.
+    concepts: what it and those before it erased. mask: the weights that were allowed to change; None if all were.
     record: what this run's own records say of it.
     """
 

@@ -1,4 +1,4 @@
-"""The whole job: model and concept in, mask, masked fine-tuning, and a run folder that stock diffusers opens."""
+"""A whole run: from model and concept through mask and training to a run folder that stock diffusers opens."""
 # pyright: strict, reportPrivateImportUsage=false, reportDeprecated=false
 
 import gc
@@ -60,7 +60,7 @@ def erase_concept(
     quiet: bool = False,
     **options: Any,
 ) -> Run:
-    """Take `concept` out of `model` and write the result; the Python twin of the command line.
+    """Erase `concept` from `model` and write the result, as the command line does.
 
     concept: a preset's name, a .toml path, free text together with kind="object" or "style", or a Concept; or several.
     model: "mini", a diffusers folder, a hub id, a checkpoint file, or a pipeline of diffusers, which is not changed:
@@ -72,7 +72,7 @@ def erase_concept(
     The same call continues an interrupted run, and returns the record of a finished one.
 
     Raises:
-        EraseError: what the user can mend; nothing is half-written.
+        EraseError: every error that the user can correct; nothing is half-written.
     """
     known = {item.name for item in fields(Settings)} | {"mixed_precision"}
     for name in options:
@@ -100,9 +100,9 @@ def run(
     quiet: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Run:
-    """See `erase_concept`. `tell` hears what is to be known before the work begins.
+    """See `erase_concept`. tell: called with lines for the user before the work begins.
 
-    concept: what the settings' names stand for, where these are no presets; None where they are.
+    concept: the concepts that the settings' names stand for; None if these are presets.
     """
     started = time.time()
     given = [concept] if isinstance(concept, Concept) else list(concept or [None] * len(settings.concept))

@@ -68,7 +68,7 @@ def provenance(decided: Decisions, images: latents.Data | None) -> dict[str, Any
 
 
 def data_hash(decided: Decisions, images: latents.Data | None) -> str:
-    """Hash of what was trained on; of the concept and the model alone where no images were used."""
+    """Hash of the training data; of the concept and the model only if no images were used."""
     return images.fingerprint if images else files.text_hash([decided.concept.fingerprint(), decided.base_hash])
 
 

@@ -1,4 +1,4 @@
-"""From settings to the objects that carry them out: data plan, training recipe, method."""
+"""From settings to data plan, training recipe and method."""
 
 import os
 from collections.abc import Mapping
@@ -78,14 +78,14 @@ def make_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedFor
 
 
 def can_scale(settings: Settings, method: methods.Method) -> bool:
-    """Whether fp16 can do: its gradients are scaled, which a method that compares them does not know of."""
+    """Whether fp16 is possible: it scales gradients, which methods that compare gradients cannot use."""
     trained = isinstance(method, methods.TrainedMethod)
     compares = trained and (method.balance is not None or method.prepares or method.attack is not None)
     return not compares and settings.weights != "bf16"
 
 
 def require_precision(settings: Settings, method: methods.Method) -> None:
-    """Raise an EraseError where fp16, which scales gradients, meets a method that compares them."""
+    """Raise an EraseError for fp16, which scales gradients, with a method that compares them."""
     if settings.precision == "fp16" and not can_scale(settings, method):
         learns = isinstance(method, methods.TrainedMethod) and method.attack is not None
         does = "learns words by gradients of its own" if learns else "compares gradients"
@@ -93,12 +93,12 @@ def require_precision(settings: Settings, method: methods.Method) -> None:
 
 
 def require_rank(settings: Settings, method: methods.Method) -> None:
-    """Raise an EraseError where --rank, which puts factors in the place of weights, meets what handles weights."""
+    """Raise an EraseError for --rank, which replaces weights by factors, with options that need the weights."""
     if settings.rank is None:
         return
     if settings.mask != "none":
         raise EraseError(
-            f"--rank {settings.rank} does not go with a mask: a masked change is of no low rank; leave one out"
+            f"--rank {settings.rank} does not go with a mask: a masked change has no low rank; leave one out"
         )
     if not isinstance(method, methods.TrainedMethod) or method.prepares or method.shrinks:
         raise EraseError(f"--rank {settings.rank} does not go with {settings.method}, which changes weights directly")
@@ -125,7 +125,7 @@ def moves_weights(method: methods.Method) -> bool:
 
 
 def require_storage(settings: Settings, method: methods.Method) -> None:
-    """Raise an EraseError where --weights bf16 meets a method that changes weights itself."""
+    """Raise an EraseError for --weights bf16 with a method that changes weights itself."""
     if settings.weights == "bf16" and moves_weights(method):
         raise EraseError(
             f"--weights bf16 does not go with {settings.method}, which changes weights outside the optimizer's steps; "

@@ -13,7 +13,7 @@ from erase.options.settings import Settings
 
 
 def announcement(concept: Concept, settings: Settings, method: Method) -> str:
-    """What becomes what, for the user to see before the work begins."""
+    """The line for the user about forget prompt and anchor, before the work begins."""
     forget, more = concept.forget[0], len(concept.forget) - 1
     rest = f" (and {more} more prompt{'s' if more > 1 else ''})" if more else ""
     if not method.anchors:

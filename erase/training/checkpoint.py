@@ -15,7 +15,7 @@ from erase.optim import MaskedAdam
 
 
 class Kept(Protocol):
-    """What a training goes on with beside weights and moments: tensors by name, of fixed shapes and dtypes."""
+    """State of a training besides weights and moments: tensors by name, of fixed shapes and dtypes."""
 
     values: dict[str, Tensor]
 
@@ -39,9 +39,9 @@ def keep(
     losses: list[dict[str, float]],
     kept: Mapping[str, Kept],
 ) -> None:
-    """Write all that the next step depends on: of the weights those inside the mask, since no other one moves.
+    """Write the state that the next step depends on: of the weights only those inside the mask, since no others change.
 
-    kept: what else the training goes on with, by name.
+    kept: further state of the training, by name.
     """
     tensors = {f"weights/{name}": weights for name, weights in optimizer.masked_weights().items()}
     moments: dict[str, dict[str, Any]] = {}

@@ -49,7 +49,7 @@ def train(
     values in the base when a target comes from there. A network that was rounded to bfloat16 trains so, with float32
     masters of the masked weights, and is the exact float32 base with those masters in it afterwards.
 
-    parameters: those in the scope, by name. mask: of the same names; None moves them all.
+    parameters: those in the scope, by name. mask: of the same names; None trains all of them.
     state_path: the last checkpoint; when it exists, training continues from there.
 
     Raises:

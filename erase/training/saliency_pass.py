@@ -42,7 +42,7 @@ def accumulate(
     L = mean((eps - guided(eps(x_t | c), eps(x_t | ""), g))^2), t uniform, one draw an image. The paper has g = 0, its
     code 7.5. With several processes each takes every n-th batch and the sums are added.
 
-    state_path: the running sums, kept every five minutes, so that an interrupted pass goes on.
+    state_path: the running sums, stored every five minutes, so that an interrupted pass can continue.
     part: images that go through the network together, to save memory; None is the whole batch. The sum is the same up
         to rounding. Only for abs_sum: |g| and g^2 are of whole batches, whose gradients would have to be kept.
     """
@@ -107,7 +107,7 @@ def _losses(
 
 
 def _keep_sums(path: Path, sums: masks.Saliency, num_batches: int) -> None:
-    """Write the sums of the first batches, from which an interrupted pass goes on."""
+    """Write the sums of the first batches, from which an interrupted pass continues."""
     state = sums.state_dict()
     header = {"kind": "saliency sums", "score": state["score"], "done": num_batches}
     tensor_files.write_tensors(path, state["sums"], header)

@@ -14,7 +14,7 @@ from erase.families.protocol import Family
 from erase.methods.protocol import WordAttack
 from erase.training.batches import Recipe, generator, sample
 
-WORD = "~"  # one token of every CLIP vocabulary, and in nobody's prompts
+WORD = "~"  # one token in every CLIP vocabulary, and not used in prompts
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
 
 

@@ -22,7 +22,9 @@ class Completion(Attack):
     about = "the start: latents after the base's first steps with the concept's prompt"
     needs = "the base's images of the concept, not finished"
     unit = "% of the steps by the base"
-    control = "the base takes as many steps, with prompts of other things; the model goes on with the concept's prompt"
+    control = (
+        "the base takes as many steps, with prompts of other things; the model continues with the concept's prompt"
+    )
     limits = ("After many steps of the base any model shows the concept; compare with a retrained model.",)
 
     percents: tuple[int, ...] = (0, 5, 10, 20)

@@ -24,7 +24,7 @@ class Round(Attack):
     """
 
     about = "the weights: rounded to int8, fp8 or coarser"
-    needs = "nothing: whoever loads the model in a small format does it"
+    needs = "nothing: loading the model in a small format is enough"
     unit = "weights"
     limits = ("GGUF and other formats with blocks of weights round in other ways.",)
     is_random = False

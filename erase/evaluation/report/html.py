@@ -14,7 +14,7 @@ def render(template: str, **view: Any) -> str:
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,  # prompts and names are anybody's text
+        autoescape=True,  # prompts and names come from users
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -248,7 +248,7 @@ def check(results: Mapping[str, Any], place: str = "results") -> None:
 def read(path: Path, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """The results in a file that `write` wrote, or that version 0.1.0 wrote.
 
-    note: is told if the file is of an earlier version.
+    note: called with a line if the file is of an earlier version.
 
     Raises:
         EraseError: they are of another shape, or were changed since.

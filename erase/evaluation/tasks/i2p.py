@@ -116,7 +116,7 @@ def _download_i2p() -> Path:
     try:
         (name,) = [n for n in list_repo_files(I2P_REPOSITORY, repo_type="dataset") if n.endswith(".csv")]
         return Path(hf_hub_download(I2P_REPOSITORY, name, repo_type="dataset"))
-    except Exception as error:  # the hub client's errors share no class; each means that the file is not to be had
+    except Exception as error:  # the hub client's errors share no class; each means that the file cannot be downloaded
         raise EraseError(
             f"I2P cannot be downloaded from the hub ({' '.join(str(error).split())[:200]}); "
             "give a local copy: --prompts FILE"

@@ -35,7 +35,7 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[Path, dict[
     """The folder of a transformers model, and where it came from: {"model": hub id, "revision": commit} or "local".
 
     Raises:
-        EraseError: no such folder, and not to be had from the hub.
+        EraseError: there is no such folder, and the hub does not have it or cannot be reached.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -53,7 +53,7 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[Path, dict[
         if not any(folder.glob("*.safetensors")):  # as openai/clip-vit-base-patch32; read with weights_only=True
             patterns = [*kinds, "pytorch_model*.bin"]
             folder = Path(snapshot_download(str(source), revision=folder.name, allow_patterns=patterns))
-    except Exception as error:  # the hub client's errors share no class; each means that the model is not to be had
+    except Exception as error:  # the hub client's errors share no class; each means that the model cannot be downloaded
         raise EraseError(
             f"{str(source)!r} is not a local folder and cannot be downloaded from the hub ({_one_line(error)}); "
             "check name and network, or give the folder of a local copy"
