@@ -32,7 +32,7 @@ class Compute:
         """Inside, products and convolutions compute in the precision; the weights keep theirs."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.precision])
+        return torch.autocast(self.device.type, DTYPES[self.precision], cache_enabled=False)
 
     @property
     def mixed_precision(self) -> str:

@@ -209,6 +209,18 @@ def test_a_process_may_run_on_a_gpu_and_then_on_a_cpu(tmp_path):
         assert torch.is_autocast_enabled("cpu")
 
 
+def test_autocast_keeps_no_rounded_weights(tmp_path):
+    """torch 2.6 would give those of a pass without gradients to the next pass, and find no gradient there."""
+    compute = device.choose("cpu", "bf16")
+    for inside in (compute.autocast(), machine.make_accelerator(Settings("church"), tmp_path, compute).autocast()):
+        layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+        with inside:
+            assert not torch.is_autocast_cache_enabled()
+            with torch.no_grad():
+                layer(x)
+            assert layer(x).dtype == torch.bfloat16 and layer(x).requires_grad
+
+
 def test_fp16_gradients_of_the_mask_do_not_vanish():
     """Halves below 6e-8 are zero; the scale lifts them by 12 bits."""
     assert torch.tensor(1e-8, dtype=torch.float16) == 0

@@ -112,7 +112,9 @@ def published_erasediff(
             for _ in range(length):
                 adam.zero_grad()
                 batch = next(steps)
-                retain = mse_loss(noise_in(unet, batch.x_retain, batch.t_retain, batch.c_retain), batch.eps_retain)
+                retain = mse_loss(
+                    noise_in(unet, batch.x_retain, batch.t_retain, batch.c_retain), batch.eps_retain.double()
+                )
                 (retain + weight * forget(batch)).backward()
                 adam.step()
     return flat(unet) - before

@@ -80,7 +80,7 @@ def test_sld_is_the_obvious_loop(pipeline, warmup, scheduler, prediction):
     finally:
         pipeline.scheduler = usual
     scale = plain.abs().max()
-    assert (guarded - expected).abs().max() < 1e-4 * scale < 1e-3 * scale < (guarded - plain).abs().max()
+    assert (guarded - expected).abs().max() < 1e-4 * scale < 3e-4 * scale < (guarded - plain).abs().max()
 
 
 def test_the_presets_are_the_authors():

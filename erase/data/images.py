@@ -19,6 +19,7 @@ GREY16 = {"I;16", "I;16L", "I;16B"}
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", *GREY16}  # CMYK, Lab and float have no one meaning in RGB
 READER = 2  # version of what `read` and `square` return for a file; part of the identity of cached latents
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # of Windows; those of macOS are hidden
+_PNG = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR"
 _SYSTEM_FOLDERS = {"__MACOSX"}
 
 
@@ -97,7 +98,8 @@ def read(source: str | Path | bytes) -> np.ndarray:
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise BadImage("not an image") from error
+        # older Pillows say so too of a PNG with a damaged chunk in front of its pixels
+        raise BadImage("damaged" if data.startswith(_PNG) else "not an image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except Exception as error:  # a damaged file raises anything from SyntaxError to struct.error in its decoder

@@ -12,7 +12,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_tensorboard_available, is_wandb_available
+from accelerate.utils import (
+    AutocastKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 
 from erase import device
 from erase.errors import EraseError, missing
@@ -36,7 +42,8 @@ def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) 
         cpu=compute.device.type == "cpu",
         mixed_precision=compute.mixed_precision,
         log_with=settings.report_to,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+        # with the cache, torch 2.6 finds no gradient of weights that a pass without gradients has rounded
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT), AutocastKwargs(cache_enabled=False)],
         project_config=ProjectConfiguration(logging_dir=str(folder / "logs")),
         step_scheduler_with_optimizer=False,
     )
