@@ -136,17 +136,7 @@ def _compare(arguments: list[str]) -> None:
     given = vars(parser.parse_args(arguments))
     asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows")}
     quiet = given.pop("quiet")
-    if not 1 <= asked["seeds"] <= 10_000:
-        parser.error(f"--seeds is {asked['seeds']}; it must be at least 1 and at most 10000")
-    if not 0 <= asked["shadows"] <= 10_000:
-        parser.error(f"--shadows is {asked['shadows']}; it must be 0 or more and at most 10000")
-    if given["model"] is not None:
-        parser.error("--model does not go with compare, which trains an original model for every seed")
-    if given["method"] is not None:
-        parser.error("--method does not go with compare; use --methods")
-    for density in asked["densities"]:
-        if not 0 < density <= 1:
-            parser.error(f"--densities has {density}; each must be above 0 and at most 1")
+    _require_comparable(parser, asked, given)
     settings = _settings(given)
     for name in asked["methods"]:
         if name not in ("all", *PRESETS):
@@ -162,6 +152,21 @@ def _compare(arguments: list[str]) -> None:
     how: dict[str, Any] = {"shadows": asked["shadows"], "tell": _tell, "quiet": quiet}
     print(table(compare(settings, lines, seeds, folder, default_cache_dir(), **how)))
     print(f"{printable(folder)}: results.json, table.md, plot.png")
+
+
+def _require_comparable(parser: Parser, asked: dict[str, Any], given: dict[str, Any]) -> None:
+    """End with one line for an option that compare cannot follow. asked: its own options. given: those of a run."""
+    if not 1 <= asked["seeds"] <= 10_000:
+        parser.error(f"--seeds is {asked['seeds']}; it must be at least 1 and at most 10000")
+    if not 0 <= asked["shadows"] <= 10_000:
+        parser.error(f"--shadows is {asked['shadows']}; it must be 0 or more and at most 10000")
+    if given["model"] is not None:
+        parser.error("--model does not go with compare, which trains an original model for every seed")
+    if given["method"] is not None:
+        parser.error("--method does not go with compare; use --methods")
+    for density in asked["densities"]:
+        if not 0 < density <= 1:
+            parser.error(f"--densities has {density}; each must be above 0 and at most 1")
 
 
 COMMANDS: dict[str, Command] = {"train": _train, "compare": _compare}

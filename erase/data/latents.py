@@ -141,8 +141,7 @@ def gather(
     forget, forget_key = read(forget_source, "forget images")
     retain, retain_key = read(retain_source, "retain images")
     anchors = anchors_of(forget_source.prompts, pairs)
-    anchor = row(anchors)
-    others = row(concept.others)
+    anchor, others = row(anchors), row(concept.others)
     anchor_images, of_anchors = None, {}
     if plan.num_anchor:
         shown = _source(model, plan, None, [anchor for _, anchor in pairs], plan.num_anchor, first_seed, tell=tell)
@@ -150,8 +149,7 @@ def gather(
     record = {
         "num_forget": len(forget),
         "num_retain": len(retain),
-        "first_seed": None if plan.forget_images else first_seed,
-        "first_retain_seed": None if plan.retain_images else first_seed + RETAIN_SEED,
+        **_first_seeds(plan, first_seed),
         "forget_key": forget_key,
         "retain_key": retain_key,
         "truncated_captions": cut,
@@ -161,9 +159,16 @@ def gather(
     fingerprint = files.text_hash([*keys, list(rows), anchor.tolist(), others.tolist()])
     text = model.encode_text(list(rows))
     unconditional = model.unconditional(text[:1])  # row 0 is the empty prompt's
-    words, end = _places(model, forget_source.prompts, anchors)
-    places = (anchor, others, words, end)
+    places = (anchor, others, *_places(model, forget_source.prompts, anchors))
     return Data(forget, retain, *places, tuple(rows), text, unconditional, fingerprint, record, anchor_images)
+
+
+def _first_seeds(plan: Plan, first_seed: int) -> dict[str, int | None]:
+    """Of generated images; None for those of a folder."""
+    return {
+        "first_seed": None if plan.forget_images else first_seed,
+        "first_retain_seed": None if plan.retain_images else first_seed + RETAIN_SEED,
+    }
 
 
 def _sources(

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import (
     AutoencoderKL,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -19,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.families import architecture, components, pipeline_folder, sd3_parts, unet_file
-from erase.families.latent import LatentFamily
+from erase.families.flow import RectifiedFlow
 from erase.families.modes import evaluating, predicting
 from erase.families.protocol import Sampler, TokenRun
 from erase.families.stored_unet import reading
@@ -34,12 +33,10 @@ _TIME = ("time_text_embed.timestep_embedder.", "norm_out.", "proj_out.")
 
 
 @dataclass
-class StableDiffusion3(LatentFamily):
+class StableDiffusion3(RectifiedFlow):
     """Stable Diffusion 3 and 3.5 with their three text encoders, text to image.
 
-    A noisy latent is x_s = (1 - s) x_0 + s eps, and the network predicts v = eps - x_0 (Esser et al., ICML 2024,
-    arXiv:2403.03206), so that the noise in x_s is x_s + (1 - s) v. Timestep t, 0 to 999, is the noise level s of the
-    scheduler's training grid, whose shift is applied.
+    Esser et al., ICML 2024, arXiv:2403.03206.
 
     Text states are those of both CLIP encoders side by side, filled up with zeros to the width of T5's, then T5's.
     Attention is joint, and behind the first block a text token holds the image too. So `xattn` is the projections of
@@ -105,7 +102,7 @@ class StableDiffusion3(LatentFamily):
 
     def __post_init__(self) -> None:
         self.vae_scale = 2 ** (len(self.vae.config["block_out_channels"]) - 1)  # also while the VAE is released
-        self.sigmas: Tensor = self.sampler().sigmas[: self.num_timesteps].flip(0)  # rising
+        self.read_schedule()
 
     @classmethod
     def other_kind(cls, folder: Path) -> str | None:
@@ -170,31 +167,10 @@ class StableDiffusion3(LatentFamily):
     def multiple(self) -> int:
         return self.vae_scale * int(self.transformer.config["patch_size"])
 
-    # --- prediction ---
-
-    def predict(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """The noise that `network` sees in `x`: x + (1 - s) v."""
-        return x + (1 - self._levels(t, x)) * self._velocity(network, x, t, c)
-
-    def _velocity(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+    def inputs_of(self, c: Conditioning) -> dict[str, Any]:
         assert c.pooled is not None
-        return network(
-            hidden_states=x.to(network.dtype),
-            timestep=self._levels(t, x).view(-1) * self.num_timesteps,
-            encoder_hidden_states=c.text_states.to(network.dtype),
-            pooled_projections=c.pooled.to(network.dtype),
-        ).sample.float()
-
-    def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_s = (1 - s) x + s eps; t: int64, [n], 0 to 999."""
-        s = self._levels(t, x)
-        return (1 - s) * x + s * eps
-
-    def _levels(self, t: Tensor, x: Tensor) -> Tensor:
-        """The noise levels at timesteps t, [n, 1, 1, 1], with the dtype and on the device of x; copied there once."""
-        if (self.sigmas.device, self.sigmas.dtype) != (x.device, x.dtype):
-            self.sigmas = self.sigmas.to(x)
-        return self.sigmas[t][:, None, None, None]
+        dtype = self.transformer.dtype
+        return {"encoder_hidden_states": c.text_states.to(dtype), "pooled_projections": c.pooled.to(dtype)}
 
     # --- text ---
 
@@ -236,17 +212,6 @@ class StableDiffusion3(LatentFamily):
 
     # --- images ---
 
-    def sampler(self, name: Sampler = "model") -> Any:
-        """A fresh scheduler: the model's own, or DPM-Solver++ (Lu et al., 2022) on the same noise levels."""
-        if name == "dpm++":
-            return DPMSolverMultistepScheduler(
-                num_train_timesteps=self.num_timesteps,
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                flow_shift=self.scheduler.config["shift"],
-            )
-        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)  # pyright: ignore
-
     def draw(
         self,
         prompts: Sequence[str],
@@ -280,43 +245,6 @@ class StableDiffusion3(LatentFamily):
         """diffusers' pipeline of the model's parts with this transformer and scheduler."""
         parts: dict[str, Any] = {part: getattr(self, part) for part in self.parts if part != self.part}
         return StableDiffusion3Pipeline(**parts, transformer=network, scheduler=scheduler)
-
-    def times(self, steps: int) -> Tensor:
-        """Evenly spaced on the training grid, from the last timestep on."""
-        return torch.linspace(self.num_timesteps - 1, 0, steps + 1)[:-1].round().long()
-
-    @torch.no_grad()
-    def trajectory(
-        self, x: Tensor, index: Tensor, c: Conditioning, empty: Conditioning, *, steps: int, guidance: float
-    ) -> tuple[Tensor, Tensor]:
-        """By Euler steps of the flow, whatever the model's own scheduler; see `Family.trajectory`."""
-        index, times = index.cpu(), self.times(steps)
-        x = self._followed(x, c, empty, index, start=0, steps=steps, guidance=guidance)
-        return x, self._staged(times[index])
-
-    @torch.no_grad()
-    def draw_from(self, latents: Tensor, prompts: Sequence[str], *, start: int, steps: int, guidance: float) -> Tensor:
-        """By Euler steps of the flow; see `Family.draw_from`."""
-        refusal.refuse(prompts, "prompt")
-        to, how = torch.full((len(latents),), steps), {"start": start, "steps": steps, "guidance": guidance}
-        return self._followed(latents, self.encode_text(prompts), self.unconditional(), to, **how).cpu()
-
-    def _followed(
-        self, x: Tensor, c: Conditioning, empty: Conditioning, to: Tensor, *, start: int, steps: int, guidance: float
-    ) -> Tensor:
-        """Latents after `to` of the steps, int64 [n], begun at step `start`."""
-        x, c, empty = self._staged(x.clone()), c.each(self._staged), empty.each(self._staged)
-        times, guidance = self.times(steps), max(guidance, 1)  # 0 is none too, as in diffusers
-        levels = [*self.sigmas.cpu()[times].tolist(), 0.0]
-        with evaluating(self.transformer), predicting(self.transformer, self.precision):
-            for number in range(start, int(to.max())):
-                rows = self._staged((to > number).nonzero().view(-1))
-                t = torch.full((2 * len(rows),), int(times[number]), device=self.device)
-                both = Conditioning.cat([empty.expand(len(rows)), c[rows]])
-                v = self._velocity(self.transformer, x[rows].repeat(2, 1, 1, 1), t, both)
-                without, named = v.chunk(2)
-                x[rows] += (levels[number + 1] - levels[number]) * (without + guidance * (named - without))
-        return x
 
 
 T5_TOKENS = 256  # that the pipeline reads where it is not told otherwise

@@ -112,17 +112,13 @@ def decide(
     require_storage(settings, method)
     method = make_method(settings)
     require_retain_rows(settings, method)
-    side = settings.resolution or model.resolution
-    model.require_sides(f"--resolution is {side}", side)
-    if isinstance(method, methods.TrainedMethod) and method.attack:
-        _ = model.token_embeddings  # an error if there is none: words are learned in it
+    _require_able(model, settings, method)
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))
     base_hash = delta.content_hash(model.state_of(model.network))
     given_mask = load_mask(settings, model, parameters, base_hash)
-    forms.require_writable(
-        settings.save, model.folder, _changing(parameters, given_mask if "lora" in settings.save else None)
-    )
+    of_lora = given_mask if "lora" in settings.save else None
+    forms.require_writable(settings.save, model.folder, _changing(parameters, of_lora))
     identity = of_run(
         settings,
         [concept, *everything],
@@ -151,6 +147,14 @@ def decide(
         quiet=quiet,
         tell=tell,
     )
+
+
+def _require_able(model: Family, settings: Settings, method: methods.Method) -> None:
+    """Raise an EraseError where the model has no images of the size or nothing that the method needs."""
+    side = settings.resolution or model.resolution
+    model.require_sides(f"--resolution is {side}", side)
+    if isinstance(method, methods.TrainedMethod) and method.attack:
+        _ = model.token_embeddings  # an error if there is none: words are learned in it
 
 
 def _changing(parameters: Mapping[str, Parameter], mask: masks.Packed | None) -> dict[str, Parameter]:
