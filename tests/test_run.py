@@ -580,14 +580,14 @@ def test_the_user_sees_what_becomes_what_before_the_work_begins(toy_pipeline_dir
         ),
         (
             {"concept": "red bicycle"},
-            "does not know 'bicycle' (in --concept 'red bicycle'); it draws only what its presets name: checked, ",
+            "does not know 'bicycle' (in --concept 'red bicycle'); it knows its presets only: checked, ",
         ),
         (
             {"concept": "red bicycle", "kind": "object"},
-            "does not know 'bicycle' (in --concept 'red bicycle'); it draws",
+            "does not know 'bicycle' (in --concept 'red bicycle'); it knows its presets",
         ),
-        ({"concept": "cirlce"}, "does not know 'cirlce' (in --concept 'cirlce'); did you mean circle? it draws"),
-        ({"concept": "red disc", "kind": "object"}, "'red disc' is no preset of the embedded model, for which free"),
+        ({"concept": "cirlce"}, "does not know 'cirlce' (in --concept 'cirlce'); did you mean circle? it knows"),
+        ({"concept": "red disc", "kind": "object"}, "'red disc' is no preset of the embedded model; for free text"),
         ({"concept": "a nude girl", "kind": "object"}, "targets that involve minors"),
         (
             {"concept": "circle", "retain": ("a photo of a bicycle",)},

@@ -85,7 +85,8 @@ def apply(state: State, delta: Delta) -> dict[str, Tensor]:
     Raises:
         EraseError: `state` is not the very model that the delta was made from, or the delta is damaged.
     """
-    return _switch(state, delta, delta.base_hash, delta.result_hash, "starts from", "the delta is already applied")
+    done = f"to which {_origin(delta)}, is already applied"
+    return _switch(state, delta, delta.base_hash, delta.result_hash, "applied to", done)
 
 
 def remove(state: State, delta: Delta) -> dict[str, Tensor]:
@@ -94,7 +95,8 @@ def remove(state: State, delta: Delta) -> dict[str, Tensor]:
     Raises:
         EraseError: `state` is not the very model that the delta leads to, or the delta is damaged.
     """
-    return _switch(state, delta, delta.result_hash, delta.base_hash, "leads to", "the delta is not applied")
+    done = f"the base model of {_origin(delta)}: there is nothing to remove"
+    return _switch(state, delta, delta.result_hash, delta.base_hash, "removed from", done)
 
 
 def save(path: str | Path, delta: Delta) -> None:
@@ -151,12 +153,13 @@ def require_layout(here: Layout, there: Layout, where: str, *, dtypes: bool = Tr
             raise EraseError(f"{name!r} is {dtype} here but {expected_dtype} in {where}; load it as {expected_dtype}")
 
 
-def _switch(state: State, delta: Delta, start: str, end: str, verb: str, hint: str) -> dict[str, Tensor]:
+def _switch(state: State, delta: Delta, start: str, end: str, verb: str, done: str) -> dict[str, Tensor]:
+    """verb: for the message about another model. done: what the model is if it has the hash `end` already."""
     require_layout(layout_of(state), delta.layout, _origin(delta))
     found = content_hash(state)
     if found != start:
-        reason = hint if found == end else "it fits that model only"
-        raise EraseError(f"this model is {found[:12]} but {_origin(delta)}, {verb} {start[:12]}: {reason}")
+        reason = done if found == end else f"but {_origin(delta)}, can be {verb} {start[:12]} only"
+        raise EraseError(f"this model is {found[:12]}, {reason}")
     switched = dict(state)
     for name in delta.changed:
         new = _dense(delta, name).bitwise_xor_(_patterns(state[name])).view(state[name].dtype)

@@ -44,7 +44,7 @@ def require_name(name: str) -> None:
         guess = did_you_mean(name, known)
         raise EraseError(
             f"the embedded model does not know {strange[0]!r} (in --concept {name!r}); {guess}"
-            f"it draws only what its presets name: {listed(known, 'and')}"
+            f"it knows its presets only: {listed(known, 'and')}"
         )
 
 
@@ -57,8 +57,8 @@ def require_preset(name: str) -> None:
     require_name(name)
     if not _is_preset(name):
         raise EraseError(
-            f"--concept {name!r} is no preset of the embedded model, for which free text takes prompts of your own: "
-            f"--kind, --forget and --anchor; its presets are {listed(presets(), 'and')}"
+            f"--concept {name!r} is no preset of the embedded model; for free text it needs --kind, --forget and "
+            f"--anchor; its presets are {listed(presets(), 'and')}"
         )
 
 

@@ -157,7 +157,8 @@ class Task(ABC):
             return
         if concept is None:
             raise EraseError(
-                f"the task {self.name} needs a concept: --concept NAME, or a run folder, which names its own"
+                f"the task {self.name} needs a concept: give --concept NAME, or as the model a run folder, "
+                "whose run.json names it"
             )
         kind = concept.judge.get("type")
         if kind not in self.concept_judges:
