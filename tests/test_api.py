@@ -42,7 +42,7 @@ def test_a_delta_is_loaded_applied_and_removed_by_public_names(tmp_path):
 def test_the_version_is_written_once_and_the_package_is_typed():
     root = Path(erase.__file__).parent
     project = tomllib.loads((root.parent / "pyproject.toml").read_text())
-    assert "version" not in project["project"] and project["tool"]["hatch"]["version"]["path"] == "erase/__init__.py"
+    assert "version" not in project["project"] and project["tool"]["hatch"]["version"]["path"] == "erase/version.py"
     assert (root / "py.typed").is_file()
 
 
