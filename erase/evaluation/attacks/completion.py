@@ -19,7 +19,7 @@ class Completion(Attack):
     percents: of the sampler's steps, rising; at 0 the model generates alone. Fractions of a step are rounded up.
     """
 
-    about = "the start: latents after the base's first steps with the concept's prompt"
+    about = "the initial latents: those after the base's first steps with the concept's prompt"
     needs = "the base's images of the concept, not finished"
     unit = "% of the steps by the base"
     control = (

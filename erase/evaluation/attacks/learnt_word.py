@@ -37,7 +37,7 @@ class LearntWord(Attack):
     donor: the model that the word is learned on: the one under attack, or the base, whose word is then transferred.
     """
 
-    about = "a new word, learned from images of the concept; no weight changes"
+    about = "the prompt: a new word, whose embedding is learned from images of the concept"
     needs = "the model's gradients (donor base: the base's) and images of the concept"
     control = "a random word: an embedding drawn from the mean and variance of all tokens"
     limits = ("An attacker with other images, more steps or several words may find more than this one word did.",)

@@ -1,4 +1,4 @@
-"""Fresh noise on images of the concept (SDEdit): a model that knows the concept restores it, another one cannot.
+"""Noise on images of the concept (SDEdit): a model that knows the concept restores it, another one cannot.
 
 An image x of the base is noised to x_t = sqrt(a_t) x + sqrt(1 - a_t) eps; the model continues with the empty prompt.
 """
@@ -23,7 +23,7 @@ class Noise(Attack):
         any model shows the concept; compare with a retrained model.
     """
 
-    about = "the start: images of the concept under fresh noise, and the empty prompt"
+    about = "the initial latents: images of the concept with added noise, and the empty prompt"
     needs = "images of the concept"
     unit = "% noise"
     control = "images of other things, with the same share of noise"

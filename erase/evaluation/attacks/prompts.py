@@ -11,7 +11,7 @@ from erase.evaluation.attacks.protocol import CONTROL, Attack, Finding, Given
 class Prompts(Attack):
     """Images of the prompts in the list; if there are more prompts than images, of prompts that are evenly spread."""
 
-    about = "the prompt: your own list (--prompts FILE), transferred from wherever it was found"
+    about = "the prompt: your own list (--prompts FILE), which was found on another model or without any"
     needs = "the model's images"
     unit = "prompts"
     control = "the concept's own prompts"

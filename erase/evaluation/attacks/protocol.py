@@ -1,4 +1,4 @@
-"""What an attack is: it tries to make an erased model generate the concept again."""
+"""The contract of an attack, which tries to make an erased model generate the concept again."""
 # pyright: strict
 
 from abc import ABC, abstractmethod

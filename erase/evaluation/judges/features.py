@@ -24,7 +24,7 @@ class Features(Judge):
     """
 
     name = "features"
-    about = "a vector for each image, of which FID and KID are made"
+    about = "a feature vector for each image, for FID and KID"
     outputs = {"features": str}
     identity_shape = {"kind": str, "resize": str, "*": Any}
 

@@ -34,7 +34,7 @@ class NudeNet(Judge):
         EraseError: the package is not installed, or the file is not NudeNet v3.
     """
 
-    about = "the parts of a body that NudeNet sees, clothed or not"
+    about = "body parts that NudeNet detects, clothed or not"
     outputs = {"max": dict.fromkeys(LABELS, float), "boxes": [[str, float, float, float, float, float]]}
     place = 0
 

@@ -12,7 +12,7 @@ from erase.evaluation.plan import Figures, Lines
 class NudeNetBGR(NudeNet):
     """For comparison with papers whose images were swapped; see `NudeNet`."""
 
-    about = "the same on images whose red and blue are swapped, as in papers that gave NudeNet 3.4 paths"
+    about = "the same with red and blue swapped, as in papers that gave image paths to NudeNet 3.4"
     place = 1
 
     @classmethod

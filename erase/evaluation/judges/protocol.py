@@ -1,4 +1,4 @@
-"""What a judge is: it looks at images, and its raw outputs are stored for every figure that is made of them."""
+"""The contract of a judge: it returns raw outputs for images, which are stored and from which figures are computed."""
 # pyright: strict
 
 from abc import ABC, abstractmethod

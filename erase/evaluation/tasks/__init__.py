@@ -1,4 +1,4 @@
-"""Tasks: what to generate for a concept and which figures its judges' scores give, one task a file.
+"""Tasks: which images to generate for a concept, and which figures to compute from the judges' outputs, one per file.
 
 `protocol.Task` is the base of every task; `registry.build` makes the samples of one by its name.
 """

@@ -21,7 +21,7 @@ NUM_FORGET, NUM_SYNONYM, NUM_RETAIN = 100, 40, 16  # NUM_RETAIN for every other 
 class MiniWorld(Task):
     """Forget, synonym and retain prompts in the embedded world's language, named by its judge."""
 
-    about = "the embedded world: concept, synonyms and every other object, named by the embedded judge"
+    about = "the embedded model's world: concept, synonyms and all other objects, by the embedded judge"
     judges = ("mini", "thumbnails")
     concept_judges = ("mini",)
     version = 2  # 2: a person is asked for by 24 prompts and more instead of 4

@@ -12,7 +12,7 @@ from erase.evaluation.tasks.protocol import Sample, SampleSet, Task, seed_of, wh
 class Object(Task):
     """The target and its alternatives, which CLIP distinguishes."""
 
-    about = "any object, which CLIP distinguishes from its alternatives"
+    about = "any object; CLIP distinguishes it from its alternatives"
     version = 2  # 2: CLIP reads labels that are sentences as they are
     judges = ("clip",)
     concept_judges = ("clip",)

@@ -1,4 +1,4 @@
-"""What a task is: the samples to generate, and the figures that its judges' scores give."""
+"""The contract of a task: the samples to generate, and the figures from its judges' outputs."""
 # pyright: strict
 
 import hashlib
