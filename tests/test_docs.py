@@ -237,6 +237,34 @@ def test_every_name_is_in_a_table_of_its_page(page, names):
         assert any(f"`{name}`" in row for row in rows), name
 
 
+def test_the_quickstart_shows_and_explains_every_figure_that_the_evaluation_prints():
+    """In the printed table the n, too: as many images as the task has samples of each role."""
+    from erase.evaluation import expected
+    from erase.evaluation.tasks import registry
+
+    task = registry.build("mini", concepts.load("circle", model_family="mini"), Options())
+    names = expected.scores(task.identity(), task.samples, ["mini", "thumbnails"], base=True, gold=False, real=False)
+    page = PAGES["docs/quickstart.md"]
+    shown = dict(re.findall(r"^(\w+\.\w+) .* (\d+)$", page, re.MULTILINE))
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert list(shown) == list(names)
+    assert all(any(f"`{name}`" in row for row in rows) for name in names)
+    num = {role: sum(sample.role == role for sample in task.samples) for role in ("forget", "synonym", "retain")}
+    assert [int(shown[f"mini.{name}"]) for name in ("ua", "ua_synonym", "ra")] == list(num.values())
+    assert f"generates {len(task.samples)} images each" in page
+
+
+def test_the_attributes_of_a_family_on_the_page_are_declared():
+    from erase.families.protocol import Family
+
+    section = PAGES["docs/extending.md"].partition("## A model family")[2]
+    rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert len(names) >= 10
+    for name in names:
+        assert hasattr(Family, name) or name in Family.__annotations__, name
+
+
 def test_every_public_name_is_in_the_table_of_the_api():
     import erase
 
