@@ -70,9 +70,8 @@ class SLD:
             output = predict(_thrice(x, num), _thrice(t, num), torch.cat([text, _states(c_s, num, text)]), **more)
             predicted = output[0]
             eps_0, eps_p, eps_s = predicted.float().chunk(3)
-            unit = _noise_unit(pipeline, t).to(predicted.device)
-            gamma, nu = self.away(unit * eps_0, unit * eps_p, unit * eps_s, nu.to(predicted.device))
-            eps_p = eps_p - gamma / unit if step >= self.warmup else eps_p
+            gamma, nu = self.steer(eps_0, eps_p, eps_s, nu, noise_unit(pipeline.scheduler, t))
+            eps_p = eps_p - gamma if step >= self.warmup else eps_p
             step += 1
             return _with_prediction(output, torch.cat([eps_0, eps_p]).to(predicted.dtype))
 
@@ -86,6 +85,16 @@ class SLD:
         mu = torch.where(difference < self.threshold, phi, 0)
         gamma = mu * (eps_s - eps_0) + self.momentum_scale * nu
         return gamma, self.momentum_beta * nu + (1 - self.momentum_beta) * gamma
+
+    def steer(self, of_0: Tensor, of_p: Tensor, of_s: Tensor, nu: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma for predictions that are not of noise, in their own unit, and the next nu.
+
+        of_0, of_p, of_s: predictions, float, [n, c, h, w].
+        unit: scalar in [0, 1], what a difference of two predictions is in noise. At 0 gamma is 0.
+        """
+        nu, unit = nu.to(of_p.device), unit.to(of_p.device)
+        gamma, nu = self.away(unit * of_0, unit * of_p, unit * of_s, nu)
+        return torch.where(unit > 0, gamma / unit, 0), nu
 
 
 @dataclass(frozen=True)
@@ -135,10 +144,19 @@ def make(name: str, text: str) -> Guard:
     """
     if name not in PRESETS:
         raise EraseError(f"unknown guard {name!r}; {did_you_mean(name, PRESETS)}({', '.join(PRESETS)})")
+    require_text(text)
+    return PRESETS[name](text)
+
+
+def require_text(text: str) -> None:
+    """Refuse what no guard is made for.
+
+    Raises:
+        EraseError: no text, or one that involves minors in a sexual context.
+    """
     if not text.strip():
         raise EraseError("a guard needs a text to steer away from")
     refusal.refuse([text], "the guard's text")
-    return PRESETS[name](text)
 
 
 def require_acting(guard: Guard, passes: int) -> None:
@@ -159,6 +177,14 @@ def require_acting(guard: Guard, passes: int) -> None:
             f"{name} acts after its first {guard.warmup} network passes, and {passes} are made for an image; take more "
             "steps, or choose sld-max, which acts from the first one"
         )
+
+
+def noise_unit(scheduler: Any, t: Any) -> Tensor:
+    """What a difference of two predictions at timestep t is in noise: itself, or sqrt(alpha_t) of a difference of v."""
+    if scheduler.config.get("prediction_type", "epsilon") != "v_prediction":
+        return torch.ones(())
+    time = torch.as_tensor(t).flatten()[0].round().long().cpu()
+    return scheduler.alphas_cumprod[time].sqrt().float()
 
 
 # --- between a pipeline and its network -----------------------------------------------------------------------------
@@ -240,15 +266,6 @@ def _thrice(value: Any, num: int) -> Any:
     if isinstance(value, dict):
         return {key: _thrice(item, num) for key, item in value.items()}
     return type(value)(_thrice(item, num) for item in value) if isinstance(value, (tuple, list)) else value
-
-
-def _noise_unit(pipeline: Any, t: Any) -> Tensor:
-    """What a difference of two predictions is in noise: itself, or sqrt(alpha_t) of a difference of v."""
-    scheduler = pipeline.scheduler
-    if scheduler.config.get("prediction_type", "epsilon") != "v_prediction":
-        return torch.ones(())
-    time = torch.as_tensor(t).flatten()[0].round().long().cpu()
-    return scheduler.alphas_cumprod[time].sqrt().float()
 
 
 def _with_prediction(output: Any, predicted: Tensor) -> Any:

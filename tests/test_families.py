@@ -36,6 +36,7 @@ ALLOWED = {
     ("evaluation/commands/run.py", "unet"): "the option --unet",
     ("evaluation/sources.py", ".unet"): "the option --unet, in a dataclass of options",
     ("guards.py", ".unet"): "guards change a pipeline of diffusers, whose component it is",
+    ("guiders.py", "7.5"): "the default of diffusers' guiders",
     ("methods/scissorhands.py", ".attn1."): "its published code renews self-attention of two named blocks",
     ("methods/scissorhands.py", "7.5"): "its published code's guidance of the forget term",
     ("options/recipes.py", "7.5"): "the guidance inside the mask's loss in SalUn's code",

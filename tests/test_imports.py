@@ -27,7 +27,7 @@ LAYERS = (
     {"concepts", "delta", "masks"},
     {"guards", "methods"},
     {"options"},
-    {"commandline", "families"},
+    {"commandline", "families", "guiders"},
     {"data", "export"},
     {"mini", "training"},
     {"classification", "runs"},
