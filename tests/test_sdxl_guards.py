@@ -114,7 +114,7 @@ def test_it_works_with_another_pipeline_and_puts_everything_back(pipeline, name)
 
 def test_a_guard_needs_guidance(pipeline):
     for name in guards.PRESETS:
-        with guards.make(name, TEXT).on(pipeline), pytest.raises(EraseError, match="guidance_scale is at most 1"):
+        with guards.make(name, TEXT).on(pipeline), pytest.raises(EraseError, match="guidance_scale above 1"):
             draw(pipeline, guidance_scale=0.0)
 
 
