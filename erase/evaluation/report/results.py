@@ -14,9 +14,9 @@ from erase.files import read_json, text_hash, write_json
 from erase.statistics import Comparison, Score
 
 ROLES = {
-    "forget": "To forget",
+    "forget": "Forget prompts",
     "synonym": "Forget prompts, synonyms",
-    "retain": "To keep",
+    "retain": "Retain prompts",
     "": "Other",
     "still": "Failures: still shows the concept, or is invalid",
     "lost": "Failures: right with the base, wrong with the erased model",
