@@ -72,6 +72,10 @@ def test_an_option_of_the_command_line_wins(tmp_path, asked):
         ("concept = 'circle'\nconcept = 'square'", "not valid TOML"),
         ("concept = 'circle'\n[training]\nseed = 1", "'training'"),
         ("config-file = 'other.toml'", "'config-file'"),
+        ("seed = true", "--seed is True; it must be a whole number"),
+        ("learning_rate = true", "--learning-rate is True; it must be a number"),
+        ("num-forget = 3\nnum_forget = 4", "'num_forget' is a second value for --num-forget"),
+        ("steps = 3\nnum_inference_steps = 4", "is a second value for --num-inference-steps"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, capsys, text, said):
@@ -89,8 +93,42 @@ def test_only_the_record_of_a_finished_run_is_taken(tmp_path, capsys, content):
     assert "run.json" in refusal(capsys, "--config-file", path)
 
 
-def test_a_missing_file_is_named(tmp_path, capsys):
-    assert "none.toml" in refusal(capsys, "--config-file", tmp_path / "none.toml")
+@pytest.mark.parametrize("name", ["none.toml", "none.json"])
+def test_a_missing_file_is_named(tmp_path, capsys, name):
+    assert f"{name}: no such file" in refusal(capsys, "--config-file", tmp_path / name)
+
+
+def test_a_folder_is_told_from_the_record_in_it(tmp_path, capsys):
+    assert "give the run.json in it" in refusal(capsys, "--config-file", tmp_path)
+
+
+def test_short_names_of_options_are_names_in_a_file_too(tmp_path, asked):
+    path = tmp_path / "run.toml"
+    path.write_text('concept = "circle"\nmodel = "mini"\nsteps = 3\nguidance = 2.0\nsize = 64\n')
+    found = settings_of(asked, "--config-file", path)
+    assert (found.num_inference_steps, found.guidance_scale, found.resolution) == (3, 2.0, 64)
+
+
+@pytest.mark.parametrize("given", [("--method", "uce"), ("--recipe", "paper")])
+def test_a_record_is_not_run_with_the_defaults_of_another_method(tmp_path, capsys, given):
+    """Its settings are all filled in: another method or recipe would get none of its own."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"status": "done", "settings": asdict(Settings("circle", model="mini"))}))
+    line = refusal(capsys, "--config-file", path, *given)
+    assert f"{path} has every setting of {given[0]}" in line and ".toml" in line
+
+
+@pytest.mark.parametrize(("method", "set"), [("uce", ()), ("leco", ()), ("salun", ("alpha=0.5",))])
+def test_a_record_repeats_methods_without_alpha_or_with_alpha_among_their_hyperparameters(
+    method, set, tmp_path, toy_pipeline_dir
+):
+    how: dict[str, Any] = {"num_samples": 0, "save": ("delta",), "method": method, "set": set, "num_train_steps": 1}
+    how |= {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "quiet": True, "batch_size": 1}
+    first = erase_concept("church", str(toy_pipeline_dir), output=str(tmp_path / "one"), **how)
+    cli.main(["--quiet", "--config-file", str(first.folder / "run.json"), "--output", str(tmp_path / "two")])
+    second = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert second["model"]["result_hash"] == first.record.model.result_hash
+    assert second["method"] == json.loads((first.folder / "run.json").read_text())["method"]
 
 
 def test_the_record_of_a_run_repeats_it_to_the_bit(tmp_path, toy_pipeline_dir):

@@ -12,7 +12,7 @@ from erase import delta, erase_concept, guards
 from erase.concepts import Concept
 from erase.data import prompt_states
 from erase.errors import EraseError
-from erase.evaluation import generate
+from erase.evaluation import cli, generate
 from erase.families import loading
 from erase.families.sd3 import StableDiffusion3
 from erase.methods import METHODS
@@ -109,10 +109,21 @@ def test_every_method_erases_and_the_delta_is_exact(method, toy_sd3_dir, tmp_pat
 
 
 @pytest.mark.parametrize("method", REFUSED)
-def test_a_method_without_an_answer_is_refused_in_one_line(method, toy_sd3_dir, tmp_path):
+def test_a_method_without_an_answer_is_refused_before_any_image(method, toy_sd3_dir, tmp_path, cache_dir):
     with pytest.raises(EraseError, match=REFUSED[method]):
         erase_concept("church", str(toy_sd3_dir), method=method, output=str(tmp_path / "run"), **HOW)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not list(cache_dir.glob("latents/*"))
+
+
+@pytest.mark.parametrize("attack", ["p4d", "unlearn-diff-atk", "ring-a-bell", "learnt-word"])
+def test_an_attack_that_finds_words_is_refused_before_any_image(attack, toy_sd3_dir, clip_dir, tmp_path, capsys):
+    how = ["--base", toy_sd3_dir, "--concept", "van_gogh", "--judge-model", f"clip={clip_dir}", "--quick"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(
+            [str(one) for one in ("attack", "--model", toy_sd3_dir, "--attack", attack, *how, "--output", tmp_path)]
+        )
+    assert end.value.code == 2 and "sd3 has no table of token embeddings" in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/*.safetensors")) and not list(tmp_path.glob("**/*.json*"))
 
 
 @pytest.mark.parametrize(("form", "said"), [("lora", "sd3 has no names"), ("single-file", "written as folders only")])

@@ -202,6 +202,8 @@ def _check_source(
     hashes = generate.model_hashes(model)
     for job in jobs:
         settings = _settings(request, job, model)
+        if job.attack.finds_words:
+            _ = model.token_embeddings  # an error if there is none
         if model.guard:
             guards.require_acting(model.guard, job.attack.fewest_steps(settings["steps"]))
         score.check_size(job.judge, [generate.size_of(sample, settings) for sample in job.task.samples])

@@ -298,7 +298,13 @@ class Family(ABC):
         Raises:
             EraseError: this architecture has no cross-attention of its own.
         """
-        raise EraseError(f"{self.family} has no cross-attention layers; choose a method that needs none")
+        self.require_attention()
+        raise NotImplementedError
+
+    def require_attention(self) -> None:
+        """Raise an EraseError if `attention` does not work with this architecture."""
+        if type(self).attention is Family.attention:
+            raise EraseError(f"{self.family} has no cross-attention layers; choose a method that needs none")
 
     def use_attention(self, kind: str) -> None:
         """Choose attention kernels: "sdpa" is diffusers' own choice.

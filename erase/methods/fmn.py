@@ -26,6 +26,7 @@ class ForgetMeNot(TrainedMethod):
     """
 
     anchors = False
+    attends = True
 
     end: bool = True
 

@@ -109,10 +109,13 @@ class TrainedMethod(Method, ABC):
         hyperparameter.
     prepare_batches: the number of batches over which the gradients for `prepare` are summed; 0: no preparation.
     detaches_start: True if no gradient passes the key and the value of the start token in cross-attention.
+    attends: True if `loss` calls `model.attention`; models without cross-attention layers are then refused before the
+        first image.
     """
 
     images: Any = "concept"
     detaches_start: bool = False
+    attends: bool = False
     teacher_decay: Any = None
     prepare_batches: int = 0
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from erase import files
-from erase.errors import EraseError
-from erase.options.declare import checked, forms_of
+from erase.errors import EraseError, no_file
+from erase.options.declare import checked, flag, forms_of
 from erase.words import did_you_mean
 
 _OF_ONE_CALL = {"overwrite", "resume"}  # what a recorded run did with its folder is not repeated
@@ -24,8 +24,11 @@ def merged(path: str | None, given: Mapping[str, Any], options: type) -> dict[st
     named = {name: value for name, value in given.items() if value is not None}
     if path is None:
         return named
+    found = read(Path(path), options)
+    if Path(path).suffix == ".json":
+        _require_same_defaults(path, found, named)
     taken = {*named, *(_NAMES if not named.keys().isdisjoint(_NAMES) else ())}
-    return {name: value for name, value in read(Path(path), options).items() if name not in taken} | named
+    return {name: value for name, value in found.items() if name not in taken} | named
 
 
 def read(path: Path, options: type) -> dict[str, Any]:
@@ -35,21 +38,38 @@ def read(path: Path, options: type) -> dict[str, Any]:
         EraseError: the file cannot be read, is of an unfinished run, or holds an option that does not exist or a value
             that it may not have.
     """
+    if path.is_dir():
+        raise EraseError(f"{path} is a folder; give the run.json in it, or a .toml")
+    if not path.exists():
+        raise EraseError(no_file(path))
     values = _recorded(path) if path.suffix == ".json" else _written(path)
     known = {item.name: item for item in fields(options)}
+    aliases = {alias.removeprefix("--"): name for name in known for alias in known[name].metadata.get("aliases", ())}
     forms, found = forms_of(options), dict[str, Any]()
     for key, value in values.items():
-        name = key.replace("-", "_")
+        name = aliases.get(key, key.replace("-", "_"))
+        if name in found:
+            raise EraseError(f"{path}: {key!r} is a second value for {flag(name)}; leave one out")
         if name == "mixed_precision":
             found[name] = value  # checked together with `precision`
         elif name not in known:
-            raise EraseError(f"{path}: there is no option {key!r}; {did_you_mean(name, known)}(see --help)")
+            raise EraseError(f"{path}: there is no option {key!r}; {did_you_mean(name, known)}see --help")
         else:
             try:
                 found[name] = checked(value, known[name], forms[name])
             except EraseError as error:
                 raise EraseError(f"{path}: {error}") from error
     return found
+
+
+def _require_same_defaults(path: str, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse another method or recipe for a recorded run: its record has no defaults left that they could fill in."""
+    for name in ("method", "recipe"):
+        if name in recorded and given.get(name, recorded[name]) != recorded[name]:
+            raise EraseError(
+                f"{path} has every setting of {flag(name)} {recorded[name]}, so {flag(name)} {given[name]} would not "
+                "get its own defaults; write the options to keep in a .toml file"
+            )
 
 
 def _written(path: Path) -> dict[str, Any]:
@@ -61,13 +81,15 @@ def _written(path: Path) -> dict[str, Any]:
 
 def _recorded(path: Path) -> dict[str, Any]:
     stored = files.read_json(path)
-    settings = stored.get("settings")
+    settings, method = stored.get("settings"), stored.get("method")
     if stored.get("status", "done") != "done" or not isinstance(settings, dict):
         raise EraseError(f"{path} is not the record of a finished run; give the run.json of one, or a .toml")
     without_effect = {  # recorded, but refused when given
         "num_forget": settings.get("forget_images") is not None,
         "num_retain": settings.get("retain_images") is not None,
         "lora_rank": "lora" not in settings.get("save", ()),
+        "alpha": (isinstance(method, dict) and "alpha" not in method)
+        or "alpha" in (text.partition("=")[0].strip() for text in settings.get("set", ())),
     }
     left_out = _OF_ONE_CALL | {name for name, is_so in without_effect.items() if is_so}
     return {name: value for name, value in settings.items() if value is not None and name not in left_out}

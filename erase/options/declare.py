@@ -117,6 +117,8 @@ def checked(value: Any, item: Field[Any], form: Form) -> Any:
 
 def _checked_one(value: Any, item: Field[Any], form: Form) -> Any:
     try:
+        if isinstance(value, bool) and form.type is not bool:
+            raise TypeError("bool")  # Python counts True as 1, but `seed = true` in a file is a mistake
         plain = _PLAIN[form.type](value)
     except (TypeError, ValueError, OverflowError) as error:
         raise EraseError(f"{flag(item.name)} is {value!r}; it must be {_NOUNS[form.type]}") from error

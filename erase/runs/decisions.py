@@ -155,6 +155,8 @@ def _require_able(model: Family, settings: Settings, method: methods.Method) -> 
     model.require_sides(f"--resolution is {side}", side)
     if isinstance(method, methods.TrainedMethod) and method.attack:
         _ = model.token_embeddings  # an error if there is none: words are learned in it
+    if isinstance(method, methods.TrainedMethod) and method.attends:
+        model.require_attention()
 
 
 def _changing(parameters: Mapping[str, Parameter], mask: masks.Packed | None) -> dict[str, Parameter]:

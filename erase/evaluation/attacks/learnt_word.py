@@ -39,6 +39,7 @@ class LearntWord(Attack):
 
     about = "the prompt: a new word, whose embedding is learned from images of the concept"
     needs = "the model's gradients (donor base: the base's) and images of the concept"
+    finds_words = True
     control = "a random word: an embedding drawn from the mean and variance of all tokens"
     limits = ("An attacker with other images, more steps or several words may find more than this one word did.",)
 

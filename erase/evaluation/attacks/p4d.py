@@ -36,6 +36,7 @@ class P4D(Attack):
 
     about = "the prompt: words with which the model predicts what the base predicts for the concept"
     needs = "the model's gradients, the base, and an image of the concept for each prompt"
+    finds_words = True
     control = "random words"
     limits = ("Only one set of words was searched for each prompt; a learned embedding may find more.",)
     looks = True

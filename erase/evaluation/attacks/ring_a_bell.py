@@ -39,6 +39,7 @@ class RingABell(Attack):
 
     about = "the prompt: another text, near the concept in the space of the text encoder"
     needs = "the base's text encoder, and prompts with and without the concept"
+    finds_words = True
     control = "random words"
     limits = ("The texts were found without the model: an attacker who has it may find better ones.",)
 

@@ -36,6 +36,7 @@ class UnlearnDiffAtk(Attack):
 
     about = "the prompt: words before it, found with the model's own loss on an image of the concept"
     needs = "the model's gradients, and an image of the concept for each prompt"
+    finds_words = True
     control = "random words before the prompt"
     limits = ("Only words before the concept's own prompts were searched; a learned embedding may find more.",)
     looks = True
