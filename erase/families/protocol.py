@@ -43,29 +43,29 @@ class TokenRun:
 
 
 class Family(ABC):
-    """One loaded model of one architecture. A family is a subclass in a file of its own, see `erase.families.registry`.
+    """A loaded model of one architecture. A family is a subclass in a file of its own, see `erase.families.registry`.
 
-    Called with (x, t, c) it predicts the noise in the latents x, [n, c, h, w], at timesteps t, int64 [n], under the
-    conditioning c. `methods` see nothing else of it; `training` updates `network`; `data` asks for latents and text
-    states; `export` copies the untouched parts from `folder`.
+    Called with (x, t, c) it predicts the noise in the latents x, [n, c, h, w], at timesteps t, int64 [n], for the
+    conditioning c. `methods` use nothing else of it; `training` updates `network`; `data` needs latents and text
+    states; `export` copies the unchanged parts from `folder`.
 
     Every optional part is declared here with its default.
 
-    family: the name of the architecture, an identifier. pipelines: class names in model_index.json that it loads; the
-        first opens the folders that are written. pipeline_module: where that class is imported from.
-    part: the subfolder of the network that is trained, and the prefix of its weights' names in deltas.
-    parts: all subfolders that decide an image. data_parts: those that make latents and text states.
-    num_timesteps: of the training schedule. scopes: by name, which weights may be trained at all. "full" is every
-        weight; a method's preset asks for other scopes by the names in `scope.SCOPES`.
-    guidance_scale: of generated images, where neither user, task nor model folder says; 1 is none.
-    takes_guards: whether `guard` acts on what the model generates.
-    tags: of the model card, beside those of every card. licences: of models on the hub, by the start of their ids.
+    family: name of the architecture, an identifier. pipelines: pipeline classes in model_index.json that it loads; the
+        first one opens the folders that are written. pipeline_module: the module of that class.
+    part: subfolder of the network that is trained, and the prefix of its weights' names in deltas.
+    parts: all subfolders that determine an image. data_parts: those for latents and text states.
+    num_timesteps: of the training schedule. scopes: by name, the parameters that may be trained. "full" is all of them;
+        the presets of methods use the names in `scope.SCOPES`.
+    guidance_scale: default guidance of generated images; 1 is none.
+    takes_guards: whether `guard` has an effect on generated images.
+    tags: additional tags of the model card. licences: of models on the hub, by the beginning of their ids.
     models: the kinds of models that it is tested on, for the table of supported models.
 
-    folder: the diffusers folder that it came from.
-    defaults: what the folder's erase_defaults.json says, and "family": "mini" for the embedded model's world.
-    guard: an inference-time guard that acts whenever the model generates.
-    notes: lines that the user should see about how the model was loaded.
+    folder: the diffusers folder of the model.
+    defaults: the content of its erase_defaults.json, and "family": "mini" for the embedded model's world.
+    guard: an inference-time guard that is active whenever the model generates.
+    notes: lines for the user about how the model was loaded.
     precision: of the network and the VAE in passes without gradients; their outputs are float32.
     """
 

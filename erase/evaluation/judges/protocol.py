@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a judge is made for.
+    """What a judge is created for.
 
-    options: of the task's sample set: the concept as judges name it. imagenet_classes: that the task asks for.
-    source: the judge's weights, a hub id, folder or file; None for its default. device: to compute on.
+    options: those of the task's sample set; they name the concept. imagenet_classes: classes that the task needs.
+    source: the judge's weights: a hub id, folder or file; None for its default. device: on which it computes.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -33,17 +33,17 @@ class Assignment:
 
 
 class Judge(ABC):
-    """Something that looks at images.
+    """A judge of images.
 
-    The class alone, without weights, reads and interprets stored outputs; an instance makes them.
+    An instance has the weights and computes raw outputs. The class alone reads and interprets stored outputs.
     """
 
-    name: str = ""  # of its files of scores; the registry sets the one that it is registered under
-    about: ClassVar[str] = ""  # one line: what it says of an image
-    outputs: ClassVar[Mapping[str, Any]] = {}  # shape of what `score` says of a valid image, see `shapes`
-    identity_shape: ClassVar[Mapping[str, Any]] = {"*": Any}  # of what `identity` returns
-    size: int | None = None  # the only height and width of images that it can look at; None: any
-    place: ClassVar[int] = 100  # of its figures in a report on own images: judges with lower ones come first
+    name: str = ""  # name of its score files; the registry sets it to the registered name
+    about: ClassVar[str] = ""  # one line for `eval-concept list`: what it outputs for an image
+    outputs: ClassVar[Mapping[str, Any]] = {}  # shape of the output for a valid image, see `shapes`
+    identity_shape: ClassVar[Mapping[str, Any]] = {"*": Any}  # shape of what `identity` returns
+    size: int | None = None  # the only height and width of images that it accepts; None: any
+    place: ClassVar[int] = 100  # order of its figures in a report on own images; lower ones come first
 
     @classmethod
     def make(cls, assignment: Assignment) -> "Judge":
@@ -56,31 +56,31 @@ class Judge(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All that its outputs depend on, as JSON values; scores of another identity are not continued."""
+        """Everything that its outputs depend on, as JSON values; scores of another identity are not continued."""
 
     @abstractmethod
     def score(self, images: "Sequence[np.ndarray]", prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """What it says of each image, in the shape of `outputs`.
+        """The output for each image, in the shape of `outputs`.
 
-        images: uint8, [h, w, 3]. prompts: that they were generated from.
+        images: uint8, [h, w, 3]. prompts: from which they were generated.
         """
 
     @classmethod
     def figures(cls, lines: Lines, options: Mapping[str, Any]) -> Figures:
-        """What its scores say of a user's own images, beside a task that knows what was asked for.
+        """The figures for a user's own images (tasks `prompts` and `images`).
 
-        lines: of every judge, its own among them.
+        lines: the outputs of every judge, its own included.
         """
         return Figures()
 
     @classmethod
     def knows(cls, options: Mapping[str, Any]) -> bool:
-        """Whether `shows` can tell, for the concept that a sample set's options name."""
+        """Whether `shows` works for the concept that a sample set's options name."""
         return False
 
     @classmethod
     def shows(cls, line: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-        """Whether a valid image shows the concept that the options name. line: the output for the image."""
+        """Whether a valid image shows the concept that the options name. line: its output for the image."""
         raise EraseError(f"the judge {cls.__name__} cannot tell whether an image shows a concept; choose another")
 
     @classmethod

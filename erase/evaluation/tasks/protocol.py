@@ -20,9 +20,9 @@ IMAGES_VERSION = 2  # of the task images, whose folders `arm.adopt` makes
 class Sample:
     """One image to generate.
 
-    id: stable name, unique in its task. role: "forget", "synonym", "retain", or "" for own prompts. label: what it asks
-    for, as the judge calls it. cluster: samples that resemble each other, for intervals; one prompt is one cluster.
-    guidance, height, width: None for the task's own. facts: what groups and measures need besides.
+    id: stable name, unique in its task. role: "forget", "synonym", "retain", or "" for own prompts. label: what the
+    prompt asks for, in the judge's words. cluster: for intervals; samples of one prompt are one cluster.
+    guidance, height, width: None for the task's own. facts: further values for groups and figures.
     """
 
     id: str
@@ -41,17 +41,17 @@ class Sample:
 
     @property
     def run(self) -> str:
-        """Which of several runs of an attack the image is of; "" where there is no attack."""
+        """The run of an attack that the image belongs to; "" without an attack."""
         return str(self.facts.get("attack_seed", ""))
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """A pinned list of samples and the judges that its measures need.
+    """A fixed list of samples and the judges that its figures need.
 
-    judges: empty for tasks that leave the choice to the user. options: the choices that made it, as they go into the
-    protocol. steps, guidance: None for what suits the model.
-    note: what was read from a prompt file, for the user; not a part of the identity.
+    judges: empty for tasks that leave the choice to the user. options: the options that it was built from; part of the
+    protocol. steps, guidance: None for the model's own.
+    note: a line for the user about a prompt file that was read; not part of the identity.
     """
 
     id: str
@@ -72,7 +72,7 @@ class SampleSet:
         assert len(set(ids)) == len(ids), "sample ids must be unique"
 
     def identity(self) -> dict[str, Any]:
-        """What a result may be compared by: another prompt, seed or option is another identity."""
+        """Everything that must be equal for results to be comparable: prompts, seeds and options."""
         return {
             "id": self.id,
             "version": self.version,
@@ -85,34 +85,34 @@ class SampleSet:
 
 
 def seed_of(task: str, sample: str, image: int = 0) -> int:
-    """In [0, 2^32), the same for ever."""
+    """A seed in [0, 2^32) that depends on the arguments only."""
     digest = hashlib.sha256(f"{task}/{sample}/{image}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
 
 class Task(ABC):
-    """A task: it builds the samples for a concept, and makes a plan of figures from what judges say of the images.
+    """A task: it builds the samples for a concept, and computes outcomes from the judges' outputs.
 
-    An instance is made with the name that the task is registered under, which is its id in files.
+    name: the name that the task is registered under; its id in files.
     """
 
     about: ClassVar[str] = ""  # one line for `eval-concept list`
     version: ClassVar[int] = 1  # raise it with every change that could change a figure
-    judges: ClassVar[tuple[str, ...]] = ()  # that its figures need; empty: the user chooses with --judge
-    steps: ClassVar[int | None] = None  # sampler steps; None: the model's own
-    guidance: ClassVar[float | None] = None  # of samples that have none of their own; None: the model's own
-    concept_judges: ClassVar[tuple[str, ...]] = ()  # judge types of concepts that it can judge; empty: needs no concept
-    imagenet_classes: ClassVar[tuple[int, ...]] = ()  # that an ImageNet classifier must have
-    limits: ClassVar[tuple[str, ...]] = ()  # what a report says that this task does not show
+    judges: ClassVar[tuple[str, ...]] = ()  # names of the judges that it needs; empty: the user chooses with --judge
+    steps: ClassVar[int | None] = None  # sampling steps; None: the model's own
+    guidance: ClassVar[float | None] = None  # for samples without their own; None: the model's own
+    concept_judges: ClassVar[tuple[str, ...]] = ()  # types of `Concept.judge` that it accepts; empty: needs no concept
+    imagenet_classes: ClassVar[tuple[int, ...]] = ()  # classes that an ImageNet classifier must have
+    limits: ClassVar[tuple[str, ...]] = ()  # sentences for the report: what this task does not test
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     @abstractmethod
     def build(self, concept: Concept | None, options: Options) -> SampleSet:
-        """The samples for a concept; `sample_set` makes the result.
+        """The samples for a concept. Use `sample_set` for the result.
 
-        concept: one that `concept_judges` fit; None if there is none and the task needs none.
+        concept: one that fits `concept_judges`; None if the task needs none and none is given.
 
         Raises:
             EraseError: an option is wrong, or prompts cannot be read.
@@ -120,18 +120,18 @@ class Task(ABC):
 
     @abstractmethod
     def plan(self, samples: Sequence[Sample], lines: Lines, options: Mapping[str, Any]) -> Plan:
-        """The outcomes of each sample and which of them make the verdict.
+        """The outcome columns of the samples, and which of them decide the verdict.
 
-        lines: each judge's output for each sample. An invalid image has only "invalid", and never counts as success.
+        lines: each judge's output for each sample. That of an invalid image has only "invalid"; it is never a success.
         options: those of the sample set.
         """
 
     def limits_of(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """What a report says that these samples do not show. options: of the sample set."""
+        """Sentences for the report: what these samples do not test. options: those of the sample set."""
         return self.limits
 
     def options_shape(self) -> dict[str, Any]:
-        """What `plan` needs of the options, as `shapes` writes it; checked when they are read from a file."""
+        """The shape of the options that `plan` needs (see `shapes`); checked when they are read from a file."""
         return {"*": Any}
 
     def sample_set(
