@@ -83,6 +83,23 @@ def test_sld_is_the_obvious_loop(pipeline, warmup, scheduler, prediction):
     assert (guarded - expected).abs().max() < 1e-4 * scale < 3e-4 * scale < (guarded - plain).abs().max()
 
 
+def test_where_noise_is_all_there_is_nothing_to_steer(pipeline):
+    """With zero terminal SNR alpha is 0 at the first step: differences of v are none in noise, and none is divided."""
+    usual, options = pipeline.scheduler, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    try:
+        config = {**usual.config, "prediction_type": "v_prediction", **options}
+        scheduler: Any = DDIMScheduler.from_config(config)
+        assert scheduler.alphas_cumprod[-1] == 0
+        pipeline.scheduler = scheduler
+        plain, one = draw(pipeline), draw(pipeline, steps=1)
+        with SLD(TEXT, 0, **LOUD).on(pipeline):
+            assert torch.allclose(draw(pipeline, steps=1), one, atol=1e-5)
+            guarded = draw(pipeline)
+        assert guarded.isfinite().all() and not torch.allclose(guarded, plain)
+    finally:
+        pipeline.scheduler = usual
+
+
 def test_the_presets_are_the_authors():
     told = {name: (s.warmup, s.guidance, s.threshold, s.momentum_scale, s.momentum_beta)
             for name, make in guards.PRESETS.items() if isinstance(s := make("x"), SLD)}  # fmt: skip
