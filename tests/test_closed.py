@@ -411,7 +411,7 @@ def test_a_saliency_mask_and_rounded_weights_go_with_a_closed_form(toy_pipeline_
     ("name", "given", "message"),
     [
         ("uce", "tokens=first", "--set is 'tokens=first'; choose last, tail, all"),
-        ("uce", "lamb=0", "(lamb) is 0.0; it must be above 0"),
+        ("uce", "lamb=0", r"\(lamb\) is 0.0; it must be above 0"),
         ("rece", "epochs=-1", "epochs 0 or more"),
         ("rece", "xi=0", "xi must be above 0"),
         ("rece", "epochs=1.5", "it must be a whole number"),

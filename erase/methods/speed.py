@@ -1,5 +1,6 @@
 """SPEED (Li et al., ICLR 2026): a closed form inside the null space of what must stay."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -118,16 +119,12 @@ def constrained(method: SPEED, W: Tensor, away: Tensor, S_tt: Tensor, P: Tensor,
 
 def k_means(points: Tensor, num: int, draw: torch.Generator) -> Tensor:
     """Centres, [at most num, d], by Lloyd's iteration from a farthest-first start whose first point is drawn."""
+    from scipy.cluster.vq import kmeans2
+
     chosen = [int(torch.randint(len(points), (), generator=draw))]
     while len(chosen) < min(num, len(points)):
         chosen.append(int(torch.cdist(points, points[chosen]).min(dim=1).values.argmax()))
-    centres = points[chosen]
-    for _ in range(100):
-        nearest = torch.cdist(points, centres).argmin(dim=1)
-        moved = torch.stack(
-            [points[nearest == k].mean(dim=0) if (nearest == k).any() else centres[k] for k in range(len(centres))]
-        )
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    return centres
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")  # of equal points; its centre stays
+        centres, _ = kmeans2(points.numpy(), points[chosen].numpy(), iter=100, minit="matrix")
+    return torch.from_numpy(centres).to(points)
