@@ -2,9 +2,8 @@
 # pyright: strict, reportPrivateImportUsage=false
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,40 +15,25 @@ from torch.nn import Parameter
 from erase import delta
 from erase.conditioning import Conditioning
 from erase.errors import EraseError
+from erase.families.prompted import Prompted
+from erase.families.prompted import TokenRun as TokenRun
 from erase.families.scope import inside
+from erase.families.stored import Stored
 from erase.families.supported import Model
 from erase.guards import Guard
 
 Sampler = Literal["model", "dpm++"]
 
 
-@dataclass(frozen=True)
-class TokenRun:
-    """Tokens of a prompt in one part of the text states, which are those of one text encoder.
-
-    begin, stop: the part's places in the states. first: the place of the first of `tokens`, behind a start token if the
-        encoder has one. tokens: those of the prompt, without start and end.
-    """
-
-    begin: int
-    first: int
-    stop: int
-    tokens: list[int]
-
-    @property
-    def last(self) -> int:
-        """The place of the prompt's last token; where the part begins if it has none."""
-        return max(self.begin, self.first + len(self.tokens) - 1)
-
-
-class Family(ABC):
+class Family(Stored, Prompted):
     """A loaded model of one architecture. A family is a subclass in a file of its own, see `erase.families.registry`.
 
     Called with (x, t, c) it predicts the noise in the latents x, [n, c, h, w], at timesteps t, int64 [n], for the
     conditioning c. `methods` use nothing else of it; `training` updates `network`; `data` needs latents and text
     states; `export` copies the unchanged parts from `folder`.
 
-    Every optional part is declared here with its default.
+    Every optional part is declared with its default: what is about folders and files in `Stored`, what is about prompts
+    in `Prompted`, and all else here.
 
     family: name of the architecture, an identifier. pipelines: pipeline classes in model_index.json that it loads; the
         first one opens the folders that are written. pipeline_module: the module of that class.
@@ -69,9 +53,6 @@ class Family(ABC):
     precision: of the network and the VAE in passes without gradients; their outputs are float32.
     """
 
-    family: ClassVar[str] = ""
-    pipelines: ClassVar[tuple[str, ...]] = ()
-    pipeline_module: ClassVar[str] = "diffusers"
     part: ClassVar[str] = "unet"
     parts: ClassVar[tuple[str, ...]] = ()
     data_parts: ClassVar[tuple[str, ...]] = ()
@@ -80,7 +61,6 @@ class Family(ABC):
     guidance_scale: ClassVar[float] = 0.0  # to be stated
     takes_guards: ClassVar[bool] = True
     tags: ClassVar[tuple[str, ...]] = ()
-    licences: ClassVar[Mapping[str, str]] = {}
     models: ClassVar[tuple[Model, ...]] = ()
 
     name: str
@@ -89,106 +69,6 @@ class Family(ABC):
     guard: Guard | None
     notes: tuple[str, ...]
     precision: str
-
-    # --- folders ---
-
-    @classmethod
-    def other_kind(cls, folder: Path) -> str | None:
-        """What a pipeline folder of one of `pipelines` is, if this family cannot load it; None if it can."""
-        return None
-
-    @classmethod
-    @abstractmethod
-    def from_folder(
-        cls, source: str | Path, folder: Path, *, allow_pickle: bool = False, weights_file: str | Path | None = None
-    ) -> Self:
-        """The model of a diffusers folder, in float32 on the CPU, with its parts checked.
-
-        source: what the user gave, for messages and the model's name.
-        allow_pickle: accept weights that are not safetensors.
-        weights_file: weights of the network, all or some, that replace the folder's.
-
-        Raises:
-            EraseError: a part is missing, damaged or of another model.
-        """
-
-    @classmethod
-    @abstractmethod
-    def read_network(
-        cls,
-        folder: Path,
-        *,
-        allow_pickle: bool = False,
-        weights_file: str | Path | None = None,
-        tell: Callable[[str], None] = lambda line: None,
-    ) -> ModelMixin:
-        """The network alone of a diffusers folder, in float32 on the CPU, as `from_folder` reads it.
-
-        tell: called with lines for the user about `weights_file`.
-        """
-
-    @classmethod
-    def knows_file(cls, shapes: Mapping[str, Sequence[int]]) -> bool:
-        """Whether `convert` reads the single .safetensors file that holds tensors of these names and shapes."""
-        return False
-
-    @classmethod
-    def convert(
-        cls, path: Path, *, allow_pickle: bool = False, config: str | None = None, cache_dir: Path | None = None
-    ) -> tuple[Path, list[str]]:
-        """The diffusers folder of a single checkpoint file, made in the cache once, and lines for the user about it.
-
-        config: a diffusers folder whose configs and tokenizer are used; None asks the hub for them.
-
-        Raises:
-            EraseError: this family reads folders only, or the file cannot be read.
-        """
-        raise EraseError(f"{path}: {cls.family} is read from folders only; give a diffusers folder")
-
-    @classmethod
-    def no_checkpoint(cls, folder: Path) -> str | None:
-        """Why a pipeline folder cannot be written as a single checkpoint file; None if it can, see `checkpoint`."""
-        return f"{cls.family} models are written as folders only"
-
-    @classmethod
-    def checkpoint(cls, folder: Path, network: delta.State | None = None) -> dict[str, Tensor]:
-        """All weights of a pipeline folder under their names in single checkpoint files.
-
-        network: the trained network's weights; those in the folder if None.
-
-        Raises:
-            EraseError: see `no_checkpoint`; or a component has no weights.
-        """
-        raise EraseError(f"{folder}: {cls.no_checkpoint(folder)}; use the folder")
-
-    @classmethod
-    def licence(cls, source: str) -> str | None:
-        """The hub's identifier of the licence of a model on the hub; None if it is not known."""
-        return next((licence for start, licence in cls.licences.items() if source.startswith(start)), None)
-
-    @classmethod
-    def keep(cls, pipeline: Any, cache_dir: Path | None = None) -> Path:
-        """The folder of a pipeline in memory, written to the cache once with the same bits.
-
-        Raises:
-            EraseError: this family reads folders only, or the pipeline is incomplete.
-        """
-        raise EraseError(f"a {type(pipeline).__name__} in memory cannot be read; save it, and give its folder")
-
-    @classmethod
-    def needs_dtype(cls, folder: Path) -> bool:
-        """Whether `from_pretrained` opens a written folder correctly only with dtype=torch.float32."""
-        return False
-
-    @classmethod
-    def loading_code(cls, folder: Path, shown: str, alias: str = "") -> list[str]:
-        """Lines of Python that open a written folder as a pipeline. shown: the folder as the code names it."""
-        name, dtype = cls.pipelines[0], ", dtype=torch.float32" if cls.needs_dtype(folder) else ""
-        return [
-            *(["import torch"] if dtype else []),
-            f"from {cls.pipeline_module} import {name}{alias and f' as {alias}'}",
-            f"pipeline = {alias or name}.from_pretrained({shown}{dtype})",
-        ]
 
     # --- the network that is trained ---
 
@@ -314,89 +194,6 @@ class Family(ABC):
         """
         if kind != "sdpa":
             raise EraseError(f"--attention {kind} is not known for {self.family}; leave it out")
-
-    # --- text ---
-
-    @property
-    @abstractmethod
-    def max_tokens(self) -> int:
-        """Tokens that the text encoder reads, start and end included: the length of its states."""
-
-    @abstractmethod
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of the prompts, one row each, on the CPU.
-
-        Raises:
-            EraseError: a prompt shows minors in a sexual context.
-        """
-
-    def unconditional(self, empty: Conditioning | None = None) -> Conditioning:
-        """The single row that guidance starts from: by default that of the empty prompt.
-
-        empty: the conditioning of the empty prompt, one row, if it is encoded already.
-        """
-        return self.encode_text([""]) if empty is None else empty
-
-    @property
-    def text_encoders(self) -> Sequence[nn.Module]:
-        """The networks of `encode_text`; loaded again if they were released."""
-        return ()
-
-    @property
-    def token_embeddings(self) -> Tensor:
-        """The text encoder's embedding of each token, [vocabulary, d]; of several encoders side by side.
-
-        Raises:
-            EraseError: this architecture has no single table of them.
-        """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
-
-    def set_token(self, token: int, embedding: Tensor) -> None:
-        """Let the text encoder know the token by this embedding, [d], from here on; see `token_embeddings`."""
-        with torch.no_grad():
-            self.token_embeddings[token] = embedding
-
-    def encode_with(self, prompts: Sequence[str], token: int, embedding: Tensor) -> Conditioning:
-        """Conditioning of the prompts where one token has another embedding, [d], with gradients, on the device.
-
-        Raises:
-            EraseError: see `token_embeddings`; or a prompt shows minors in a sexual context.
-        """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
-
-    def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
-        """Conditioning of texts that are given as tokens, one row each, with gradients, on the device.
-
-        tokens: the numbers between start and end. embeddings: [n, k, d], in place of those of the first k tokens.
-
-        Raises:
-            EraseError: see `token_embeddings`.
-        """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of these tokens; its own tokens may be others.
-
-        Raises:
-            EraseError: see `token_embeddings`.
-        """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
-
-    @abstractmethod
-    def tokens(self, prompt: str) -> list[int]:
-        """Numbers of the prompt's tokens between start and end, as far as the text encoder reads them."""
-
-    @abstractmethod
-    def all_tokens(self, prompt: str) -> list[int]:
-        """As `tokens`, with those behind the text encoder's limit, which it never sees."""
-
-    def token_runs(self, prompt: str) -> list[TokenRun]:
-        """The prompt's tokens in each part of the text states that a text encoder of its own made."""
-        return [TokenRun(0, 1, self.max_tokens, self.tokens(prompt))]
-
-    def truncates(self, prompt: str) -> bool:
-        """Whether the prompt is longer than the text encoder reads."""
-        return len(self.all_tokens(prompt)) > self.max_tokens - 2
 
     # --- images ---
 
