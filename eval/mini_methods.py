@@ -9,6 +9,8 @@ given, models that were trained without the concept are attacked alike; several 
 how far two retrainings are apart. A finished cell is kept, so the same command continues;
 `--known eval/results/mini-methods` takes over the published cells and what is to be compared with the models trained
 without circle, striped and nude, so that only what is new beside them is run.
+`eval/results/mini-methods-protocol-2` holds the cells of the present protocol that were measured so far; the published
+tables are still of protocol 1.
 A result on the embedded model says nothing about SD v1.4.
 """
 
@@ -451,8 +453,8 @@ def main() -> None:
     for text in given.gold:
         concept, place = text.split("=", 1)
         golds.setdefault(concept, []).append(place)
-    if given.known:
-        shutil.copytree(Path(given.known) / "gold", folder / "gold", dirs_exist_ok=True)
+    if given.known and (gold := Path(given.known) / "gold").is_dir():
+        shutil.copytree(gold, folder / "gold", dirs_exist_ok=True)
     known = [Path(given.known) / "results.json"] if given.known else []
     for place in [*(folder / "cells").glob("*.json"), *known]:
         found = files.read_json(place)

@@ -18,7 +18,8 @@ from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.export import pipeline
 from erase.export.single_file import save_single_file
-from erase.families import loading, pipeline_folder, sd, stored_unet
+from erase.families import loading, pipeline_folder, stored_unet
+from erase.families.protocol import Sampler
 from erase.families.sd import StableDiffusion
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -146,7 +147,7 @@ def test_ten_steps_of_dpm_end_where_a_hundred_of_the_models_sampler_do():
     """Distances as shares of the image's norm. Control: ten steps of the model's own sampler end elsewhere."""
     model = load_sd("mini")
 
-    def draw(steps: int, sampler: sd.Sampler) -> torch.Tensor:
+    def draw(steps: int, sampler: Sampler) -> torch.Tensor:
         return model.draw(["a red circle", "a moon"], [0, 1], steps=steps, guidance=2.0, size=64, sampler=sampler)
 
     exact = draw(100, "model")

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import jobs
 from erase import masks
 from erase.errors import EraseError
-from erase.families import sd
+from erase.families.modes import predicting
 from erase.methods.relabel import Relabel
 from erase.options.declare import MIXED_PRECISION
 from erase.training import batches, loop, saliency_pass
@@ -198,7 +198,7 @@ def _denoise(model: Any, data: Any, accelerator: Accelerator) -> None:
     """One step of guided drawing for the batch: the UNet with and without words."""
     x = torch.cat([data.forget.mean] * 2).to(model.device)
     text = data.text[[1] * (len(x) // 2) + [0] * (len(x) // 2)].to(model.device)
-    with sd.predicting(model.unet, MIXED_PRECISION[accelerator.mixed_precision]):  # as `Model.draw` does
+    with predicting(model.unet, MIXED_PRECISION[accelerator.mixed_precision]):  # as `Model.draw` does
         model(x, torch.full((len(x),), 500, device=model.device), text)
 
 
