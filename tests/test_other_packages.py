@@ -137,11 +137,11 @@ def test_verify_imports_no_module_because_a_file_has_its_name(command, parts, to
     made = ("--task", "prompts", "--prompts", tmp_path / "prompts.txt", "--steps", 2, "--device", "cpu", "--quiet")
     assert command("generate", "--model", toy_pipeline_dir, *made, "--output", tmp_path / "arm")[0] == 0
     assert command("score", tmp_path / "arm", "--judge", "thumbnails", "--quiet")[0] == 0
-    (parts / "planted.py").write_text("raise SystemError('imported')")
-    (tmp_path / "arm" / "scores" / "planted+Judge.json").write_text("{}")
+    (parts / "planted_judge.py").write_text("raise SystemError('imported')")
+    (tmp_path / "arm" / "scores" / "planted_judge+Judge.json").write_text("{}")
     for name in ("verify", "report"):
         code, _, err = command(name, tmp_path / "arm")
-        assert code == 2 and "is not imported because a file says so" in err and "planted" not in sys.modules
+        assert code == 2 and "is not imported because a file says so" in err and "planted_judge" not in sys.modules
 
 
 def test_an_attack_of_another_package_is_reported_again(command, parts, toy_pipeline_dir, erased_dir, tmp_path):

@@ -370,7 +370,7 @@ def test_apply_and_remove_restore_each_other_from_the_shell(finished, toy_pipeli
     with pytest.raises(SystemExit, match="2"):
         cli.main(["apply", "--delta", change, "--model", str(finished.folder), "--output", str(tmp_path / "no")])
     error = capsys.readouterr().err
-    assert finished.record.model.base_hash[:12] in error and "already" in error and error.count("\n") == 1
+    assert finished.record.model.result_hash[:12] in error and "already" in error and error.count("\n") == 1
     assert not (tmp_path / "no").exists()
 
 

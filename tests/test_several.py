@@ -219,7 +219,7 @@ def test_each_concept_of_a_run_has_its_own_report(both, tmp_path):
 
 
 def test_too_few_images_for_all_are_refused(toy_pipeline_dir, tmp_path):
-    with pytest.raises(EraseError, match="--num-forget 1 leaves no image for 'a lorry'; generate more"):
+    with pytest.raises(EraseError, match="--num-forget 1 leaves no image for the prompt 'a lorry'; generate more"):
         erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "run"), **{**OPTIONS, "num_forget": 1})
 
 
@@ -340,8 +340,8 @@ def test_a_base_that_is_none_is_refused(first, toy_pipeline_dir, tmp_path):
     for wrong in (str(toy_pipeline_dir), str(tmp_path / "nowhere")):
         with pytest.raises(EraseError, match="no finished run with a pipeline; give a run folder"):
             go(wrong)
-    with pytest.raises(EraseError, match=f"was made from {toy_pipeline_dir}, not from mini; leave out --model"):
-        go(str(first.folder), "mini")
+    with pytest.raises(EraseError, match=f"was made from {toy_pipeline_dir}, not from org/other; leave out --model"):
+        go(str(first.folder), "org/other")
     with pytest.raises(EraseError, match="is this run's own output"):
         go(str(first.folder), output=str(first.folder))
     assert not (tmp_path / "run").exists()

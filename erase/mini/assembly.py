@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "num_train_steps": 100,
     # closed forms must edit the end tokens too: they repeat the concept, and this UNet attends to them
     "methods": {
+        "salun-robust": {"num_train_steps": 150},
         "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
         "rece": {"set": ["lamb_1=1", "epochs=1"]},
         "speed": {"set": ["tokens=tail", "retain_tokens=tail", "rho=0.05", "filter=false"]},
