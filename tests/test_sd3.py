@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy_sd3
 from diffusers import StableDiffusion3Pipeline
 
 from erase import delta, erase_concept, guards
@@ -153,6 +154,20 @@ def test_a_scope_of_the_text_is_what_the_text_passes_through(model):
     t, (one, other) = torch.tensor([500]), (model.encode_text([prompt]) for prompt in PROMPTS)
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(x, t, one), model(x, t, other))
+
+
+def test_the_blocks_of_3_5_are_in_the_scopes(toy_sd3_dir, tmp_path):
+    """Norms of queries and keys, and in the first block a second attention among the image tokens."""
+    folder = Path(shutil.copytree(toy_sd3_dir, tmp_path / "model"))
+    toy_sd3.make_transformer(qk_norm="rms_norm", dual_attention_layers=(0,)).save_pretrained(folder / "transformer")
+    model = loading.load(folder)
+    second = {name for name in model.trainable("full") if ".attn2." in name}
+    for scope, holds in (("attn", True), ("selfattn", True), ("noxattn", True), ("xattn", False), ("xattn-kv", False)):
+        assert (second <= model.trainable(scope).keys()) is holds and second
+    run = erase_concept("church", str(folder), scope="selfattn", output=str(tmp_path / "run"), **HOW)
+    changed = {name.removeprefix("transformer.") for name in delta.load(run.folder / "delta.safetensors").changed}
+    assert changed & second
+    StableDiffusion3Pipeline.from_pretrained(run.folder)
 
 
 def test_words_stand_in_both_runs_of_text_states(model):

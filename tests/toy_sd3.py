@@ -39,8 +39,9 @@ def make_pipeline() -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
-def make_transformer() -> SD3Transformer2DModel:
+def make_transformer(**more: Any) -> SD3Transformer2DModel:
     network = SD3Transformer2DModel(
+        **more,
         sample_size=4,
         patch_size=2,
         in_channels=4,

@@ -32,6 +32,10 @@ _JOINT = (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj.", ".attn.
 _TIME = ("time_text_embed.timestep_embedder.", "norm_out.", "proj_out.")
 
 
+def _is_attention(name: str) -> bool:
+    return ".attn." in name or ".attn2." in name  # the second, of image tokens alone, is in some blocks of 3.5
+
+
 @dataclass
 class StableDiffusion3(RectifiedFlow):
     """Stable Diffusion 3 and 3.5 with their three text encoders, text to image.
@@ -70,8 +74,8 @@ class StableDiffusion3(RectifiedFlow):
         "full": lambda name: True,
         "xattn": lambda name: name.startswith(_TEXT) or any(part in name for part in _JOINT),
         "xattn-kv": lambda name: name == _TEXT_MAP,
-        "attn": lambda name: name.startswith(_TEXT) or ".attn." in name,
-        "selfattn": lambda name: ".attn." in name and not any(part in name for part in _JOINT),
+        "attn": lambda name: name.startswith(_TEXT) or _is_attention(name),
+        "selfattn": lambda name: _is_attention(name) and not any(part in name for part in _JOINT),
         "noxattn": lambda name: not name.startswith((*_TEXT, *_TIME)) and not any(part in name for part in _JOINT),
         "notime": lambda name: not name.startswith(_TIME),
         "pooled": lambda name: name.startswith(_TEXT[1]),
@@ -152,7 +156,7 @@ class StableDiffusion3(RectifiedFlow):
         return name == _TEXT_MAP
 
     def fits_lora(self, name: str, weight: Tensor) -> bool:
-        return name.endswith(".weight") and weight.ndim == 2 and (".attn." in name or ".ff" in name)
+        return name.endswith(".weight") and weight.ndim == 2 and (_is_attention(name) or ".ff" in name)
 
     def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
         config = self.transformer.config
