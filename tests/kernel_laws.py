@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from erase.errors import EraseError
 from erase.optim import MaskedAdam, cuda
+from erase.optim.sgd import MaskedSGD
 
 U = 2.0**-24  # float32's unit roundoff
 LR = 1e-3
@@ -263,12 +264,59 @@ def test_bytes_a_weight(density, most):
     assert not any(tensor.dtype == torch.int64 for tensor in optimizer._engine.stored)  # pyright: ignore
 
 
+@pytest.mark.parametrize(("density", "momentum", "decay"), [(0.5, 0.9, 0.1), (0.1, 0.0, 0.1), (None, 0.9, 0.0)])
+def test_the_kernel_is_torchs_sgd_inside_the_mask_and_moves_nothing_outside(density, momentum, decay):
+    """Also with a gradient that is NaN outside the mask. Parameters without a gradient stay as they are.
+
+    A step rounds b and w at most three times each on either side, and |b| < 5 (1 + 0.9 + ...) after three steps:
+    the two part by at most 3 (3 u |w| + lr (3 + 3) u 14) < 9 u |w| + 252 u lr.
+    """
+    mask = mask_of(density)
+    ours, reference, start = (weights_of(torch.float32) for _ in range(3))
+    one = MaskedSGD(ours, mask, lr=LR, momentum=momentum, weight_decay=decay)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "fits", lambda parameters: False)
+        other = MaskedSGD(reference, mask, lr=LR, momentum=momentum, weight_decay=decay)
+    assert one._fused is not None and other._fused is None
+    for optimizer, weights in ((one, ours), (other, reference)):
+        for step in range(3):
+            backward(weights, step)
+            weights["b"].grad = None
+            if mask is not None:
+                for name, weight in weights.items():
+                    if weight.grad is not None:
+                        weight.grad.masked_fill_(~mask[name], math.nan)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(bits(ours["b"]), bits(start["b"])), "it had no gradient"
+    for name, weight in ours.items():
+        inside = torch.ones(SHAPES[name], dtype=torch.bool) if mask is None else mask[name]
+        assert torch.equal(bits(weight[~inside]), bits(start[name][~inside])), name
+        assert name == "b" or not inside.any() or (weight != start[name])[inside].any()
+        torch.testing.assert_close(weight, reference[name], rtol=9 * U, atol=252 * U * LR)
+    state = one.state[ours["w"]].get("momentum_buffer")
+    assert (state is None) == (momentum == 0) and (state is None or len(state) == one._fused.num_masked(ours["w"]))
+
+
+def test_a_step_of_sgd_is_one_launch(monkeypatch):
+    launches = []
+    plain = cuda.Fused._launch
+    monkeypatch.setattr(cuda.Fused, "_launch", lambda *a, **k: (launches.append(a[1]), plain(*a, **k)))
+    weights = weights_of(torch.float32)
+    optimizer = MaskedSGD(weights, mask_of(0.5), lr=LR)
+    backward(weights, 0)
+    launches.clear()
+    optimizer.step()
+    assert len(launches) == 1
+
+
 def test_what_does_not_fit_takes_the_other_path():
     """Mixed dtypes and channels-last weights."""
     mixed = {"a": Parameter(torch.ones(3)), "b": Parameter(torch.ones(3).bfloat16())}
     last = {"w": Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last))}
     for weights in (mixed, last):
         assert not isinstance(MaskedAdam(weights, None)._engine, cuda.Fused)
+        assert MaskedSGD(weights, None, lr=LR)._fused is None
 
 
 @pytest.mark.filterwarnings("error")
@@ -282,7 +330,7 @@ def test_a_kernel_that_fails_leads_to_the_other_path_and_a_warning_of_triton_doe
     def fails(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("ptxas is missing")
 
-    for name in ("take", "exchange", "gather", "adam"):
+    for name in ("take", "exchange", "gather", "adam", "sgd"):
         plain = getattr(cuda.Fused, name)
 
         def warned(self: Any, *arguments: Any, plain: Any = plain, **options: Any) -> Any:

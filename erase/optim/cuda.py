@@ -51,6 +51,7 @@ def _run_every_kernel(where: torch.device) -> None:
     m, v = (torch.zeros(1, device=where) for _ in range(2))
     update = Update(weight, gradient, True, m, v, None)
     fused.adam([update], step=0, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    fused.sgd({weight: (gradient, m)}, lr=0.0, momentum=0.9, weight_decay=0.0)
 
 
 class Fused:
@@ -82,6 +83,9 @@ class Fused:
         totals = np.array([each.total for each in places.values()], np.int32)
         arrays = (bits.reshape(-1), numbers, before, starts[:-1].astype(np.int32), totals)
         self.stored = tuple(torch.from_numpy(array).to(self.device) for array in arrays)
+
+    def num_masked(self, parameter: Parameter) -> int:
+        return self._places[parameter].num
 
     def take(self) -> dict[Parameter, Tensor]:
         """A copy of the masked weights by parameter, [masked weights]."""
@@ -150,6 +154,32 @@ class Fused:
         flags = {"MASTERS": first.master is not None, "SCALED": scale is not None, "HALTS": halt is not None}
         only = first.parameter if len(updates) == 1 else None
         self._launch(self._kernels.adam, tensors, numbers, only=only, dtype=self._dtype(kept[0].dtype), **flags)
+
+    def sgd(
+        self,
+        updates: Mapping[Parameter, tuple[Tensor, Tensor | None]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        """A step of SGD, in place.
+
+        updates: of each parameter, its gradient in its own shape, and the momentum of its masked weights, float32
+            [masked weights]; None for every parameter if `momentum` is 0.
+        """
+        gradients = {parameter: gradient.contiguous() for parameter, (gradient, _) in updates.items()}  # until queued
+        rows = [[0] * 3 for _ in self._places]
+        for row, (parameter, places) in zip(rows, self._places.items(), strict=True):
+            if parameter in updates and places.num:
+                buffer = updates[parameter][1]
+                row[:] = [
+                    parameter.data_ptr(),
+                    gradients[parameter].data_ptr(),
+                    0 if buffer is None else buffer.data_ptr(),
+                ]
+        how = {"dtype": self._dtype(next(iter(self._places)).dtype), "MOMENTUM": momentum != 0}
+        self._launch(self._kernels.sgd, (self._table(rows),), (lr, momentum, weight_decay), **how)
 
     def num_bytes(self) -> int:
         """Of where the masked weights are."""

@@ -127,3 +127,27 @@ def adam(
     if MASTERS:
         tl.store(master, w, mask=inside)
     tl.store(weights, _rounded(w, dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["start"])
+def sgd(
+    addresses, bits, tensor, before, first, total, start, lr, momentum, weight_decay, dtype: tl.constexpr,
+    MOMENTUM: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A step of SGD on the masked weights of many tensors: b = momentum b + g + weight_decay w; w = w - lr b.
+
+    addresses: [tensors, 3], of the weights and the dense gradients, both of `dtype`, and of the compact momentum b,
+        float32; 0 without MOMENTUM, where b = g + weight_decay w.
+    """
+    row = addresses + 3 * tl.load(tensor + start + tl.program_id(0))
+    address = tl.load(row)
+    i, place, inside = _places(bits, tensor, before, first, total, start, (address != 0).to(tl.int32), FULL, BLOCK)
+    weights = address.to(tl.pointer_type(dtype)) + i
+    w = tl.load(weights, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(tl.load(row + 1).to(tl.pointer_type(dtype)) + i, mask=inside, other=0.0).to(tl.float32)
+    b = g + weight_decay * w
+    if MOMENTUM:
+        buffer = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + place
+        b = momentum * tl.load(buffer, mask=inside, other=0.0) + b
+        tl.store(buffer, b, mask=inside)
+    tl.store(weights, _rounded(w - lr * b, dtype), mask=inside)
