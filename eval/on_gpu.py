@@ -418,18 +418,14 @@ def methods(job: Job) -> Part:
 def one_method(job: Job, name: str) -> dict[str, Any]:
     import math
 
-    from erase import delta, erase_concept, masks
+    from erase import delta, erase_concept, masks, methods
     from erase.families import loading, stored_unet
 
     folder = fresh(job.work / "methods" / name)
     start = time.monotonic()
-    few: dict[str, Any] = {
-        "num_forget": 4,
-        "num_retain": 4,
-        "num_inference_steps": 3,
-        "num_train_steps": 2,
-        "batch_size": 2,
-    }
+    few: dict[str, Any] = {"num_inference_steps": 3}
+    if issubclass(methods.load(name), methods.TrainedMethod):
+        few |= {"num_forget": 4, "num_retain": 4, "num_train_steps": 2, "batch_size": 2}
     run = erase_concept(
         "circle",
         "mini",

@@ -165,10 +165,10 @@ def test_an_attack_needs_a_concept_and_a_base(toy_pipeline_dir, tmp_path, capsys
 
 
 def test_a_requirement_on_the_attack_is_an_exit_code(attack, capsys):
-    attack("--require", "attack.learnt-word<=1")
+    attack("--require", "attack.learnt-word<=0.99")
     with pytest.raises(SystemExit, match="3"):
-        attack("--require", "attack.learnt-word<0", "--require", "attack.learnt-word.at-2>=0")
-    assert "attack.learnt-word<0 is not met" in capsys.readouterr().err
+        attack("--require", "attack.learnt-word>0.99", "--require", "attack.learnt-word.at-2<=0.99")
+    assert "attack.learnt-word>0.99 is not met" in capsys.readouterr().err
 
 
 def test_a_quick_look_says_so_and_is_another_protocol(attack, tmp_path, capsys):

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from erase import cli, erase_concept
+from erase import cli, erase_concept, methods
 from erase.classification import cli as classifier_cli
 from erase.errors import EraseError
 from erase.methods import METHODS
 from erase.options import config_file
 from erase.options.recipes import RECIPES, resolve
-from erase.options.settings import Settings, require_consistent
+from erase.options.settings import OF_IMAGES, Settings, require_consistent
 
 
 @pytest.fixture
@@ -122,8 +122,10 @@ def test_a_record_is_not_run_with_the_defaults_of_another_method(tmp_path, capsy
 def test_a_record_repeats_methods_without_alpha_or_with_alpha_among_their_hyperparameters(
     method, set, tmp_path, toy_pipeline_dir
 ):
-    how: dict[str, Any] = {"num_samples": 0, "save": ("delta",), "method": method, "set": set, "num_train_steps": 1}
-    how |= {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "quiet": True, "batch_size": 1}
+    how: dict[str, Any] = {"num_samples": 0, "save": ("delta",), "method": method, "set": set, "quiet": True}
+    how |= {"num_inference_steps": 2}
+    if method != "uce":
+        how |= {"num_train_steps": 1, "num_forget": 2, "num_retain": 2, "batch_size": 1}
     first = erase_concept("church", str(toy_pipeline_dir), output=str(tmp_path / "one"), **how)
     cli.main(["--quiet", "--config-file", str(first.folder / "run.json"), "--output", str(tmp_path / "two")])
     second = json.loads((tmp_path / "two" / "run.json").read_text())
@@ -156,6 +158,8 @@ def test_recorded_settings_are_accepted_and_resolve_to_themselves(method, recipe
         {"forget_images": "a", "retain_images": "b"},
     ]
     path = tmp_path / "run.json"
+    if issubclass(methods.load(method), methods.ClosedForm):  # options without effect are refused
+        ways = [{name: value for name, value in way.items() if name not in OF_IMAGES} for way in ways]
     for way in ways:
         for kind, of_model in (("nudity", dict[str, Any]()), ("object", {"family": "mini"})):
             once = resolve(Settings("church", method=method, recipe=recipe, **way), kind, of_model, part=4)

@@ -161,7 +161,7 @@ def test_the_samples_on_the_cpus_unet_are_found(gpu, toy_pipeline_dir):
 def test_an_evaluation_keeps_to_one_device(gpu, tmp_path):
     """(1.1)"""
     run = tmp_path / "circle"
-    options: dict[str, Any] = {**OPTIONS, "method": "uce", "num_samples": 1}
+    options: dict[str, Any] = {"method": "uce", "num_samples": 1, "num_inference_steps": 2, "quiet": True}
     erase_concept("circle", "mini", output=str(run), **options)
     words = tmp_path / "own.txt"
     words.write_text("a circle\na disc\n")

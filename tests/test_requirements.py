@@ -32,6 +32,12 @@ DOCUMENTED = Path(__file__).parent.parent / "docs" / "extending.md"
     ("rule", "message"),
     [
         ("mini.ua>=1.5", "mini.ua is from 0 to 1, so this is never met"),
+        ("mini.ua<=1", "mini.ua is from 0 to 1, so this is always met"),
+        ("mini.ua>=0", "mini.ua is from 0 to 1, so this is always met"),
+        ("mini.ua>1", "mini.ua is from 0 to 1, so this is never met"),
+        ("mini.ua<0", "mini.ua is from 0 to 1, so this is never met"),
+        ("mini.ua_drop>=-1", "mini.ua_drop is from -1 to 1, so this is always met"),
+        ("count>=0", "count is 0 or more, so this is always met"),
         ("mini.ua>=95", "mini.ua is from 0 to 1, so this is never met; write 0.95 for 95 %"),
         ("mini.ua<=95", "mini.ua is from 0 to 1, so this is always met; write 0.95 for 95 %"),
         ("mini.ua>=-0.1", "mini.ua is from 0 to 1, so this is always met"),
@@ -45,7 +51,7 @@ DOCUMENTED = Path(__file__).parent.parent / "docs" / "extending.md"
         ("kid_drop<=0", "kid is not compared with the base's, so it has no _drop"),
     ],
 )
-def test_a_bound_outside_of_the_scores_range_is_refused(rule, message):
+def test_a_rule_that_can_decide_nothing_is_refused(rule, message):
     with pytest.raises(EraseError) as error:
         gate.check_rules([rule], [NAMES])
     assert str(error.value) == f"--require {rule!r}: {message}"
@@ -53,10 +59,11 @@ def test_a_bound_outside_of_the_scores_range_is_refused(rule, message):
 
 @pytest.mark.parametrize(
     "rule",
-    ["mini.ua>=1", "mini.ua<=0", "mini.ua_drop>=-1", "mini.ua_low>=.5", "clip>=31", "clip_low>=-101", "free>=7e9",
+    ["mini.ua>=1", "mini.ua<=0", "mini.ua<1", "mini.ua>0", "mini.ua_drop>-1", "count<=0",
+     "mini.ua_low>=.5", "clip>=31", "clip_low>=-101", "free>=7e9",
      "kid<=0.1"],
 )  # fmt: skip
-def test_a_bound_inside_of_the_range_is_accepted(rule):
+def test_a_rule_that_can_be_met_and_not_met_is_accepted(rule):
     """An interval of a mean may reach beyond the range of its values."""
     gate.check_rules([rule], [NAMES])
 
@@ -136,8 +143,8 @@ def test_the_mean_of_no_valid_image_meets_no_requirement(command, brightness, no
     for path in noise.iterdir():
         Image.new("RGB", (16, 16)).save(path)
     what = ("--task", "images", "--images", noise, "--judge", brightness, "--output", tmp_path / "out", "--quiet")
-    code, _, err = command("run", *what, "--require", "brightness.mean>=0")
-    assert code == 3 and "brightness.mean>=0 is not met: no image could be judged for brightness.mean" in err
+    code, _, err = command("run", *what, "--require", "brightness.mean>=0.01")
+    assert code == 3 and "brightness.mean>=0.01 is not met: no image could be judged for brightness.mean" in err
 
 
 def test_a_bound_in_percent_is_one_line_before_the_first_image(command, toy_pipeline_dir, brightness, tmp_path):

@@ -224,3 +224,44 @@ def test_the_estimate_counts_the_further_rows():
     given = Settings("cat", batch_size=8, gradient_accumulation_steps=2)
     assert planning.rows_of_pass(given) == 4
     assert planning.rows_of_pass(replace(given, anchor_every=3)) == 8
+
+
+# --- options without effect
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lr_scheduler": "cosine"}, "--lr-scheduler cosine has no effect: uce is a closed form"),
+        ({"learning_rate": 1e-3}, "--learning-rate 0.001 has no effect: uce is a closed form"),
+        (
+            {"num_train_steps": 10, "mask": "saliency"},
+            "--num-train-steps 10 has no effect: uce is a closed form; leave",
+        ),
+        ({"moments": "8bit"}, "--moments 8bit has no effect"),
+        ({"num_forget": 5}, "--num-forget 5 has no effect: uce is a closed form and needs no images; leave it out"),
+        ({"retain_images": "a"}, "--retain-images a has no effect"),
+    ],
+)
+def test_a_closed_form_refuses_options_of_training_and_of_images_that_it_does_not_use(
+    toy_pipeline_dir, tmp_path, options, told
+):
+    with pytest.raises(EraseError, match=f"^{told}"):
+        erase_concept(
+            "church", str(toy_pipeline_dir), method="uce", output=str(tmp_path / "run"), quiet=True, **options
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_and_batches_have_an_effect_on_a_closed_form_with_a_saliency_mask(toy_pipeline_dir, tmp_path):
+    how: dict[str, Any] = {name: SMALL[name] for name in ("num_forget", "num_retain", "batch_size", "num_samples")}
+    how |= {"method": "uce", "mask": "saliency", "num_inference_steps": 2, "save": ("delta",), "quiet": True}
+    run = erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **how)
+    assert run.record.settings["num_forget"] == 4
+
+
+def test_anchor_images_that_no_step_would_use_are_refused(toy_pipeline_dir, tmp_path):
+    given: dict[str, Any] = {**SMALL, "scope": "xattn-kv", "mask": "none"}
+    with pytest.raises(EraseError, match="^--anchor-every 5 has no effect in 4 optimizer steps; use a number up to 4"):
+        erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **given, anchor_every=5)
+    erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **given, anchor_every=4)  # control

@@ -106,7 +106,8 @@ def check_rules(
     scores: of each report, by name; see `expected.scores`.
 
     Raises:
-        EraseError: see `rule`; or a bound outside of the score's range, or the difference of a score that has none.
+        EraseError: see `rule`; or a rule that every value in the score's range meets, or none, or the difference of a
+            score that has none.
     """
     every = {name: one for some in scores for name, one in some.items()}
     for text in requirements:
@@ -123,9 +124,10 @@ def _check_bound(asked: Rule, score: Expected) -> None:
     low, high = score.range
     if is_drop:
         low, high = low - high, high - low
-    if low <= asked.bound <= high:
+    at_low, at_high = (_HOLDS[asked.sign](end, asked.bound) for end in (low, high))
+    if at_low != at_high:
         return
-    when = "always" if _HOLDS[asked.sign](low if asked.bound < low else high, asked.bound) else "never"
+    when = "always" if at_low else "never"
     reach = f"from {low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
     is_percent = score.is_rate and 2 <= asked.bound <= 100
     hint = f"; write {asked.bound / 100:g} for {asked.bound:g} %" if is_percent else ""

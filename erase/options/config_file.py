@@ -6,9 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from erase import files
+from erase import files, methods
 from erase.errors import EraseError, no_file
 from erase.options.declare import checked, flag, forms_of
+from erase.options.settings import OF_IMAGES, OF_TRAINING
 from erase.words import did_you_mean
 
 _OF_ONE_CALL = {"overwrite", "resume"}  # what a recorded run did with its folder is not repeated
@@ -91,5 +92,10 @@ def _recorded(path: Path) -> dict[str, Any]:
         "alpha": (isinstance(method, dict) and "alpha" not in method)
         or "alpha" in (text.partition("=")[0].strip() for text in settings.get("set", ())),
     }
+    steps = settings.get("num_train_steps")
+    if steps is not None and not issubclass(methods.load(settings["method"]), methods.TrainedMethod):
+        is_scored = settings.get("mask") in {"saliency", "inverse"}
+        without_effect |= dict.fromkeys(OF_TRAINING if is_scored else (*OF_TRAINING, *OF_IMAGES), True)
+    without_effect["anchor_every"] = bool(steps) and (settings.get("anchor_every") or 0) > steps
     left_out = _OF_ONE_CALL | {name for name, is_so in without_effect.items() if is_so}
     return {name: value for name, value in settings.items() if value is not None and name not in left_out}

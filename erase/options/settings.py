@@ -396,4 +396,7 @@ def require_consistent(settings: Settings) -> None:
         raise EraseError(f"--alpha {settings.alpha:g} and --set alpha are both given; leave one out")
 
 
+# settings without effect in a closed form, and those without effect where no images are needed either
+OF_TRAINING = ("learning_rate", "lr_scheduler", "num_train_steps", "weight_decay", "max_grad_norm", "moments")
+OF_IMAGES = ("num_forget", "num_retain", "forget_images", "retain_images", "batch_size", "gradient_accumulation_steps")
 _OF_RECIPE = ("target", "alpha", "mask_guidance", "sampler")

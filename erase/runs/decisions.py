@@ -28,6 +28,7 @@ from erase.runs.planning import (
     make_method,
     moves_weights,
     needed_memory,
+    require_effect,
     require_precision,
     require_rank,
     require_retain_rows,
@@ -107,11 +108,13 @@ def decide(
     parts = find_concepts(settings, given, model)
     everything = [*parts, *(earlier.concepts if earlier else [])]
     concept = concepts.unite(everything)
+    given_settings = settings
     settings, default = _filled(settings, concept, model, compute, accelerator.num_processes)
     require_rank(settings, method)
     require_storage(settings, method)
     method = make_method(settings)
     require_retain_rows(settings, method)
+    require_effect(given_settings, settings, method)
     _require_able(model, settings, method)
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))

@@ -13,7 +13,7 @@ from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.options.declare import flag
 from erase.options.recipes import RECIPES
-from erase.options.settings import Settings
+from erase.options.settings import OF_IMAGES, OF_TRAINING, Settings
 from erase.training import batches, memory
 
 
@@ -115,6 +115,25 @@ def require_retain_rows(settings: Settings, method: methods.Method) -> None:
             raise EraseError(
                 f"{flag(name)} is {value:g}, but {settings.method} has no retain loss here; use {flag(name)} 0"
             )
+
+
+def require_effect(given: Settings, settings: Settings, method: methods.Method) -> None:
+    """Raise an EraseError for options about training and images that change nothing.
+
+    given: the settings as the user gave them. settings: resolved.
+    """
+    if isinstance(method, methods.ClosedForm):
+        is_scored = settings.mask in {"saliency", "inverse"}
+        for name in OF_TRAINING if is_scored else (*OF_TRAINING, *OF_IMAGES):
+            if (value := getattr(given, name)) != Settings.__dataclass_fields__[name].default:
+                why = "is a closed form" if is_scored else "is a closed form and needs no images"
+                told = f"{flag(name)} {value}" if isinstance(value, str | int | float) else flag(name)
+                raise EraseError(f"{told} has no effect: {settings.method} {why}; leave it out")
+    steps, every = whole(settings.num_train_steps), whole(settings.anchor_every)
+    if 0 < steps < every:
+        raise EraseError(
+            f"--anchor-every {every} has no effect in {steps} optimizer steps; use a number up to {steps}, or 0"
+        )
 
 
 def moves_weights(method: methods.Method) -> bool:
