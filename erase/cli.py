@@ -8,7 +8,7 @@ from pathlib import Path
 from erase import concepts
 from erase.commandline import Command, Parser, add_config_file, add_options, one_line, serve, silence_libraries
 from erase.errors import EraseError, no_file, printable
-from erase.options import config_file
+from erase.options import config_file, model_classes
 from erase.options.declare import flag
 from erase.options.settings import Settings
 from erase.version import __version__
@@ -79,7 +79,8 @@ def _erase(arguments: list[str]) -> None:
     chosen["concept"] = tuple(dict.fromkeys(chosen.get("concept", ())))  # each once
     settings = Settings(**chosen)
     for name in settings.concept:  # misspelt or refused: an error before the seconds in which torch is imported
-        concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
+        if settings.kind or not model_classes.class_concept(name, str(settings.base or settings.model)):
+            concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
     silence_libraries(quiet)
     from erase.runs.job import run
 

@@ -207,7 +207,7 @@ def sdxl_memory() -> str:
 def models() -> str:
     """The kinds of models that the registered families are tested on."""
     lines = ["| model | pipeline class | single file | guards | needs |", "| --- | --- | --- | --- | --- |"]
-    for family in map(FAMILIES.load, FAMILIES.names()):
+    for family in dict.fromkeys(map(FAMILIES.load, FAMILIES.names())):
         for model in family.models:
             files = ", ".join([*["read"] * model.read, *["written"] * model.written]) or "no"
             needs = f"`{model.options}`" if model.options else "-"

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import toy_ddpm
 import toy_sd3
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import (
@@ -126,6 +127,12 @@ def toy_sd3_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy-sd3") / "base"
     toy_sd3.make_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_ddpm_dir(tmp_path_factory) -> Path:
+    """The smallest random class-conditional pixel model: cat, dog and tree, 8 x 8 pixels. Read it only."""
+    return toy_ddpm.write(tmp_path_factory.mktemp("toy-ddpm") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_a_pipeline_of_another_kind_is_named(name, components, kind, folder):
     edit(folder / "model_index.json", _class_name=name, **components)
     message = refused(folder)
     assert message.startswith(str(folder)) and kind in message
-    assert message.endswith("this version knows text-to-image Stable Diffusion 1, 2, XL and 3")
+    assert message.endswith("Stable Diffusion 1, 2, XL and 3, and class-conditional pixel models")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from erase.classification import cli as classifier_cli
 from erase.errors import EraseError
 from erase.evaluation import cli as eval_cli
 from erase.families import scope
+from erase.families.ddpm import PixelDiffusion
 from erase.families.sdxl import StableDiffusionXL
 from erase.methods import METHODS
 from erase.options.declare import Form, flag, form_of, forms_of
@@ -239,7 +240,8 @@ def test_annotations_are_read_by_their_structure(annotation, expected):
 
 def test_choices_are_those_of_the_modules_that_use_them():
     assert forms_of(Settings)["method"].choices == tuple(METHODS)
-    assert forms_of(Settings)["scope"].choices == tuple({**scope.SCOPES, **StableDiffusionXL.scopes})
+    scopes = {**scope.SCOPES, **StableDiffusionXL.scopes, **PixelDiffusion.scopes}
+    assert forms_of(Settings)["scope"].choices == tuple(scopes)
     assert forms_of(Settings)["recipe"].choices == tuple(RECIPES)
     assert forms_of(Settings)["score"].choices == get_args(masks.Score)
 

@@ -248,7 +248,9 @@ def test_xformers_needs_a_gpu_and_its_package(toy, monkeypatch):
 
 def test_a_place_where_no_model_is(refused, tmp_path):
     assert "has no model_index.json; give the folder of a whole diffusers pipeline" in refused(tmp_path)
-    assert refused(tmp_path / "gone").startswith(f"no model '{tmp_path}/gone': it is not 'mini', a folder")
+    assert refused(tmp_path / "gone").startswith(
+        f"no model '{tmp_path}/gone': it is not 'mini' or 'mini-pixel', a folder"
+    )
     assert refused("salun").startswith("no model 'salun': it is not 'mini'")
     assert refused(tmp_path / "gone.safetensors") == f"{tmp_path}/gone.safetensors: no such file"
 

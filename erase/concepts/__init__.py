@@ -1,5 +1,7 @@
 """Concepts as data: forget prompts, their anchors, retain prompts, and how a judge recognises the concept."""
 
+from erase.concepts.classes import label_of as label_of
+from erase.concepts.classes import of_class as of_class
 from erase.concepts.concept import Concept as Concept
 from erase.concepts.concept import FreeKind as FreeKind
 from erase.concepts.concept import advice as advice

@@ -18,6 +18,7 @@ JUDGES: dict[str, dict[str, tuple[type | tuple[type, ...], str]]] = {  # types o
     "imagenet": {"index": (int, "a class index")},
     "nudenet": {},
     "mini": {"head": (str, '"object", "colour" or "style"'), "label": (str, "a label")},
+    "classes": {"label": (str, "a class")},
     "clip": {"target": (str, "a prompt"), "alternatives": ((list, tuple), "a list of other prompts")},
 }
 PROMPT_KEYS = ("forget", "anchor", "retain", "others", "synonyms")
@@ -34,6 +35,7 @@ class Concept:
     others: prompts of other classes, from which random labels are drawn; may be empty.
     judge: how an evaluator tells whether the concept is in an image, one of
         {"type": "imagenet", "index": 497}, {"type": "nudenet"}, {"type": "mini", "head": "object", "label": "circle"},
+        {"type": "classes", "label": "airplane"} for a class-conditional model,
         {"type": "clip", "target": "a photo of a cat", "alternatives": ["a photo of a dog", ...]}; empty if there is no
     such judge. synonyms: other words for the concept, with which an evaluator looks for leaks.
     """

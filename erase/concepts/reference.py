@@ -24,8 +24,11 @@ def in_prompts_of_the_code(concept: Concept) -> Concept:
 
     An Imagenette class is "an image of a {class}"; class c becomes class (c + 1) % 10, and all others are retained.
     Nudity is "a photo of a nude person", which becomes "a photo of a person wearing clothes", the retain prompt. Other
+    classes of a class-conditional model stay as they are. Other
     concepts are not in the code: their first forget prompt, its anchor and their first retain prompt stay.
     """
+    if concept.judge.get("type") == "classes":
+        return concept
     if concept.judge.get("type") == "imagenet" and concept.judge["index"] in CLASSES:
         prompts = [f"an image of a {name}" for name in CLASSES.values()]
         c = list(CLASSES).index(concept.judge["index"])

@@ -15,6 +15,7 @@ from erase.evaluation.tasks import registry as tasks
 from erase.evaluation.tasks.protocol import SampleSet
 from erase.families.protocol import Family
 from erase.mini import vocabulary
+from erase.options import model_classes
 from erase.runs import record
 from erase.runs.record import Models, RunRecord
 
@@ -68,7 +69,8 @@ def concept_of(name: str | None, kind: Any, model: str) -> Concept | None:
         is_mini = vocabulary.is_embedded(model) or bool(made and "mini" in {made.model.name, made.model.origin})
         if is_mini:
             vocabulary.require_name(name)
-        return concepts.find(name, kind, model_family="mini" if is_mini else None)
+        of_class = None if kind else model_classes.class_concept(name, model)
+        return of_class or concepts.find(name, kind, model_family="mini" if is_mini else None)
     if len(erased) > 1:
         raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")
     return erased[0] if erased else None

@@ -10,7 +10,7 @@ from typing import Any
 from erase.errors import EraseError
 from erase.files import read_json
 
-KNOWN = "this version knows text-to-image Stable Diffusion 1, 2, XL and 3"
+KNOWN = "this version knows text-to-image Stable Diffusion 1, 2, XL and 3, and class-conditional pixel models"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 

@@ -12,6 +12,7 @@ from erase.families.hub import download
 from erase.families.protocol import Family
 from erase.families.stored_unet import reading
 from erase.files import default_cache_dir as default_cache_dir
+from erase.options.model_classes import MINI_PIXEL, MINI_PIXEL_DIR
 
 MINI_DIR = Path(__file__).parents[1] / "mini" / "weights"
 
@@ -26,7 +27,7 @@ def load(
     revision: str | None = None,
     cache_dir: Path | None = None,
 ) -> Family:
-    """A model in float32 from 'mini', a diffusers folder, a hub id or a single checkpoint file.
+    """A model in float32 from 'mini', 'mini-pixel', a diffusers folder, a hub id or a single checkpoint file.
 
     allow_pickle: accept weights that are not safetensors (.ckpt, .bin).
     unet: a file of weights of the network, all or some, that replace the model's; see `Family.from_folder`.
@@ -96,8 +97,8 @@ def _locate(
     source: str | Path, allow_pickle: bool, config: str | None, revision: str | None, cache_dir: Path | None
 ) -> tuple[Path, list[str]]:
     """The folder, and lines for the user about how it was made."""
-    if str(source) == "mini":
-        return MINI_DIR, []
+    if str(source) in {"mini", MINI_PIXEL}:
+        return MINI_DIR if str(source) == "mini" else MINI_PIXEL_DIR, []
     path = Path(source).expanduser()
     if path.is_dir():
         return path, []
@@ -107,5 +108,7 @@ def _locate(
         family = registry.reading(single_file.shapes(path, allow_pickle=allow_pickle))
         return family.convert(path, allow_pickle=allow_pickle, config=config, cache_dir=cache_dir)
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
-        raise EraseError(f"no model {str(source)!r}: it is not 'mini', a folder, a checkpoint file or a hub id")
+        raise EraseError(
+            f"no model {str(source)!r}: it is not 'mini' or 'mini-pixel', a folder, a checkpoint file or a hub id"
+        )
     return download(str(source), revision, allow_pickle), []

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from erase.conditioning import Conditioning
 from erase.errors import EraseError
@@ -70,6 +71,15 @@ class Prompted(ABC):
             EraseError: this architecture has no single table of them.
         """
         raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
+
+    @property
+    def class_vectors(self) -> Parameter:
+        """The network's embedding of each class label, [classes + 1, d]; the last row is the null class of guidance.
+
+        Raises:
+            EraseError: the model has no class labels.
+        """
+        raise EraseError(f"{self.family} takes text and has no class labels; choose an attack on prompts or weights")
 
     def set_token(self, token: int, embedding: Tensor) -> None:
         """Let the text encoder know the token by this embedding, [d], from here on; see `token_embeddings`."""

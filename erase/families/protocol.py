@@ -43,10 +43,12 @@ class Family(Stored, Prompted):
         the presets of methods use the names in `scope.SCOPES`.
     guidance_scale: default guidance of generated images; 1 is none.
     takes_guards: whether `guard` has an effect on generated images.
-    tags: additional tags of the model card. licences: of models on the hub, by the beginning of their ids.
+    pipeline_tag: of the model card: what the model does, as the hub calls it. tags: additional tags of the card.
+    licences: of models on the hub, by the beginning of their ids.
     models: the kinds of models that it is tested on, for the table of supported models.
 
     folder: the diffusers folder of the model.
+    classes: class names of a class-conditional model, whose prompts they are; () for a model of text.
     defaults: the content of its erase_defaults.json, and "family": "mini" for the embedded model's world.
     guard: an inference-time guard that is active whenever the model generates.
     notes: lines for the user about how the model was loaded.
@@ -60,11 +62,13 @@ class Family(Stored, Prompted):
     scopes: ClassVar[Mapping[str, Callable[[str], bool]]] = {}
     guidance_scale: ClassVar[float] = 0.0  # to be stated
     takes_guards: ClassVar[bool] = True
+    pipeline_tag: ClassVar[str] = "text-to-image"
     tags: ClassVar[tuple[str, ...]] = ()
     models: ClassVar[tuple[Model, ...]] = ()
 
     name: str
     folder: Path
+    classes: tuple[str, ...] = ()
     defaults: dict[str, Any]
     guard: Guard | None
     notes: tuple[str, ...]
@@ -122,6 +126,13 @@ class Family(Stored, Prompted):
     def is_text_map(self, name: str) -> bool:
         """Whether the weight is a linear map of the text states, which closed forms solve for; none by default."""
         return False
+
+    def require_text_maps(self) -> None:
+        """Raise an EraseError if there is no linear map of text states, which closed forms solve for."""
+        if type(self).is_text_map is Family.is_text_map:
+            raise EraseError(
+                f"{self.family} has no maps of text states, which closed forms solve for; choose a method that trains"
+            )
 
     def is_value_map(self, name: str) -> bool:
         """Whether the weight is one of the text maps that makes the values of cross-attention; none by default."""

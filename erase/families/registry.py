@@ -29,6 +29,8 @@ def made_registry() -> Registry[Family]:
         _ANY: "erase.families.sd:StableDiffusion",
         "StableDiffusionXLPipeline": "erase.families.sdxl:StableDiffusionXL",
         "StableDiffusion3Pipeline": "erase.families.sd3:StableDiffusion3",
+        "DDIMPipeline": "erase.families.ddpm:PixelDiffusion",
+        "DDPMPipeline": "erase.families.ddpm:PixelDiffusion",
     }
     return Registry("model family", base=Family, group="erase.families", own=own, check=_problem, has_option=False)
 

@@ -14,7 +14,8 @@ from erase.options.declare import Precision, agreed_precision, make_plain, optio
 from erase.registry import has_others
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
-SCOPES = ("full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime", "pooled")  # of all our families
+# of all our families
+SCOPES = ("full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime", "pooled", "label")
 SD_DEFAULTS: dict[str, Any] = {
     "num_forget": 800,
     "num_retain": 800,
@@ -44,7 +45,7 @@ class Settings:
     )
     model: str = option(
         "CompVis/stable-diffusion-v1-4",
-        "'mini' (embedded), a diffusers folder, a hub id, or a .safetensors/.ckpt file",
+        "'mini' or 'mini-pixel' (embedded), a diffusers folder, a hub id, or a .safetensors/.ckpt file",
         group="what",
     )
     unet: str | None = option(

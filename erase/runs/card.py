@@ -70,10 +70,10 @@ def _header(model: str, family: type[Family]) -> str:
 
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=family.pipeline_tag,
         base_model=model if _is_hub_id(model) else None,
         license=family.licence(model),
-        tags=[*family.tags, "text-to-image", "diffusers", "concept-erasure", "machine-unlearning"],
+        tags=[*family.tags, family.pipeline_tag, "diffusers", "concept-erasure", "machine-unlearning"],
     ).to_yaml()
 
 

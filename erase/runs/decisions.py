@@ -160,6 +160,8 @@ def _require_able(model: Family, settings: Settings, method: methods.Method) -> 
         _ = model.token_embeddings  # an error if there is none: words are learned in it
     if isinstance(method, methods.TrainedMethod) and method.attends:
         model.require_attention()
+    if isinstance(method, methods.ClosedForm):
+        model.require_text_maps()
 
 
 def _changing(parameters: Mapping[str, Parameter], mask: masks.Packed | None) -> dict[str, Parameter]:

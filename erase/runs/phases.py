@@ -19,12 +19,13 @@ class Gathered:
     """What the mask and the training see.
 
     shown: images of the concept, which a saliency mask is computed from; None if none is.
-    images: those that the method trains on; None for a closed form. text: text states, which a closed form reads.
+    images: those that the method trains on; None for a closed form. text: text states, which a
+        closed form reads; None for a method that trains.
     """
 
     shown: latents.Data | None
     images: latents.Data | None
-    text: Text
+    text: Text | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def gather(decided: Decisions) -> Gathered:
     images = None
     if isinstance(method, TrainedMethod):
         images = shown if shown is not None and method.images == "concept" else images_of(decided, method.images)
-    text = prompt_states.read_text(model, decided.concept)
+    text = prompt_states.read_text(model, decided.concept) if isinstance(method, ClosedForm) else None
     model.release()
     if settings.weights == "bf16":
         model.round_network(torch.bfloat16)
@@ -71,6 +72,7 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
     if isinstance(method, ClosedForm):
         if settings.weights == "bf16":  # rounded for the mask's sake only
             model.reload_network()
+        assert data.text is not None
         return Trained([], closed_form.solve(decided.model, method, data.text, decided.parameters, mask))
     assert data.images is not None
     recipe = make_recipe(settings, make_plan(settings, model), decided.concept.kind)

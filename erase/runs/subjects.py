@@ -8,6 +8,7 @@ from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.methods import Method
 from erase.mini import vocabulary, world
+from erase.options import model_classes
 from erase.options.recipes import prompts_of
 from erase.options.settings import Settings
 
@@ -35,6 +36,8 @@ def find_concept(settings: Settings, name: str, concept: Concept | None, model: 
     """One of them."""
     given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
     is_mini = model.is_mini if model else vocabulary.is_embedded(settings.model)
+    if concept is None and not settings.kind:
+        concept = model_classes.class_concept(name, str(settings.base or settings.model))
     if concept is None:
         if is_mini and not (settings.kind and settings.forget and settings.anchor):
             vocabulary.require_preset(name)

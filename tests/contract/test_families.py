@@ -15,18 +15,23 @@ from erase.families import registry
 from erase.families.protocol import Family
 
 PROMPTS = ["a photo of a cat", "a house"]
-CLASSES = [*map(registry.FAMILIES.load, registry.FAMILIES.names()), Watercolour]
+CLASSES = [*dict.fromkeys(map(registry.FAMILIES.load, registry.FAMILIES.names())), Watercolour]
 
 
 @pytest.fixture(params=CLASSES, ids=lambda cls: cls.family)
-def model(request, toy_pipeline_dir, toy_sdxl_dir, toy_sd3_dir, tmp_path) -> Family:
+def model(request, toy_pipeline_dir, toy_sdxl_dir, toy_sd3_dir, toy_ddpm_dir, tmp_path) -> Family:
     """Loaded from a folder that names its pipeline. A family of another architecture brings a toy folder of its own."""
-    folders = {"sdxl": toy_sdxl_dir, "sd3": toy_sd3_dir}
+    folders = {"sdxl": toy_sdxl_dir, "sd3": toy_sd3_dir, "ddpm": toy_ddpm_dir}
     folder = Path(shutil.copytree(folders.get(request.param.family, toy_pipeline_dir), tmp_path / "toy"))
     path = folder / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": request.param.pipelines[0]}))
     assert request.param.other_kind(folder) is None
     return request.param.from_folder(folder, folder)
+
+
+def prompts_of(model: Family) -> list[str]:
+    """Two prompts of the model: of a class-conditional one, class names."""
+    return [*model.classes[:2]] or PROMPTS
 
 
 @pytest.mark.parametrize("name", registry.FAMILIES.names())
@@ -55,6 +60,11 @@ def test_every_scope_holds_parameters_and_full_holds_all(model):
 
 
 def test_text_maps_multiply_text_states_and_value_maps_are_some_of_them(model):
+    if type(model).is_text_map is Family.is_text_map:
+        with pytest.raises(EraseError, match="has no maps of text states"):
+            model.require_text_maps()
+        pytest.skip("no text maps")
+    model.require_text_maps()
     width = model.encode_text([""]).text_states.shape[-1]
     maps = {name: w for name, w in model.network.named_parameters() if model.is_text_map(name)}
     values = [name for name, _ in model.network.named_parameters() if model.is_value_map(name)]
@@ -76,6 +86,18 @@ def test_the_unconditional_branch_is_one_row_encoded_before_or_not(model):
     one, two = model.unconditional(), model.unconditional(model.encode_text([""]))
     assert len(one) == 1
     torch.testing.assert_close(vars(one), vars(two))
+
+
+def test_prompts_of_classes_are_their_labels_and_class_vectors_are_the_networks(model):
+    if not model.classes:
+        with pytest.raises(EraseError, match="has no class labels"):
+            _ = model.class_vectors
+        pytest.skip("no class labels")
+    labels = model.encode_text([*model.classes, ""]).labels
+    assert labels is not None and labels.tolist() == [*range(len(model.class_vectors))]
+    assert any(parameter is model.class_vectors for parameter in model.network.parameters())
+    with pytest.raises(EraseError, match="names no class of"):
+        model.encode_text(["a photo of a house"])
 
 
 def require_table(model: Family) -> None:
@@ -123,12 +145,13 @@ def test_tokens_give_the_states_of_their_text_and_embeddings_have_a_gradient(mod
 
 def test_a_trajectory_that_is_continued_ends_where_it_would_have_ended(model):
     x = torch.randn(2, *model.latent_shape(model.resolution), generator=torch.Generator().manual_seed(0))
-    c, empty, how = model.encode_text(PROMPTS), model.unconditional(), {"steps": 5, "guidance": 2.0}
-    whole = model.draw_from(x, PROMPTS, start=0, **how)
+    prompts = prompts_of(model)
+    c, empty, how = model.encode_text(prompts), model.unconditional(), {"steps": 5, "guidance": 2.0}
+    whole = model.draw_from(x, prompts, start=0, **how)
     part, t = model.trajectory(x, torch.tensor([3, 3]), c, empty, **how)
     assert len(model.times(5)) == 5 and t.tolist() == [model.times(5)[3]] * 2
-    torch.testing.assert_close(model.draw_from(part, PROMPTS, start=3, **how), whole)
-    assert not torch.allclose(model.draw_from(part, PROMPTS, start=2, **how), whole)
+    torch.testing.assert_close(model.draw_from(part, prompts, start=3, **how), whole)
+    assert not torch.allclose(model.draw_from(part, prompts, start=2, **how), whole)
 
 
 def test_images_and_latents_go_both_ways(model):
@@ -140,9 +163,10 @@ def test_images_and_latents_go_both_ways(model):
 
 def test_the_same_seed_generates_the_same_latents_also_after_parts_were_freed(model):
     how: dict[str, Any] = {"steps": 2, "guidance": 2.0, "size": model.resolution}
-    first = model.draw(PROMPTS, [1, 2], **how)
+    prompts = prompts_of(model)
+    first = model.draw(prompts, [1, 2], **how)
     model.release()
-    again, other = model.draw(PROMPTS, [1, 2], **how), model.draw(PROMPTS, [3, 4], **how)
+    again, other = model.draw(prompts, [1, 2], **how), model.draw(prompts, [3, 4], **how)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

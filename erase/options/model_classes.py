@@ -1,0 +1,47 @@
+"""Class names of a class-conditional model, and the concept that one of its classes is."""
+
+from pathlib import Path
+
+from erase.concepts import Concept, of_class
+from erase.errors import EraseError
+from erase.files import read_json
+
+MINI_PIXEL = "mini-pixel"
+MINI_PIXEL_DIR = Path(__file__).parents[1] / "mini" / "pixel" / "weights"
+
+
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The class names in a pipeline folder's model_index.json, in the order of their labels; () if it has none.
+
+    They are under "id2label", {"0": "airplane", "1": ...}, as in diffusers' DiTPipeline.
+
+    Raises:
+        EraseError: the labels are not 0, 1, 2 and so on, or two classes have one name.
+    """
+    path = folder / "model_index.json"
+    stated = read_json(path).get("id2label") if path.is_file() else None
+    if stated is None:
+        return ()
+    names = [stated.get(str(label)) for label in range(len(stated))] if isinstance(stated, dict) else [None]
+    texts = [name.strip() for name in names if isinstance(name, str) and name.strip()]
+    if len(texts) < max(2, len(names)) or len({name.lower() for name in texts}) < len(texts):
+        raise EraseError(
+            f"{path}: id2label must name two or more different classes by their labels, such as "
+            '{"0": "airplane", "1": "automobile"}'
+        )
+    return tuple(texts)
+
+
+def classes_of(model: str) -> tuple[str, ...]:
+    """The class names of a model folder, or of the embedded pixel model; () for every other model."""
+    return read_classes(MINI_PIXEL_DIR if model == MINI_PIXEL else Path(model).expanduser())
+
+
+def class_concept(name: str, model: str) -> Concept | None:
+    """The concept that a class of this model is; None for a model without class names, and for a .toml file.
+
+    Raises:
+        EraseError: the model has class names, but not this one.
+    """
+    classes = () if name.lower().endswith(".toml") else classes_of(model)
+    return of_class(name, classes) if classes else None
