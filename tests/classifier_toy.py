@@ -26,7 +26,7 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append((self.training, x.detach().clone()))
-        h = self.layer2(self.layer1(x.double()).tanh()).tanh().flatten(1)
+        h = self.layer2(self.layer1(x.to(self.fc.weight.dtype)).tanh()).tanh().flatten(1)
         return self.fc(self.layer4(self.layer3(h).tanh()).tanh())
 
 

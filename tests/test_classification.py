@@ -819,7 +819,7 @@ def test_a_class_without_samples_is_one_line():
         ({"method": "salum"}, "did you mean salun"),
         ({"density": 0.0}, "above 0 and at most 1"),
         ({"epochs": -1}, "0 or more"),
-        ({"network": "resnet19"}, "did you mean resnet18"),
+        ({"network": "resnet118"}, "did you mean resnet18"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_line(options, message):
@@ -899,7 +899,7 @@ def test_a_request_that_fits_no_data_set_is_refused_before_the_data_is_read(requ
 
 @pytest.fixture
 def toy_world(monkeypatch) -> None:
-    monkeypatch.setattr(data, "load", lambda name, cache_dir, size=None: toy_dataset())
+    monkeypatch.setattr(data, "load", lambda name, cache_dir, **_: toy_dataset())
 
 
 def settings_of(tmp_path: Path, **changes: Any) -> Settings:

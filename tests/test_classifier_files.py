@@ -26,7 +26,7 @@ def images(n: int) -> Images:
 @pytest.fixture(autouse=True)
 def toy_world(monkeypatch) -> None:
     dataset = Dataset("toy", images(30), images(12), ("a", "b", "c"), (0.3,), (0.3,))
-    monkeypatch.setattr(data, "load", lambda name, cache_dir, size=None: dataset)
+    monkeypatch.setattr(data, "load", lambda name, cache_dir, **_: dataset)
 
 
 def saved(path: Path, *, state: dict[str, Any] | None = None, **shape: Any) -> Path:

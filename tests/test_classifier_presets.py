@@ -170,6 +170,9 @@ def test_statistics_move_as_published_unless_a_data_set_says_otherwise():
         "default": "moving",
         "digits": "frozen",
         "drawings": "frozen",
+        "cifar10": "moving",
+        "cifar10-small": "moving",
+        "cifar10-small-frozen": "frozen",
     }
     assert Settings(data="cifar10").resolved().batch_norm == "moving"
     assert Settings(data="digits").resolved().batch_norm == "frozen"

@@ -111,7 +111,7 @@ def test_the_classifier_gives_the_logits_of_their_code(theirs, prefix, tmp_path)
 
 def test_the_whole_command_begins_from_it(theirs, tmp_path, monkeypatch, capsys):
     """The unlearned model is written in our format, which is read without a flag. (4.4)"""
-    monkeypatch.setattr(data, "load", lambda name, cache_dir, size=None: DATASET)
+    monkeypatch.setattr(data, "load", lambda name, cache_dir, **_: DATASET)
     path = checkpoint(tmp_path / "0model_SA_best.pth.tar", theirs.state_dict())
     options = ["--data", "toy", "--network", "resnet18", "--forget", "25%", "--method", "ga", "--epochs", "1"]
     options += ["--model", str(path), "--output", str(tmp_path / "run"), "--learning-rate", "1e-6", "--device", "cpu"]

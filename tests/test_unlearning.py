@@ -29,7 +29,7 @@ def toy_images(n: int, seed: int) -> Images:
 @pytest.fixture(autouse=True)
 def toy_world(monkeypatch) -> None:
     dataset = Dataset("toy", toy_images(30, 0), toy_images(12, 1), ("a", "b", "c"), (0.3,), (0.3,))
-    monkeypatch.setattr(data, "load", lambda name, cache_dir, size=None: dataset)
+    monkeypatch.setattr(data, "load", lambda name, cache_dir, **_: dataset)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class Bench:
 
     @cached_property
     def prepared(self) -> tuple[Dataset, Split]:
-        return run.prepare(self.settings, self.cache_dir)
+        return run.prepare(self.settings, self.cache_dir, quiet=self.quiet)
 
     @cached_property
     def original(self) -> tuple[Classifier, Shape]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from types import MethodType
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from erase import masks
+from erase.classification.checkpoint import Checkpoint
 from erase.classification.data import Images, loader
 from erase.classification.methods import Plan, Progress, Values
 from erase.device import LOSS_SCALE, Compute
@@ -21,7 +21,7 @@ from erase.errors import EraseError
 from erase.optim import MaskedAdam
 from erase.optim.sgd import MaskedSGD
 from erase.options.declare import Precision
-from erase.progress import each
+from erase.progress import progress
 
 
 class Diverged(EraseError):
@@ -68,12 +68,15 @@ def descend(
     mask: Mapping[str, Tensor] | None = None,
     *,
     label: str = "train",
+    checkpoint: Checkpoint | None = None,
     quiet: bool = True,
 ) -> None:
     """Carry out a plan, in place. Modes and gradient flags of the model are restored afterwards.
 
     mask: bool tensors by parameter name; a parameter without one does not change. None: every weight may change.
     label: name of the progress bar, which counts epochs.
+    checkpoint: where an interrupted training continues; only for a plan with no more than `passes` and `loss`, whose
+        functions keep no state.
 
     Raises:
         Diverged: the loss is not finite.
@@ -85,35 +88,71 @@ def descend(
     moving = named if mask is None else {name: named[name] for name in mask}
     if recipe.epochs == 0 or not moving:
         return
-    optimizer = _optimizer(moving, mask, plan.extra, recipe)
-    at = Progress(0, recipe.epochs, 0, 0)
+    descent = _Descent(model, plan, recipe, generator, mask, *_optimizers(moving, mask, plan, recipe))
     with _training(model, moving, recipe.batch_norm), computing(model, recipe.precision):
+        begun = checkpoint.restore(model, descent.optimizer, generator) if checkpoint else 0
         if plan.start:
             write(model, plan.start(), mask)
-        for epoch in each(range(recipe.epochs), label, "epochs", quiet=quiet):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(epoch)
-            passes = plan.passes()
-            steps = recipe.epochs * sum(math.ceil(len(images) / recipe.batch_size) for images in passes)
-            how: dict[str, Any] = {"padding": recipe.padding, "flip": recipe.flip}
-            for batch in chain.from_iterable(loader(part, recipe.batch_size, generator, **how) for part in passes):
-                at = Progress(epoch, recipe.epochs, at.step, steps)
-                x = batch.pixels
-                loss = plan.loss(x, batch.y, at) if plan.loss else F.cross_entropy(model(x), batch.y)
-                optimizer.zero_grad()
-                (loss * LOSS_SCALE[recipe.precision]).backward()
-                if recipe.precision == "fp16":
-                    for parameter in (*moving.values(), *plan.extra.values()):
-                        if parameter.grad is not None:
-                            parameter.grad /= LOSS_SCALE["fp16"]
-                if plan.bend:
-                    plan.bend()
-                optimizer.step()
-                if plan.settle:
-                    write(model, plan.settle(at), mask)
-                at = Progress(epoch, recipe.epochs, at.step + 1, steps)
-            if not torch.isfinite(loss):  # once an epoch, because looking at it waits for the device
-                raise Diverged(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --learning-rate")
+        with progress(recipe.epochs, label, "epochs", done=begun, quiet=quiet) as bar:
+            for epoch in range(begun, recipe.epochs):
+                loss = descent.run(epoch)
+                if not torch.isfinite(loss):  # once an epoch, because looking at it waits for the device
+                    raise Diverged(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --learning-rate")
+                if checkpoint:
+                    checkpoint.keep(model, descent.optimizer, generator, epoch + 1, last=epoch + 1 == recipe.epochs)
+                bar.update()
+
+
+@dataclass
+class _Descent:
+    """What an epoch of a descent needs. forget_optimizer: of the steps on D_f, if it is another one."""
+
+    model: nn.Module
+    plan: Plan
+    recipe: Recipe
+    generator: torch.Generator
+    mask: Mapping[str, Tensor] | None
+    optimizer: torch.optim.Optimizer
+    forget_optimizer: torch.optim.Optimizer | None
+    step: int = 0
+
+    def run(self, epoch: int) -> Tensor:
+        """Train for one epoch; returns the last loss."""
+        loss, recipe = torch.zeros(()), self.recipe
+        passes = self.plan.passes()
+        steps = recipe.epochs * sum(math.ceil(len(images) / recipe.batch_size) for images in passes)
+        how: dict[str, Any] = {"padding": recipe.padding, "flip": recipe.flip}
+        for part, images in enumerate(passes):
+            for batch in loader(images, recipe.batch_size, self.generator, **how):
+                loss = self._step(batch, Progress(epoch, recipe.epochs, self.step, steps, part))
+                self.step += 1
+        return loss
+
+    def _step(self, batch: Images, at: Progress) -> Tensor:
+        optimizer, x = self._optimizer(at), batch.pixels
+        loss = self.plan.loss(x, batch.y, at) if self.plan.loss else F.cross_entropy(self.model(x), batch.y)
+        optimizer.zero_grad()
+        (loss * LOSS_SCALE[self.recipe.precision]).backward()
+        if self.recipe.precision == "fp16":
+            for parameter in (*self.model.parameters(), *self.plan.extra.values()):
+                if parameter.grad is not None:
+                    parameter.grad /= LOSS_SCALE["fp16"]
+        if self.plan.bend:
+            self.plan.bend(at)
+        optimizer.step()
+        if self.plan.settle:
+            write(self.model, self.plan.settle(at), self.mask)
+        return loss
+
+    def _optimizer(self, at: Progress) -> torch.optim.Optimizer:
+        """The optimizer of a step, with its learning rate."""
+        optimizer, size = self.optimizer, self.recipe.learning_rate_at(at.epoch)
+        own, forgets = self.plan.forget_optimizer, self.plan.forgets
+        if self.forget_optimizer and own and forgets and forgets(at):
+            optimizer, size = self.forget_optimizer, own.learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = size * (self.plan.rate(at) if self.plan.rate else 1)
+        return optimizer
 
 
 @torch.no_grad()
@@ -202,18 +241,21 @@ def computing(model: nn.Module, precision: Precision) -> Iterator[None]:
         del model.forward
 
 
-def _optimizer(
-    moving: Mapping[str, Parameter], mask: Mapping[str, Tensor] | None, extra: Mapping[str, Parameter], recipe: Recipe
-) -> torch.optim.Optimizer:
-    clash = extra.keys() & moving.keys()
+def _optimizers(
+    moving: Mapping[str, Parameter], mask: Mapping[str, Tensor] | None, plan: Plan, recipe: Recipe
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
+    """The run's optimizer, and the plan's own one for the steps on D_f."""
+    clash = plan.extra.keys() & moving.keys()
     assert not clash, clash
-    named = {**moving, **extra}
+    own = plan.forget_optimizer
+    second = own and MaskedAdam(moving, mask, lr=own.learning_rate, weight_decay=own.weight_decay)
+    named = {**moving, **plan.extra}
     if mask is not None:
-        mask = {**mask, **{name: torch.ones(p.shape, dtype=torch.bool) for name, p in extra.items()}}
+        mask = {**mask, **{name: torch.ones(p.shape, dtype=torch.bool) for name, p in plan.extra.items()}}
     if recipe.optimizer == "adam":
-        return MaskedAdam(named, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        return MaskedAdam(named, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay), second
     settings = {"lr": recipe.learning_rate, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
-    return MaskedSGD(named, mask, **settings)
+    return MaskedSGD(named, mask, **settings), second
 
 
 @contextmanager

@@ -24,6 +24,7 @@ def make_mask(
     Raises:
         EraseError: there is no such kind of mask and no such file, or the file is for another model.
     """
+    assert settings.density is not None
     base_hash = delta.content_hash(model.state_dict())
     header = {"base": f"{settings.network} on {settings.data}", "base_hash": base_hash, "density": settings.density}
     kind = settings.mask

@@ -22,8 +22,9 @@ class Preset:
     """Defaults of a method.
 
     method: "file:Class" in methods/, or the name of another package's method; "" trains a new model on the retain set.
-    mask: the weights that may change.
+    mask: the weights that may change. density: their share, where there is a mask.
     options: values of the class's fields that differ from the class's own defaults.
+    optimizer: "sgd" or "adam".
     """
 
     method: str = ""
@@ -31,6 +32,8 @@ class Preset:
     learning_rate: float = 0.0
     mask: str = "none"
     options: tuple[tuple[str, float], ...] = ()
+    optimizer: str = "sgd"
+    density: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ _NOUNS = {str: "a string", int: "a whole number, 0 or more", float: "a number, 0
 
 def _values(cls: type[Preset] | type[Training], row: dict[str, Any], where: str) -> dict[str, Any]:
     """The row as arguments of the dataclass."""
-    texts: dict[str, type] = dict.fromkeys(("method", "network", "mask", "batch_norm"), str)
-    kinds = texts | {"options": tuple, "learning_rate": float}
+    texts: dict[str, type] = dict.fromkeys(("method", "network", "mask", "optimizer", "batch_norm"), str)
+    kinds = texts | {"options": tuple, "learning_rate": float, "density": float}
     names = [item.name for item in fields(cls)]
     _require_names(row, names, where)
     missing = [item.name for item in fields(cls) if item.default is MISSING and item.name not in row]

@@ -19,7 +19,8 @@ from erase.version import __version__
 
 MODEL, DELTA, MASK = "model.safetensors", "delta.safetensors", "mask.safetensors"
 SPLIT, RECORD = "split.json", "run.json"
-_FREE = {"output", "device", "allow_pickle"}  # settings that do not change the result
+_FREE = {"output", "device", "allow_pickle", "tuned_for"}  # settings that do not change the result of the others
+_LATER = {"num_train": None}  # settings that records of 0.1.0 lack, as they were then
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 def recorded(found: Mapping[str, Any]) -> dict[str, Any]:
     """The identity in a record under today's names; also of a record that version 0.1.0 wrote."""
-    found = dict(found)
+    found = {**_LATER, **found}
     if "mixed_precision" in found:
         found["precision"] = MIXED_PRECISION[found.pop("mixed_precision")]
     return found

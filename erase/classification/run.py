@@ -134,10 +134,12 @@ def recipes(settings: Settings, dataset: Dataset) -> tuple[Recipe, Recipe]:
     return training, Recipe(settings.epochs, settings.learning_rate, **how, **rest)
 
 
-def prepare(settings: Settings, cache_dir: str | Path) -> tuple[Dataset, Split]:
+def prepare(settings: Settings, cache_dir: str | Path, *, quiet: bool = True) -> tuple[Dataset, Split]:
     """The data set on its device, and the split; of resolved settings."""
     split.require_request(settings.forget)
-    dataset = data.load(settings.data, cache_dir, size=settings.size)
+    dataset = data.load(settings.data, cache_dir, size=settings.size, quiet=quiet)
+    if settings.num_train is not None:
+        dataset = dataset.first(settings.num_train)
     make_split = split.make_reference if settings.split == "reference" else split.make
     chosen = make_split(dataset, settings.forget, settings.seed)
     here = device_of(settings)
@@ -172,7 +174,7 @@ def run_training(settings: Settings, cache_dir: str | Path, *, without_forget: b
     """
     require_use(settings)
     settings = settings.resolved()
-    dataset, chosen = prepare(settings, cache_dir)
+    dataset, chosen = prepare(settings, cache_dir, quiet=quiet)
     folder = records.open_folder(settings, {"without_forget": without_forget})
     seconds: dict[str, float] = {}
     with _timing(seconds, "train"):
@@ -192,7 +194,7 @@ def run(
     require_use(settings)
     settings = settings.resolved()
     check_method(settings)
-    dataset, chosen = prepare(settings, cache_dir)
+    dataset, chosen = prepare(settings, cache_dir, quiet=quiet)
     folder = records.open_folder(settings, {})
     original, shape, seconds = _original(settings, dataset, chosen, folder, quiet, tell)
     done = unlearned(settings, dataset, chosen, original, shape, quiet=quiet)

@@ -10,7 +10,7 @@ from erase.classification.presets import MOST_SIZE, PRESETS, TRAINING, TUNED, Ki
 from erase.errors import EraseError
 from erase.options.declare import Precision, agreed_precision, flag, make_plain, option
 
-NETWORKS = ("mlp", "small", "resnet18", "resnet18_imagenet", "resnet50", "vgg16_bn", "vit", "swin_t")
+NETWORKS = ("mlp", "small", "resnet9s", "resnet18", "resnet18_imagenet", "resnet50", "vgg16_bn", "vit", "swin_t")
 
 
 def _others() -> tuple[str, ...]:
@@ -49,6 +49,22 @@ class Settings:
         shown="size of the images",
     )
 
+    num_train: int | None = option(
+        None,
+        "number of training images, the first ones of each class",
+        group="what",
+        least=2,
+        most=1_000_000_000,
+        shown="all",
+    )
+    tuned_for: str | None = option(
+        None,
+        "use the settings tuned for this data set, for a folder with its images",
+        group="what",
+        choices=tuple(name for name in TRAINING if name != "default"),
+        shown="name of --data",
+    )
+
     # method
     method: str = option(
         "salun",
@@ -80,7 +96,12 @@ class Settings:
         group="how",
         shown="saliency for salun and salun-joint, else none",
     )
-    density: float = option(0.5, "share of the weights that may change, above 0 and at most 1", group="how")
+    density: float | None = option(
+        None,
+        "share of the weights that may change, above 0 and at most 1",
+        group="how",
+        shown="0.5; 0.9 for salun, half of the images and cifar10",
+    )
     score: Literal["abs_sum", "sum_abs", "sum_sq"] = option(
         "abs_sum", "saliency score: |sum g| (as in SalUn's code), sum |g| or sum g^2", group="how"
     )
@@ -109,7 +130,9 @@ class Settings:
         most=1e30,
         shown="depends on --method, --data and --forget",
     )
-    optimizer: Literal["sgd", "adam"] = option("sgd", "optimizer of unlearning", group="training")
+    optimizer: Literal["sgd", "adam"] | None = option(
+        None, "optimizer of unlearning", group="training", shown="sgd, except for scrub: adam"
+    )
     batch_size: int | None = option(
         None, "images per step", group="training", least=1, most=1_000_000, shown="depends on --data"
     )
@@ -146,7 +169,7 @@ class Settings:
     def __post_init__(self, mixed_precision: str | None) -> None:
         object.__setattr__(self, "precision", agreed_precision(self.precision, mixed_precision))
         make_plain(self)
-        if not 0 < self.density <= 1:
+        if self.density is not None and not 0 < self.density <= 1:
             raise EraseError(f"--density is {self.density}; it must be above 0 and at most 1")
 
     @property
@@ -156,23 +179,25 @@ class Settings:
             from erase.classification.methods import preset  # loads torch, which `--help` does not need
 
             return preset(self.method)
-        return TUNED.get((self.data, kind_of(self.forget)), {}).get(self.method, PRESETS[self.method])
+        return TUNED.get((self.tuned_for or self.data, kind_of(self.forget)), {}).get(self.method, PRESETS[self.method])
 
     def resolved(self) -> "Settings":
-        """The settings with every None filled in except model, size and device.
+        """The settings with every None filled in except model, size, num_train, tuned_for and device.
 
         The preset's options come before those of `set`, which replace them.
         """
         from erase.device import choose  # loads torch, which `--help` does not need
 
         preset = self.preset
-        training = TRAINING.get(self.data, TRAINING["default"])
+        training = TRAINING.get(self.tuned_for or self.data, TRAINING["default"])
         defaults: dict[str, Any] = {
             "output": f"runs/{self.data.strip('/').rpartition('/')[2]}-{self.method}",
             "network": training.network,
             "mask": preset.mask,
+            "density": preset.density,
             "epochs": preset.epochs,
             "learning_rate": preset.learning_rate,
+            "optimizer": preset.optimizer,
             "batch_size": training.batch_size,
             "train_epochs": training.epochs,
             "train_learning_rate": training.learning_rate,

@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from erase.classification.data.decoded import decoded
 from erase.classification.data.labelled import Dataset, Images
-from erase.classification.data.pixels import read_pixels, statistics
+from erase.classification.data.pixels import statistics
 from erase.data.images import SUFFIXES, image_files, is_system
 from erase.errors import EraseError
 
 _ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: file, class and box of each validation image
 
 
-def image_folder(folder: Path, size: int | None = None) -> Dataset:
+def image_folder(folder: Path, size: int | None, cache_dir: str | Path, *, quiet: bool = True) -> Dataset:
     """The images of train/CLASS and test/CLASS (or val/CLASS), with classes in alphabetical order.
 
     Images may be in folders below their class folder. For Tiny ImageNet as it is distributed, labels of val/images
     come from val_annotations.txt and class names from words.txt; its folder test, which has no labels, is ignored.
+    The pixels are decoded once and then read from `cache_dir`, as long as no file changes.
+
     size: see `read_pixels`; without it all images must have the same size.
 
     Raises:
@@ -34,10 +34,13 @@ def image_folder(folder: Path, size: int | None = None) -> Dataset:
     unknown = sorted(tested.keys() - train.keys())
     if unknown:
         raise EraseError(f"{test / unknown[0]} is a class that {folder / 'train'} does not have")
-    parts = [
-        _read_files(part, [(path, y) for y, name in enumerate(train) for path in found.get(name, ())], size)
-        for part, found in ((folder / "train", train), (test, tested))
+    labelled = [
+        [(path, y) for y, name in enumerate(train) for path in found.get(name, ())] for found in (train, tested)
     ]
+    for part, files in zip((folder / "train", test), labelled, strict=True):
+        if not files:
+            raise EraseError(f"{part} holds no images in class folders ({', '.join(sorted(SUFFIXES))})")
+    parts = [Images(*tensors) for tensors in decoded(folder, labelled, size, cache_dir, quiet=quiet)]
     classes = _in_words(folder / "words.txt", list(train))
     mean, std = statistics(parts[0].x)
     return Dataset(str(folder), parts[0], parts[1], classes, mean, std, padding=parts[0].x.shape[2] // 8, flip=True)
@@ -78,15 +81,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise EraseError(f"{path} cannot be read as text ({error})") from error
-
-
-def _read_files(folder: Path, files: Sequence[tuple[Path, int]], size: int | None) -> Images:
-    images: list[Tensor] = []
-    for path, _ in files:
-        images.append(read_pixels(path, str(path), size))
-        if images[-1].shape != images[0].shape:
-            here, first = ("x".join(map(str, one.shape[1:])) for one in (images[-1], images[0]))
-            raise EraseError(f"{path} is {here} pixels, but {files[0][0].name} is {first}; give --size")
-    if not images:
-        raise EraseError(f"{folder} holds no images in class folders ({', '.join(sorted(SUFFIXES))})")
-    return Images(torch.stack(images), torch.tensor([y for _, y in files]))

@@ -1,7 +1,7 @@
 """Labelled images in memory, and a data set made of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,22 @@ class Dataset:
         for index, name in enumerate(self.classes):
             if not (self.train.y == index).any():
                 raise EraseError(f"class {index} ({name}) of {self.name} has no training image")
+
+    def first(self, num: int) -> "Dataset":
+        """The same data set with the first `num` training images, the same number of each class.
+
+        Raises:
+            EraseError: `num` is no multiple of the number of classes, or a class has too few images.
+        """
+        each, rest = divmod(num, len(self.classes))
+        counts = torch.bincount(self.train.y, minlength=len(self.classes))
+        if rest or not each or each > counts.min():
+            most = int(counts.min()) * len(self.classes)
+            raise EraseError(
+                f"--num-train is {num}; it must be a multiple of the {len(self.classes)} classes and at most {most}"
+            )
+        chosen = [(self.train.y == y).nonzero().view(-1)[:each] for y in range(len(self.classes))]
+        return replace(self, train=self.train[torch.cat(chosen).sort().values])
 
     @property
     def channels(self) -> int:

@@ -12,12 +12,12 @@ from erase.errors import EraseError
 OFFLINE = ("digits", "drawings")
 
 
-def load(name: str, cache_dir: str | Path, *, size: int | None = None) -> Dataset:
+def load(name: str, cache_dir: str | Path, *, size: int | None = None, quiet: bool = True) -> Dataset:
     """The data set of a name or a folder.
 
     name: digits, drawings, one of SOURCES, or a folder with CIFAR's python or binary files, with train/CLASS/image and
         test/CLASS/image (or val), or with parquet files.
-    cache_dir: folder in which the drawings are kept.
+    cache_dir: folder in which the drawings and the decoded images of folders are kept.
     size: side in pixels to which images of a folder or the hub are cropped and scaled; without it a folder's images
         must all have the same size.
 
@@ -37,7 +37,7 @@ def load(name: str, cache_dir: str | Path, *, size: int | None = None) -> Datase
     if num_classes:
         return cifar(folder, num_classes)
     if (folder / "train").is_dir() and any(folder.glob("train/*/*")):
-        return image_folder(folder, size)
+        return image_folder(folder, size, cache_dir, quiet=quiet)
     if any(folder.rglob("*.parquet")):
         return from_parquet(folder, size)
     raise EraseError(f"{folder} holds neither CIFAR's files, nor train/CLASS/images, nor parquet files")

@@ -7,15 +7,28 @@ theta_o the original weights.
 """
 
 from erase.classification.methods.boundary import BoundaryExpand, BoundaryShrink
+from erase.classification.methods.dual_optim import DualOptim, DualRandomLabel, DualScrub, DualSFRon
 from erase.classification.methods.fine_tune import FineTune
 from erase.classification.methods.fisher import FisherForgetting
 from erase.classification.methods.gradient_ascent import GradientAscent
 from erase.classification.methods.influence import Influence
 from erase.classification.methods.l1_sparse import L1Sparse
-from erase.classification.methods.protocol import Descends, Loss, Method, Plan, Progress, Solves, Task, Values
+from erase.classification.methods.protocol import (
+    Descends,
+    ForgetOptimizer,
+    Loss,
+    Method,
+    Plan,
+    Progress,
+    Solves,
+    Task,
+    Values,
+)
 from erase.classification.methods.random_label import RandomLabel, RandomLabelJoint
 from erase.classification.methods.registry import REGISTRY, find, make, others, preset
 from erase.classification.methods.scissorhands import Scissorhands
+from erase.classification.methods.scrub import Scrub
+from erase.classification.methods.sfron import SFRon
 from erase.classification.methods.soft_threshold import SoftThreshold
 
 __all__ = [
@@ -23,8 +36,13 @@ __all__ = [
     "BoundaryExpand",
     "BoundaryShrink",
     "Descends",
+    "DualOptim",
+    "DualRandomLabel",
+    "DualSFRon",
+    "DualScrub",
     "FineTune",
     "FisherForgetting",
+    "ForgetOptimizer",
     "GradientAscent",
     "Influence",
     "L1Sparse",
@@ -34,7 +52,9 @@ __all__ = [
     "Progress",
     "RandomLabel",
     "RandomLabelJoint",
+    "SFRon",
     "Scissorhands",
+    "Scrub",
     "SoftThreshold",
     "Solves",
     "Task",

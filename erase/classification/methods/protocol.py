@@ -46,16 +46,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Progress:
-    """Position in the training: the epoch of `epochs` and the step of `steps`, counted from 0."""
+    """Position in the training, counted from 0: the epoch, the step, and which of the epoch's image sets is trained on.
+
+    epochs, steps: their numbers in the whole training.
+    """
 
     epoch: int
     epochs: int
     step: int
     steps: int
+    part: int = 0
 
 
 Values = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor, Progress], Tensor]
+
+
+@dataclass(frozen=True)
+class ForgetOptimizer:
+    """An Adam of its own for the steps on D_f. weight_decay: decoupled, in units of the learning rate."""
+
+    learning_rate: float
+    weight_decay: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +81,19 @@ class Plan:
     extra: parameters outside the model; trained without a mask and discarded at the end.
     bend: changes the gradients between the backward pass and the step.
     settle: returns new values of weights, written after each step.
+    rate: returns a factor for the learning rate of a step.
+    forgets: whether a step trains on D_f. forget_optimizer: takes these steps instead of the run's optimizer.
     """
 
     passes: Callable[[], list[Images]]
     loss: Loss | None = None
     start: Callable[[], Values] | None = None
     extra: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
-    bend: Callable[[], None] | None = None
+    bend: Callable[[Progress], None] | None = None
     settle: Callable[[Progress], Values] | None = None
+    rate: Callable[[Progress], float] | None = None
+    forgets: Callable[[Progress], bool] | None = None
+    forget_optimizer: ForgetOptimizer | None = None
 
 
 class Method(ABC):  # noqa: B024  Descends and Solves have the abstract methods
@@ -84,11 +101,16 @@ class Method(ABC):  # noqa: B024  Descends and Solves have the abstract methods
 
     epochs, learning_rate: of unlearning; 0 for a method that computes its weights in one step.
     mask: the weights that may change, as `--mask` names them.
+    optimizer: "sgd" or "adam".
     """
 
     epochs: ClassVar[int] = 0
     learning_rate: ClassVar[float] = 0.0
     mask: ClassVar[str] = "none"
+    optimizer: ClassVar[str] = "sgd"
+
+    def __post_init__(self) -> None:  # noqa: B027  a subclass checks its options here
+        pass
 
 
 class Descends(Method):

@@ -17,7 +17,7 @@ class RandomLabel(Descends):
     may_be_true: Annotated[bool, "whether y' may equal y, as in SalUn's code"] = False
 
     def plan(self, task: Task) -> Plan:
-        return Plan(passes=lambda: [relabelled(task, self.may_be_true), task.retain])
+        return Plan(passes=lambda: [relabelled(task, self.may_be_true), task.retain], forgets=lambda at: at.part == 0)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def preset(name: str) -> Preset:
         EraseError: see `find`.
     """
     cls = find(name)
-    return Preset(name, cls.epochs, cls.learning_rate, cls.mask)
+    return Preset(name, cls.epochs, cls.learning_rate, cls.mask, optimizer=cls.optimizer)
 
 
 def make(class_of: type[Method], label: str, options: Mapping[str, str]) -> Method:

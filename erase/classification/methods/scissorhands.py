@@ -49,7 +49,7 @@ class Scissorhands(Descends):
             epoch.is_paired = batch is not None
             return fit if batch is None else fit - self.lam * cross_entropy(task.model, batch)
 
-        def bend() -> None:
+        def bend(at: Progress) -> None:
             if epoch.is_paired:
                 project(task.parameters(), epoch.memory)
 
