@@ -129,6 +129,11 @@ def has_kernels(where: torch.device) -> bool:
     return where.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def has_graphs(where: torch.device) -> bool:
+    """Whether passes on the device can be recorded and replayed as CUDA graphs."""
+    return where.type == "cuda" and torch.version.hip is None
+
+
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory that a GPU reads by itself."""
     return tensor.pin_memory()

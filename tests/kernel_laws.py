@@ -308,6 +308,9 @@ def test_a_step_of_sgd_is_one_launch(monkeypatch):
     launches.clear()
     optimizer.step()
     assert len(launches) == 1
+    optimizer.state[weights["w"]]["momentum_buffer"] = torch.zeros(SHAPES["w"])  # as a CPU leaves it
+    with pytest.raises(EraseError, match="made on a CPU"):
+        optimizer.step()
 
 
 def test_what_does_not_fit_takes_the_other_path():

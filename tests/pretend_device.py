@@ -201,11 +201,41 @@ def _require_generator(kwargs: dict[str, Any]) -> None:
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
 
 
+def graphed(module: torch.nn.Module, samples: tuple[Tensor, ...], *, allow_unused_input: bool = False) -> Any:
+    """What torch.cuda.make_graphed_callables returns, with the hazards of graphs: inputs, outputs and gradients of all
+    replays are in the same memory, and buffers change while the graphs are made."""
+    compute, parameters = module.forward, [p for p in module.parameters() if p.requires_grad]
+    for _ in range(3):
+        kept = [compute(*samples).detach().clone()]
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    graphs: list[Tensor] = []
+
+    class Graphed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+            for sample, given in zip(samples, inputs, strict=False):
+                sample.copy_(given)
+            with torch.enable_grad():
+                graphs[:] = [compute(*samples)]
+            kept[0].copy_(graphs[0].detach())
+            return kept[0].detach()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            found = torch.autograd.grad(graphs[0], parameters, gradient, allow_unused=True, retain_graph=True)
+            for own, new in zip(gradients, found, strict=True):
+                own.copy_(torch.zeros_like(own) if new is None else new)
+            return (*(None for _ in samples), *(own.detach() for own in gradients))
+
+    module.forward = lambda *inputs: Graphed.apply(*inputs, *parameters)
+    return module
+
+
 @contextmanager
-def gpu(*, has_bf16: bool = True, free: int = 10**12) -> Iterator[None]:
+def gpu(*, has_bf16: bool = True, free: int = 10**12, graphs: bool = False) -> Iterator[None]:
     """Inside, the machine has one GPU, as far as `erase.device`, accelerate and tensors say.
 
-    free: bytes of memory that it says it has left.
+    free: bytes of memory that it says it has left. graphs: whether it has CUDA graphs, see `graphed`.
     """
     autocast = torch.autocast
 
@@ -219,6 +249,8 @@ def gpu(*, has_bf16: bool = True, free: int = 10**12) -> Iterator[None]:
         mock.patch.object(device, "use_gpu", lambda index: None),
         mock.patch.object(device, "gpu_name", lambda found: "pretended GPU"),
         mock.patch.object(device, "has_kernels", lambda found: os.environ.get("TRITON_INTERPRET") == "1"),
+        mock.patch.object(device, "has_graphs", lambda found: graphs),
+        mock.patch.object(torch.cuda, "make_graphed_callables", graphed),
         mock.patch.object(device, "pinned", torch.clone),
         mock.patch.object(PartialState, "default_device", GPU),
         mock.patch.dict(PartialState._shared_state),

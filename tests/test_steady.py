@@ -59,10 +59,12 @@ def train(folder: Path, method: Any, path: Path, *, device: str, recipe: Any = R
     return model
 
 
-def waits_of(folder: Path, method: Any, path: Path, free: int = 10**12, **options: Any) -> list[str]:
+def waits_of(
+    folder: Path, method: Any, path: Path, free: int = 10**12, graphs: bool = False, **options: Any
+) -> list[str]:
     """What made the host wait in ten steady steps on the pretended GPU."""
     found: list[str] = []
-    with pretend_device.gpu(free=free), pretend_device.waits() as seen:
+    with pretend_device.gpu(free=free, graphs=graphs), pretend_device.waits() as seen:
         with ten_steps(seen.clear, lambda: found.extend(seen)):
             train(folder, method, path, device="cuda", **options)
     return found
@@ -74,6 +76,11 @@ def test_ten_steady_steps_wait_for_nothing(toy_pipeline_dir, tmp_path, name):
     steps = 60 if name == "erasediff" else 14
     recipe = replace(RECIPE, num_steps=steps)
     assert waits_of(toy_pipeline_dir, toy.made(name), tmp_path / "t.pt", recipe=recipe) == []
+
+
+def test_ten_steps_that_are_replayed_wait_for_nothing(toy_pipeline_dir, tmp_path):
+    recipe = replace(RECIPE, num_steps=loop.REPAYS)
+    assert waits_of(toy_pipeline_dir, Relabel(), tmp_path / "t.pt", graphs=True, recipe=recipe) == []
 
 
 def test_without_room_for_a_copy_ten_steady_steps_wait_for_nothing_either(toy_pipeline_dir, tmp_path):

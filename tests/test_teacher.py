@@ -114,24 +114,35 @@ def test_a_loss_that_overrides_another_is_not_replaced_by_the_inherited_pass():
     assert not Relabel(alpha=0).joins and not Relabel(balancing="nash").joins
 
 
-def test_room_is_decided_from_free_memory(model):
-    """Nothing without a GPU, then a copy, then both branches at once."""
+def test_room_is_decided_from_free_memory(model, monkeypatch):
+    """Nothing without a GPU, then a copy, then both branches at once, then a graph that keeps all gradients.
+
+    A method whose branches cannot be joined has the activations of a second pass beside those of the graph.
+    """
+    kept = {num: memory.activations(model, num, 8, torch.float32, checkpointing=False) for num in (2, 4)}
+    monkeypatch.setattr(memory, "activations", lambda model, num, *_, **__: kept[num])  # a second each
     parameters = dict(model.unet.named_parameters())
     num = sum(p.numel() for p in parameters.values())
     how: dict[str, Any] = {"num_masked": num // 2, "part": 2, "together": 4, "side": 4, "dtype": torch.bfloat16}
-    how |= {"eight_bit": False, "copies": 0}
+    how |= {"eight_bit": False, "copies": 0, "joins": True}
     sizes = [0, *(int(1000 * 1.4**n) for n in range(36))]
     found = [memory.room(model, parameters, free=free, **how) for free in sizes]
     steps = [key for n, key in enumerate(found) if n == 0 or key != found[n - 1]]
-    assert steps == [memory.Room(False, False), memory.Room(True, False), memory.Room(True, True)]
+    rooms = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+    assert steps == [memory.Room(*room) for room in rooms]
+    apart = [memory.room(model, parameters, free=free, **{**how, "joins": False}) for free in sizes]
+    assert not any(room.together for room in apart)
+    assert sum(room.graph for room in apart) <= sum(room.graph for room in found) > 0
     first = next(n for n, key in enumerate(found) if key.copy)
     assert sizes[first] > 2 * num + 8 * num // 2, "the copy and the moments at least"
 
 
-def trained(folder: Path, path: Path, method: Any, *, free: int | None) -> tuple[list[dict[str, float]], list[str]]:
+def trained(
+    folder: Path, path: Path, method: Any, *, free: int | None, graphs: bool = False, num_steps: int = 2
+) -> tuple[list[dict[str, float]], list[str]]:
     """Losses, and what was called: a pass of the UNet by its number of images, or an exchange."""
     calls: list[str] = []
-    with pretend_device.gpu(free=free) if free is not None else nullcontext():
+    with pretend_device.gpu(free=free, graphs=graphs) if free is not None else nullcontext():
         model = load_sd(folder, device="cpu" if free is None else "cuda")
         data = toy.gathered(model, method, path.parent / "cache")
         parameters = dict(model.unet.named_parameters())
@@ -150,7 +161,7 @@ def trained(folder: Path, path: Path, method: Any, *, free: int | None) -> tuple
 
             patch.setattr(MaskedAdam, "exchange", exchange)
             patch.setattr(type(model.unet), "forward", seen)
-            recipe = replace(toy.RECIPE, num_steps=2, learning_rate=1e-4, checkpoint_every=100)
+            recipe = replace(toy.RECIPE, num_steps=num_steps, learning_rate=1e-4, checkpoint_every=100)
             accelerator = Accelerator(cpu=free is None)
             losses = loop.train(model, method, data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)
     return losses, calls
@@ -180,3 +191,22 @@ def test_soft_thresholds_still_start_from_the_base(toy_pipeline_dir, tmp_path):
     losses, calls = trained(toy_pipeline_dir, tmp_path / "soft.pt", Soft(), free=10**12)
     assert calls.count("pass of 4") == 4 and calls.count("exchange") == 2  # one for each proximal step
     assert all(math.isfinite(value) for step in losses for value in step.values())
+
+
+@pytest.mark.parametrize(
+    "method", [Relabel(), Relabel(frozen_target=False), ESD()], ids=["joined", "two passes", "esd"]
+)
+def test_steps_replayed_from_a_graph_have_the_losses_of_computed_ones(toy_pipeline_dir, tmp_path, monkeypatch, method):
+    """On a pretended GPU whose graphs have one set of activations and gradients (`pretend_device.graphed`)."""
+    made: list[Any] = []
+    monkeypatch.setattr(loop, "REPAYS", 3)
+    plain = pretend_device.graphed
+    monkeypatch.setattr(pretend_device, "graphed", lambda *a, **k: made.append(a[0]) or plain(*a, **k))
+    found = []
+    for graphs in (False, True):
+        found.append(
+            trained(toy_pipeline_dir, tmp_path / f"{graphs}.pt", method, free=10**12, graphs=graphs, num_steps=4)[0]
+        )
+        assert len(made) == (2 if graphs else 0), "the model in training and the base"
+    for ours, theirs in zip(*found, strict=True):
+        assert all(math.isclose(ours[name], theirs[name], rel_tol=1e-3, abs_tol=1e-9) for name in theirs)

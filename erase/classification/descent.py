@@ -1,7 +1,7 @@
 """The training loop of classifiers, the writing of new weights, and saliency masks. Only masked weights change."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -16,6 +16,7 @@ from erase import masks
 from erase.classification.checkpoint import Checkpoint
 from erase.classification.data import Images, loader
 from erase.classification.methods import Plan, Progress, Values
+from erase.classification.replayed import replaying
 from erase.device import LOSS_SCALE, Compute
 from erase.errors import EraseError
 from erase.optim import MaskedAdam
@@ -85,11 +86,17 @@ def descend(
     named = dict(model.named_parameters())
     if mask is not None:
         masks.check(mask, {}, named)
+        mask = {name: mask[name].to(named[name].device) for name in mask}
     moving = named if mask is None else {name: named[name] for name in mask}
     if recipe.epochs == 0 or not moving:
         return
-    descent = _Descent(model, plan, recipe, generator, mask, *_optimizers(moving, mask, plan, recipe))
-    with _training(model, moving, recipe.batch_norm), computing(model, recipe.precision):
+    optimizers = _optimizers(moving, mask, plan, recipe)
+    with (
+        _training(model, moving, recipe.batch_norm),
+        computing(model, recipe.precision),
+        replaying(model) as new_step,
+    ):
+        descent = _Descent(model, plan, recipe, generator, mask, *optimizers, new_step)
         begun = checkpoint.restore(model, descent.optimizer, generator) if checkpoint else 0
         if plan.start:
             write(model, plan.start(), mask)
@@ -105,7 +112,10 @@ def descend(
 
 @dataclass
 class _Descent:
-    """What an epoch of a descent needs. forget_optimizer: of the steps on D_f, if it is another one."""
+    """What an epoch of a descent needs.
+
+    forget_optimizer: of the steps on D_f, if it is another one. new_step: see `replaying`.
+    """
 
     model: nn.Module
     plan: Plan
@@ -114,6 +124,7 @@ class _Descent:
     mask: Mapping[str, Tensor] | None
     optimizer: torch.optim.Optimizer
     forget_optimizer: torch.optim.Optimizer | None
+    new_step: Callable[[], None]
     step: int = 0
 
     def run(self, epoch: int) -> Tensor:
@@ -130,6 +141,7 @@ class _Descent:
 
     def _step(self, batch: Images, at: Progress) -> Tensor:
         optimizer, x = self._optimizer(at), batch.pixels
+        self.new_step()
         loss = self.plan.loss(x, batch.y, at) if self.plan.loss else F.cross_entropy(self.model(x), batch.y)
         optimizer.zero_grad()
         (loss * LOSS_SCALE[self.recipe.precision]).backward()

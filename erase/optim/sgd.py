@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from erase.errors import EraseError
 from erase.optim import cuda
 from erase.optim.places import Places
 
@@ -65,7 +66,10 @@ class MaskedSGD(torch.optim.SGD):
                 self.state[parameter]["momentum_buffer"] = torch.zeros(
                     num, dtype=torch.float32, device=parameter.device
                 )
-            updates[parameter] = parameter.grad, self.state[parameter].get("momentum_buffer")
+            buffer = self.state[parameter].get("momentum_buffer")
+            if buffer is not None and buffer.numel() != fused.num_masked(parameter):
+                raise EraseError("the optimizer's state was made on a CPU or with another mask; start again")
+            updates[parameter] = parameter.grad, buffer
         fused.sgd(updates, **how)
 
 

@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from erase.families.protocol import Family
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import Balance, TrainedMethod, Turn
 from erase.optim import MaskedAdam
@@ -16,7 +15,7 @@ from erase.training.losses import exact
 
 
 def gradients(
-    model: Family,
+    model: Predictor,
     method: TrainedMethod,
     frozen: Predictor,
     parts: Iterator[Batch],

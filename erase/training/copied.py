@@ -11,20 +11,26 @@ from torch.nn import Parameter
 
 from erase.conditioning import Conditioning
 from erase.families.protocol import Family
+from erase.methods.inputs import Predictor
+from erase.training.replayed import ReplayedModel
 
 
 class Copied:
-    """The model with a copy of its network as it is now, in `dtype`; answers calls as `Exchanged` does."""
+    """The model with a copy of its network as it is now, in `dtype`; answers calls as `Exchanged` does.
 
-    def __init__(self, model: Family, dtype: torch.dtype):
+    replays: calls without gradients are replayed from a CUDA graph.
+    """
+
+    def __init__(self, model: Family, dtype: torch.dtype, *, replays: bool = False):
         self._twin = model.using(copied(model.network, dtype))
+        self._call: Predictor = ReplayedModel(self._twin, gradients=False) if replays else self._twin
 
     @contextmanager
     def inside(self) -> Iterator[Family]:
         yield self._twin
 
     def __call__(self, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        return self._twin(x, t, c)
+        return self._call(x, t, c)
 
     def attention(self, x: Tensor, t: Tensor, c: Conditioning) -> list[Tensor]:
         return self._twin.attention(x, t, c)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,10 @@ from erase.training.copied import Copied
 from erase.training.exchanged import Exchanged
 from erase.training.gradients import start_detached, taking_gradients
 from erase.training.losses import Losses
+from erase.training.replayed import ReplayedModel
 from erase.training.words import Words
+
+REPAYS = 20  # steps from which on CUDA graphs are made, which takes as long as some ten steps
 
 
 def train(
@@ -73,13 +75,14 @@ def train(
     walks = method.follows if method.images == "noise" else None
     words = Words(model, method.attack, data, recipe, share, accelerator) if method.attack else None
     room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, checkpointing=checkpointing)
+    replays = room.graph and recipe.num_steps >= REPAYS and device.has_graphs(model.device)
     asks_base = method.needs_base or walks == "base"
     held = Exchanged(model, optimizer) if method.shrinks or asks_base and not room.copy else None
-    base = Copied(model, _dtype(model, accelerator)) if asks_base and room.copy else held
+    base = Copied(model, _dtype(model, accelerator), replays=replays) if asks_base and room.copy else held
     teacher = Exchanged(model, optimizer) if method.teacher_decay is not None else None
     prepared = accelerator.prepare_optimizer(optimizer)
-    # a scaler wants to see the gradients themselves
-    gathering = optimizer.gathering() if accelerator.scaler is None else nullcontext()
+    # a scaler wants to see the gradients themselves, and a graph keeps them anyway
+    gathering = optimizer.gathering() if accelerator.scaler is None and not replays else nullcontext()
     walker = _walker(model, walks, base, teacher)
     remembered = Exchanged(model, optimizer) if method.turns else None
     held_too = {"teacher": teacher, "remembered": remembered, "words": words}
@@ -113,6 +116,7 @@ def train(
     silent = quiet or not accelerator.is_main_process
     reporting = progress(recipe.num_steps, "train", "steps", done=len(seen), quiet=silent)
     detaching = start_detached(model) if method.detaches_start else nullcontext()
+    trained = ReplayedModel(model, gradients=True) if replays else model
     with taking_gradients(model, parameters, checkpointing), gathering, detaching, reporting as bar:
         if method.prepares and not seen and recipe.num_steps:
             _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
@@ -123,9 +127,11 @@ def train(
                 _before_the_step(turn, remembered)
             said = partial(words.said, step=step) if words is not None else None
             parts = batches(model, data, recipe, step, share, accelerator, walker, said)
+            if isinstance(trained, ReplayedModel):
+                trained.new_step()
             losses.add(
                 gradients(
-                    model, method, base or model, parts, turn, recipe, accelerator, optimizer, together=room.together
+                    trained, method, base or model, parts, turn, recipe, accelerator, optimizer, together=room.together
                 )
             )
             if losses.are_due:
@@ -191,7 +197,7 @@ def _room(
 ) -> memory.Room:
     """What the GPU has room for; nothing on a CPU, nor with checkpointing, which says that memory is short."""
     free = 0 if checkpointing else device.free_memory(model.device)
-    room = memory.room(
+    return memory.room(
         model,
         parameters,
         num_masked=optimizer.num_masked,
@@ -201,9 +207,9 @@ def _room(
         dtype=_dtype(model, accelerator),
         eight_bit=recipe.eight_bit,
         copies=(method.teacher_decay is not None) + method.turns + method.shrinks + 2 * (method.balance is not None),
+        joins=method.joins,
         free=free,
     )
-    return replace(room, together=room.together and method.joins)
 
 
 def _dtype(model: Family, accelerator: Accelerator) -> torch.dtype:

@@ -72,10 +72,12 @@ class Room:
     """What a training has room for on a GPU.
 
     copy: the base as a second network. together: the forget and the retain branch in one pass.
+    graph: the first pass of a step as a CUDA graph, which keeps its activations and all gradients.
     """
 
     copy: bool
     together: bool
+    graph: bool
 
 
 def room(
@@ -89,16 +91,17 @@ def room(
     dtype: torch.dtype,
     eight_bit: bool,
     copies: int,
+    joins: bool,
     free: int,
 ) -> Room:
     """What fits into nine tenths of `free` bytes, beside the weights that are there and all that the training needs.
 
     num_masked: weights that may change. part: images of one branch that go through the network together.
     together: images of all branches. side: of the latents. dtype: of the copy. copies: of the masked weights, such as
-    an average.
+    an average. joins: whether the method can have its branches in one pass.
     """
     if free <= 0:
-        return Room(copy=False, together=False)
+        return Room(copy=False, together=False, graph=False)
     size = model.network.dtype.itemsize
     moments = (2 if eight_bit else 8) + (4 if size < 4 else 0)
     left = int(0.9 * free) - num_masked * (moments + (1 + copies) * size)
@@ -109,7 +112,10 @@ def room(
     )
     needed = sum(parameter.numel() for parameter in model.network.parameters()) * dtype.itemsize
     has_copy = left - of_branch >= needed
-    return Room(has_copy, has_copy and left - of_all >= needed)
+    together = has_copy and left - of_all >= needed
+    gradients = size * sum(parameter.numel() for parameter in parameters.values())
+    passes = of_all + (0 if joins else of_branch)
+    return Room(has_copy, together and joins, has_copy and left - passes - gradients >= needed)
 
 
 def part_of_batch(model: Family, resolution: int) -> int:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erase.classification.data.labelled import Images
+from erase.device import staged
 
 
 def loader(
@@ -25,7 +26,7 @@ def loader(
     """
     n = len(images)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-    for positions in order.to(images.y.device).split(size):
+    for positions in staged(order, images.y.device).split(size):
         batch = images[positions]
         yield Images(augment(batch.x, padding, flip, generator), batch.y)
 
@@ -38,10 +39,11 @@ def augment(x: Tensor, padding: int, flip: bool, generator: torch.Generator) -> 
     """
     n, size = len(x), x.shape[2:]
     if padding:
-        down, right = torch.randint(0, 2 * padding + 1, (2, n), generator=generator).to(x.device)
+        down, right = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
+        down, right = staged(down, x.device), staged(right, x.device)
         windows = F.pad(x, [padding] * 4).unfold(2, size[0], 1).unfold(3, size[1], 1)
         x = windows[torch.arange(n, device=x.device), :, down, right]
     if flip:
-        mirrored = (torch.rand(n, generator=generator) < 0.5).to(x.device)
+        mirrored = staged(torch.rand(n, generator=generator) < 0.5, x.device)
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     return x

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from erase import device
 from erase.errors import EraseError
 
 
@@ -31,9 +32,10 @@ class Images:
 
     @property
     def pixels(self) -> Tensor:
-        """The images as a model receives them: float32 in [0, 1]; on a CPU in channels-last order, which is faster."""
-        pixels = self.x.float() / 255
-        return pixels.contiguous(memory_format=torch.channels_last) if pixels.device.type == "cpu" else pixels
+        """The images as a model receives them: float32 in [0, 1], in channels-last order where that is faster."""
+        pixels, where = self.x.float() / 255, self.x.device
+        is_faster = where.type == "cpu" or where.type == "cuda" and device.has_bf16(where)
+        return pixels.contiguous(memory_format=torch.channels_last) if is_faster else pixels
 
     def with_labels(self, y: Tensor) -> "Images":
         return Images(self.x, y)

@@ -112,10 +112,10 @@ def project(named: Mapping[str, Parameter], m: Values) -> None:
     if not pairs:
         return
     product = torch.stack([(d * against).sum() for d, against in pairs]).sum()
-    if product >= 0:
+    if product.device.type == "cpu" and product >= 0:  # a GPU would have to be waited for
         return
     square = torch.stack([against.square().sum() for _, against in pairs]).sum()
-    v = (-product / (square + DAMPING)).clamp(min=MARGIN)
+    v = torch.where(product < 0, (-product / (square + DAMPING)).clamp(min=MARGIN), 0)
     for d, against in pairs:
         d.add_(v * against)
 
