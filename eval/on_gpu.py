@@ -2,6 +2,7 @@
 
     python eval/on_gpu.py                                   # all parts, under 20 minutes
     python eval/on_gpu.py --only environment,tests,command  # these only, each under 4 minutes
+    python eval/on_gpu.py --only cifar10 --cifar10 FOLDER   # nine minutes of SalUn's CIFAR-10 tables; repeat to go on
     python eval/on_gpu.py --dry-run --work runs/toy         # the same code at toy size on the CPU, to see that it runs
 
 The machine needs torch, diffusers, transformers, accelerate, safetensors and pytest, and this repository on PYTHONPATH;
@@ -37,6 +38,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PART_SECONDS = 240  # a part that takes longer is stopped and recorded as failed; a dry run has four times as long
+SLICE_SECONDS = 540  # of the part cifar10, which is stopped then and continues when it is started again
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pytest")
 OPTIONAL = ("scipy", "matplotlib", "sklearn", "nudenet", "peft", "triton", "xformers", "bitsandbytes")
 
@@ -46,7 +48,7 @@ class Job:
     """What every part is given.
 
     work: a folder for models and runs, 10 GB. toy: sizes at which a CPU takes seconds. ends: when the part is stopped,
-    as `time.monotonic()`.
+    as `time.monotonic()`. cifar10: a folder with CIFAR-10's images.
     """
 
     output: Path
@@ -54,6 +56,7 @@ class Job:
     device: str
     toy: bool
     ends: float
+    cifar10: Path
 
     @property
     def seconds_left(self) -> float:
@@ -527,6 +530,34 @@ def classifiers(job: Job) -> Part:
         original = {"model": str(job.work / "classifier-salun" / "original")}
 
 
+def cifar10(job: Job) -> Part:
+    """A slice of eval/cifar10.py, seed by seed: how many cells are finished, and the tables of these.
+
+    Whatever a slice had begun when it was stopped continues from its state of a minute before.
+    """
+    data = random_cifar(job.work / "cifar10-data", 64, 32) if job.toy else job.cifar10
+    output = job.work / "cifar10"
+    command = [sys.executable, str(REPOSITORY / "eval" / "cifar10.py"), "--data", str(data), "--output", str(output)]
+    command += ["--quiet", *(["--protocol", "toy", "--methods", "ft"] if job.toy else [])]
+    if importlib.util.find_spec("scipy") is None:
+        yield {"skipped": "this machine lacks scipy, which the figures are computed with"}
+        return
+    start, is_whole = time.monotonic(), True
+    how: dict[str, Any] = {"env": offline(), "cwd": REPOSITORY, "capture_output": True, "text": True}
+    try:
+        done = subprocess.run(command, timeout=max(1.0, job.seconds_left - 20), **how)
+    except subprocess.TimeoutExpired:
+        is_whole = False
+    else:
+        if done.returncode:
+            raise RuntimeError(f"cifar10.py ended with {done.returncode}: {last_line(done.stderr)}")
+    cells = sorted(str(path.relative_to(output)) for path in output.glob("*/cells/*.json"))
+    yield {"finished": is_whole, "cells": len(cells), "wall_seconds": rounded(time.monotonic() - start)}
+    if (output / "results.json").is_file():
+        shutil.copyfile(output / "results.json", job.output.with_name("classification-cifar10.json"))
+        yield {"results": "classification-cifar10.json, beside this file; cifar10.py --print prints the tables"}
+
+
 def random_cifar(folder: Path, num_train: int, num_test: int) -> Path:
     """CIFAR-10's binary version with random images: a label byte and 3,072 pixels each."""
     import numpy as np
@@ -933,6 +964,7 @@ PARTS: dict[str, Callable[[Job], Part]] = {
     "methods": methods,
     "evaluation": evaluation,
     "classifiers": classifiers,
+    "cifar10": cifar10,
 }
 
 
@@ -955,14 +987,15 @@ def run_parts(names: Sequence[str], given: argparse.Namespace) -> int:
     report, num_failed = Report(Path(given.output)), 0
     for name in names:
         report.clear(name)
-        options = ["--output", given.output, "--work", given.work, *(["--dry-run"] if given.dry_run else [])]
+        options = ["--output", given.output, "--work", given.work, "--cifar10", given.cifar10]
+        options += ["--dry-run"] if given.dry_run else []
         command = [sys.executable, __file__, "part", name, *options]
         start = time.monotonic()
         try:
-            code = subprocess.run(command, env=offline(), timeout=limit(given.dry_run) + 15).returncode
+            code = subprocess.run(command, env=offline(), timeout=limit(name, given.dry_run) + 15).returncode
             lost = f"the process ended with {code}"
         except subprocess.TimeoutExpired:
-            code, lost = 1, f"stopped after {limit(given.dry_run) + 15} s"
+            code, lost = 1, f"stopped after {limit(name, given.dry_run) + 15} s"
         if code and "error" not in report.read()["parts"].get(name, {}):  # it could not say so itself
             report.put(name, error=lost, part_seconds=rounded(time.monotonic() - start))
         num_failed += code != 0
@@ -977,21 +1010,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     part = arguments[1] if arguments[:1] == ["part"] else None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), metavar="A,B", help=f"parts to run [{','.join(PARTS)}]")
+    default = [name for name in PARTS if name != "cifar10"]  # which needs its images and many slices
+    parser.add_argument(
+        "--only", default=",".join(default), metavar="A,B", help=f"parts to run, also cifar10 [{','.join(default)}]"
+    )
     parser.add_argument("--output", default="eval/results/on-gpu.json", help="JSON to write [%(default)s]")
     parser.add_argument("--work", default="runs/on-gpu", help="folder for models and runs, 10 GB [%(default)s]")
+    parser.add_argument(
+        "--cifar10",
+        default="data/cifar10",
+        metavar="FOLDER",
+        help="CIFAR-10's images for the part cifar10 [%(default)s]",
+    )
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU: shows that the script runs")
     given = parser.parse_args(arguments[2:] if part else arguments)
     names = given.only.split(",")
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
-    given.output, given.work = str(Path(given.output).resolve()), str(Path(given.work).resolve())
+    for name in ("output", "work", "cifar10"):
+        setattr(given, name, str(Path(getattr(given, name)).resolve()))
+    if "cifar10" in names and not given.dry_run and not Path(given.cifar10).is_dir():
+        parser.error(f"--cifar10 is {given.cifar10}; give the folder of CIFAR-10's images")
     Path(given.work).mkdir(parents=True, exist_ok=True)
     device = "cpu" if given.dry_run else "cuda"
     if part:
-        ends = time.monotonic() + limit(given.dry_run)
-        job = Job(Path(given.output), Path(given.work), device, given.dry_run, ends)
+        ends = time.monotonic() + limit(part, given.dry_run)
+        job = Job(Path(given.output), Path(given.work), device, given.dry_run, ends, Path(given.cifar10))
         run_part(part, job)
         return 0
     if not given.dry_run and not has_cuda():
@@ -1001,8 +1046,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if num_failed else 0
 
 
-def limit(dry_run: bool) -> int:
-    return 4 * PART_SECONDS if dry_run else PART_SECONDS
+def limit(part: str, dry_run: bool) -> int:
+    """Seconds after which a part is stopped."""
+    return 4 * PART_SECONDS if dry_run else SLICE_SECONDS if part == "cifar10" else PART_SECONDS
 
 
 def has_cuda() -> bool:

@@ -362,6 +362,18 @@ def test_a_split_is_exact_repeatable_and_survives_its_file(tmp_path):
     assert split.make(dataset, str(tmp_path / "list.txt"), seed=0).forget.tolist() == [1, 2, 3]
 
 
+def test_the_references_split_of_a_class_forgets_the_class_in_its_training_images():
+    """27 of 30 images are trained on, the same as for a share; 9 of them are of the class."""
+    dataset = toy_dataset()
+    chosen, share = (split.make_reference(dataset, request, 1) for request in ("class:b", "20%"))
+    assert (len(chosen.forget), len(chosen.retain), len(chosen.test)) == (9, 18, 8)
+    assert (dataset.train.y[chosen.forget] == 1).all() and not (dataset.train.y[chosen.retain] == 1).any()
+    trained_on = [torch.cat([one.forget, one.retain]).sort().values for one in (chosen, share)]
+    assert torch.equal(*trained_on)
+    with pytest.raises(EraseError, match="the reference's split is for a share, like 10%, or a class"):
+        split.make_reference(dataset, "list.txt", 1)
+
+
 @pytest.mark.parametrize("request_", ["class:1", "class:b"])
 def test_a_forgotten_class_leaves_the_test_too(request_):
     dataset = toy_dataset()

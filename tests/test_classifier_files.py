@@ -164,7 +164,9 @@ def test_long_trainings_report_their_epochs_and_quiet_ones_do_not(tmp_path, caps
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("command", "advice"), [([], "starts again"), (["compare"], "continues after the last")])
+@pytest.mark.parametrize(
+    ("command", "advice"), [([], "continues a training"), (["compare"], "continues after the last")]
+)
 def test_an_interrupt_says_whether_the_same_command_continues(command, advice, tmp_path, capsys, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -107,6 +107,32 @@ def test_every_figure_is_on_the_disk_before_the_next_is_measured(start, tmp_path
     assert [len(figures) for figures in seen] == [1, 2, 3]
 
 
+def test_slices_of_the_cifar_10_tables_are_longer_and_continue(on_gpu, tmp_path, monkeypatch):
+    """Four cells of ft; a slice that is stopped says that it is not finished, and the next one has them all."""
+    import time
+
+    monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+
+    def slice_of(seconds: float) -> dict[str, Any]:
+        ends = time.monotonic() + seconds
+        job = on_gpu.Job(tmp_path / "on-gpu.json", tmp_path / "work", "cpu", True, ends, tmp_path)
+        return {name: value for figures in on_gpu.cifar10(job) for name, value in figures.items()}
+
+    assert on_gpu.limit("cifar10", False) == 540 and on_gpu.limit("mini", False) == 240
+    assert not slice_of(1)["finished"]
+    whole = slice_of(300)
+    assert whole["finished"] and whole["cells"] == 4
+    assert json.loads((tmp_path / "classification-cifar10.json").read_text())["tables"]["10%"]["cells"]
+
+
+def test_the_images_of_cifar_10_must_be_there(on_gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(on_gpu, "has_cuda", lambda: True)
+    with pytest.raises(SystemExit) as stop:
+        on_gpu.main(["--only", "cifar10", "--cifar10", str(tmp_path / "none"), "--work", str(tmp_path / "work")])
+    assert stop.value.code == 2 and "give the folder of CIFAR-10's images" in capsys.readouterr().err
+
+
 def test_an_unknown_part_and_a_missing_gpu_are_one_line(on_gpu, tmp_path, capsys, monkeypatch):
     for options, said in ((["--only", "tests,drawing"], "no part 'drawing'"), ([], "no CUDA device")):
         monkeypatch.setattr(on_gpu, "has_cuda", lambda: False)
@@ -230,6 +256,7 @@ def test_every_part_runs_at_toy_size_with_the_needed_packages_only(bare, tmp_pat
     assert parts["methods"]["uce"]["changed"] > 0
     assert "scipy and matplotlib" in parts["evaluation"]["skipped"] and parts["evaluation"]["images_scored"] == 4
     assert all(parts["classifiers"][name]["weights"]["changed"] for name in ("salun", "ft", "bs"))
+    assert "scipy" in parts["cifar10"]["skipped"]
 
 
 @pytest.mark.slow

@@ -85,6 +85,20 @@ def test_cells_of_other_settings_are_refused(tmp_path):
         compare(other, rows(other, ["ft"]), [0], tmp_path, tmp_path)
 
 
+def test_an_original_of_other_settings_is_not_used(tmp_path):
+    """Interrupted after its training, before a cell could tell; the control has the same settings."""
+    settings = toy_settings()
+    compare(settings, rows(settings, ["ft"]), [0], tmp_path, tmp_path)
+    for path in (tmp_path / "cells").iterdir():
+        path.unlink()
+    compare(settings, rows(settings, ["ft"]), [0], tmp_path, tmp_path)
+    for path in (tmp_path / "cells").iterdir():
+        path.unlink()
+    other = toy_settings(train_epochs=3)
+    with pytest.raises(EraseError, match="seed-0.safetensors was trained with other settings; choose another --output"):
+        compare(other, rows(other, ["ft"]), [0], tmp_path, tmp_path)
+
+
 def test_retraining_has_no_gap_to_itself_and_shadows_are_trained_once(trainings, tmp_path):
     settings = toy_settings()
     for _ in range(2):

@@ -40,12 +40,14 @@ class Bench:
     """What all cells of one seed share, computed when a cell first needs it.
 
     settings: resolved. num_shadows: pairs of shadow models for LiRA.
+    originals: folder of the original models, which comparisons of other requests may share; None: in `folder`.
     """
 
     settings: Settings
     folder: Path
     cache_dir: str | Path
     num_shadows: int = 0
+    originals: Path | None = None
     quiet: bool = field(default=True, kw_only=True)
 
     @cached_property
@@ -55,15 +57,22 @@ class Bench:
     @cached_property
     def original(self) -> tuple[Classifier, Shape]:
         """The original model, read from its file or trained."""
-        path = self.folder / "originals" / f"seed-{self.settings.seed}.safetensors"
+        path = (self.originals or self.folder / "originals") / f"seed-{self.settings.seed}.safetensors"
+        training = records.training_of(self.settings)
         if path.is_file():
-            model, shape, _ = networks.load(path)
+            model, shape, header = networks.load(path)
+            if header.get("training", training) != training:
+                raise EraseError(f"{path} was trained with other settings; choose another --output")
             return model.to(run.device_of(self.settings)), shape
         dataset, chosen = self.prepared
         images = run.training_images(dataset, chosen, False)
-        model, shape = run.trained(self.settings, dataset, images, quiet=self.quiet)
-        networks.save(path, model, shape, {"split": chosen.digest})
+        model, shape = run.trained(self.settings, dataset, images, state=self.state("original"), quiet=self.quiet)
+        networks.save(path, model, shape, {"training": training})
         return model, shape
+
+    def state(self, name: str) -> Path:
+        """The file from which a training of this seed continues if it is interrupted."""
+        return self.folder / "states" / f"{name}-{self.settings.seed}.safetensors"
 
     def shadows(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The arguments `seen` and `unseen` of `membership.lira`; None without shadow models.
@@ -93,7 +102,7 @@ class Bench:
             other = replace(self.settings, seed=self.settings.seed + 2 * ANOTHER_SEED + i)
             for kind, without in (("seen", False), ("unseen", True)):
                 images = run.training_images(dataset, chosen, without)
-                model, _ = run.trained(other, dataset, images, quiet=self.quiet)
+                model, _ = run.trained(other, dataset, images, state=self.state(f"{kind}-{i}"), quiet=self.quiet)
                 out = membership.outputs(model, split.parts(dataset, chosen)[0])
                 kinds[kind].append(membership.logit_confidence(out).tolist())
         return kinds
@@ -158,5 +167,6 @@ def _model(label: str, settings: Settings, bench: Bench) -> tuple[Classifier, fl
         return original, 0.0
     if label == AGAIN:
         settings = replace(settings, seed=settings.seed + ANOTHER_SEED)
-    done = run.unlearned(settings, dataset, chosen, original, shape, quiet=bench.quiet)
+    state = bench.state("again" if label == AGAIN else "retrain")
+    done = run.unlearned(settings, dataset, chosen, original, shape, state=state, quiet=bench.quiet)
     return done.model, sum(done.seconds.values())

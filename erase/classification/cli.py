@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     silence_libraries(quiet="--quiet" in arguments)
     continues = arguments[:1] == ["compare"]
-    what = "the same command continues after the last finished line" if continues else "the same command starts again"
-    serve("unlearn-classifier", COMMANDS, _unlearn, arguments, interrupted=f"interrupted; {what}")
+    what = "after the last finished line" if continues else "a training of minutes from its last stored epoch"
+    interrupted = f"interrupted; the same command continues {what}"
+    serve("unlearn-classifier", COMMANDS, _unlearn, arguments, interrupted=interrupted)
 
 
 def _unlearn(arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ from erase.options.declare import MIXED_PRECISION
 from erase.version import __version__
 
 MODEL, DELTA, MASK = "model.safetensors", "delta.safetensors", "mask.safetensors"
-SPLIT, RECORD = "split.json", "run.json"
+SPLIT, RECORD, STATE = "split.json", "run.json", "training.safetensors"
 _FREE = {"output", "device", "allow_pickle", "tuned_for"}  # settings that do not change the result of the others
 _LATER = {"num_train": None}  # settings that records of 0.1.0 lack, as they were then
 
@@ -35,6 +35,13 @@ def recorded(found: Mapping[str, Any]) -> dict[str, Any]:
     if "mixed_precision" in found:
         found["precision"] = MIXED_PRECISION[found.pop("mixed_precision")]
     return found
+
+
+def training_of(settings: Settings) -> dict[str, Any]:
+    """The settings that decide an original model, as JSON stores them; of resolved settings."""
+    names = ("data", "size", "num_train", "network", "batch_size", "train_epochs", "train_learning_rate", "momentum")
+    found = {name: getattr(settings, name) for name in (*names, "weight_decay", "precision", "seed", "split")}
+    return found | ({"forget": settings.forget} if Path(settings.forget).is_file() else {})
 
 
 def open_folder(settings: Settings, more: Mapping[str, Any]) -> Path:

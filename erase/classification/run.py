@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erase import delta, device, masks
+from erase import delta, device, masks, tensor_files
 from erase.classification import data, methods, networks, records, salun_checkpoint, split
+from erase.classification.checkpoint import Checkpoint
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, descend, in_eval, write
 from erase.classification.masking import make_mask
@@ -51,12 +52,25 @@ class Unlearned:
     seconds: dict[str, float]
 
 
-def train(model: nn.Module, images: Images, recipe: Recipe, seed: int, *, num_classes: int, quiet: bool = True) -> None:
-    """Train any classifier on labelled images, in place, batch normalisation statistics included."""
+def train(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    seed: int,
+    *,
+    num_classes: int,
+    checkpoint: Checkpoint | None = None,
+    quiet: bool = True,
+) -> None:
+    """Train any classifier on labelled images, in place, batch normalisation statistics included.
+
+    checkpoint: from which an interrupted training continues.
+    """
     data.require_labels(images, num_classes, "the training images")
     require_classes(model, images, num_classes)
     plan = Plan(passes=lambda: [images])
-    descend(model, plan, replace(recipe, batch_norm="moving"), torch.Generator().manual_seed(seed), quiet=quiet)
+    generator = torch.Generator().manual_seed(seed)
+    descend(model, plan, replace(recipe, batch_norm="moving"), generator, checkpoint=checkpoint, quiet=quiet)
 
 
 def unlearn(
@@ -150,14 +164,23 @@ def device_of(settings: Settings) -> torch.device:
     return device.choose(settings.device, settings.precision).device
 
 
-def trained(settings: Settings, dataset: Dataset, images: Images, *, quiet: bool = True) -> tuple[Classifier, Shape]:
-    """A new network, trained on the images from the settings' seed."""
+def trained(
+    settings: Settings, dataset: Dataset, images: Images, *, state: Path | None = None, quiet: bool = True
+) -> tuple[Classifier, Shape]:
+    """A new network, trained on the images from the settings' seed.
+
+    state: file from which an interrupted training continues; trainings of less than a minute write none.
+    """
     assert settings.network is not None
     sizes = (len(dataset.classes), dataset.channels, dataset.size)
     shape = Shape(settings.network, *sizes, dataset.mean, dataset.std)
     model = networks.build(shape, settings.seed).to(device_of(settings))
+    recipe = recipes(settings, dataset)[0]
     how: dict[str, Any] = {"num_classes": len(dataset.classes), "quiet": quiet}
-    train(model, images, recipes(settings, dataset)[0], settings.seed, **how)
+    if state is not None:
+        content = tensor_files.content_hash({"x": images.x.cpu(), "y": images.y.cpu()})
+        how["checkpoint"] = Checkpoint(state, f"{recipe} {shape} seed {settings.seed} images {content}")
+    train(model, images, recipe, settings.seed, **how)
     return model, shape
 
 
@@ -178,7 +201,8 @@ def run_training(settings: Settings, cache_dir: str | Path, *, without_forget: b
     folder = records.open_folder(settings, {"without_forget": without_forget})
     seconds: dict[str, float] = {}
     with _timing(seconds, "train"):
-        model, shape = trained(settings, dataset, training_images(dataset, chosen, without_forget), quiet=quiet)
+        images = training_images(dataset, chosen, without_forget)
+        model, shape = trained(settings, dataset, images, state=folder / records.STATE, quiet=quiet)
     record = {**records.make_record(settings, dataset, chosen, seconds), "without_forget": without_forget}
     records.save(folder, model, shape, chosen, record)
     return Run(folder, None, model, dataset, chosen, record)
@@ -197,7 +221,8 @@ def run(
     dataset, chosen = prepare(settings, cache_dir, quiet=quiet)
     folder = records.open_folder(settings, {})
     original, shape, seconds = _original(settings, dataset, chosen, folder, quiet, tell)
-    done = unlearned(settings, dataset, chosen, original, shape, quiet=quiet)
+    state = folder / records.STATE
+    done = unlearned(settings, dataset, chosen, original, shape, state=state, quiet=quiet)
     before, after = original.state_dict(), done.model.state_dict()
     record = records.make_record(settings, dataset, chosen, seconds | done.seconds)
     record["original_hash"] = delta.content_hash(before)
@@ -216,17 +241,24 @@ def run(
 
 
 def unlearned(
-    settings: Settings, dataset: Dataset, chosen: Split, original: Classifier, shape: Shape, *, quiet: bool = True
+    settings: Settings,
+    dataset: Dataset,
+    chosen: Split,
+    original: Classifier,
+    shape: Shape,
+    *,
+    state: Path | None = None,
+    quiet: bool = True,
 ) -> Unlearned:
     """The original model after mask and method, as a new model. The method "retrain" trains a new model instead.
 
-    settings: resolved.
+    settings: resolved. state: of the training of a new model, see `trained`.
     """
     forget, retain, _ = split.parts(dataset, chosen)
     seconds: dict[str, float] = {}
     if not settings.preset.method:
         with _timing(seconds, "unlearn"):
-            model, _ = trained(settings, dataset, retain, quiet=quiet)
+            model, _ = trained(settings, dataset, retain, state=state, quiet=quiet)
         return Unlearned(model, None, {}, seconds)
     model = networks.build(shape, seed=0).to(device_of(settings))
     model.load_state_dict(original.state_dict())
@@ -244,7 +276,8 @@ def _original(
     seconds: dict[str, float] = {}
     if settings.model is None:
         with _timing(seconds, "train"):
-            original, shape = trained(settings, dataset, training_images(dataset, chosen, False), quiet=quiet)
+            images = training_images(dataset, chosen, False)
+            original, shape = trained(settings, dataset, images, state=folder / "original" / records.STATE, quiet=quiet)
         header = {"data": settings.data, "seed": settings.seed}
         networks.save(folder / "original" / records.MODEL, original, shape, header)
         return original, shape, seconds

@@ -85,14 +85,20 @@ def reference(labels: Tensor, seed: int, num_forget: int) -> tuple[Tensor, Tenso
 def make_reference(dataset: Dataset, request: str, seed: int) -> Split:
     """The split of SalUn's code, for comparison with it. A tenth of the training images is not used.
 
+    A class is forgotten as a whole, and left out of the test images too.
+
     Raises:
-        EraseError: the request is not a share, or the seed is 0.
+        EraseError: the request is neither a share nor a class, or the seed is 0.
     """
-    if not request.endswith("%"):
-        raise EraseError(f"--forget is {request!r}; the reference's split is for a share of the images, like 10%")
+    if not request.endswith("%") and not request.startswith("class:"):
+        raise EraseError(f"--forget is {request!r}; the reference's split is for a share, like 10%, or a class")
     if seed < 1:
         raise EraseError(f"--seed is {seed}; the reference's split uses seed - 1, so it must be at least 1")
     train, _ = reference(dataset.train.y, seed, 0)
+    if request.startswith("class:"):
+        label = _class(request.removeprefix("class:"), dataset.classes)
+        forget = train[dataset.train.y[train] == label]
+        return _split(request, train, forget, (dataset.test.y != label).nonzero().view(-1))
     train, forget = reference(dataset.train.y, seed, _share(request, len(train)))
     return _split(request, train, forget, torch.arange(len(dataset.test)))
 
