@@ -35,6 +35,8 @@ from erase.registry import file_name
 JUDGES = {"mini": "mini", "imagenet": "classifier", "nudenet": "nudenet", "clip": "clip"}  # by a concept's judge type
 QUICK = {"num_images": 6, "attack_seeds": 1, "steps": 8}  # what --quick makes of options that are not given
 
+TOGETHER = 8  # images that an attack generates at once, where nothing else is asked for
+
 
 @dataclass(frozen=True)
 class Request:
@@ -207,7 +209,7 @@ def _check_source(
         if model.guard:
             guards.require_acting(model.guard, job.attack.fewest_steps(settings["steps"]))
         score.check_size(job.judge, [generate.size_of(sample, settings) for sample in job.task.samples])
-        identity = generate.identity(hashes, job.task, settings, request.drawing.generation_batch_size)
+        identity = generate.identity(hashes, job.task, settings, request.drawing.generation_batch_size or TOGETHER)
         folder = job.folder
         if role != "erased":  # shared by all that have the same base
             shared = f"{label_of(source.model)}-{job.folder.name}-{files.text_hash(identity)[:12]}"
@@ -237,7 +239,7 @@ def _images(
     with jsonl.alone(path):
         if not path.exists():
             seeds = [seed_of(f"attack-{kind}", concept.name, i) for i in range(number)]
-            size = request.drawing.generation_batch_size
+            size = request.drawing.generation_batch_size or TOGETHER
             with progress(number, f"images of {concept.name}" if kind == "shown" else "other images", "images",
                           quiet=request.quiet) as bar:  # fmt: skip
                 parts = []
@@ -276,5 +278,7 @@ def _attack_and_score(
                 quiet=request.quiet,
                 known=job.known,
             )
-            attacked.attack(given, job.attack, job.task, folder, settings, drawing.generation_batch_size, role)
+            attacked.attack(
+                given, job.attack, job.task, folder, settings, drawing.generation_batch_size or TOGETHER, role
+            )
         score.score(folder, job.judge, quiet=request.quiet, role=role)

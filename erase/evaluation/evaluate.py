@@ -9,6 +9,7 @@ from erase import concepts, files
 from erase.device import choose
 from erase.errors import EraseError
 from erase.evaluation import arm, expected, generate, jsonl, measure, quality, score, sheet
+from erase.evaluation.beside import Early
 from erase.evaluation.gate import check_rules
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.judges.protocol import Judge
@@ -218,7 +219,9 @@ def _check_source(
             settings = generate.effective_settings(model, job.task, *how)
             for judge in made.values():
                 score.check_size(judge, [generate.size_of(sample, settings) for sample in job.task.samples])
-            identity = generate.identity(hashes, job.task, settings, drawing.generation_batch_size)
+            given = drawing.generation_batch_size
+            size = generate.together(given, model, job.folder if role == "erased" else None)
+            identity = generate.identity(hashes, job.task, settings, size)
             folder = job.folder
             if role != "erased":  # shared by all that have the same base
                 key = files.text_hash(identity)[:12]
@@ -233,13 +236,16 @@ def _draw_and_score(request: Request, role: str, source: Source, job: Job, judge
     drawing, folder = request.drawing, job.folders[role]
     how: dict[str, Any] = {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale}
     how["resolution"] = drawing.resolution
+    early: Early = {}
     with jsonl.alone(folder):  # many runs may share one base
         if not (folder / arm.MANIFEST).exists() or arm.missing(folder):
-            model, size = source.load(drawing), drawing.generation_batch_size
-            generate.generate(model, job.task, folder, **how, batch_size=size, quiet=request.quiet, role=role)
+            model = source.load(drawing)
+            how["batch_size"] = generate.together(drawing.generation_batch_size, model, folder)
+            how |= {"quiet": request.quiet, "role": role, "judges": list(judges.values())}
+            early = generate.generate(model, job.task, folder, **how)
             del model
         for judge in judges.values():
-            score.score(folder, judge, quiet=request.quiet, role=role)
+            score.score(folder, judge, quiet=request.quiet, role=role, early=early.get(judge.name))
 
 
 def _score_real(request: Request, job: Job, judges: Mapping[str, Judge]) -> Path:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from erase.data.pixels import to_pixels
 from erase.device import DTYPES, choose
 from erase.errors import EraseError
 from erase.evaluation import arm, jsonl
+from erase.evaluation.beside import Early, beside, looked_at
+from erase.evaluation.judges.protocol import Judge
 from erase.evaluation.tasks.protocol import Sample, SampleSet
 from erase.families import loading
+from erase.families.modes import compiling
 from erase.families.protocol import Family
 from erase.guards import Guard
 from erase.progress import progress
 from erase.runs.machine import versions
+from erase.training import memory
 
+DECODED = 8  # images that the VAE decodes at once: it takes far more memory than the network
+COMPILE_FROM = 40_000  # images times steps: an H100 saves 1.9 ms for each and compiles for 70 s
 Draw = Callable[[Sequence[Sample], tuple[int, int], float], Tensor]  # (batch, size, guidance) -> latents, on the CPU
 
 
@@ -103,6 +110,7 @@ def effective_settings(
         "device": model.device.type,
         "noise": "one CPU generator a picture",  # part of an identity: old folders have this text
         "safety_checker": None,
+        **({"compiled": True} if _is_repaid(model, task, {"steps": num}) else {}),
         "libraries": {
             name: text for name, text in versions().items() if name in ("torch", "diffusers", "transformers")
         },
@@ -154,13 +162,16 @@ def generate(
     world: int = 1,
     quiet: bool = False,
     role: str = "",
-) -> None:
+    judges: Sequence[Judge] = (),
+) -> Early:
     """Draw what is missing of the task's images into the folder.
 
     Batches are fixed by the samples' order, so the images of an interrupted run, or of `world` processes that each
     generate every world-th batch, are those of one uninterrupted process, bit for bit.
 
     role: of the model, for the line of progress.
+    judges: on a GPU those that need none look at each new image on CPU threads while the next ones are generated.
+        Their outputs are returned for `score.score`; a judge that waited for the end finds none here.
 
     Raises:
         EraseError: the folder holds other images, or cannot be written.
@@ -174,13 +185,48 @@ def generate(
         prompts, seeds = [sample.prompt for sample in batch], [sample.seed for sample in batch]
         return model.draw(prompts, seeds, steps=settings["steps"], guidance=guidance, size=size)
 
+    early: Early = {}
+    is_gpu = model.device.type == "cuda"
+    numbers = {sample.id: number for number, sample in enumerate(task.samples)}
+
+    def keep(sample: Sample, latents: Tensor, image: Tensor, size: int) -> dict[str, Any]:
+        facts = {"batch_size": size, "truncated": model.truncates(sample.prompt)}
+        record = _store(folder, _name(numbers, sample), sample, latents, image) | facts
+        if is_gpu and not record["invalid"]:
+            looked_at(judges, early, record, _pixels(image), sample.prompt)
+        return record
+
     with (
         jsonl.Appender(folder / f"records-{rank}-of-{world}.jsonl") as out,
         progress(sum(map(len, mine)), f"generate {task.id}{role and f', {role} model'}", "images", quiet=quiet) as bar,
+        beside(model.device) as threads,
+        compiling(model.network, _is_repaid(model, task, settings)),
     ):
         for batch in mine:
-            out.write(stored(model, folder, task.samples, batch, absent, settings, draw))
+            drawn = [one for one in _drawn(model, batch, settings, draw) if one[0].id in absent]
+            for lines in threads.give([partial(keep, *one) for one in drawn]):
+                out.write(lines)
             bar.update(len(batch))
+        for lines in threads.rest():
+            out.write(lines)
+    return early
+
+
+def _is_repaid(model: Family, task: SampleSet, settings: Mapping[str, Any]) -> bool:
+    """Whether the task has so many images that compiling the network saves more time than it takes."""
+    can = model.device.type == "cuda" and model.guard is None
+    return can and len(task.samples) * settings["steps"] >= COMPILE_FROM
+
+
+def together(given: int | None, model: Family, folder: Path | None = None) -> int:
+    """Images that are generated at once: as given, as in the folder's images so far, or by the GPU's free memory."""
+    if given is not None:
+        return given
+    if folder is not None and (folder / arm.MANIFEST).is_file():
+        there = arm.manifest(folder)["generation"].get("batch_size")
+        if isinstance(there, int) and there > 0:
+            return there
+    return memory.images_at_once(model, model.resolution)
 
 
 def stored(
@@ -202,11 +248,15 @@ def stored(
     lines = []
     for sample, latents, image, size in _drawn(model, batch, settings, draw):
         if sample.id in absent:
-            name = f"images/{numbers[sample.id]:05d}_{files.text_hash([sample.id, sample.prompt])[:8]}.png"
+            name = _name(numbers, sample)
             facts = {"batch_size": size, "truncated": model.truncates(said(sample))}
             other = {"said": said(sample)} if said(sample) != sample.prompt else {}
             lines.append(_store(folder, name, sample, latents, image) | facts | other)
     return lines
+
+
+def _name(numbers: Mapping[str, int], sample: Sample) -> str:
+    return f"images/{numbers[sample.id]:05d}_{files.text_hash([sample.id, sample.prompt])[:8]}.png"
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> list[tuple[Sample, ...]]:
@@ -228,7 +278,7 @@ def _drawn(
     own = batch[0].guidance if settings["guidance_of_samples"] == "used" else None
     try:
         latents = draw(batch, size, _first(own, settings["guidance"]))
-        images = model.decode(latents, len(batch))
+        images = model.decode(latents, min(len(batch), DECODED))
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise EraseError(
@@ -244,7 +294,12 @@ def _store(folder: Path, name: str, sample: Sample, latents: Tensor, image: Tens
     """Write the image, whole, and return its record."""
     if not (latents.isfinite().all() and image.isfinite().all()):
         return {"id": sample.id, "file": None, "sha256": None, "pixels": None, "invalid": "not finite"}
-    pixels: np.ndarray = to_pixels(image).permute(1, 2, 0).contiguous().numpy()
+    pixels = _pixels(image)
     images.write_png(folder / name, pixels)
     written = {"sha256": files.file_hash(folder / name), "pixels": images.pixel_hash(pixels)}
     return {"id": sample.id, "file": name, **written, "invalid": images.invalid_reason(pixels)}
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """uint8, [h, w, 3], as the file has them."""
+    return to_pixels(image).permute(1, 2, 0).contiguous().numpy()

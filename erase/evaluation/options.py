@@ -101,8 +101,14 @@ class Drawing:
         most=8192,
         aliases=("--size",),
     )
-    generation_batch_size: int = option(
-        8, "images generated at once", group="drawing", least=1, most=4096, aliases=("--batch-size",)
+    generation_batch_size: int | None = option(
+        None,
+        "images generated at once",
+        group="drawing",
+        shown="8; on a GPU 8 to 32, by its free memory",
+        least=1,
+        most=4096,
+        aliases=("--batch-size",),
     )
     precision: Precision | None = option(
         None,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,17 @@ def check_size(judge: Judge, sizes: Iterable[tuple[int, int]]) -> None:
             )
 
 
-def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") -> None:
+def score(
+    folder: Path,
+    judge: Judge,
+    *,
+    quiet: bool = False,
+    role: str = "",
+    early: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
     """Score every image of the arm that has no score yet; invalid ones are recorded as such.
 
-    role: of the model, for the line of progress.
+    role: of the model, for the line of progress. early: what the judge said when the images were generated, by sample.
 
     Raises:
         EraseError: images are missing or were changed since, or another judge of this name was here.
@@ -64,19 +72,25 @@ def score(folder: Path, judge: Judge, *, quiet: bool = False, role: str = "") ->
     ):
         for start in range(0, len(todo), BATCH):
             part = todo[start : start + BATCH]
-            out.write(_lines(folder, judge, part, prompts))
+            out.write(_lines(folder, judge, part, prompts, early or {}))
             bar.update(len(part))
 
 
 def _lines(
-    folder: Path, judge: Judge, records: Sequence[Mapping[str, Any]], prompts: Mapping[str, str]
+    folder: Path,
+    judge: Judge,
+    records: Sequence[Mapping[str, Any]],
+    prompts: Mapping[str, str],
+    early: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     read = {record["id"]: arm.read_image(folder, record) for record in records}
     for record in records:
         if record["file"] and files.file_hash(arm.image_path(folder, record)) != record["sha256"]:
             raise EraseError(f"{arm.image_path(folder, record)} was changed since it was generated; generate again")
     valid = [name for name, (pixels, _) in read.items() if pixels is not None]
-    outputs = dict(zip(valid, judge.score([_pixels(read[n]) for n in valid], [prompts[n] for n in valid]), strict=True))
+    new = [name for name in valid if name not in early]
+    said = judge.score([_pixels(read[n]) for n in new], [prompts[n] for n in new]) if new else []
+    outputs = {name: early[name] for name in valid if name in early} | dict(zip(new, said, strict=True))
     return [{"id": name, "invalid": reason, **outputs.get(name, {})} for name, (_, reason) in read.items()]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from erase import device
 from erase.families.protocol import Family
 
 LIBRARIES = 500_000_000  # bytes of a process that has imported torch and diffusers
@@ -124,6 +125,18 @@ def part_of_batch(model: Family, resolution: int) -> int:
     Every part costs a pass and two exchanges of the base's values. A small model saves nothing by parts of one image.
     """
     return max(1, SMALL // activations(model, 1, resolution, torch.float32, checkpointing=True))
+
+
+def images_at_once(model: Family, resolution: int) -> int:
+    """Images that are generated together: 8, on a GPU with room for them 16 or 32.
+
+    An image takes no more than what its two passes, with and without words, would keep for a backward pass.
+    """
+    free = device.free_memory(model.device)
+    if free <= 0:
+        return 8
+    each = 2 * activations(model, 1, resolution, device.DTYPES[model.precision], checkpointing=False)
+    return next((num for num in (32, 16) if num * each <= 0.9 * free), 8)
 
 
 def text_passes(model: Family, num: int) -> int:

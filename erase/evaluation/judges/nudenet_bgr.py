@@ -17,7 +17,7 @@ class NudeNetBGR(NudeNet):
 
     @classmethod
     def make(cls, assignment: Assignment) -> NudeNet:
-        return cls(assignment.source, swap_channels=True)
+        return cls(assignment.source, swap_channels=True, on_gpu=assignment.device == "cuda")
 
     @classmethod
     def figures(cls, lines: Lines, options: Mapping[str, Any]) -> Figures:

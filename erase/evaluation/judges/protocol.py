@@ -43,6 +43,7 @@ class Judge(ABC):
     outputs: ClassVar[Mapping[str, Any]] = {}  # shape of the output for a valid image, see `shapes`
     identity_shape: ClassVar[Mapping[str, Any]] = {"*": Any}  # shape of what `identity` returns
     size: int | None = None  # the only height and width of images that it accepts; None: any
+    runs_beside: bool = False  # on CPU threads, of which several may call `score` at once, beside a GPU that generates
     place: ClassVar[int] = 100  # order of its figures in a report on own images; lower ones come first
 
     @classmethod
