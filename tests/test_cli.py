@@ -209,7 +209,7 @@ def test_every_setting_has_the_type_of_its_annotation():
     whole = "num_forget num_retain num_inference_steps resolution generation_batch_size num_train_steps batch_size "
     whole += "gradient_accumulation_steps seed checkpointing_steps num_samples lora_rank rank anchor_every"
     real = "density mask_guidance alpha guidance_scale learning_rate weight_decay max_grad_norm "
-    real += "proportion_empty_prompts"
+    real += "proportion_empty_prompts null_space"
     switches = "per_tensor gradient_checkpointing low_memory resume allow_pickle overwrite"
     found = forms_of(Settings)
     assert {name for name, form in found.items() if form.type is int} == set(whole.split())

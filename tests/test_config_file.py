@@ -11,8 +11,9 @@ from erase.classification import cli as classifier_cli
 from erase.errors import EraseError
 from erase.methods import METHODS
 from erase.options import config_file
+from erase.options.effect import OF_IMAGES, require_consistent
 from erase.options.recipes import RECIPES, resolve
-from erase.options.settings import OF_IMAGES, Settings, require_consistent
+from erase.options.settings import Settings
 
 
 @pytest.fixture

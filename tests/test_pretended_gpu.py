@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
+from toy_training import fitting
 
 from erase import erase_concept, guards
 from erase.classification import cli as classifier_cli
@@ -85,7 +86,9 @@ def test_the_pretended_gpu_allows_what_a_real_one_allows(gpu):
 
 
 def erase(model: Path, output: Path, **options: Any) -> RunRecord:
-    record = erase_concept(CONCEPT, str(model), output=str(output), **{**OPTIONS, **options}).record
+    record = erase_concept(
+        CONCEPT, str(model), output=str(output), **fitting(options.get("method", "salun"), {**OPTIONS, **options})
+    ).record
     assert record.compute["device"] == "cuda:0" and (output / "samples.png").is_file()
     return record
 
@@ -94,7 +97,8 @@ def erase(model: Path, output: Path, **options: Any) -> RunRecord:
 @pytest.mark.ci
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_to_one_device(gpu, toy_pipeline_dir, tmp_path, method):
-    record = erase(toy_pipeline_dir, tmp_path / "run", method=method)
+    how: dict[str, Any] = {"set": ("words=1", "word_steps=2")} if method == "stereo" else {}
+    record = erase(toy_pipeline_dir, tmp_path / "run", method=method, **how)
     assert record.compute == {"device": "cuda:0", "precision": "bf16", "name": "pretended GPU"}
     assert record.settings["precision"] == "bf16" and record.weights.changed > 0
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import toy_sd3
 from diffusers import StableDiffusion3Pipeline
+from toy_training import fitting
 
 from erase import delta, erase_concept, guards
 from erase.concepts import Concept
@@ -21,6 +22,7 @@ from erase.methods import METHODS
 PROMPTS = ["a church", "a small dog in a garden"]
 HOW: dict[str, Any] = {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "num_train_steps": 2}
 REFUSED = {"fmn": "sd3 has no cross-attention layers", "salun-robust": "sd3 has no table of token embeddings"}
+REFUSED["stereo"] = REFUSED["salun-robust"]
 HOW |= {"batch_size": 2, "num_samples": 0, "quiet": True}
 
 
@@ -99,7 +101,8 @@ def test_another_precision_rounds_and_leaves_the_weights_alone(model, precision)
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in REFUSED])
 def test_every_method_erases_and_the_delta_is_exact(method, toy_sd3_dir, tmp_path):
-    run = erase_concept("church", str(toy_sd3_dir), method=method, output=str(tmp_path / "run"), **HOW)
+    how = fitting(method, HOW)
+    run = erase_concept("church", str(toy_sd3_dir), method=method, output=str(tmp_path / "run"), **how)
     change = delta.load(run.folder / "delta.safetensors")
     assert run.record.weights.changed and all(name.startswith("transformer.") for name in change.changed)
     base, erased = (loading.load(folder) for folder in (toy_sd3_dir, run.folder))

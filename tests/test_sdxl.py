@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
+from toy_training import fitting
 
 from erase import delta, erase_concept, methods
 from erase.concepts import Concept
@@ -247,6 +248,7 @@ def test_every_method_erases_from_it_and_the_delta_is_exact(toy_sdxl_dir, tmp_pa
         pytest.skip("closed forms have no training to save memory in")
     output = tmp_path / "run"
     hyperparameters = {"scissorhands": {"sparsity": 0.9, "prepare_batches": 1}, "speed": {"threshold": 0.5}}
+    hyperparameters["stereo"] = {"words": 1, "word_steps": 2}
     erase_concept(
         CONCEPT,
         toy_sdxl_dir,
@@ -254,7 +256,7 @@ def test_every_method_erases_from_it_and_the_delta_is_exact(toy_sdxl_dir, tmp_pa
         method=name,
         low_memory=low_memory,
         set=hyperparameters.get(name, {}),
-        **OPTIONS,
+        **fitting(name, OPTIONS),
     )
     base = read_tensors(toy_sdxl_dir / "unet" / "diffusion_pytorch_model.safetensors")
     new = read_tensors(output / "unet" / "diffusion_pytorch_model.safetensors")

@@ -16,9 +16,10 @@ from erase.errors import EraseError
 from erase.methods import METHODS
 from erase.options import model_defaults
 from erase.options.declare import flag, forms_of
+from erase.options.effect import require_consistent
 from erase.options.model_defaults import read_defaults
 from erase.options.recipes import resolve
-from erase.options.settings import Settings, require_consistent
+from erase.options.settings import Settings
 from erase.runs.job import run
 from erase.runs.planning import make_method
 

@@ -17,7 +17,8 @@ from erase.evaluation import evaluate, sources
 from erase.evaluation.options import Options
 from erase.evaluation.tasks import class_forget, registry
 from erase.families import stored_unet
-from erase.options.settings import OF_IMAGES, OF_TRAINING, Settings
+from erase.options.effect import OF_IMAGES, OF_TRAINING
+from erase.options.settings import Settings
 from erase.runs import card, job
 
 CAT = Concept(

@@ -75,7 +75,7 @@ def test_words_take_turns_and_start_again(model, data, monkeypatch):
     said = []
     for step in range(8):
         found.values["word"][0], found.values["word"][1] = 0, 1
-        states = found.said(torch.tensor([0]), step)
+        (states,) = found.said(torch.tensor([0]), step)
         said += [w for w in (0, 1) if torch.equal(states.text_states, spoken(model, torch.full((8,), float(w))))]
         found.after(step, None)
     assert taken == [(0, 1), (0, 2), (1, 1), (1, 2), (0, 3), (0, 1), (1, 3), (1, 1)]

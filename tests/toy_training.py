@@ -16,6 +16,8 @@ from erase.data.latents import Data
 from erase.families import scope, sd
 from erase.methods.scissorhands import Scissorhands
 from erase.methods.speed import SPEED
+from erase.methods.stereo import Stereo
+from erase.options.effect import OF_IMAGES, OF_TRAINING
 from erase.training import batches, closed_form, loop
 
 RECIPE = batches.Recipe(num_steps=4, batch_size=2, learning_rate=1e-2, checkpoint_every=2, trajectory_steps=4)
@@ -31,9 +33,17 @@ CONCEPT = Concept(
 def made(name: str) -> Any:
     """The method, with settings under which a toy of few weights and prompts shows what it does."""
     method = methods.make(name, {}, ())
+    if isinstance(method, Stereo):
+        return replace(method, words=1, word_steps=2, word_batch=2)
     if isinstance(method, Scissorhands):
         return replace(method, sparsity=0.9, prepare_batches=2)
     return replace(method, threshold=0.5) if isinstance(method, SPEED) else method
+
+
+def fitting(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run that have an effect with this method."""
+    closed = issubclass(methods.load(name), methods.ClosedForm)
+    return {key: value for key, value in options.items() if not closed or key not in (*OF_TRAINING, *OF_IMAGES)}
 
 
 def gathered(model: sd.StableDiffusion, method: methods.TrainedMethod, cache_dir: Path, **options: Any) -> Data:

@@ -5,7 +5,7 @@ Stored masks use one bit per weight (`Packed`).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -67,19 +67,29 @@ def threshold(scores: Mapping[str, torch.Tensor], k: int) -> torch.Tensor:
     return found.view(torch.float32)
 
 
-def random_mask(shapes: Mapping[str, Sequence[int]], density: float, seed: int, *, per_tensor: bool = False) -> Mask:
+def random_mask(
+    shapes: Mapping[str, Sequence[int]],
+    density: float,
+    seed: int,
+    *,
+    per_tensor: bool = False,
+    by_rows: Callable[[str], bool] = lambda name: False,
+) -> Mask:
     """As many ones as `select` chooses, at random places: every choice is as likely as any other, same seed, same mask.
+
+    by_rows: whether the matrix of this name is taken row by row.
 
     Needs four bytes a weight meanwhile. (Draws are among 2e9 values; a tie at the threshold favours one weight in 1e9.)
     """
     _check_density(density)
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(shape: Sequence[int]) -> torch.Tensor:
-        bits = torch.empty(tuple(shape), dtype=torch.int32)  # random bits tie less often than uniform floats
-        return bits.random_(SMALLEST_NORMAL, INFINITY, generator=generator).view(torch.float32)
+    def draw(name: str, shape: Sequence[int]) -> torch.Tensor:
+        drawn = (shape[0], 1) if by_rows(name) else tuple(shape)
+        bits = torch.empty(drawn, dtype=torch.int32)  # random bits tie less often than uniform floats
+        return bits.random_(SMALLEST_NORMAL, INFINITY, generator=generator).view(torch.float32).expand(tuple(shape))
 
-    return select({name: draw(shape) for name, shape in shapes.items()}, density, per_tensor=per_tensor)
+    return select({name: draw(name, shape) for name, shape in shapes.items()}, density, per_tensor=per_tensor)
 
 
 def _check_density(density: float) -> None:

@@ -37,7 +37,8 @@ class Batch:
     c_empty: the unconditional input of guidance (in Stable Diffusion the empty prompt), one for each forget row.
     words: bool, [n, tokens], true at the concept's own tokens in the forget prompt.
     end: bool, [n, tokens], true at the end token of the forget prompt and at the padding.
-    c_words: the forget prompts with a learned word instead of the concept's own, if the method has an `attack`.
+    c_words: the forget prompts with a learned word instead of the concept's own, for each of the words that the
+        `attack` of the method gives; empty if it has none.
     """
 
     x_forget: Tensor
@@ -53,7 +54,7 @@ class Batch:
     c_empty: Conditioning
     words: Tensor
     end: Tensor
-    c_words: Conditioning | None = None
+    c_words: tuple[Conditioning, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,15 @@ class Turn:
     terms: the factor of each term of the loss that the step descends; None: all terms, each with factor 1.
     remember: keep a copy of the weights that may change, as they are before the step.
     rewind: put the weights back to the last copy before the step; the optimizer's moments stay.
+    renew: the optimizer starts again before the step, without moments.
+    rate: factor of the learning rate.
     """
 
     terms: Mapping[str, float] | None = None
     remember: bool = False
     rewind: bool = False
+    renew: bool = False
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ class WordAttack:
     """Words that are learned on the edited model between the steps, so that they bring the concept back.
 
     num_words: they take turns; each keeps its embedding and Adam's moments until its next turn.
-    every: steps of the training from one attack to the next. num_steps: of Adam, on one word, in an attack.
+    every: steps of the training from one attack to the next. 0: the training has num_words + 1 rounds of equal length;
+        each round but the last ends with an attack, on a new word, and `Batch.c_words` has all words found so far.
+    num_steps: of Adam, on one word, in an attack.
     batch_size: images of the concept in each of them. learning_rate: of Adam, in units of the token embeddings.
     restart_after: a word starts again after so many of its own steps.
     """
@@ -66,6 +72,10 @@ class WordAttack:
     batch_size: int
     learning_rate: float
     restart_after: int
+
+    def round_of(self, num_steps: int) -> int:
+        """Steps from one attack to the next, of a training of `num_steps`."""
+        return self.every or max(1, num_steps // (self.num_words + 1))
 
 
 class Method:
@@ -152,8 +162,8 @@ class TrainedMethod(Method, ABC):
     @property
     def attack(self) -> WordAttack | None:
         """Words to learn during the training from the forget images, which must show the "concept". Batches then have
-        `c_words`, with the word that was attacked last. A term of the loss that is neither "forget" nor "retain" is
-        allowed for them, but not with a `balance`. None: no words are learned.
+        `c_words`, with the word that was attacked last or all that were found. A term of the loss that is neither
+        "forget" nor "retain" is allowed for them, but not with a `balance`. None: no words are learned.
         """
         return None
 

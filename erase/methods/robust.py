@@ -83,8 +83,8 @@ class Robust(TrainedMethod):
         with torch.no_grad():
             y = frozen(batch.x_target, t, batch.c_target)
         yield "forget", F.mse_loss(model(x, t, batch.c_forget), y)
-        if batch.c_words is not None:
-            yield "words", self.beta * F.mse_loss(model(x, t, batch.c_words), y)
+        for c in batch.c_words:
+            yield "words", self.beta * F.mse_loss(model(x, t, c), y)
         if self.retains:
             with torch.no_grad():
                 keep = frozen(batch.x_retain, batch.t_retain, batch.c_retain)
@@ -96,7 +96,7 @@ class Robust(TrainedMethod):
         retain = batch.x_retain, batch.t_retain, batch.c_retain
         with torch.no_grad():
             y, keep = several(frozen, (batch.x_target, t, batch.c_target), retain)
-        seen = [(x, t, batch.c_forget), retain] + ([] if batch.c_words is None else [(x, t, batch.c_words)])
+        seen = [(x, t, batch.c_forget), retain, *((x, t, c) for c in batch.c_words)]
         answer, kept, *of_words = several(model, *seen)
         terms = {"forget": F.mse_loss(answer, y), "retain": self.alpha * F.mse_loss(kept, keep)}
         if of_words:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from erase.errors import EraseError
 from erase.methods.inputs import Text, Tokens
+from erase.methods.null_space import null_projector
 from erase.methods.protocol import ClosedForm
 from erase.methods.ridge import solve_right
 
@@ -97,9 +98,7 @@ def null_space(method: SPEED, W: Tensor, away: Tensor, S_tt: Tensor, retained: T
             eps = torch.randn(around.shape, generator=draw, dtype=torch.float64)
             parts.append(influenced(around + v @ (v.T @ eps)))
         r = torch.cat(parts, dim=1)
-    eigenvalues, U = torch.linalg.eigh(r @ r.T / r.shape[1])
-    U = U[:, eigenvalues < method.threshold]
-    return U @ U.T
+    return null_projector(r, method.threshold)
 
 
 def constrained(method: SPEED, W: Tensor, away: Tensor, S_tt: Tensor, P: Tensor, K: Tensor) -> tuple[Tensor, float]:

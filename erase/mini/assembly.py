@@ -29,6 +29,11 @@ DEFAULTS: dict[str, Any] = {
     # closed forms must edit the end tokens too: they repeat the concept, and this UNet attends to them
     "methods": {
         "salun-robust": {"num_train_steps": 150},
+        "stereo": {
+            "learning_rate": 1e-4,
+            "num_train_steps": 120,
+            "set": ["words=2", "word_steps=60", "word_batch=16", "word_lr=0.003"],
+        },
         "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
         "rece": {"set": ["lamb_1=1", "epochs=1"]},
         "speed": {"set": ["tokens=tail", "retain_tokens=tail", "rho=0.05", "filter=false"]},

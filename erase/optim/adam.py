@@ -110,6 +110,18 @@ class MaskedAdam(torch.optim.Optimizer):
             if held is not None:
                 yield held
 
+    def with_gradient(self) -> list[Parameter]:
+        """The parameters whose gradients `gradients` yields, in its order."""
+        return [parameter for parameter in self._places if self._gradient(parameter) is not None]
+
+    def set_gradients(self, gradients: Mapping[Parameter, torch.Tensor]) -> None:
+        """Put these in the place of the gradients: gathered, [masked weights], or dense."""
+        for parameter, gradient in gradients.items():
+            if gradient.numel() == self._places[parameter].num:
+                self._gathered[parameter] = gradient.reshape(-1)
+            else:
+                parameter.grad = gradient
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._gathered.clear()

@@ -9,7 +9,7 @@ from typing import Any
 from erase import files, methods
 from erase.errors import EraseError, no_file
 from erase.options.declare import checked, flag, forms_of
-from erase.options.settings import OF_IMAGES, OF_TRAINING
+from erase.options.effect import OF_IMAGES, OF_TRAINING
 from erase.words import did_you_mean
 
 _OF_ONE_CALL = {"overwrite", "resume"}  # what a recorded run did with its folder is not repeated

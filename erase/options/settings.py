@@ -256,6 +256,15 @@ class Settings:
         shown="the method's own, 0 for salun",
         metavar="N",
     )
+    null_space: float | None = option(
+        None,
+        "change keys and values of cross-attention only in directions in which the text states of retain prompts have "
+        "no part; 0: exactly none, a larger number: directions in which their mean square is below it (SPEED: 0.1)",
+        group="training",
+        least=0,
+        most=1e6,
+        shown="none",
+    )
     rank: int | None = option(
         None,
         "train a change of this rank for each attention and feed-forward matrix in the scope, instead of single "
@@ -291,6 +300,12 @@ class Settings:
         "float32 masters of the weights that may change; all other weights end as they were",
         group="training",
         shown="fp32; bf16 with --low-memory on a GPU",
+    )
+    optimizer: Literal["adam", "dual"] = option(
+        "adam",
+        "adam, or dual: Adam with moments of their own for the forget and the retain gradient (DualOptim), which needs "
+        "a method with a retain loss and more memory",
+        group="training",
     )
     moments: Literal["fp32", "8bit"] = option(
         "fp32",
@@ -379,25 +394,4 @@ def hyperparameter_name(text: str) -> str:
     return text.partition("=")[0].strip().replace("-", "_")
 
 
-def require_consistent(settings: Settings) -> None:
-    """Check what the user gave, before anything is filled in.
-
-    Raises:
-        EraseError: two options contradict each other, or one would do nothing.
-    """
-    if settings.resume and settings.overwrite:
-        raise EraseError("--resume continues what --overwrite deletes; leave one out")
-    if settings.lora_rank is not None and "lora" not in settings.save:
-        raise EraseError(f"--lora-rank {settings.lora_rank} is for --save lora, which is not asked for; add it")
-    for kind in ("forget", "retain"):
-        num, folder = getattr(settings, f"num_{kind}"), getattr(settings, f"{kind}_images")
-        if num is not None and folder is not None:
-            raise EraseError(f"--num-{kind} {num} has no effect with --{kind}-images; leave one out")
-    if settings.alpha is not None and "alpha" in map(hyperparameter_name, settings.set):
-        raise EraseError(f"--alpha {settings.alpha:g} and --set alpha are both given; leave one out")
-
-
-# settings without effect in a closed form, and those without effect where no images are needed either
-OF_TRAINING = ("learning_rate", "lr_scheduler", "num_train_steps", "weight_decay", "max_grad_norm", "moments")
-OF_IMAGES = ("num_forget", "num_retain", "forget_images", "retain_images", "batch_size", "gradient_accumulation_steps")
 _OF_RECIPE = ("target", "alpha", "mask_guidance", "sampler")

@@ -16,8 +16,9 @@ from erase.data import prompt_states
 from erase.errors import EraseError, missing
 from erase.families import loading
 from erase.families.protocol import Family
+from erase.options.effect import require_consistent
 from erase.options.recipes import resolve
-from erase.options.settings import Settings, require_consistent
+from erase.options.settings import Settings
 from erase.runs import forms
 from erase.runs.earlier import Base, read_base
 from erase.runs.identity import of_run
@@ -33,9 +34,10 @@ from erase.runs.planning import (
     require_rank,
     require_retain_rows,
     require_storage,
+    require_two_gradients,
 )
 from erase.runs.subjects import announcement, find_concepts
-from erase.training import memory
+from erase.training import memory, null_space
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +116,17 @@ def decide(
     require_storage(settings, method)
     method = make_method(settings)
     require_retain_rows(settings, method)
-    require_effect(given_settings, settings, method)
     _require_able(model, settings, method)
+    require_effect(given_settings, settings, method)
+    require_two_gradients(settings, method)
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))
     base_hash = delta.content_hash(model.state_of(model.network))
     given_mask = load_mask(settings, model, parameters, base_hash)
+    if settings.null_space is not None:  # an error before the first image
+        null_space.text_maps(model, parameters)
+        text = prompt_states.read_text(model, concept)
+        null_space.NullSpace(model, text, settings.null_space, parameters, given_mask)
     of_lora = given_mask if "lora" in settings.save else None
     forms.require_writable(settings.save, model.folder, _changing(parameters, of_lora))
     identity = of_run(
@@ -248,7 +255,10 @@ def _filled(
         num_processes=num_processes,
         part=together,
         guidance_scale=model.guidance_scale,
-        can_round=compute.device.type == "cuda" and not moves_weights(make_method(settings)),
+        can_round=compute.device.type == "cuda"
+        and settings.null_space is None
+        and settings.optimizer == "adam"
+        and not moves_weights(make_method(settings)),
     )
 
     def default(name: str) -> Any:

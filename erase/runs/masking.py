@@ -1,6 +1,7 @@
 """The mask of a run: computed, drawn at random, restored or read from a file."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from erase import masks
 from erase.concepts import Concept
@@ -9,7 +10,7 @@ from erase.options.settings import Settings
 from erase.runs.decisions import Decisions
 from erase.runs.mask_files import kept_mask
 from erase.runs.planning import part_size, real, whole
-from erase.training import saliency_pass
+from erase.training import null_space, saliency_pass
 
 
 def choose_mask(decided: Decisions, shown: latents.Data | None) -> masks.Packed | None:
@@ -33,7 +34,9 @@ def make_mask(decided: Decisions, shown: latents.Data | None) -> masks.Packed:
         return kept_mask(path, settings, decided.parameters, decided.base_hash)
     if settings.mask == "random":
         shapes = {name: parameter.shape for name, parameter in decided.parameters.items()}
-        mask = masks.random_mask(shapes, settings.density, settings.seed, per_tensor=settings.per_tensor)
+        how: dict[str, Any] = {"per_tensor": settings.per_tensor}
+        how |= {} if settings.null_space is None else {"by_rows": decided.model.is_text_map}
+        mask = masks.random_mask(shapes, settings.density, settings.seed, **how)
     else:
         assert shown is not None
         mask = saliency_mask(decided, shown)
@@ -79,6 +82,8 @@ def saliency_mask(decided: Decisions, shown: latents.Data) -> masks.Mask:
             checkpointing=settings.gradient_checkpointing,
             quiet=decided.quiet,
         )
+        if settings.null_space is not None:
+            null_space.by_rows(decided.model, scores)
         largest = settings.mask == "saliency"
         own = masks.select(scores, settings.density, per_tensor=settings.per_tensor, largest=largest)
         mask = masks.union(own, mask)

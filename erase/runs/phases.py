@@ -12,6 +12,7 @@ from erase.methods.inputs import Text
 from erase.runs.decisions import Decisions
 from erase.runs.planning import make_plan, make_recipe
 from erase.training import batches, closed_form, loop, lowrank
+from erase.training.null_space import NullSpace
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +20,8 @@ class Gathered:
     """What the mask and the training see.
 
     shown: images of the concept, which a saliency mask is computed from; None if none is.
-    images: those that the method trains on; None for a closed form. text: text states, which a
-        closed form reads; None for a method that trains.
+    images: those that the method trains on; None for a closed form. text: text states, which a closed form and
+        --null-space read; None without them.
     """
 
     shown: latents.Data | None
@@ -44,7 +45,8 @@ def gather(decided: Decisions) -> Gathered:
     images = None
     if isinstance(method, TrainedMethod):
         images = shown if shown is not None and method.images == "concept" else images_of(decided, method.images)
-    text = prompt_states.read_text(model, decided.concept) if isinstance(method, ClosedForm) else None
+    reads = isinstance(method, ClosedForm) or settings.null_space is not None
+    text = prompt_states.read_text(model, decided.concept) if reads else None
     model.release()
     if settings.weights == "bf16":
         model.round_network(torch.bfloat16)
@@ -82,8 +84,13 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
         "quiet": decided.quiet,
     }
     if settings.rank is None:
+        notes: dict[str, Any] = {}
+        if settings.null_space is not None:
+            assert data.text is not None
+            how["null"] = null = NullSpace(model, data.text, settings.null_space, decided.parameters, mask)
+            notes = {"null_space_dimensions": null.rank, "of": null.of}
         losses = loop.train(model, method, data.images, decided.parameters, mask, recipe, decided.accelerator, **how)
-        return Trained(losses, {})
+        return Trained(losses, notes)
     draw = batches.generator(recipe.seed, "rank")
     with lowrank.factors(model, decided.parameters, settings.rank, draw) as factors:
         return Trained(loop.train(model, method, data.images, factors, None, recipe, decided.accelerator, **how), {})

@@ -12,8 +12,9 @@ from erase.data import latents
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.options.declare import flag
+from erase.options.effect import OF_IMAGES, OF_TRAINING
 from erase.options.recipes import RECIPES
-from erase.options.settings import OF_IMAGES, OF_TRAINING, Settings
+from erase.options.settings import Settings
 from erase.training import batches, memory
 
 
@@ -59,6 +60,7 @@ def make_recipe(settings: Settings, plan: latents.Plan, kind: str = "object") ->
         seed=settings.seed,
         checkpoint_every=settings.checkpointing_steps,
         eight_bit=settings.moments == "8bit",
+        dual=settings.optimizer == "dual",
         trajectory_steps=plan.steps,
         trajectory_guidance=plan.trajectory_guidance,
     )
@@ -80,7 +82,11 @@ def make_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedFor
 def can_scale(settings: Settings, method: methods.Method) -> bool:
     """Whether fp16 is possible: it scales gradients, which methods that compare gradients cannot use."""
     trained = isinstance(method, methods.TrainedMethod)
-    compares = trained and (method.balance is not None or method.prepares or method.attack is not None)
+    compares = (
+        settings.optimizer == "dual"
+        or trained
+        and (method.balance is not None or method.prepares or method.attack is not None)
+    )
     return not compares and settings.weights != "bf16"
 
 
@@ -104,6 +110,21 @@ def require_rank(settings: Settings, method: methods.Method) -> None:
         raise EraseError(f"--rank {settings.rank} does not go with {settings.method}, which changes weights directly")
     if settings.weights == "bf16":
         raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
+    if settings.null_space is not None:
+        raise EraseError(f"--rank {settings.rank} does not go with --null-space; leave one out")
+
+
+def require_two_gradients(settings: Settings, method: methods.Method) -> None:
+    """Raise an EraseError for --optimizer dual where there are not a forget and a retain gradient in every step."""
+    if settings.optimizer != "dual" or not isinstance(method, methods.TrainedMethod):
+        return
+    if not method.retains:
+        raise EraseError(f"--optimizer dual needs a retain gradient, and {settings.method} has no retain loss here")
+    if method.turns or method.balance is not None:
+        what = "has steps without one of the two gradients" if method.turns else "weighs the two gradients"
+        raise EraseError(f"--optimizer dual does not go with {settings.method}, which {what}; use adam")
+    if settings.weights == "bf16":
+        raise EraseError("--optimizer dual does not go with --weights bf16; use fp32")
 
 
 def require_retain_rows(settings: Settings, method: methods.Method) -> None:
@@ -144,10 +165,12 @@ def moves_weights(method: methods.Method) -> bool:
 
 
 def require_storage(settings: Settings, method: methods.Method) -> None:
-    """Raise an EraseError for --weights bf16 with a method that changes weights itself."""
-    if settings.weights == "bf16" and moves_weights(method):
+    """Raise an EraseError for --weights bf16 with a method or an option that changes weights itself."""
+    projects = settings.null_space is not None
+    if settings.weights == "bf16" and (projects or moves_weights(method)):
+        what = "--null-space" if projects else settings.method
         raise EraseError(
-            f"--weights bf16 does not go with {settings.method}, which changes weights outside the optimizer's steps; "
+            f"--weights bf16 does not go with {what}, which changes weights outside the optimizer's steps; "
             "use --weights fp32"
         )
 
@@ -163,21 +186,22 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
         parameters,
         density=1.0 if settings.mask == "none" else settings.density,
         eight_bit=settings.moments == "8bit",
+        dual=settings.optimizer == "dual",
         resolution=settings.resolution or model.resolution,
         mask_batch=mask_batch if accumulates else None,
         part=None if isinstance(method, methods.ClosedForm) else rows_of_pass(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
-        copies=num_copies(method),
+        copies=num_copies(method, projects=settings.null_space is not None) + 2 * (settings.optimizer == "dual"),
         text=memory.text_passes(model, attack.batch_size) if attack else 0,
     )
 
 
-def num_copies(method: methods.TrainedMethod | methods.ClosedForm) -> int:
+def num_copies(method: methods.TrainedMethod | methods.ClosedForm, *, projects: bool = False) -> int:
     """Copies of the masked weights that the loop keeps: of the base, an average, remembered ones, two gradients."""
     if isinstance(method, methods.ClosedForm):
         return 0
-    base = method.needs_base or method.shrinks or (method.images == "noise" and method.follows == "base")
+    base = projects or method.needs_base or method.shrinks or (method.images == "noise" and method.follows == "base")
     return base + (method.teacher_decay is not None) + method.turns + 2 * (method.balance is not None)
 
 

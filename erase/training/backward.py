@@ -9,7 +9,7 @@ from torch import Tensor
 
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import Balance, TrainedMethod, Turn
-from erase.optim import MaskedAdam
+from erase.optim import DualAdam, MaskedAdam
 from erase.training.batches import Recipe
 from erase.training.losses import exact
 
@@ -32,6 +32,7 @@ def gradients(
     """
     values: dict[str, Tensor] = {}
     found: dict[str, list[Tensor]] = {}
+    is_apart = method.balance is not None or isinstance(optimizer, DualAdam)
     for batch in parts:
         if together and turn.terms is None:
             with accelerator.autocast():
@@ -48,12 +49,13 @@ def gradients(
                 term = wanted.pop(name) * term
             _add(values, name, exact(term) / recipe.accumulation)
             accelerator.backward(term / recipe.accumulation)
-            if method.balance:
+            if is_apart:
                 _set_aside(optimizer, found, name)
             if wanted is not None and not wanted:
                 break  # the other terms are not even computed
-    if method.balance:
-        _weigh(method.balance, optimizer, found, accelerator)
+    if is_apart:
+        _reduce(found, accelerator)
+        _combine(method.balance, optimizer, found)
     elif accelerator.num_processes > 1:
         for gradient in optimizer.gradients():
             mean: Any = accelerator.reduce(gradient, reduction="mean")
@@ -79,26 +81,39 @@ def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: 
         gradient.zero_()
 
 
-def _weigh(
-    balance: Balance,
-    optimizer: MaskedAdam,
-    gradients: Mapping[str, list[Tensor]],
-    accelerator: Accelerator,
-) -> None:
-    """Replace the gradients by w_f g_f + w_r g_r; `balance` computes w_f and w_r from their inner products."""
+def _reduce(gradients: Mapping[str, list[Tensor]], accelerator: Accelerator) -> None:
+    """The mean over all processes, in place."""
     if accelerator.num_processes > 1:
         for gradient in (gradient for each in gradients.values() for gradient in each):
             mean: Any = accelerator.reduce(gradient, reduction="mean")
             gradient.copy_(mean)
+
+
+def _combine(balance: Balance | None, optimizer: MaskedAdam, gradients: Mapping[str, list[Tensor]]) -> None:
+    """Replace the gradients by w_f g_f + w_r g_r, or give g_f and g_r to an optimizer that keeps them apart.
+
+    Terms of the loss that are neither "forget" nor "retain", which no balanced method has, belong to g_f.
+    """
     forget, retain = gradients["forget"], gradients["retain"]
+    for name in sorted(gradients.keys() - {"forget", "retain"}):
+        torch._foreach_add_(forget, gradients[name])
+    if isinstance(optimizer, DualAdam):
+        optimizer.give(forget, retain)
+        return
+    assert balance is not None
+    w_f, w_r = _weights(balance, forget, retain)
+    for gradient, f, r in zip(optimizer.gradients(), forget, retain, strict=True):
+        gradient.copy_(w_f * f + w_r * r)
+
+
+def _weights(balance: Balance, forget: list[Tensor], retain: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """w_f and w_r, which `balance` computes from the inner products of the two gradients."""
 
     def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
         parts = [(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]
         return torch.stack(parts).cumsum(0)[-1]  # in this order
 
-    w_f, w_r = balance(product(forget, forget), product(forget, retain), product(retain, retain))
-    for gradient, f, r in zip(optimizer.gradients(), forget, retain, strict=True):
-        gradient.copy_(w_f * f + w_r * r)
+    return balance(product(forget, forget), product(forget, retain), product(retain, retain))
 
 
 def one_by_one(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,6 +39,7 @@ class Recipe:
     anchor_every: in every such step, as many images of the anchor prompts are retain rows too; 0 for none.
     accumulation: parts that a batch is cut into, to save memory; the result is the same up to rounding.
     eight_bit: Adam's moments take a byte each instead of four.
+    dual: the forget and the retain gradient have moments of their own (`optim.DualAdam`).
     trajectory_steps, trajectory_guidance: DDIM steps and guidance of the trajectories on which some methods train.
     """
 
@@ -58,6 +59,7 @@ class Recipe:
     seed: int = 0
     checkpoint_every: int = 50
     eight_bit: bool = False
+    dual: bool = False
     trajectory_steps: int = 50
     trajectory_guidance: float = 3.0
 
@@ -81,7 +83,7 @@ def batches(
     share: int,
     accelerator: Accelerator,
     walker: Walker | None = None,
-    said: Callable[[Tensor], Conditioning] | None = None,
+    said: Callable[[Tensor], Sequence[Conditioning]] | None = None,
 ) -> Iterator[Batch]:
     """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would.
 
@@ -153,7 +155,7 @@ def batches(
             c_empty=c_0,
             words=here(data.words[f]),
             end=here(data.end[f]),
-            c_words=None if said is None else said(f[rows]),
+            c_words=() if said is None else tuple(said(f[rows])),
         )
 
 

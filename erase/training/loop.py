@@ -16,7 +16,7 @@ from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.methods.protocol import TrainedMethod, Turn
-from erase.optim import MaskedAdam
+from erase.optim import DualAdam, MaskedAdam
 from erase.progress import progress
 from erase.training import memory
 from erase.training.backward import gradients
@@ -26,6 +26,7 @@ from erase.training.copied import Copied
 from erase.training.exchanged import Exchanged
 from erase.training.gradients import start_detached, taking_gradients
 from erase.training.losses import Losses
+from erase.training.null_space import NullSpace
 from erase.training.replayed import ReplayedModel
 from erase.training.words import Words
 
@@ -42,6 +43,7 @@ def train(
     accelerator: Accelerator,
     *,
     state_path: Path,
+    null: NullSpace | None = None,
     checkpointing: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
@@ -53,6 +55,7 @@ def train(
 
     parameters: those in the scope, by name. mask: of the same names; None trains all of them.
     state_path: the last checkpoint; when it exists, training continues from there.
+    null: projects the change of each step, with the same mask.
 
     Raises:
         EraseError: a loss that is not finite (the last good checkpoint stays), or a batch that does not divide.
@@ -66,19 +69,27 @@ def train(
         num_parts=recipe.batch_size // share,
         is_scaled=accelerator.scaler is not None,
         is_rounded=is_rounded,
+        projects=null is not None,
     )
-    optimizer = MaskedAdam(
+    optimizer = (DualAdam if recipe.dual else MaskedAdam)(
         parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, eight_bit=recipe.eight_bit
     )
     if is_rounded:
         optimizer.keep_masters(dict(model.stored_network().named_parameters()))
     walks = method.follows if method.images == "noise" else None
-    words = Words(model, method.attack, data, recipe, share, accelerator) if method.attack else None
-    room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, checkpointing=checkpointing)
-    replays = room.graph and recipe.num_steps >= REPAYS and device.has_graphs(model.device)
+    silent = quiet or not accelerator.is_main_process
+    words = Words(model, method.attack, data, recipe, share, accelerator, quiet=silent) if method.attack else None
+    holds = null is not None or method.shrinks
+    how: dict[str, Any] = {"copies": int(holds), "checkpointing": checkpointing}
+    room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, **how)
+    # the dual optimizer puts other tensors in the place of the gradients
+    can_replay = room.graph and not recipe.dual
+    replays = can_replay and recipe.num_steps >= REPAYS and device.has_graphs(model.device)
     asks_base = method.needs_base or walks == "base"
-    held = Exchanged(model, optimizer) if method.shrinks or asks_base and not room.copy else None
-    base = Copied(model, _dtype(model, accelerator), replays=replays) if asks_base and room.copy else held
+    held = Exchanged(model, optimizer) if holds or asks_base and not room.copy else None
+    base = held if asks_base else None
+    if asks_base and room.copy:
+        base = Copied(model, _dtype(model, accelerator), replays=replays)
     teacher = Exchanged(model, optimizer) if method.teacher_decay is not None else None
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves, and a graph keeps them anyway
@@ -113,7 +124,6 @@ def train(
                 checkpoint()
             raise _not_finite(bad, recipe, state_path)
 
-    silent = quiet or not accelerator.is_main_process
     reporting = progress(recipe.num_steps, "train", "steps", done=len(seen), quiet=silent)
     detaching = start_detached(model) if method.detaches_start else nullcontext()
     trained = ReplayedModel(model, gradients=True) if replays else model
@@ -125,6 +135,8 @@ def train(
             if turn.remember or turn.rewind:
                 read(step)
                 _before_the_step(turn, remembered)
+            if turn.renew:
+                optimizer.state.clear()
             said = partial(words.said, step=step) if words is not None else None
             parts = batches(model, data, recipe, step, share, accelerator, walker, said)
             if isinstance(trained, ReplayedModel):
@@ -139,10 +151,10 @@ def train(
             if recipe.max_grad_norm is not None:
                 accelerator.unscale_gradients(prepared)
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
-            optimizer.set_learning_rate(recipe.learning_rate_at(step))
+            optimizer.set_learning_rate(turn.rate * recipe.learning_rate_at(step))
             prepared.step()
             prepared.zero_grad()
-            _after_the_step(method, held, teacher, step, recipe.num_steps, losses.halt)
+            _after_the_step(method, held, teacher, null, step, recipe.num_steps, losses.halt)
             if words is not None:
                 words.after(step, losses.halt)
             bar.update()
@@ -193,9 +205,13 @@ def _room(
     accelerator: Accelerator,
     optimizer: MaskedAdam,
     *,
+    copies: int,
     checkpointing: bool,
 ) -> memory.Room:
-    """What the GPU has room for; nothing on a CPU, nor with checkpointing, which says that memory is short."""
+    """What the GPU has room for; nothing on a CPU, nor with checkpointing, which says that memory is short.
+
+    copies: of the masked weights, besides those that the method keeps.
+    """
     free = 0 if checkpointing else device.free_memory(model.device)
     return memory.room(
         model,
@@ -206,8 +222,12 @@ def _room(
         side=data.forget.mean.shape[-1],
         dtype=_dtype(model, accelerator),
         eight_bit=recipe.eight_bit,
-        copies=(method.teacher_decay is not None) + method.turns + method.shrinks + 2 * (method.balance is not None),
-        joins=method.joins,
+        dual=recipe.dual,
+        copies=copies
+        + (method.teacher_decay is not None)
+        + method.turns
+        + 2 * (method.balance is not None or recipe.dual),
+        joins=method.joins and not recipe.dual,
         free=free,
     )
 
@@ -229,8 +249,9 @@ def _share(recipe: Recipe, accelerator: Accelerator) -> int:
 
 
 def _refuse_what_does_not_fit(
-    method: TrainedMethod, data: Data, recipe: Recipe, *, num_parts: int, is_scaled: bool, is_rounded: bool
-) -> None:
+    method: TrainedMethod, data: Data, recipe: Recipe, *, num_parts: int, is_scaled: bool, is_rounded: bool,
+    projects: bool,
+) -> None:  # fmt: skip
     """Raise an EraseError where the method does not go with the target, the precision or the storage of weights."""
     last = len(data.forget) % recipe.batch_size if recipe.in_order else 0
     if last % num_parts:
@@ -246,9 +267,13 @@ def _refuse_what_does_not_fit(
         raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
     if method.attack and (method.images != "concept" or method.balance):
         raise EraseError("a method with an attack trains on images of the concept and balances no gradients")
+    if recipe.dual and (is_scaled or is_rounded or method.balance or method.turns or not method.retains):
+        raise EraseError("the dual optimizer needs float32 weights, and a forget and a retain gradient in every step")
     if is_scaled and method.attack:
         raise EraseError("this method learns words by their own gradients, which --precision fp16 scales; use bf16")
-    if is_rounded and (method.prepares or method.shrinks or method.turns or method.teacher_decay is not None):
+    if is_rounded and (
+        projects or method.prepares or method.shrinks or method.turns or method.teacher_decay is not None
+    ):
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
 
 
@@ -262,14 +287,17 @@ def _before_the_step(turn: Turn, remembered: Exchanged | None) -> None:
 
 
 def _after_the_step(
-    method: TrainedMethod, frozen: Exchanged | None, teacher: Exchanged | None, step: int, num_steps: int,
-    halt: Tensor | None,
+    method: TrainedMethod, frozen: Exchanged | None, teacher: Exchanged | None, null: NullSpace | None, step: int,
+    num_steps: int, halt: Tensor | None,
 ) -> None:  # fmt: skip
-    """What a method does with the weights beside the optimizer; nothing if `halt` is not 0."""
-    if method.shrinks:
+    """What a method and `null` do with the weights beside the optimizer; nothing if `halt` is not 0."""
+    if method.shrinks or null:
         assert frozen is not None
         moved = frozen.moved()
-        method.shrink(moved, step, num_steps)
+        if method.shrinks:
+            method.shrink(moved, step, num_steps)
+        if null:
+            null.project(moved)
         frozen.move(moved, halt)
     if teacher is not None and method.teacher_decay is not None:
         teacher.follow(method.teacher_decay, halt)

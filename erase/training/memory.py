@@ -28,6 +28,7 @@ def estimate(
     checkpointing: bool,
     copies: int,
     eight_bit: bool = False,
+    dual: bool = False,
     text: int = 0,
 ) -> dict[str, int]:
     """Peak bytes of each phase, "mask", "training" or "solving", and "writing", libraries included.
@@ -39,7 +40,8 @@ def estimate(
     part: images of one branch that go through the network together; None for a closed form, which needs none.
     dtype: of the stored weights.
     copies: of the masked weights that are kept beside them, such as their values in the base.
-    eight_bit: of the moments. text: bytes of text encoders that stay during the training, see `text_passes`.
+    eight_bit: of the moments. dual: there are two sets of them.
+    text: bytes of text encoders that stay during the training, see `text_passes`.
     """
     size = dtype.itemsize
     weights = sum(parameter.numel() for parameter in model.network.parameters()) * size
@@ -61,7 +63,7 @@ def estimate(
     else:
         largest = max(parameter.numel() for parameter in parameters.values())
         stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
-        moments, gradients, kept = stored, size * masked, copies * size * masked
+        moments, gradients, kept = stored * (1 + dual), size * masked, copies * size * masked
         needs["training"] = weights + moments + masters + gradients + kept + places + pass_of(part) + text
     float32 = 4 * weights // size
     needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change
@@ -91,6 +93,7 @@ def room(
     side: int,
     dtype: torch.dtype,
     eight_bit: bool,
+    dual: bool = False,
     copies: int,
     joins: bool,
     free: int,
@@ -104,7 +107,7 @@ def room(
     if free <= 0:
         return Room(copy=False, together=False, graph=False)
     size = model.network.dtype.itemsize
-    moments = (2 if eight_bit else 8) + (4 if size < 4 else 0)
+    moments = (2 if eight_bit else 8) * (1 + dual) + (4 if size < 4 else 0)
     left = int(0.9 * free) - num_masked * (moments + (1 + copies) * size)
     left -= 4 * max(parameter.numel() for parameter in parameters.values())
     resolution = side * model.resolution // model.latent_shape(model.resolution)[-1]

@@ -12,6 +12,7 @@ from erase.device import staged
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.methods.protocol import WordAttack
+from erase.progress import progress
 from erase.training.batches import Recipe, generator, sample
 
 WORD = "~"  # one token in every CLIP vocabulary, and not used in prompts
@@ -48,10 +49,19 @@ class Words:
     """
 
     def __init__(
-        self, model: Family, attack: WordAttack, data: Data, recipe: Recipe, share: int, accelerator: Accelerator
+        self,
+        model: Family,
+        attack: WordAttack,
+        data: Data,
+        recipe: Recipe,
+        share: int,
+        accelerator: Accelerator,
+        *,
+        quiet: bool = True,
     ):
         self._model, self._attack, self._data, self._recipe = model, attack, data, recipe
         self._share, self._accelerator, self._token = share, accelerator, token_of(model)
+        self._every, self._quiet = attack.round_of(recipe.num_steps), quiet
         own = zip(data.forget.prompt.tolist(), data.anchor.tolist(), strict=True)
         self._texts = [with_word(data.prompts[prompt], data.prompts[anchor], WORD) for prompt, anchor in own]
         table, tokens = model.token_embeddings.detach(), _own_tokens(model, data)
@@ -60,26 +70,30 @@ class Words:
         self.values = {"word": first, "exp_avg": torch.zeros_like(first), "exp_avg_sq": torch.zeros_like(first)}
 
     @torch.no_grad()
-    def said(self, rows: Tensor, step: int) -> Conditioning:
-        """The forget prompts of these forget images with the word that was attacked last before this step.
+    def said(self, rows: Tensor, step: int) -> list[Conditioning]:
+        """The forget prompts of these forget images with the word that was attacked last before this step, or with each
+        of the words found before it.
 
         rows: int64, on the CPU. Not differentiable; on the model's device.
         """
-        word = max(step // self._attack.every - 1, 0) % self._attack.num_words
+        done, num = step // self._every, self._attack.num_words
+        words = [max(done - 1, 0) % num] if self._attack.every else range(min(done, num))
         texts = [self._texts[row] for row in rows.tolist()]
-        return self._model.encode_with(texts, self._token, self.values["word"][word].clone())
+        return [self._model.encode_with(texts, self._token, self.values["word"][word].clone()) for word in words]
 
     def after(self, step: int, halt: Tensor | None) -> None:
         """Attack the model as it is after this step, if it is the turn; nothing changes if `halt` is not 0."""
-        number, rest = divmod(step + 1, self._attack.every)
-        if rest:
+        number, rest = divmod(step + 1, self._every)
+        if rest or not self._attack.every and number > self._attack.num_words:
             return
         rounds, word = divmod(number - 1, self._attack.num_words)
-        for taken in range(self._attack.num_steps):
-            restarts, age = divmod(rounds * self._attack.num_steps + taken, self._attack.restart_after)
-            if age == 0 and restarts:
-                self._put(word, halt, word=self._start(word, restarts), exp_avg=None, exp_avg_sq=None)
-            self._step(word, age + 1, self._gradient(word, (step, taken)), halt)
+        with progress(self._attack.num_steps, "word", "steps", quiet=self._quiet or self._attack.num_steps < 50) as bar:
+            for taken in range(self._attack.num_steps):
+                restarts, age = divmod(rounds * self._attack.num_steps + taken, self._attack.restart_after)
+                if age == 0 and restarts:
+                    self._put(word, halt, word=self._start(word, restarts), exp_avg=None, exp_avg_sq=None)
+                self._step(word, age + 1, self._gradient(word, (step, taken)), halt)
+                bar.update()
 
     def _start(self, word: int, restarts: int) -> Tensor:
         """The mean of all tokens for every other word, one of the forget prompts' own tokens for the rest."""

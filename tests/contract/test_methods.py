@@ -19,7 +19,7 @@ from erase import delta, erase_concept, masks, methods, tensor_files
 from erase.families import sd
 from erase.methods import METHODS
 from erase.methods.scissorhands import Scissorhands
-from erase.options.settings import OF_TRAINING
+from erase.options.effect import OF_TRAINING
 from erase.training import loop
 
 EXAMPLE = "contract.example_method:Unconditional"
@@ -155,6 +155,7 @@ def test_every_method_says_what_it_costs_and_breaks():
 
 SIZES: dict[str, Any] = dict(num_forget=4, num_retain=2, num_inference_steps=2, num_train_steps=2, batch_size=2)
 FEW = {"scissorhands": ("prepare_batches=1", "sparsity=0.5"), "speed": ("threshold=0.5",)}
+FEW["stereo"] = ("words=1", "word_steps=2")
 
 
 @pytest.mark.parametrize("name", FORMULAS)
