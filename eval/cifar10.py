@@ -7,7 +7,8 @@
 `data/cifar10` holds train/CLASS/image and test/CLASS/image, or CIFAR-10's own files. Every cell is one method on one
 seed, and is kept in a file. It needs no other cell, so cells may be run in any order, and by several processes of
 different --seeds. An interrupted command, also one that is killed, continues when it is given again: finished cells are
-not run again, and a long training continues from its state of a minute before. `--known` takes over published cells.
+not run again, and a long training continues from its state of a minute before. Cells that are published in eval/results
+with the same settings are taken over.
 
 Each figure's gap is its difference from the model retrained with the same seed, stated one by one. The average of
 their absolute values hides that a method can be far off in opposite directions.
@@ -217,7 +218,7 @@ def gaps(results: Mapping[str, Any], name: str) -> str:
             differences = [one[figure] - other[figure] for one, other in zip(ours, theirs, strict=True)]
             line += [_shown([one[figure] for one in ours]), _shown(differences, signed=True)]
         averages = [average_gap(*pair) for pair in zip(ours, theirs, strict=True)]
-        lines.append([*line, _shown(averages), f"{seconds:.2g}"])
+        lines.append([*line, _shown(averages), f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"])
     for label in dict.fromkeys(one["label"] for one in cells if "diverged" in one):
         lines.append([label, "diverged", *[""] * (len(head) - 2)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -319,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(given.output or f"runs/cifar10-{given.protocol}")
     work = Work(protocol, given.data, output, given.methods, given.shadows, given.quiet)
     try:
-        known = files.read_json(Path(given.known)) if given.known else {}
+        stored = Path(given.known or RESULTS / f"classification-cifar10-{given.protocol}.json")
+        known = files.read_json(stored) if given.known or stored.is_file() else {}
         if given.tune:
             tune(work, tables)
             return

@@ -554,8 +554,8 @@ def cifar10(job: Job) -> Part:
     cells = sorted(str(path.relative_to(output)) for path in output.glob("*/cells/*.json"))
     yield {"finished": is_whole, "cells": len(cells), "wall_seconds": rounded(time.monotonic() - start)}
     if (output / "results.json").is_file():
-        shutil.copyfile(output / "results.json", job.output.with_name("classification-cifar10.json"))
-        yield {"results": "classification-cifar10.json, beside this file; cifar10.py --print prints the tables"}
+        shutil.copyfile(output / "results.json", job.output.with_name("classification-cifar10-full.json"))
+        yield {"results": "classification-cifar10-full.json, beside this file; cifar10.py --print prints the tables"}
 
 
 def random_cifar(folder: Path, num_train: int, num_test: int) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cifar10
 import interval_coverage
 import mini_methods
 import sampler_effect
@@ -156,6 +157,24 @@ def without_mia(name: str, forget: str) -> str:
     return mini_methods.markdown(["", "gap over UA, RA, TA, MIA", "gap over UA, RA, TA"], lines)
 
 
+def cifar10_gaps(protocol: str, name: str) -> str:
+    """Every method's figures and their gaps to retraining, of the seeds that are finished."""
+    return cifar10.gaps(stored(f"classification-cifar10-{protocol}.json"), name)
+
+
+def cifar10_finished(protocol: str) -> str:
+    """How many cells of a protocol's tables were measured."""
+    found = stored(f"classification-cifar10-{protocol}.json")["tables"]
+    lines = []
+    for table in cifar10.PROTOCOLS[protocol].tables:
+        cells, seeds = found.get(table.name, {}).get("cells", []), cifar10.PROTOCOLS[protocol].seeds
+        work = cifar10.Work(cifar10.PROTOCOLS[protocol], "data/cifar10", Path(), ["all"])
+        total = len(work.lines(table, seeds[0])) * len(seeds)
+        with_cells = sorted({one["seed"] for one in cells})
+        lines.append([table.name, f"{len(cells)} of {total}", ", ".join(map(str, with_cells)) or "none"])
+    return mini_methods.markdown(["statistics", "finished cells", "seeds"], lines)
+
+
 def intervals() -> str:
     """How often 95 % intervals hold the truth of simulated worlds."""
     return interval_coverage.table(stored("coverage.json")["rows"])
@@ -242,6 +261,11 @@ for _name, _shares in {
         TABLES[f"{_name} {_share}"] = functools.partial(classifier, _name, _share)
         if _name == "drawings":
             TABLES[f"{_name} {_share} without MIA"] = functools.partial(without_mia, _name, _share)
+for _name in ("small", "tiny"):
+    if (RESULTS / f"classification-cifar10-{_name}.json").is_file():
+        TABLES[f"cifar10-{_name} finished"] = functools.partial(cifar10_finished, _name)
+        for _table in cifar10.PROTOCOLS[_name].tables:
+            TABLES[f"cifar10-{_name} {_table.name}"] = functools.partial(cifar10_gaps, _name, _table.name)
 for _name in ("full", "classification"):
     TABLES[f"speed {_name}"] = functools.partial(speed, _name)
 

@@ -123,7 +123,7 @@ def test_slices_of_the_cifar_10_tables_are_longer_and_continue(on_gpu, tmp_path,
     assert not slice_of(1)["finished"]
     whole = slice_of(300)
     assert whole["finished"] and whole["cells"] == 4
-    assert json.loads((tmp_path / "classification-cifar10.json").read_text())["tables"]["10%"]["cells"]
+    assert json.loads((tmp_path / "classification-cifar10-full.json").read_text())["tables"]["10%"]["cells"]
 
 
 def test_the_images_of_cifar_10_must_be_there(on_gpu, tmp_path, capsys, monkeypatch):

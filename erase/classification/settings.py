@@ -94,7 +94,7 @@ class Settings:
         None,
         "weights that may change: saliency, random, inverse, none, or a mask file",
         group="how",
-        shown="saliency for salun and salun-joint, else none",
+        shown="saliency for salun, salun-joint and salun-do, else none",
     )
     density: float | None = option(
         None,
