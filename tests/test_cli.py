@@ -131,7 +131,9 @@ def test_help_names_the_defaults_that_are_used(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     text = command("--help")[1]
     for name, value in {**SD_DEFAULTS, "density": 0.5, "seed": 0}.items():
-        assert re.search(rf"\[default: {re.escape(str(value))}( for salun)?\]$", entry(text, name)), name
+        assert re.search(rf"\[default: {re.escape(str(value))}( for salun)?(; on a GPU .*)?\]$", entry(text, name)), (
+            name
+        )
 
 
 def test_help_says_whose_a_default_is_that_methods_bring_too(command, monkeypatch):

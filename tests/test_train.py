@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import damage
 import numpy as np
@@ -24,7 +25,7 @@ from erase.families import scope, sd, stored_unet
 from erase.methods.inputs import Batch
 from erase.methods.relabel import Relabel
 from erase.optim import MaskedAdam
-from erase.training import backward, batches, gradients, loop, saliency_pass
+from erase.training import backward, batches, gradients, loop, memory, saliency_pass
 
 
 @pytest.fixture
@@ -536,6 +537,35 @@ def test_parts_of_a_batch_add_up_to_its_score(model, data, accelerator, tmp_path
                 torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
             else:
                 assert torch.equal(parts[name], whole[name]), name
+
+
+@pytest.mark.parametrize(("size", "passes"), [(2, [4, 2]), (4, [4, 2])])
+def test_batches_that_go_through_a_gpu_together_have_the_score_of_each_alone(
+    model, data, accelerator, tmp_path, monkeypatch, size, passes
+):
+    """Up to rounding; the last of 4 + 2 is short and goes alone."""
+    alone = scores_of(model, data, accelerator, tmp_path, batch_size=size)
+    seen: list[int] = []
+    forward = type(model.unet).forward
+
+    def counted(self: Any, sample: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(len(sample))
+        return forward(self, sample, *arguments, **options)
+
+    monkeypatch.setattr(type(model.unet), "forward", counted)
+    monkeypatch.setattr(saliency_pass, "_batches_at_once", lambda *_, **__: 2)
+    together = scores_of(model, data, accelerator, tmp_path, batch_size=size)
+    assert seen == passes
+    for name, score in alone.items():
+        torch.testing.assert_close(together[name], score, rtol=1e-3, atol=1e-3 * float(score.max()) + 1e-12)
+
+
+def test_free_memory_decides_how_many_batches_go_together(model, data, monkeypatch):
+    each = memory.activations(model, 1, 4 * model.resolution // model.latent_shape(model.resolution)[-1],
+                              torch.float32, checkpointing=False)  # fmt: skip
+    for free, size, expected in ((0, 8, 1), (5 * each, 2, 2), (10**15, 8, 4), (10**15, 20, 1), (10**15, 64, 1)):
+        monkeypatch.setattr(saliency_pass.device, "free_memory", lambda where, free=free: free)
+        assert saliency_pass._batches_at_once(model, data, size, guided=False) == expected
 
 
 def test_gradient_checkpointing_changes_no_score(model, data, accelerator, tmp_path):

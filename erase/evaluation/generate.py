@@ -218,15 +218,18 @@ def _is_repaid(model: Family, task: SampleSet, settings: Mapping[str, Any]) -> b
     return can and len(task.samples) * settings["steps"] >= COMPILE_FROM
 
 
-def together(given: int | None, model: Family, folder: Path | None = None) -> int:
-    """Images that are generated at once: as given, as in the folder's images so far, or by the GPU's free memory."""
+def together(given: int | None, model: Family, folder: Path | None = None, *, world: int = 1) -> int:
+    """Images that are generated at once: as given, as in the folder's images so far, or by the GPU's free memory.
+
+    world: processes that share the task; several do not ask for free memory, which may differ between their GPUs.
+    """
     if given is not None:
         return given
     if folder is not None and (folder / arm.MANIFEST).is_file():
         there = arm.manifest(folder)["generation"].get("batch_size")
         if isinstance(there, int) and there > 0:
             return there
-    return memory.images_at_once(model, model.resolution)
+    return memory.images_at_once(model, model.resolution) if world == 1 else memory.FEW_IMAGES
 
 
 def stored(

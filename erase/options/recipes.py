@@ -54,6 +54,7 @@ def resolve(
     num_processes: int = 1,
     part: int = 1,
     can_round: bool = False,
+    at_once: int = SD_DEFAULTS["generation_batch_size"],
     guidance_scale: float = SD_DEFAULTS["guidance_scale"],
 ) -> Settings:
     """Every None filled in: from the model's own defaults, then the method's and the recipe's, then SD v1.4's values.
@@ -63,6 +64,7 @@ def resolve(
     kind: of the concept; SalUn's settings differ between nudity and classes.
     num_processes: that share a batch. part: images of a share that --low-memory keeps together at most.
     guidance_scale: of generated images, where nothing else says: that of the model's family.
+    at_once: images generated together, where nothing else says.
     can_round: --low-memory rounds the weights there only, because CPUs without AMX are slower in bf16.
     """
     recipe, nudity = RECIPES[settings.recipe], kind == "nudity"
@@ -92,7 +94,12 @@ def resolve(
     settings = settings.filled({"sampler": recipe.sampler, "prompts": prompts_of(settings)})
     settings = settings.filled({"num_inference_steps": SAMPLER_STEPS[str(settings.sampler)]})
     settings = settings.filled(
-        {**SD_DEFAULTS, "guidance_scale": guidance_scale, "num_train_steps": 100 if nudity else 500}
+        {
+            **SD_DEFAULTS,
+            "generation_batch_size": at_once,
+            "guidance_scale": guidance_scale,
+            "num_train_steps": 100 if nudity else 500,
+        }
     )
     settings = settings.filled({"lr_scheduler": "constant", "proportion_empty_prompts": 0.0, "anchor_every": 0})
     _require_use(settings)

@@ -207,7 +207,7 @@ class Settings:
         group="data",
         least=1,
         most=100_000,
-        shown=str(SD_DEFAULTS["generation_batch_size"]),
+        shown=f"{SD_DEFAULTS['generation_batch_size']}; on a GPU up to 32, by its free memory",
     )
     cache_dir: str | None = option(
         None, "cache for latents of generated images", group="data", shown="$ERASE_CACHE, or ~/.cache/erase-concept"

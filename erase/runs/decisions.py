@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.nn import Parameter
 
 from erase import concepts, delta, device, files, masks, methods, words
@@ -18,8 +19,8 @@ from erase.families import loading
 from erase.families.protocol import Family
 from erase.options.effect import require_consistent
 from erase.options.recipes import resolve
-from erase.options.settings import Settings
-from erase.runs import forms
+from erase.options.settings import SD_DEFAULTS, Settings
+from erase.runs import folders, forms
 from erase.runs.earlier import Base, read_base
 from erase.runs.identity import of_run
 from erase.runs.machine import make_accelerator
@@ -111,7 +112,8 @@ def decide(
     everything = [*parts, *(earlier.concepts if earlier else [])]
     concept = concepts.unite(everything)
     given_settings = settings
-    settings, default = _filled(settings, concept, model, compute, accelerator.num_processes)
+    at_once = _at_once(settings, model, folder, accelerator)
+    settings, default = _filled(settings, concept, model, compute, accelerator.num_processes, at_once)
     require_rank(settings, method)
     require_storage(settings, method)
     method = make_method(settings)
@@ -241,10 +243,25 @@ def _load(settings: Settings, compute: device.Compute, cache_dir: Path, tell: Ca
     return model
 
 
+def _at_once(settings: Settings, model: Family, folder: Path, accelerator: Accelerator) -> int:
+    """Images generated together: what fits the free memory of every process's GPU, or what the run was begun with."""
+    if settings.low_memory:
+        return SD_DEFAULTS["generation_batch_size"]
+    if (folder / folders.RECORD).is_file() and not settings.overwrite:
+        begun = folders.read(folder).identity["settings"].get("generation_batch_size")
+        if isinstance(begun, int):
+            return begun
+    found = memory.images_at_once(model, settings.resolution or model.resolution)
+    return min(gather_object([found])) if accelerator.num_processes > 1 else found
+
+
 def _filled(
-    settings: Settings, concept: Concept, model: Family, compute: device.Compute, num_processes: int
+    settings: Settings, concept: Concept, model: Family, compute: device.Compute, num_processes: int, at_once: int
 ) -> tuple[Settings, Callable[[str], Any]]:
-    """The settings with every default filled in, and the value that each would have without its option."""
+    """The settings with every default filled in, and the value that each would have without its option.
+
+    at_once: images generated together, where neither the user nor the model's folder says.
+    """
     together = 1
     if settings.low_memory:
         together = memory.part_of_batch(model, settings.resolution or model.resolution)
@@ -254,6 +271,7 @@ def _filled(
         model_defaults=model.defaults,
         num_processes=num_processes,
         part=together,
+        at_once=at_once,
         guidance_scale=model.guidance_scale,
         can_round=compute.device.type == "cuda"
         and settings.null_space is None

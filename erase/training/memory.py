@@ -13,6 +13,7 @@ from erase import device
 from erase.families.protocol import Family
 
 LIBRARIES = 500_000_000  # bytes of a process that has imported torch and diffusers
+FEW_IMAGES = 8  # that are generated together
 SMALL = LIBRARIES // 5  # bytes of activations that are not worth cutting a batch for
 
 
@@ -137,9 +138,9 @@ def images_at_once(model: Family, resolution: int) -> int:
     """
     free = device.free_memory(model.device)
     if free <= 0:
-        return 8
+        return FEW_IMAGES
     each = 2 * activations(model, 1, resolution, device.DTYPES[model.precision], checkpointing=False)
-    return next((num for num in (32, 16) if num * each <= 0.9 * free), 8)
+    return next((num for num in (32, 16) if num * each <= 0.9 * free), FEW_IMAGES)
 
 
 def text_passes(model: Family, num: int) -> int:

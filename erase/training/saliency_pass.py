@@ -1,7 +1,7 @@
 """Gradients of the forget loss, summed into saliency scores; the pass resumes bit for bit."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,17 +9,20 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
-from erase import masks, tensor_files
+from erase import device, masks, tensor_files
+from erase.conditioning import Conditioning
 from erase.data.latents import Data
 from erase.device import LOSS_SCALE, staged
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.progress import progress
+from erase.training import memory
 from erase.training.batches import generator, sample
 from erase.training.checkpoint import damage_named
 from erase.training.gradients import taking_gradients
 
 SAVE_EVERY_SECONDS = 300.0
+MOST_IMAGES = 32  # that go through the network together; more are no faster on an H100
 
 
 def accumulate(
@@ -43,11 +46,15 @@ def accumulate(
     code 7.5. With several processes each takes every n-th batch and the sums are added.
 
     state_path: the running sums, stored every five minutes, so that an interrupted pass can continue.
-    part: images that go through the network together, to save memory; None is the whole batch. The sum is the same up
-        to rounding. Only for abs_sum: |g| and g^2 are of whole batches, whose gradients would have to be kept.
+    part: images that go through the network together, to save memory; None is the whole batch, on a GPU with room for
+        them several batches. The sum is the same up to rounding. Only for abs_sum: |g| and g^2 are of whole batches,
+        whose gradients would have to be kept.
     """
     sums = masks.Saliency(parameters, score)
     together = batch_size if part is None or score != "abs_sum" else part
+    num_batches = 1
+    if score == "abs_sum" and part is None and not checkpointing:
+        num_batches = _batches_at_once(model, data, batch_size, guided=bool(guidance))
     starts = list(range(0, len(data.forget), batch_size))
     mine = starts[accelerator.process_index :: accelerator.num_processes]
     if accelerator.num_processes > 1:
@@ -62,13 +69,19 @@ def accumulate(
         sums.collecting(),
         progress(len(mine), "mask", "batches", done=done, quiet=quiet or not accelerator.is_main_process) as bar,
     ):
-        for number, start in list(enumerate(mine))[done:]:
-            rows = torch.arange(start, min(start + batch_size, len(data.forget)))
-            for loss in _losses(model, data, rows, generator(seed, "mask", start), together, guidance, accelerator):
+        while done < len(mine):
+            group = _group(mine[done : done + num_batches], len(data.forget), batch_size)
+            rows = [torch.arange(start, min(start + batch_size, len(data.forget))) for start in group]
+            drawn = [
+                _drawn(model, data, own, generator(seed, "mask", start)) for own, start in zip(rows, group, strict=True)
+            ]
+            num = together if len(group) == 1 else batch_size * len(group)
+            for loss in _losses(model, data, drawn, num, guidance, accelerator):
                 (loss * scale).backward()
-            bar.update()
+            done += len(group)
+            bar.update(len(group))
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                _keep_sums(state_path, sums, number + 1)
+                _keep_sums(state_path, sums, done)
                 saved = time.monotonic()
     if accelerator.num_processes > 1:
         for total in sums.state_dict()["sums"].values():
@@ -78,21 +91,45 @@ def accumulate(
     return scores
 
 
+def _batches_at_once(model: Family, data: Data, batch_size: int, *, guided: bool) -> int:
+    """Batches that go through the network together: up to 32 images that a GPU has room for; one on a CPU."""
+    free = device.free_memory(model.device)
+    if free <= 0 or 2 * batch_size > MOST_IMAGES:
+        return 1
+    resolution = data.forget.mean.shape[-1] * model.resolution // model.latent_shape(model.resolution)[-1]
+    each = (1 + guided) * memory.activations(model, 1, resolution, torch.float32, checkpointing=False)
+    return max(1, min(MOST_IMAGES, int(0.9 * free / each)) // batch_size)
+
+
+def _group(starts: Sequence[int], num: int, batch_size: int) -> Sequence[int]:
+    """The first of these batches that go through the network together: a short last one goes alone."""
+    whole = [start for start in starts if start + batch_size <= num]
+    return whole or starts[:1]
+
+
+Drawn = tuple[Tensor, Tensor, Tensor, Conditioning]
+
+
+def _drawn(model: Family, data: Data, rows: Tensor, draw: torch.Generator) -> Drawn:
+    """Latents, timesteps, noise and text of a batch of forget rows."""
+    x = sample(data.forget, rows, draw)
+    t = torch.randint(0, model.num_timesteps, (len(rows),), generator=draw)
+    eps = torch.randn(x.shape, generator=draw)
+    return x, t, eps, data.text[data.forget.prompt[rows]]
+
+
 def _losses(
     model: Family,
     data: Data,
-    rows: Tensor,
-    draw: torch.Generator,
+    batches: Sequence[Drawn],
     together: int,
     guidance: float,
     accelerator: Accelerator,
 ) -> Iterator[Tensor]:
-    """The mean loss of these forget rows, in parts of `together` rows that add up to it."""
-    x = sample(data.forget, rows, draw)
-    t = torch.randint(0, model.num_timesteps, (len(rows),), generator=draw)
-    eps = torch.randn(x.shape, generator=draw)
-    c = data.text[data.forget.prompt[rows]]
-    for start in range(0, len(rows), together):
+    """The sum of the batches' mean losses, in parts of `together` rows that add up to it; batches of one size."""
+    every_x, every_t, every_eps, every_c = zip(*batches, strict=True)
+    x, t, eps, c = torch.cat(every_x), torch.cat(every_t), torch.cat(every_eps), Conditioning.cat(every_c)
+    for start in range(0, len(x), together):
         part = slice(start, start + together)
         x_0, t_0, eps_0 = (staged(whole[part], model.device) for whole in (x, t, eps))
         c_0 = c[part].each(lambda each: staged(each, model.device))
@@ -102,7 +139,7 @@ def _losses(
             if guidance:
                 empty = data.unconditional.each(lambda each: staged(each, model.device)).expand(len(x_0))
                 predicted = guided(predicted, model(x_t, t_0, empty), guidance)
-            loss = (eps_0 - predicted).square().mean() * (len(x_0) / len(rows))
+            loss = (eps_0 - predicted).square().mean() * (len(batches) * len(x_0) / len(x))
         yield loss
 
 

@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> None:
         steps=drawing.num_inference_steps,
         guidance=drawing.guidance_scale,
         resolution=drawing.resolution,
-        batch_size=generate.together(drawing.generation_batch_size, model, Path(given.output)),
+        batch_size=generate.together(drawing.generation_batch_size, model, Path(given.output), world=world),
         rank=rank,
         world=world,
         quiet=given.quiet or rank > 0,
