@@ -131,6 +131,20 @@ def test_every_gap_is_stated_with_its_sign_against_the_same_seed():
     assert [line[0] for line in lines] == ["retrain", "salun", "ga"] and lines[2][1] == "diverged"
 
 
+def test_lira_has_its_gap_too_where_it_was_measured():
+    """With shadow models there are two columns more; the average stays the published one, without it."""
+    cells = [
+        cell("retrain", 1, UA=6, RA=100, TA=94, MIA=13, LiRA=50),
+        cell("ft", 1, UA=6, RA=100, TA=94, MIA=13, LiRA=9),
+    ]
+    head, _, _, ft = (
+        line[2:-2].split(" | ") for line in cifar10.gaps({"tables": {"a": {"cells": cells}}}, "a").splitlines()
+    )
+    found = dict(zip(head, ft, strict=True))
+    assert (found["LiRA"], found["gap LiRA"], found["average gap"]) == ("9.0", "-41.0", "0.0")
+    assert "LiRA" not in cifar10.gaps({"tables": {"10%": {"cells": CELLS}}}, "10%")
+
+
 def test_ours_and_published_figures_stand_side_by_side_with_the_gap_of_each():
     published = {
         "sources": {"paper": "a paper."},

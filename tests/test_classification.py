@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from erase import delta, files, masks, tensor_files
-from erase.classification import data, methods, networks, run, split
+from erase.classification import data, methods, networks, records, run, split
 from erase.classification.data import Dataset, Images
 from erase.classification.descent import Recipe, computing, descend, saliency_scores
 from erase.classification.methods import Plan, boundary, gradients, influence, l1_sparse, random_label
@@ -937,6 +937,37 @@ def test_a_run_leaves_model_delta_mask_split_and_record(toy_world, tmp_path):
     assert again.record["model_hash"] == record["model_hash"]
     with pytest.raises(EraseError, match="holds a run with other settings"):
         run.run(settings_of(tmp_path, seed=1), tmp_path)
+
+
+def test_a_record_from_before_an_option_existed_is_the_same_run(toy_world, tmp_path):
+    """num_train; the control is a record that says another number."""
+    run.run(settings_of(tmp_path), tmp_path)
+    path = tmp_path / "run" / "run.json"
+    record = files.read_json(path)
+    for change, is_same in (({}, True), ({"num_train": 12}, False)):
+        older = {name: value for name, value in record["settings"].items() if name != "num_train"} | change
+        files.write_json(path, record | {"settings": older})
+        if is_same:
+            run.run(settings_of(tmp_path), tmp_path)
+        else:
+            with pytest.raises(EraseError, match="holds a run with other settings"):
+                run.run(settings_of(tmp_path), tmp_path)
+
+
+def test_the_settings_of_another_data_set_are_used_and_do_not_count_as_another_run(tmp_path):
+    plain, tuned = (Settings(data=str(tmp_path), tuned_for=name, method="ft").resolved() for name in (None, "cifar10"))
+    assert (plain.network, tuned.network) == ("resnet18", "resnet18") and tuned.learning_rate == 0.01
+    small = Settings(data=str(tmp_path), tuned_for="cifar10-small", method="ft").resolved()
+    assert (small.network, small.epochs, small.batch_norm) == ("resnet9s", 3, "moving")
+    frozen = Settings(data=str(tmp_path), tuned_for="cifar10-small-frozen", method="ft").resolved()
+    assert frozen.batch_norm == "frozen" and frozen.learning_rate == 0.001
+    half = Settings(data=str(tmp_path), tuned_for="cifar10", forget="50%").resolved()
+    assert (half.density, half.learning_rate) == (0.9, 0.005)
+    assert Settings(data="cifar10").resolved().learning_rate == 0.005
+    assert Settings(method="scrub", data=str(tmp_path)).resolved().optimizer == "adam"
+    with pytest.raises(EraseError, match="--tuned-for is 'cifar'; did you mean cifar10?"):
+        Settings(tuned_for="cifar")
+    assert records.identity(replace(small, tuned_for=None)) == records.identity(small)
 
 
 def test_the_retrained_model_never_sees_what_is_forgotten(toy_world, tmp_path, monkeypatch):
