@@ -1,17 +1,20 @@
 """A training of a classifier that is interrupted continues from its last state and ends with the same bits."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_classification import RECIPE, toy_images, toy_model
+from test_classification import RECIPE, toy_dataset, toy_images, toy_model
 
 from erase import delta
-from erase.classification import descent
+from erase.classification import data, descent, run
 from erase.classification.checkpoint import Checkpoint
 from erase.classification.descent import descend
 from erase.classification.methods import Plan
+from erase.classification.settings import Settings
 from erase.errors import EraseError
 
 LONG = replace(RECIPE, epochs=5, batch_norm="moving", schedule="cosine")
@@ -67,3 +70,36 @@ def test_short_trainings_write_no_state(tmp_path, monkeypatch):
     keep = Checkpoint(tmp_path / "state.safetensors", "one")
     keep.keep(toy_model(), torch.optim.SGD(toy_model().parameters(), 0.1), torch.Generator(), 1)
     assert not keep.path.exists()
+
+
+def test_an_interrupted_command_trains_the_epochs_that_are_left(monkeypatch, tmp_path):
+    """`unlearn-classifier train`, killed in its third epoch: the same command ends with the same model."""
+    monkeypatch.setattr(data, "load", lambda name, cache_dir, **_: toy_dataset())
+    monkeypatch.setattr(run, "Checkpoint", partial(Checkpoint, seconds=0))
+    epochs: list[int] = []
+    train = descent._Descent.run
+
+    def counted(self: descent._Descent, epoch: int) -> torch.Tensor:
+        epochs.append(epoch)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return train(self, epoch)
+
+    def command(name: str) -> str:
+        how: dict[str, Any] = {
+            "network": "mlp",
+            "train_epochs": 5,
+            "train_learning_rate": 0.05,
+            "batch_size": 8,
+            "forget": "20%",
+        }
+        settings = Settings(data="toy", method="retrain", output=str(tmp_path / name), **how)
+        return run.run_training(settings, tmp_path, without_forget=False).record["model_hash"]
+
+    whole = command("whole")
+    monkeypatch.setattr(descent._Descent, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        command("stopped")
+    assert (tmp_path / "stopped" / "training.safetensors").is_file()
+    assert command("stopped") == whole and epochs == [0, 1, 2, 2, 3, 4]
+    assert not (tmp_path / "stopped" / "training.safetensors").exists()
