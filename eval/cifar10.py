@@ -109,12 +109,12 @@ class Work:
 def run(work: Work, seeds: Sequence[int], tables: Sequence[str], known: Mapping[str, Any]) -> None:
     """Every cell of the tables that has no file yet, second retrainings last; results.json is written after each."""
     for seed in seeds:
+        take_over(work, seed, tables, known)
         for table in work.protocol.tables:
             if table.name not in tables:
                 continue
             bench = work.bench(table, seed)
             for row in sorted(work.lines(table, seed), key=lambda row: row.label == AGAIN):
-                _take_over(work, table, row, seed, known)
                 found = cell(row, bench)
                 print(f"seed {seed}, {table.name}: {row.label:16} {in_short(found)}", flush=True)
                 write(work, work.output / "results.json")
@@ -136,13 +136,33 @@ def _identity(work: Work, row: Row, seed: int) -> dict[str, Any]:
     return records.identity(replace(row.settings, seed=seed).resolved()) | {"shadows": work.shadows}
 
 
-def _take_over(work: Work, table: Table, row: Row, seed: int, known: Mapping[str, Any]) -> None:
-    """Write the file of a published cell that was measured with the same settings."""
-    path, identity = _path(work, table, row, seed), _identity(work, row, seed)
-    for one in known.get("tables", {}).get(table.name, {}).get("cells", []):
-        same = (one["label"], one["seed"]) == (row.label, seed) and one["settings"] == files.text_hash(identity)
-        if same and not path.is_file():
-            files.write_json(path, {**one, "settings": identity})
+def take_over(work: Work, seed: int, tables: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Write the files of published cells of a seed that were measured with the same settings.
+
+    If not all cells of the seed are published, the original model is trained here first, since the other cells begin
+    with it. Another processor can train another one; then the published cells do not fit and are not used.
+    """
+    found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    wanted = [(table, row) for table in work.protocol.tables if table.name in tables for row in work.lines(table, seed)]
+    for table, row in wanted:
+        path, identity = _path(work, table, row, seed), _identity(work, row, seed)
+        for one in known.get("tables", {}).get(table.name, {}).get("cells", []):
+            same = (one["label"], one["seed"]) == (row.label, seed) and one["settings"] == files.text_hash(identity)
+            if same:
+                found[table.name, row.label] = path, {**one, "settings": identity}
+    missing = {name: pair for name, pair in found.items() if not pair[0].is_file()}
+    originals = [(table, row) for table, row in wanted if (table.name, row.label) in found and row.label == ORIGINAL]
+    if missing and len(found) < len(wanted) and originals:
+        table, row = originals[0]
+        _, published = found[table.name, ORIGINAL]
+        if values(cell(row, work.bench(table, seed))) != values(published):
+            print(
+                f"seed {seed}: another original model was trained here, so the published cells are not used", flush=True
+            )
+            return
+    for path, one in missing.values():
+        if not path.is_file():  # the original's is there by now
+            files.write_json(path, one)
 
 
 def finished(work: Work) -> dict[str, list[dict[str, Any]]]:
@@ -287,7 +307,8 @@ def _scaled(row: Row, factor: float) -> Row:
         return Row(f"{row.label} lr {size:g}", replace(row.settings, learning_rate=size))
     from erase.classification import methods
 
-    size = factor * float(dict(preset.options).get(name, getattr(methods.find(row.label), name)))
+    default: float = getattr(methods.find(row.label), name)
+    size = factor * dict(preset.options).get(name, default)
     return Row(f"{row.label} {name} {size:g}", replace(row.settings, set=(f"{name}={size:g}",)))
 
 

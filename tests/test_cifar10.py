@@ -104,6 +104,27 @@ def test_published_cells_are_taken_over_if_their_settings_are_the_same(trainings
     assert len(trainings) == 6
 
 
+def test_cells_of_a_seed_that_is_not_complete_need_the_same_original_model(trainings, capsys):
+    """It is trained anew; the published cells are used only if its figures are the published ones."""
+    start("--seeds", "1")
+    known = json.loads(Path("out/results.json").read_text())
+    known["tables"]["10%"]["cells"] = [one for one in known["tables"]["10%"]["cells"] if one["label"] != "ft"]
+    Path("part.json").write_text(json.dumps(known))
+    trainings.clear()
+    start("--seeds", "1", "--output", "same", "--known", "part.json")
+    assert trainings == [1]  # the original; the two retrained models are taken over
+    trainings.clear()
+    known["tables"]["10%"]["cells"][0]["scores"]["UA"]["value"] += 0.01
+    Path("part.json").write_text(json.dumps(known))
+    start("--seeds", "1", "--output", "other", "--known", "part.json")
+    assert sorted(trainings) == [1, 1, 500_001]
+    assert "seed 1: another original model was trained here" in capsys.readouterr().out
+    scores = [json.loads(Path(name, "results.json").read_text())["tables"] for name in ("out", "same", "other")]
+    for name in ("10%", "frozen"):
+        ours = [[one["scores"] for one in tables[name]["cells"]] for tables in scores]
+        assert ours[0] == ours[1] == ours[2]
+
+
 def cell(label: str, seed: int, **figures: float) -> dict[str, Any]:
     scores = {name: {"value": value / 100, "n": 100} for name, value in figures.items()}
     return {"label": label, "seed": seed, "scores": scores, "seconds": 60.0}
