@@ -32,8 +32,9 @@ D, TOKENS = 8, 7
 def text() -> Text:
     draw = torch.Generator().manual_seed(0)
     forget, anchor, retain, empty = (torch.randn(n, TOKENS, D, generator=draw) for n in (3, 3, 4, 1))
-    at = (torch.tensor(places)[:, None] for places in ([2, 3, 1], [4, 3, 2], [1, 2, 6, 3]))
-    return Text(forget, anchor, retain, empty, *at, runs=((0, 1, TOKENS),))
+    at = [torch.tensor(places)[:, None] for places in ([2, 3, 1], [4, 3, 2], [1, 2, 6, 3])]
+    ends = [(places + 1).clamp(max=TOKENS - 1) for places in at]
+    return Text(forget, anchor, retain, empty, *at, ((0, 1, TOKENS),), *ends)
 
 
 @pytest.fixture
@@ -83,12 +84,22 @@ def test_all_tokens_are_those_behind_the_start(text):
     assert replace(text, retain=text.retain[:0], retain_at=text.retain_at[:0]).kept("all").shape == (D, 0)
 
 
+def test_the_end_is_the_first_end_token_alone(text):
+    c_e, c_a = text.pairs("end")
+    assert np.array_equal(c_e.numpy(), columns(text.forget, text.forget_end))
+    assert np.array_equal(c_a.numpy(), columns(text.anchor, text.anchor_end))
+    assert np.array_equal(text.kept("end").numpy(), columns(text.retain, text.retain_end))
+    assert not np.array_equal(c_e.numpy(), text.pairs("last")[0].numpy())  # control
+
+
 def test_read_text_names_the_tokens_in_which_a_prompt_differs_from_its_anchor(toy_pipeline_dir):
     """A token is a letter: "a cat" and "a dog" differ from place 2 to 4; an empty anchor stands at its start token."""
     model = load_sd(toy_pipeline_dir)
     concept = Concept("cat", "object", forget=("a cat", "cat here", "cat"), anchor=("a dog", "dog here", ""))
     found = prompt_states.read_text(model, concept)
     assert found.forget_at.tolist() == [[4], [3], [3]] and found.anchor_at.tolist() == [[4], [3], [0]]
+    assert found.forget_end.tolist() == [[5], [8], [4]] and found.anchor_end.tolist() == [[5], [8], [1]]
+    assert found.retain_end.shape == (0, 1)
     assert found.retain.shape == (0, 77, 8) and found.empty.shape == (1, 77, 8)
 
 
@@ -364,7 +375,7 @@ CONCEPT = Concept(
     anchor=("a dog", "a photo of a dog"),
     retain=("a tree", "a boat", "a house"),
 )
-OPTIONS: dict[str, Any] = {"num_samples": 1, "num_inference_steps": 1, "num_forget": 4, "device": "cpu", "quiet": True}
+OPTIONS: dict[str, Any] = {"num_samples": 1, "num_inference_steps": 1, "device": "cpu", "quiet": True}
 
 
 @pytest.mark.parametrize("name", CLOSED)
@@ -373,7 +384,8 @@ def test_same_seed_same_delta_and_the_record_says_how_it_was_solved(toy_pipeline
     options = {**OPTIONS, "method": name, "set": ("threshold=0.5",) if name == "speed" else ()}
     runs = [erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / n), **options) for n in "ab"]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert record["method"]["name"] == name and np.all(np.array(record["method"]["condition_number"]) >= 1)
+    noted, least = ("relative_change", 0) if name == "oce" else ("condition_number", 1)
+    assert record["method"]["name"] == name and np.all(np.array(record["method"][noted]) >= least)
     assert record["settings"]["scope"] == "xattn-kv" and record["settings"]["mask"] == "none" and not record["losses"]
     assert record["weights"]["changed"] > 0
     assert record["model"]["result_hash"] == runs[1].record.model.result_hash
@@ -394,7 +406,7 @@ def test_the_runs_seed_is_speeds(toy_pipeline_dir, tmp_path):
 
 def test_a_saliency_mask_and_rounded_weights_go_with_a_closed_form(toy_pipeline_dir, tmp_path):
     """Only the mask's pass is rounded: what may not move is the base's, bit for bit, and float32."""
-    options = {**OPTIONS, "method": "uce", "mask": "saliency", "weights": "bf16", "num_samples": 0}
+    options = {**OPTIONS, "method": "uce", "mask": "saliency", "weights": "bf16", "num_samples": 0, "num_forget": 4}
     erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **options)
     mask, _ = masks.load(tmp_path / "run" / "mask.safetensors")
     base, erased = (stored_unet.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))
@@ -480,6 +492,9 @@ def test_on_the_embedded_model_other_prompts_predictions_move_far_less_than_the_
     before = predictions()
     closed_form.solve(model, method, prompt_states.read_text(model, circle), parameters, None)
     *kept, erased = (float((b - a).square().mean()) for a, b in zip(before, predictions(), strict=True))
+    if name == "oce":  # a rotation turns all values a little
+        assert erased > 0.04 and max(kept) < 5e-3 < erased / 8
+        return
     assert erased > 0.02 and max(kept) < 2e-3 < erased / 10
     if name == "uce":
         assert max(kept) < 1e-3

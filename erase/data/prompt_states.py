@@ -85,7 +85,16 @@ def read_text(model: Family, concept: Concept) -> Text:
             [[run.last for run in model.token_runs(prompt)] for prompt in concept.retain], dtype=torch.int64
         ).view(-1, len(runs)),
         runs=tuple((run.begin, run.first, run.stop) for run in runs),
+        forget_end=_ends(model, [forget for forget, _ in pairs]),
+        anchor_end=_ends(model, [anchor for _, anchor in pairs]),
+        retain_end=_ends(model, concept.retain),
     )
+
+
+def _ends(model: Family, prompts: Sequence[str]) -> Tensor:
+    """The place of the first end token of each prompt, int64, [prompts, runs]; of a truncated one the last place."""
+    places = [[min(r.first + len(r.tokens), r.stop - 1) for r in model.token_runs(prompt)] for prompt in prompts]
+    return torch.tensor(places, dtype=torch.int64).view(len(prompts), len(model.token_runs("")))
 
 
 def own_places(model: Family, a: str, b: str) -> tuple[list[list[int]], list[list[int]]]:

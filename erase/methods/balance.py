@@ -22,6 +22,33 @@ def nash(ff: Tensor, fr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
     return w_f, w_r
 
 
+def conflicting(ff: Tensor, fr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
+    """g_f - min(0, <g_f, g_r>) / ||g_r||^2 g_r: the retain gradient only as far as forgetting raises the retain loss.
+
+    The conflict rule of AEGIS (ICLR 2026) at its full strength, omega = 1. As `projected`, without the retain gradient
+    itself.
+    """
+    return torch.ones_like(ff), (-fr.clamp(max=0) / rr).masked_fill(rr == 0, 0)
+
+
+def hamu(ff: Tensor, fr: Tensor, rr: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+    """The d that lowers the retain loss most, max <g_r, d>, with <g_f, d> >= Q and ||d|| <= R (HAMU, ICML 2026).
+
+    d is the direction of the descent, R = ||g_f|| and Q = share ||g_f||^2: as long as a plain step, it forgets at least
+    this share of what that step does. If g_r alone forgets enough, d = R g_r / ||g_r||; else
+    d = Q g_f / ||g_f||^2 + sqrt(R^2 - Q^2 / ||g_f||^2) g / ||g|| with g = g_r - <g_r, g_f> / ||g_f||^2 g_f.
+
+    share: in (0, 1]; at 1 the retain gradient has no effect.
+    """
+    across = (rr - fr.square() / ff).clamp(min=0)  # ||g||^2
+    is_enough = fr >= share * (ff * rr).sqrt()
+    aside = ((1 - share**2) * ff / across).sqrt().masked_fill(across == 0, 0)
+    w_f = (share - aside * fr / ff).masked_fill(is_enough, 0)
+    w_r = torch.where(is_enough, (ff / rr).sqrt(), aside)
+    is_zero = (ff == 0) | (rr == 0)
+    return w_f.masked_fill(is_zero, 1), w_r.masked_fill(is_zero, 1)
+
+
 def projected(ff: Tensor, fr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
     """g_f - min(0, <g_f, g_r>) / ||g_r||^2 g_r, plus g_r: forgetting may not raise the retain loss.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from erase.conditioning import Conditioning
 
-Tokens = Literal["last", "tail", "all"]
+Tokens = Literal["last", "tail", "all", "end"]
 
 
 class Predictor(Protocol):
@@ -67,6 +67,7 @@ class Text:
     forget_at, anchor_at: int64, [prompts, runs], the last token of what distinguishes the two prompts, or the last
         word; where the run begins, for an empty prompt.
     retain_at: int64, [prompts, runs], the last word.
+    forget_end, anchor_end, retain_end: int64, [prompts, runs], the first end token.
     """
 
     forget: Tensor
@@ -77,21 +78,26 @@ class Text:
     anchor_at: Tensor
     retain_at: Tensor
     runs: tuple[tuple[int, int, int], ...]
+    forget_end: Tensor
+    anchor_end: Tensor
+    retain_end: Tensor
 
     def pairs(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Embeddings to redirect and where to, as columns: float64, [d, n] each.
 
         tokens: "last" the last own token of each prompt, "tail" that one and all behind it (a causal text encoder
-        says the whole sentence again in each), "all" every token but the start, place by place.
+        says the whole sentence again in each), "all" every token but the start, place by place, "end" the first end
+        token alone, which sums up the sentence.
         """
         forget: list[Tensor] = []
         anchor: list[Tensor] = []
-        rows = zip(self.forget, self.anchor, _ints(self.forget_at), _ints(self.anchor_at), strict=True)
+        at = (self.forget_end, self.anchor_end) if tokens == "end" else (self.forget_at, self.anchor_at)
+        rows = zip(self.forget, self.anchor, *map(_ints, at), strict=True)
         for c_e, c_a, ends_e, ends_a in rows:
             for (_, first, stop), i, j in zip(self.runs, ends_e, ends_a, strict=True):
                 if tokens == "all":
                     i = j = first
-                length = 1 if tokens == "last" else stop - max(i, j)
+                length = 1 if tokens in {"last", "end"} else stop - max(i, j)
                 forget.append(c_e[i : i + length])
                 anchor.append(c_a[j : j + length])
         return torch.cat(forget).double().T, torch.cat(anchor).double().T
@@ -99,9 +105,10 @@ class Text:
     def kept(self, tokens: Tokens) -> Tensor:
         """Embeddings to keep, as columns: float64, [d, n]; with "all" the start token too, as often as it occurs."""
         found = [self.empty[0, :0]]
-        for c, ends in zip(self.retain, _ints(self.retain_at), strict=True):
+        at = self.retain_end if tokens == "end" else self.retain_at
+        for c, ends in zip(self.retain, _ints(at), strict=True):
             for (begin, _, stop), last in zip(self.runs, ends, strict=True):
-                i, j = {"last": (last, last + 1), "tail": (last, stop), "all": (begin, stop)}[tokens]
+                i, j = {"tail": (last, stop), "all": (begin, stop)}.get(tokens, (last, last + 1))
                 found.append(c[i:j])
         return torch.cat(found).double().T
 

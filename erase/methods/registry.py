@@ -173,6 +173,7 @@ METHODS: dict[str, Preset] = {
     "uce": Preset("uce:UCE", scope="xattn-kv"),
     "rece": Preset("rece:RECE", scope="xattn-kv"),
     "speed": Preset("speed:SPEED", scope="xattn-kv"),
+    "oce": Preset("oce:OCE", scope="xattn-kv"),
 }
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erase.methods.balance import nash
+from erase.errors import EraseError
+from erase.methods.balance import conflicting, hamu, nash
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import Balance, TrainedMethod
 from erase.methods.terms import relabelled, several
@@ -23,7 +25,11 @@ class Relabel(TrainedMethod):
     alpha: weight of the retain loss; a larger one retains more and forgets less.
     frozen_target: eps_target is the base model; otherwise the model in training.
     distill_retain: target_r is the base's prediction; otherwise the added noise (the diffusion loss).
-    balancing: "nash" weighs the two gradients as MUNBa does and ignores alpha; it needs memory for both gradients.
+    balancing: how the two gradients are put together; all but "sum" ignore alpha and need memory for both gradients.
+        "nash" weighs them as MUNBa does. "conflict" has the retain gradient only where it opposes the forget gradient,
+        as far as it does (AEGIS). "hamu" takes the step that lowers the retain loss most and still forgets enough.
+    forget_share: of "hamu": the share of a plain step's forgetting that is enough, in (0, 1]; a larger one forgets more
+        and retains less.
 
     Costs per step: four forward and two backward passes. Known weakness: with one retain prompt, as in the paper,
     little else is retained; learned embeddings and adversarial prompts bring the concept back.
@@ -32,7 +38,14 @@ class Relabel(TrainedMethod):
     alpha: float = 1.0
     frozen_target: bool = True
     distill_retain: bool = True
-    balancing: Literal["sum", "nash"] = "sum"
+    balancing: Literal["sum", "nash", "conflict", "hamu"] = "sum"
+    forget_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.forget_share <= 1:
+            raise EraseError(f"forget_share is {self.forget_share:g}; it must be above 0 and at most 1")
+        if self.forget_share != 0.5 and self.balancing != "hamu":
+            raise EraseError("forget_share is for balancing=hamu; add it, or leave forget_share out")
 
     @property
     def needs_base(self) -> bool:
@@ -44,7 +57,10 @@ class Relabel(TrainedMethod):
 
     @property
     def balance(self) -> Balance | None:
-        return nash if self.balancing == "nash" and self.retains else None
+        if not self.retains:
+            return None
+        rules = {"sum": None, "nash": nash, "conflict": conflicting, "hamu": partial(hamu, share=self.forget_share)}
+        return rules[self.balancing]
 
     def loss(self, model: Predictor, frozen: Predictor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """The two terms "forget" and "retain", already weighted; training minimises their sum.

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
         "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
         "rece": {"set": ["lamb_1=1", "epochs=1"]},
         "speed": {"set": ["tokens=tail", "retain_tokens=tail", "rho=0.05", "filter=false"]},
+        "oce": {"set": ["tokens=tail", "least=0.1", "erase_scale=300"]},
         "ga": {"learning_rate": 1e-4, "num_train_steps": 30, "set": ["alpha=1"]},
         "esd-x": {"learning_rate": 0.0004, "batch_size": 4},
         "esd-strict": {"learning_rate": 0.0004, "batch_size": 4},
