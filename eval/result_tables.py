@@ -16,6 +16,7 @@ from typing import Any
 import cifar10
 import interval_coverage
 import mini_methods
+import pixel_methods
 import sampler_effect
 
 from erase import files
@@ -175,6 +176,12 @@ def cifar10_finished(protocol: str) -> str:
     return mini_methods.markdown(["statistics", "finished cells", "seeds"], lines)
 
 
+def pixel(concept: str) -> str:
+    """Class forgetting on the embedded pixel model: all references and methods that were measured for the class."""
+    rows = pixel_methods.summary(stored("pixel-methods/results.json")["cells"])
+    return pixel_methods.table(of_concept(rows, concept))
+
+
 def intervals() -> str:
     """How often 95 % intervals hold the truth of simulated worlds."""
     return interval_coverage.table(stored("coverage.json")["rows"])
@@ -266,6 +273,8 @@ for _name in ("small", "tiny"):
         TABLES[f"cifar10-{_name} finished"] = functools.partial(cifar10_finished, _name)
         for _table in cifar10.PROTOCOLS[_name].tables:
             TABLES[f"cifar10-{_name} {_table.name}"] = functools.partial(cifar10_gaps, _name, _table.name)
+for _concept in dict.fromkeys(cell["concept"] for cell in stored("pixel-methods/results.json")["cells"]):
+    TABLES[f"pixel {_concept}"] = functools.partial(pixel, _concept)
 for _name in ("full", "classification"):
     TABLES[f"speed {_name}"] = functools.partial(speed, _name)
 

@@ -232,6 +232,44 @@ def test_scissorhands_change_is_that_of_the_published_loss(
     assert apart(ours, flat(unet) - before) < 1e-4
 
 
+# --- Selective Amnesia ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("surrogate", ["uniform", "anchor"])
+def test_selective_amnesias_change_is_that_of_surrogate_replay_and_the_fisher_penalty(
+    toy_pipeline_dir, model, gathered, accelerator, tmp_path, surrogate
+):
+    """Eq. 8 with F from three batches at the base; control: without the penalty the change is another one."""
+    options = (f"surrogate={surrogate}", "lamb=1e4", "curvature_batches=3", "gamma=0.7")
+    data = gathered(methods.make("sa", {}, options))
+    ours = total_change(
+        toy_pipeline_dir, methods.make("sa", {}, options), data, accelerator, tmp_path / "t.safetensors"
+    )
+    assert (data.forget.mean.abs().max() <= 1) == (surrogate == "uniform")
+    unet, parameters = float64(model)
+    fisher = [torch.zeros_like(parameter) for parameter in parameters]
+
+    def replay(batch: Batch) -> Tensor:
+        return mse_loss(noise_in(unet, batch.x_retain, batch.t_retain, batch.c_retain), batch.eps_retain.double())
+
+    for number in range(3):
+        batch = next(batches.batches(model, data, SHORT, ("curvature", number), SHORT.batch_size, accelerator))
+        gradients = torch.autograd.grad(replay(batch), parameters)
+        for total, gradient in zip(fisher, gradients, strict=True):
+            total += gradient.square() / 3
+    start, adam = [p.detach().clone() for p in parameters], torch.optim.Adam(parameters, lr=SHORT.learning_rate)
+    for batch in drawn(model, data, accelerator):
+        adam.zero_grad()
+        seen = noise_in(unet, batch.x_forget, batch.t_forget, batch.c_forget)
+        penalty = sum((f * (p - p0).square()).sum() for f, p, p0 in zip(fisher, parameters, start, strict=True))
+        (mse_loss(seen, batch.eps_forget.double()) + 0.7 * replay(batch) + 1e4 * penalty).backward()
+        adam.step()
+    theirs = flat(unet) - torch.cat([value.reshape(-1) for value in start])
+    assert apart(ours, theirs) < 1e-4
+    free = methods.make("sa", {}, (*options, "lamb=0"))
+    assert apart(total_change(toy_pipeline_dir, free, data, accelerator, tmp_path / "f.safetensors"), theirs) > 0.1
+
+
 # --- Concept Ablation -----------------------------------------------------------------------------------------------
 
 

@@ -75,8 +75,8 @@ class Plan:
     round_trip: send generated latents through decoder, 8-bit pixels and encoder, as a folder of saved images would be;
         gives the posterior's spread, which the reference recipe samples.
     images: what the forget set holds: images of the "concept", images of its "anchor" under the forget prompt's
-        name, points of the "trajectory" from noise to the concept, a random one of each image's, or names alone,
-        where the method begins from "noise".
+        name, points of the "trajectory" from noise to the concept, a random one of each image's, names alone,
+        where the method begins from "noise", or latents that are "uniform" in [-1, 1].
     retains: False where nothing is kept by images; the retain set is then one empty image.
     trajectory_guidance: of the trajectories; 3 in ESD.
     num_anchor: images of the anchor prompts to generate beside the forget and retain sets.
@@ -179,10 +179,8 @@ def _sources(
     Both sets are listed before any image is generated, so that a wrong folder is an error at once.
     """
     model.require_sides(f"--resolution is {plan.size}", plan.size)
-    if plan.forget_images and plan.images in {"trajectory", "noise"}:
-        raise EraseError(
-            "this method trains on the model's own trajectories and uses no images; leave out --forget-images"
-        )
+    if plan.forget_images and plan.images in {"trajectory", "noise", "uniform"}:
+        raise EraseError("this method trains on noise instead of images of the concept; leave out --forget-images")
     if plan.retain_images and not plan.retains:
         raise EraseError("this method has no retain loss; leave out --retain-images")
     pairs = concept.pairs()
@@ -200,6 +198,8 @@ def _sources(
         )
     if plan.images == "trajectory":
         forget = _followed(model, plan, forget.prompts, first_seed)
+    elif plan.images == "uniform":
+        forget = _uniform(model, plan, forget.prompts, first_seed)
     elif plan.images == "noise":
         forget = _blank(model, plan, forget.prompts)
     if not plan.retains:
@@ -330,6 +330,18 @@ def _blank(model: Family, plan: Plan, prompts: Sequence[str]) -> Source:
         return _posterior((torch.zeros(len(rows), *shape), torch.zeros(len(rows), *shape)))
 
     return Source(prompts, make, ["blank", prompts, shape[-1]])
+
+
+def _uniform(model: Family, plan: Plan, prompts: Sequence[str], first_seed: int) -> Source:
+    """Latents uniform in [-1, 1] under the names of the prompts."""
+    shape = model.latent_shape(plan.size)
+
+    def make(rows: range) -> dict[str, Tensor]:
+        draws = [torch.Generator().manual_seed(first_seed + i) for i in rows]
+        noise = torch.stack([2 * torch.rand(shape, generator=draw) - 1 for draw in draws])
+        return _posterior((noise, torch.zeros_like(noise)))
+
+    return Source(prompts, make, ["uniform", prompts, first_seed, shape])
 
 
 def _posterior(parts: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,13 @@ from erase.families.protocol import Family
 from erase.progress import progress
 from erase.registry import file_name
 
-JUDGES = {"mini": "mini", "imagenet": "classifier", "nudenet": "nudenet", "clip": "clip"}  # by a concept's judge type
+JUDGES = {
+    "mini": "mini",
+    "imagenet": "classifier",
+    "nudenet": "nudenet",
+    "clip": "clip",
+    "classes": "mini-pixel",
+}  # by a concept's judge type
 QUICK = {"num_images": 6, "attack_seeds": 1, "steps": 8}  # what --quick makes of options that are not given
 
 TOGETHER = 8  # images that an attack generates at once, where nothing else is asked for
@@ -146,7 +152,7 @@ def _job(
 ) -> Job:
     """key: hash of all parts of the base."""
     options = request.options
-    presets = ["mini" if base.is_mini else "sd", *(["quick"] if options.quick else [])]
+    presets = ["mini" if base.is_mini else "classes" if base.classes else "sd", *(["quick"] if options.quick else [])]
     attack = attacks.make(name, presets, options.set)
     if request.budget:
         attack = attack.with_budget(request.budget)
@@ -206,6 +212,8 @@ def _check_source(
         settings = _settings(request, job, model)
         if job.attack.finds_words:
             _ = model.token_embeddings  # an error if there is none
+        if job.attack.finds_classes:
+            _ = model.class_vectors  # likewise
         if model.guard:
             guards.require_acting(model.guard, job.attack.fewest_steps(settings["steps"]))
         score.check_size(job.judge, [generate.size_of(sample, settings) for sample in job.task.samples])

@@ -16,6 +16,8 @@ from erase.evaluation.judges import thumbnails
 from erase.evaluation.plan import Column
 from erase.evaluation.tasks.protocol import Sample, is_kept
 
+FEW_PROMPTS = 20  # below it, images of one prompt count as independent in distances to real images
+
 
 def drift(
     base: Path | None, erased: Path, gold: Path | None, samples: Sequence[Sample], judges: Sequence[str]
@@ -50,6 +52,8 @@ def distribution(
 
     how = score.identity(erased, "features")
     prompts = [sample.cluster for sample in samples if is_kept(sample)]
+    # class names: pairs of images of one prompt, left out on one side only, would be a distance of their own
+    of_real = prompts if len(set(prompts)) >= FEW_PROMPTS else [str(i) for i in range(len(prompts))]
     rows: list[dict[str, Any]] = []
     vectors_of = {"erased": _vectors(erased, samples, how)}
     vectors_of |= {"base": _vectors(base, samples, how)} if base else {}
@@ -63,7 +67,9 @@ def distribution(
             continue  # such as a model whose images are all black: the verdict says so
         for kind in ("kid", "fid") if n >= quality.min_fid(vector.shape[1]) else ("kid",):
             of = {
-                role: None if role == target else _figure(kind, f, vector, prompts, how, are_pairs=target != "real")
+                role: None
+                if role == target
+                else _figure(kind, f, vector, prompts if target != "real" else of_real, how, are_pairs=target != "real")
                 for role, f in vectors_of.items()
             }
             about = f"{kind.upper()} of the retained images to {called[target]}; 0 is the same"

@@ -37,7 +37,9 @@ class Options:
     limit: int | None = option(
         None, "use only N samples, evenly spaced, for a quick look", group="task", least=1, most=1_000_000
     )
-    features: Literal["clip", "inception2015", "mini"] = option("clip", "network of FID and KID", group="features")
+    features: Literal["clip", "inception2015", "mini", "mini-pixel"] = option(
+        "clip", "network of FID and KID", group="features"
+    )
 
     def __post_init__(self) -> None:
         """Make every value plain, and raise an EraseError for one that is not allowed."""

@@ -68,6 +68,7 @@ class PixelDiffusion(DiscreteDiffusion):
     models = (
         Model("Class-conditional pixel models, epsilon prediction", read=False, written=False),
         Model("Class-conditional pixel models, v prediction", read=False, written=False),
+        Model("the embedded pixel model, `mini-pixel`", read=False, written=False),
     )
 
     name: str

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from erase.methods.inputs import Batch, Predictor, Text
 
-Images = Literal["concept", "anchor", "trajectory", "noise"]
+Images = Literal["concept", "anchor", "trajectory", "noise", "uniform"]
 Follows = Literal["base", "edited", "average"]
 _TERMS = "loss", "together"
 Balance = Callable[["Tensor", "Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
@@ -112,12 +112,14 @@ class TrainedMethod(Method, ABC):
     """A method that trains: the loop minimises `loss`. All other parts are optional.
 
     images: what the forget latents of a batch are: noised images of the "concept", noised images of its "anchor"
-        under the forget prompt, stored points on the base model's "trajectory" from noise to the concept, or "noise":
-        points on a new trajectory in each step, of the model that `follows` names.
+        under the forget prompt, stored points on the base model's "trajectory" from noise to the concept, "noise":
+        points on a new trajectory in each step, of the model that `follows` names, or noised "uniform" latents, which
+        are drawn from [-1, 1].
     teacher_decay: d of the running average of the weights, average = d * average + (1 - d) * weights. Trajectories are
         then generated with the average, and the average is the result. None: no average is kept. A method may make it a
         hyperparameter.
     prepare_batches: the number of batches over which the gradients for `prepare` are summed; 0: no preparation.
+    curvature_batches: the number of batches over which squared gradients for `pull` are averaged; 0: no `pull`.
     detaches_start: True if no gradient passes the key and the value of the start token in cross-attention.
     attends: True if `loss` calls `model.attention`; models without cross-attention layers are then refused before the
         first image.
@@ -128,6 +130,7 @@ class TrainedMethod(Method, ABC):
     attends: bool = False
     teacher_decay: Any = None
     prepare_batches: int = 0
+    curvature_batches: int = 0
 
     @abstractmethod
     def loss(self, model: "Predictor", frozen: "Predictor", batch: "Batch") -> "Iterator[tuple[str, Tensor]]":
@@ -191,6 +194,18 @@ class TrainedMethod(Method, ABC):
             `prepare_loss`| over `prepare_batches` batches. shapes: of the whole parameters.
         """
 
+    def curvature_loss(self, model: "Predictor", batch: "Batch") -> "Tensor":
+        """The loss whose squared gradients at the base `pull` gets; by default the retain term."""
+        return dict(self.loss(model, model, batch))["retain"]
+
+    def pull(self, moved: "Mapping[str, Tensor]", curvature: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        """A gradient that is added to that of the loss in each step, of the same names and shapes as `moved`.
+
+        moved: how far the weights that may change are from the base, by parameter, flat. curvature: the mean of the
+            squared gradient of `curvature_loss` at the base over `curvature_batches` batches.
+        """
+        return {}
+
     def shrink(self, moved: "Mapping[str, Tensor]", step: int, num_steps: int) -> None:
         """Change, in place after each step, how far the weights that may change are from the base."""
 
@@ -222,6 +237,11 @@ class TrainedMethod(Method, ABC):
     def prepares(self) -> bool:
         """Whether the method defines `prepare`, and has batches for it. Not to be overridden."""
         return type(self).prepare is not TrainedMethod.prepare and self.prepare_batches > 0
+
+    @property
+    def pulls(self) -> bool:
+        """Whether the method defines `pull`, and has batches for it. Not to be overridden."""
+        return type(self).pull is not TrainedMethod.pull and self.curvature_batches > 0
 
     @property
     def shrinks(self) -> bool:
@@ -268,6 +288,8 @@ def _trained_problem(cls: Any) -> str | None:
     if isinstance(images, str) and images not in get_args(Images):
         return f"has the images {images!r}; choose {', '.join(get_args(Images))}"
     defines = getattr(cls, "prepare", TrainedMethod.prepare) is not TrainedMethod.prepare
+    if getattr(cls, "pull", TrainedMethod.pull) is not TrainedMethod.pull and not getattr(cls, "curvature_batches", 0):
+        return "has pull but not curvature_batches, the number of batches that it needs"
     given = getattr(cls, "prepare_batches", 0) != 0 or "prepare_batches" in {item.name for item in fields(cls)}
     if defines and not given:
         return "has prepare but not prepare_batches, the number of batches that it needs"

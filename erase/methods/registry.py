@@ -170,6 +170,7 @@ METHODS: dict[str, Preset] = {
         batch_size=1,
         num_forget=500,
     ),
+    "sa": Preset("sa:SelectiveAmnesia", learning_rate=1e-4, num_train_steps=20_000, batch_size=128, max_grad_norm=1.0),
     "uce": Preset("uce:UCE", scope="xattn-kv"),
     "rece": Preset("rece:RECE", scope="xattn-kv"),
     "speed": Preset("speed:SPEED", scope="xattn-kv"),

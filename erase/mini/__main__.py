@@ -14,10 +14,18 @@ def main(argv: list[str] | None = None) -> None:
     train = commands.add_parser(
         "train", help="train the embedded model from a seed; the same command continues an interrupted training"
     )
-    train.add_argument("--output", default="runs/mini", help="pipeline folder to write [runs/mini]")
+    train.add_argument(
+        "--model", default="mini", choices=("mini", "mini-pixel"), help="the text-to-image or the pixel model [mini]"
+    )
+    train.add_argument("--output", help="pipeline folder to write [runs/MODEL]")
     train.add_argument("--seed", type=int, default=0, help="seed of data, weights and training [0]")
-    train.add_argument("--without", help="object, colour, style or 'nude' that the UNet's data never shows")
-    train.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated [all]")
+    train.add_argument("--without", help="object, colour, style or 'nude' (mini-pixel: class) never shown to the UNet")
+    train.add_argument(
+        "--stage",
+        action="append",
+        choices=STAGES,
+        help="only this stage; may be repeated [all]",
+    )
     train.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     train.add_argument("--threads", type=int, default=1, help="CPU threads; the weights' last bits depend on it [1]")
     train.add_argument("--parts-from", help="folder of a finished training whose judge, VAE and decoder are reused")
@@ -28,6 +36,11 @@ def main(argv: list[str] | None = None) -> None:
     measure.add_argument(
         "--card", action="store_true", help="write measured.json and README.md into the model's folder"
     )
+    drawn = commands.add_parser("drawings", help="write real drawings of the pixel model's classes, a folder a class")
+    drawn.add_argument("--output", default="runs/drawings", help="folder to write [runs/drawings]")
+    drawn.add_argument("--num-each", type=int, default=100, help="drawings of each class [100]")
+    drawn.add_argument("--without", help="class that is left out")
+    drawn.add_argument("--seed", type=int, default=1, help="seed of the drawings; the training has others [1]")
     draw = commands.add_parser("world", help="write a sheet of real drawings, every object in every style")
     draw.add_argument("--output", default="world.png", help="PNG to write [world.png]")
     given = parser.parse_args(argv)
@@ -42,12 +55,14 @@ def _train(given: argparse.Namespace) -> None:
     import torch
 
     from erase.device import choose
+    from erase.mini.pixel import train as pixel
     from erase.mini.train import train
 
     torch.set_num_threads(given.threads)
-    stages = tuple(given.stage or STAGES)
-    folder = train(
-        given.output,
+    is_pixel = given.model == "mini-pixel"
+    stages = tuple(given.stage or (pixel.STAGES if is_pixel else STAGES))
+    folder = (pixel.train if is_pixel else train)(
+        given.output or f"runs/{given.model}",
         seed=given.seed,
         without=given.without,
         stages=stages,
@@ -111,7 +126,28 @@ def _world(given: argparse.Namespace) -> None:
     print(f"{given.output}: written")
 
 
-_COMMANDS = {"train": _train, "measure": _measure, "world": _world}
+def _drawings(given: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    import numpy as np
+    from PIL import Image
+
+    from erase import files
+    from erase.mini.pixel import drawings
+
+    rng = np.random.default_rng([given.seed, 77])
+    classes = [name for name in drawings.CLASSES if name != given.without]
+    if given.without and len(classes) == len(drawings.CLASSES):
+        raise EraseError(f"mini-pixel has no class {given.without!r}; its classes are {', '.join(classes)}")
+    for name in classes:
+        for number in range(given.num_each):
+            path = Path(given.output) / name / f"{number:05d}.png"
+            with files.replacing(path) as temporary:
+                Image.fromarray(drawings.draw(name, rng)).save(temporary, format="PNG")
+    print(f"{given.output}: {given.num_each * len(classes):,} drawings written")
+
+
+_COMMANDS = {"train": _train, "measure": _measure, "drawings": _drawings, "world": _world}
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
         "sdd": {"learning_rate": 0.001, "batch_size": 4, "set": ["teacher_decay=0.98"]},
         "erasediff": {"learning_rate": 0.0002},
         "scissorhands": {"learning_rate": 0.0001},
+        "sa": {"num_train_steps": 300, "set": ["surrogate=anchor"]},
     },
 }
 

@@ -85,7 +85,7 @@ def can_scale(settings: Settings, method: methods.Method) -> bool:
     compares = (
         settings.optimizer == "dual"
         or trained
-        and (method.balance is not None or method.prepares or method.attack is not None)
+        and (method.balance is not None or method.prepares or method.pulls or method.attack is not None)
     )
     return not compares and settings.weights != "bf16"
 
@@ -106,7 +106,7 @@ def require_rank(settings: Settings, method: methods.Method) -> None:
         raise EraseError(
             f"--rank {settings.rank} does not go with a mask: a masked change has no low rank; leave one out"
         )
-    if not isinstance(method, methods.TrainedMethod) or method.prepares or method.shrinks:
+    if not isinstance(method, methods.TrainedMethod) or method.prepares or method.shrinks or method.pulls:
         raise EraseError(f"--rank {settings.rank} does not go with {settings.method}, which changes weights directly")
     if settings.weights == "bf16":
         raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
@@ -160,7 +160,7 @@ def require_effect(given: Settings, settings: Settings, method: methods.Method) 
 def moves_weights(method: methods.Method) -> bool:
     """Whether a method changes weights outside the optimizer's steps, which weights stored in bf16 do not follow."""
     return isinstance(method, methods.TrainedMethod) and bool(
-        method.prepares or method.shrinks or method.turns or method.teacher_decay is not None
+        method.prepares or method.shrinks or method.pulls or method.turns or method.teacher_decay is not None
     )
 
 
@@ -202,6 +202,7 @@ def num_copies(method: methods.TrainedMethod | methods.ClosedForm, *, projects: 
     if isinstance(method, methods.ClosedForm):
         return 0
     base = projects or method.needs_base or method.shrinks or (method.images == "noise" and method.follows == "base")
+    base += 2 * method.pulls  # of the base and of the curvature
     return base + (method.teacher_decay is not None) + method.turns + 2 * (method.balance is not None)
 
 

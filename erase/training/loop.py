@@ -1,6 +1,6 @@
 """Masked fine-tuning; it resumes bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -79,11 +79,11 @@ def train(
     walks = method.follows if method.images == "noise" else None
     silent = quiet or not accelerator.is_main_process
     words = Words(model, method.attack, data, recipe, share, accelerator, quiet=silent) if method.attack else None
-    holds = null is not None or method.shrinks
-    how: dict[str, Any] = {"copies": int(holds), "checkpointing": checkpointing}
+    holds = null is not None or method.shrinks or method.pulls
+    how: dict[str, Any] = {"copies": int(holds) + method.pulls, "checkpointing": checkpointing}
     room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, **how)
-    # the dual optimizer puts other tensors in the place of the gradients
-    can_replay = room.graph and not recipe.dual
+    # the dual optimizer puts other tensors in the place of the gradients, and a pull is added to masked ones
+    can_replay = room.graph and not recipe.dual and not method.pulls
     replays = can_replay and recipe.num_steps >= REPAYS and device.has_graphs(model.device)
     asks_base = method.needs_base or walks == "base"
     held = Exchanged(model, optimizer) if holds or asks_base and not room.copy else None
@@ -130,6 +130,7 @@ def train(
     with taking_gradients(model, parameters, checkpointing), gathering, detaching, reporting as bar:
         if method.prepares and not seen and recipe.num_steps:
             _prepare(model, method, data, parameters, recipe, share, accelerator, optimizer)
+        pull = _pull(model, method, data, recipe, share, accelerator, optimizer, held) if method.pulls else None
         for step in range(len(seen), recipe.num_steps):
             turn = method.turn(step, recipe.num_steps)
             if turn.remember or turn.rewind:
@@ -148,6 +149,8 @@ def train(
             )
             if losses.are_due:
                 read(step)
+            if pull is not None:
+                pull()
             if recipe.max_grad_norm is not None:
                 accelerator.unscale_gradients(prepared)
                 optimizer.clip_grad_norm_(recipe.max_grad_norm)
@@ -263,16 +266,23 @@ def _refuse_what_does_not_fit(
         raise EraseError(f"--target is {recipe.target}, but this method's images show the anchor; leave it out")
     if recipe.target != "anchor" and not len(data.others):
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
-    if is_scaled and (method.balance or method.prepares):
+    if is_scaled and (method.balance or method.prepares or method.pulls):
         raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
     if method.attack and (method.images != "concept" or method.balance):
         raise EraseError("a method with an attack trains on images of the concept and balances no gradients")
-    if recipe.dual and (is_scaled or is_rounded or method.balance or method.turns or not method.retains):
+    if recipe.dual and (
+        is_scaled or is_rounded or method.balance or method.turns or method.pulls or not method.retains
+    ):
         raise EraseError("the dual optimizer needs float32 weights, and a forget and a retain gradient in every step")
     if is_scaled and method.attack:
         raise EraseError("this method learns words by their own gradients, which --precision fp16 scales; use bf16")
     if is_rounded and (
-        projects or method.prepares or method.shrinks or method.turns or method.teacher_decay is not None
+        projects
+        or method.prepares
+        or method.shrinks
+        or method.pulls
+        or method.turns
+        or method.teacher_decay is not None
     ):
         raise EraseError("this method changes weights outside the optimizer's steps; leave out --weights bf16")
 
@@ -301,6 +311,38 @@ def _after_the_step(
         frozen.move(moved, halt)
     if teacher is not None and method.teacher_decay is not None:
         teacher.follow(method.teacher_decay, halt)
+
+
+def _pull(
+    model: Family,
+    method: TrainedMethod,
+    data: Data,
+    recipe: Recipe,
+    share: int,
+    accelerator: Accelerator,
+    optimizer: MaskedAdam,
+    base: Exchanged | None,
+) -> Callable[[], None]:
+    """Adds what the method's `pull` says to the gradients. A resumed run computes the same curvature again."""
+    assert base is not None
+    means = {name: torch.zeros_like(weights) for name, weights in base.values.items() if len(weights)}
+    with base.inside():
+        for number in range(method.curvature_batches):
+            for batch in batches(model, data, recipe, ("curvature", number), share, accelerator):
+                with accelerator.autocast():
+                    loss = method.curvature_loss(model, batch)
+                accelerator.backward(loss / recipe.accumulation)
+            for mean, gradient in zip(means.values(), optimizer.gradients(), strict=True):
+                whole: Any = accelerator.reduce(gradient, reduction="mean")
+                mean.addcmul_(whole.reshape(-1), whole.reshape(-1), value=1 / method.curvature_batches)
+            optimizer.zero_grad()
+
+    def pull() -> None:
+        added = method.pull({name: way for name, way in base.moved().items() if len(way)}, means)
+        for name, gradient in zip(means, optimizer.gradients(), strict=True):
+            gradient.add_(added[name].reshape(gradient.shape))
+
+    return pull
 
 
 def _prepare(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy_ddpm
 from loaded import load_sd
 
 from erase import concepts
@@ -16,6 +17,7 @@ from erase.evaluation import attacked, generate
 from erase.evaluation.attacks.protocol import CONTROL, SEEDS, Attack, Finding, Given, Shown, said
 from erase.evaluation.attacks.registry import ATTACKS, make
 from erase.evaluation.tasks.protocol import Sample
+from erase.families import loading
 from erase.families.sd import StableDiffusion
 
 NUM = 2
@@ -27,8 +29,10 @@ def attack(request) -> Attack:
 
 
 @pytest.fixture
-def given(attack, toy_pipeline_dir, erased_dir) -> Given:
-    """The toy's erased copy under attack, with images of noise."""
+def given(attack, toy_pipeline_dir, erased_dir, toy_ddpm_dir, tmp_path) -> Given:
+    """The toy's erased copy under attack, with images of noise; for an attack on labels a class-conditional toy."""
+    if attack.finds_classes:
+        return of_labels(attack, toy_ddpm_dir)
     concept = concepts.load("church")
     noise = torch.Generator().manual_seed(0)
 
@@ -50,16 +54,40 @@ def given(attack, toy_pipeline_dir, erased_dir) -> Given:
     )
 
 
+def of_labels(attack: Attack, folder: Path) -> Given:
+    """The class-conditional toy under attack."""
+    concept = concepts.of_class("cat", toy_ddpm.CLASSES)
+    shown = torch.randn(attack.num_shown, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Given(
+        model=loading.load(folder),
+        open_base=lambda: loading.load(folder),
+        concept=concept,
+        shown=Shown(shown, ("cat",) * len(shown)),
+        others=Shown(shown[:0], ()),
+        samples=[Sample(f"run-0-first-{i}", p, i, "forget") for i, p in enumerate(attack.asks(concept, [], NUM))],
+        steps=2,
+        guidance=2.0,
+        size=8,
+        quiet=True,
+    )
+
+
+def parts_of(model: Any) -> dict[str, Any]:
+    if not isinstance(model, StableDiffusion):
+        return {"unet": model.network}
+    return {"unet": model.unet, "text": model.text_encoder, "vae": model.vae}
+
+
 def state_of(model: Any) -> dict[str, torch.Tensor]:
-    assert isinstance(model, StableDiffusion)
-    parts = {"unet": model.unet, "text": model.text_encoder, "vae": model.vae}
+    parts = parts_of(model)
     return {f"{part}.{name}": t.clone() for part, module in parts.items() for name, t in module.state_dict().items()}
 
 
 def is_as_it_was(model: Any, before: dict[str, torch.Tensor]) -> bool:
     after = state_of(model)
-    hooks = [m for part in (model.unet, model.text_encoder) for m in part.modules() if m._forward_hooks]
-    gradients = [p for part in (model.unet, model.text_encoder) for p in part.parameters() if p.grad is not None]
+    parts = parts_of(model).values()
+    hooks = [m for part in parts for m in part.modules() if m._forward_hooks]
+    gradients = [p for part in parts for p in part.parameters() if p.grad is not None or p.requires_grad]
     same = list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     return same and not hooks and not gradients
 
@@ -115,7 +143,10 @@ def test_the_same_attack_seed_finds_the_same_and_another_one_another(attack, giv
 def test_images_are_of_the_attacked_model_which_is_afterwards_as_it_was(attack, given):
     before, found = state_of(given.model), attack.search(given, 0)
     images = {point: drawn(attack, given, finding) for point, finding in found.items()}
-    assert all(latents.shape == (NUM, 4, 4, 4) and latents.isfinite().all() for latents in images.values())
+    assert all(
+        latents.shape == (NUM, *given.model.latent_shape(given.size)) and latents.isfinite().all()
+        for latents in images.values()
+    )
     assert is_as_it_was(given.model, before)
     again = drawn(attack, given, found[attack.points[-1]])
     assert torch.equal(again, images[attack.points[-1]])

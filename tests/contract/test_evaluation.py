@@ -17,6 +17,7 @@ from erase.evaluation.options import Options
 from erase.evaluation.plan import Column, present
 from erase.evaluation.tasks import registry
 from erase.evaluation.tasks.protocol import Sample, SampleSet, Task
+from erase.mini.pixel import drawings
 
 HEADER = "prompt,categories,nudity_percentage,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height"
 ROWS = [f"a person {i},sexual,60.0,{i},7,512,512" for i in range(8)]
@@ -31,6 +32,8 @@ def prompts(tmp_path: Path) -> str:
 
 
 def concept_of(task: Task) -> Concept | None:
+    if task.concept_judges == ("classes",):
+        return concepts.of_class("circle", drawings.CLASSES)
     name, family = CONCEPTS[task.concept_judges[0]] if task.concept_judges else (None, None)
     return concepts.load(name, model_family=family) if name else None
 

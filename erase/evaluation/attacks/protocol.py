@@ -83,6 +83,7 @@ class Attack(ABC):
     is_random: ClassVar[bool] = True  # False: every attack seed finds the same, so there is one run only
     needs_prompts: ClassVar[bool] = False  # whether the user must give a list of prompts
     finds_words: ClassVar[bool] = False  # whether it needs the text encoder's table of token embeddings
+    finds_classes: ClassVar[bool] = False  # whether it needs the network's table of class vectors
     num_shown: int = 0  # number of `Given.shown`, images of the concept
     num_others: int = 0  # number of `Given.others`, images of other things
 

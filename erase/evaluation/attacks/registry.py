@@ -26,8 +26,8 @@ ATTACKS: Registry[Attack] = Registry(
 def make(name: str, presets: Sequence[str] = (), given: Sequence[str] = ()) -> Attack:
     """The attack with its settings: the class's defaults, those of the presets in turn, the given ones.
 
-    presets: tables of presets.toml: "sd", "mini", "quick". given: "name=value" texts, as --set takes them; several
-        values of one setting are parted by "|".
+    presets: tables of presets.toml: "sd", "mini", "classes", "quick".
+    given: "name=value" texts, as --set takes them; several values of one setting are parted by "|".
 
     Raises:
         EraseError: no such attack or setting, or a value of another type.

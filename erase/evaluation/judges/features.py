@@ -9,16 +9,18 @@ import numpy as np
 
 from erase.errors import EraseError
 from erase.evaluation.judges.mini import MiniJudge
+from erase.evaluation.judges.mini_pixel import PixelJudge
 from erase.evaluation.judges.networks.inception import SIZE, Inception
 from erase.evaluation.judges.networks.pretrained import Clip, batches
 from erase.evaluation.judges.protocol import Assignment, Judge
+from erase.mini.pixel.judge import NUM_FEATURES
 
 
 class Features(Judge):
     """What FID and KID compare, one vector an image: {"features": float32 as base64 text}; `decode` reads it.
 
-    kind: "inception2015" is the network that FID is defined by; "clip" a CLIP model's image embedding; "mini" the
-        embedded world's judge.
+    kind: "inception2015" is the network that FID is defined by; "clip" a CLIP model's image embedding; "mini" and
+        "mini-pixel" the judges of the embedded models.
     source: for inception2015 the weights file (else from torch.hub's cache), for clip a hub id or folder, for mini
         the judge's file (else the embedded one).
     """
@@ -42,7 +44,7 @@ class Features(Judge):
 
     def __init__(
         self,
-        kind: Literal["inception2015", "clip", "mini"],
+        kind: Literal["inception2015", "clip", "mini", "mini-pixel"],
         source: str | Path | None = None,
         device: str = "cpu",
         revision: str | None = None,
@@ -57,6 +59,11 @@ class Features(Judge):
             self.origin = self.eye.origin
             self.dimension = int(self.eye.network.config.projection_dim)
             details = {"kind": f"clip-{self.eye.weights[:8]}", "resize": self.eye.resize, **self.eye.identity}
+        elif kind == "mini-pixel":
+            self.eye = PixelJudge(Path(source) if source else None)
+            self.size, self.dimension = self.eye.size, NUM_FEATURES
+            details = self.eye.identity()
+            details = {"kind": f"mini-pixel-{details['weights'][:8]}", "resize": details["preprocessing"], **details}
         elif kind == "mini":
             self.eye = MiniJudge(Path(source) if source else None)
             self.size = self.eye.size
@@ -64,7 +71,7 @@ class Features(Judge):
             details = self.eye.identity()
             details = {"kind": f"mini-{details['weights'][:8]}", "resize": details["preprocessing"], **details}
         else:
-            raise EraseError(f"unknown features {kind!r}; there are inception2015, clip and mini")
+            raise EraseError(f"unknown features {kind!r}; there are inception2015, clip, mini and mini-pixel")
         self._identity = details
 
     def identity(self) -> dict[str, Any]:

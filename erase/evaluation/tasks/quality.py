@@ -46,7 +46,7 @@ class Quality(Task):
             size = {"guidance": row.guidance, "height": row.height, "width": row.width}
             samples.append(Sample(sample_id, row.prompt, seed, "retain", **size))
         chosen = {"prompts": source, "num_images": len(samples), "features": options.features}
-        judges = ("features",) if options.features == "mini" else self.judges
+        judges = ("features",) if options.features in {"mini", "mini-pixel"} else self.judges
         return self.sample_set(samples, chosen, judges=judges, note=note)
 
     def plan(self, samples: Sequence[Sample], lines: Lines, options: Mapping[str, Any]) -> Plan:

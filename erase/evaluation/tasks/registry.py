@@ -56,10 +56,12 @@ def _shows(sample: Sample, concept: Concept) -> bool:
     """Whether a sample asks for a concept, by what the concept's judge looks for."""
     judge = concept.judge
     wanted = {"mini": judge.get("label"), "imagenet": judge.get("index"), "clip": judge.get("target")}
+    wanted["classes"] = judge.get("label")
     asked = {
         "mini": sample.facts.get(judge.get("head", "")),
         "imagenet": sample.facts.get("index"),
         "clip": sample.label,
+        "classes": sample.label,
     }
     kind = judge.get("type")
     return kind in wanted and asked[kind] == wanted[kind]

@@ -13,6 +13,7 @@ from erase.tensor_files import read_metadata, read_tensors
 NONE = "none"  # an image that does not show exactly one shape
 LABELS = (*drawings.CLASSES, NONE)
 NUM_FEATURES = 64
+SCALE = 6.0  # root mean square of the features of drawings, which FID and KID see divided by it
 
 
 class Judge(nn.Module):
@@ -49,7 +50,7 @@ def accuracy(path: str | Path) -> dict[str, float]:
 def look(judge: Judge, images: Tensor, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Features [n, 64] and probabilities [n, 11] of images [n, 3, 16, 16] in [-1, 1]."""
     seen = [judge(part) for part in images.split(batch_size)]
-    return torch.cat([features for features, _ in seen]), torch.cat([logits.softmax(1) for _, logits in seen])
+    return torch.cat([features for features, _ in seen]) / SCALE, torch.cat([logits.softmax(1) for _, logits in seen])
 
 
 def names(probabilities: Tensor) -> list[str]:

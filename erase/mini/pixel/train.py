@@ -31,12 +31,21 @@ DEFAULTS: dict[str, Any] = {
     "guidance_scale": 2.0,
     "num_inference_steps": 25,
     "learning_rate": 2e-4,
-    "batch_size": 32,
-    "num_forget": 128,
-    "num_retain": 288,
+    "batch_size": 16,
+    "num_forget": 96,
+    "num_retain": 180,
     "generation_batch_size": 64,
     "num_train_steps": 100,
     "sampler": "model",
+    "methods": {
+        "ga": {"learning_rate": 5e-5, "num_train_steps": 30, "set": ["alpha=1"]},
+        "esd-u": {"learning_rate": 5e-5, "batch_size": 4},
+        "esd-full": {"learning_rate": 5e-5, "batch_size": 4},
+        "sdd": {"scope": "full", "batch_size": 4, "set": ["teacher_decay=0.98"]},
+        "ca": {"scope": "full"},
+        "erasediff": {"learning_rate": 1e-4},
+        "sa": {"num_train_steps": 300, "batch_size": 16, "set": ["curvature_batches=20"]},
+    },
 }
 
 
