@@ -401,7 +401,7 @@ def test_an_override_that_does_not_fit_is_refused():
         ("retain =", "[mini]\nkind =", r"unknown key 'kind' in \[mini\]"),
         ("retain =", "[mini]\nanchor = []\nretain =", "has 0 anchors for 2 forget prompts"),
         ("retain =", "retain", "is not valid TOML: .*line 5"),
-        ('"imagenet"', '"imagnet"', "judge.type is 'imagnet'; choose imagenet, nudenet, mini or clip"),
+        ('"imagenet"', '"imagnet"', "judge.type is 'imagnet'; choose imagenet, nudenet, mini, classes or clip"),
         ('"imagenet"', "5", "judge.type is 5; choose imagenet"),
         ("index = 846", 'index = "846"', "judge.index is '846'; a judge of type 'imagenet' needs a class index"),
         ("index = 846", "index = true", "judge.index is True; a judge of type 'imagenet' needs a class index"),

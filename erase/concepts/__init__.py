@@ -10,6 +10,7 @@ from erase.concepts.concept import mapping as mapping
 from erase.concepts.concept import override as override
 from erase.concepts.concept import unite as unite
 from erase.concepts.describe import describe as describe
+from erase.concepts.host import erased_from as erased_from
 from erase.concepts.presets import find as find
 from erase.concepts.presets import load as load
 from erase.concepts.presets import names as names

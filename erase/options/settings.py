@@ -77,6 +77,9 @@ class Settings:
     retain: tuple[str, ...] = option(
         (), "retain prompt instead of the concept's own; may be repeated", group="what", metavar="PROMPT"
     )
+    erase_from: str | None = option(
+        None, "erase it from this concept only, and keep it elsewhere", group="what", shown="none", metavar="CONCEPT"
+    )
     save: tuple[Save, ...] = option(
         ("pipeline",), "what to write besides delta and mask; may be repeated", group="what"
     )

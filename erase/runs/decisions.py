@@ -205,6 +205,11 @@ def announce(decided: Decisions) -> None:
 def _consistent_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedForm:
     require_consistent(settings)
     method = make_method(settings)
+    if settings.erase_from is not None and not method.anchors:
+        raise EraseError(
+            f"--erase-from needs a method with anchors, which keep {settings.erase_from!r} itself; {settings.method} "
+            "uses none, so choose another one, such as salun, ca or uce"
+        )
     if settings.alpha is not None and "alpha" not in method.hyperparameters():
         raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain loss")
     return method

@@ -12,7 +12,7 @@ from erase.options.settings import Settings
 # Settings that do not decide the weights, or that the rest of an identity holds in another form.
 _FREE = {"unet", "concept", "kind", "forget", "anchor", "retain", "model", "base", "config", "revision", "allow_pickle"}
 _FREE |= {"output", "save", "lora_rank", "num_samples", "overwrite", "resume", "device", "cache_dir", "report_to"}
-_FREE |= {"checkpointing_steps", "low_memory"}
+_FREE |= {"erase_from", "checkpointing_steps", "low_memory"}
 
 
 def of_run(

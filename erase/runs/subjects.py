@@ -45,6 +45,8 @@ def find_concept(settings: Settings, name: str, concept: Concept | None, model: 
         if prompts_of(settings) == "code" and not name.lower().endswith(".toml"):  # a file's prompts are the user's
             concept = concepts.in_prompts_of_the_code(concept)
     concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
+    if settings.erase_from is not None:
+        concept = concepts.erased_from(concept, settings.erase_from)
     if is_mini:
         require_known(concept, settings)
     if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
