@@ -3,6 +3,7 @@
     python eval/on_gpu.py                                   # all parts, under 20 minutes
     python eval/on_gpu.py --only environment,tests,command  # these only, each under 4 minutes
     python eval/on_gpu.py --only cifar10 --cifar10 FOLDER   # nine minutes of SalUn's CIFAR-10 tables; repeat to go on
+    python eval/on_gpu.py --only cifar10-diffusion --cifar10 FOLDER   # the same for class forgetting in pixel diffusion
     python eval/on_gpu.py --dry-run --work runs/toy         # the same code at toy size on the CPU, to see that it runs
 
 The machine needs torch, diffusers, transformers, accelerate, safetensors and pytest, and this repository on PYTHONPATH;
@@ -38,7 +39,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PART_SECONDS = 240  # a part that takes longer is stopped and recorded as failed; a dry run has four times as long
-SLICE_SECONDS = 540  # of the part cifar10, which is stopped then and continues when it is started again
+SLICE_SECONDS = 540  # of the parts SLICED, which are stopped then and continue when they are started again
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pytest")
 OPTIONAL = ("scipy", "matplotlib", "sklearn", "nudenet", "peft", "triton", "xformers", "bitsandbytes")
 
@@ -558,6 +559,22 @@ def cifar10(job: Job) -> Part:
         yield {"results": "classification-cifar10-full.json, beside this file; cifar10.py --print prints the tables"}
 
 
+def cifar10_diffusion(job: Job) -> Part:
+    """A slice of eval/cifar10_diffusion.py: whether all is done, and its results when it is."""
+    if importlib.util.find_spec("scipy") is None:
+        yield {"skipped": "this machine lacks scipy, which the figures are computed with"}
+        return
+    import cifar10_diffusion as recipe
+
+    data = random_cifar(job.work / "cifar10-data", 64, 32) if job.toy else job.cifar10
+    sizes, output = recipe.SMOKE if job.toy else recipe.Sizes(), job.work / "cifar10-diffusion"
+    found = recipe.work(str(data), output, seconds=job.seconds_left - 60, device=job.device, sizes=sizes)
+    yield {"finished": found is not None, "cells": len([*(output / "cells").glob("*.json")])}
+    if found is not None:
+        yield {"judge_accuracy": found["judge_accuracy"], "table": recipe.table(found).splitlines()}
+        shutil.copyfile(output / "results.json", job.output.with_name("cifar10-diffusion.json"))
+
+
 def random_cifar(folder: Path, num_train: int, num_test: int) -> Path:
     """CIFAR-10's binary version with random images: a label byte and 3,072 pixels each."""
     import numpy as np
@@ -965,7 +982,9 @@ PARTS: dict[str, Callable[[Job], Part]] = {
     "evaluation": evaluation,
     "classifiers": classifiers,
     "cifar10": cifar10,
+    "cifar10-diffusion": cifar10_diffusion,
 }
+SLICED = ("cifar10", "cifar10-diffusion")  # which need CIFAR-10's images and many slices
 
 
 def run_part(name: str, job: Job) -> None:
@@ -1010,9 +1029,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     part = arguments[1] if arguments[:1] == ["part"] else None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [name for name in PARTS if name != "cifar10"]  # which needs its images and many slices
+    default = [name for name in PARTS if name not in SLICED]
     parser.add_argument(
-        "--only", default=",".join(default), metavar="A,B", help=f"parts to run, also cifar10 [{','.join(default)}]"
+        "--only",
+        default=",".join(default),
+        metavar="A,B",
+        help=f"parts to run, also {' and '.join(SLICED)} [{','.join(default)}]",
     )
     parser.add_argument("--output", default="eval/results/on-gpu.json", help="JSON to write [%(default)s]")
     parser.add_argument("--work", default="runs/on-gpu", help="folder for models and runs, 10 GB [%(default)s]")
@@ -1020,7 +1042,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cifar10",
         default="data/cifar10",
         metavar="FOLDER",
-        help="CIFAR-10's images for the part cifar10 [%(default)s]",
+        help="CIFAR-10's images for the parts cifar10 and cifar10-diffusion [%(default)s]",
     )
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU: shows that the script runs")
     given = parser.parse_args(arguments[2:] if part else arguments)
@@ -1030,7 +1052,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     for name in ("output", "work", "cifar10"):
         setattr(given, name, str(Path(getattr(given, name)).resolve()))
-    if "cifar10" in names and not given.dry_run and not Path(given.cifar10).is_dir():
+    if {*SLICED} & {*names} and not given.dry_run and not Path(given.cifar10).is_dir():
         parser.error(f"--cifar10 is {given.cifar10}; give the folder of CIFAR-10's images")
     Path(given.work).mkdir(parents=True, exist_ok=True)
     device = "cpu" if given.dry_run else "cuda"
@@ -1048,7 +1070,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def limit(part: str, dry_run: bool) -> int:
     """Seconds after which a part is stopped."""
-    return 4 * PART_SECONDS if dry_run else SLICE_SECONDS if part == "cifar10" else PART_SECONDS
+    return 4 * PART_SECONDS if dry_run else SLICE_SECONDS if part in SLICED else PART_SECONDS
 
 
 def has_cuda() -> bool:
