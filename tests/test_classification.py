@@ -960,7 +960,7 @@ def test_the_settings_of_another_data_set_are_used_and_do_not_count_as_another_r
     small = Settings(data=str(tmp_path), tuned_for="cifar10-small", method="ft").resolved()
     assert (small.network, small.epochs, small.batch_norm) == ("resnet9s", 3, "moving")
     frozen = Settings(data=str(tmp_path), tuned_for="cifar10-small-frozen", method="ft").resolved()
-    assert frozen.batch_norm == "frozen" and frozen.learning_rate == 0.001
+    assert frozen.batch_norm == "frozen" and frozen.learning_rate == 0.003
     half = Settings(data=str(tmp_path), tuned_for="cifar10", forget="50%").resolved()
     assert (half.density, half.learning_rate) == (0.9, 0.005)
     assert Settings(data="cifar10").resolved().learning_rate == 0.005

@@ -25,8 +25,8 @@ class SFRon(Descends):
     gradient is multiplied by M and scaled to a norm of at most 7. M = 1 where F_f >= threshold F_r; F is the mean over
     batches of the squared gradient of the batch's mean CE, at theta_o in eval mode. Learning rate and alpha_t fall
     from step to step on D_r as a cosine to 0. The authors' code for CIFAR-10 gives the slow weights of the paper's
-    slow-fast update no weight, so there are none here. The defaults are those of that code; its 1,500 steps of 256
-    images are about ten epochs.
+    slow-fast update no weight, so there are none here. The defaults are those of that code. It takes 1,500 steps, which
+    are about ten epochs with batches of 256.
     """
 
     alpha: Annotated[float, "weight of the ascent in the first step; a larger one forgets more and damages more"] = 25.0
