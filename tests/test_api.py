@@ -148,10 +148,12 @@ def test_a_pipeline_in_memory_is_a_model(asked, toy_pipeline_dir, tmp_path, cach
 def test_other_objects_are_refused_in_one_line(asked, toy_pipeline_dir):
     blocks: Any = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
     network = UNet2DModel(block_out_channels=(32,), **blocks)
-    for model in (3, None, network, DDPMPipeline(network, DDPMScheduler()), loading.load(toy_pipeline_dir)):
+    for model in (3, None, network, loading.load(toy_pipeline_dir)):
         with pytest.raises(EraseError, match=f"the model is a {type(model).__name__}; give 'mini', ") as error:
             asked("church", model)
         assert "\n" not in str(error.value)
+    with pytest.raises(EraseError, match="^a DDPMPipeline in memory cannot be read; save it, and give its folder$"):
+        asked("church", DDPMPipeline(network, DDPMScheduler()))
     pipeline = StableDiffusionPipeline.from_pretrained(toy_pipeline_dir)
     pipeline.vae.to("meta")
     with pytest.raises(EraseError, match="the pipeline's vae is not in memory"):

@@ -102,6 +102,8 @@ def test_another_precision_rounds_and_leaves_the_weights_alone(model, precision)
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in REFUSED])
 def test_every_method_erases_and_the_delta_is_exact(method, toy_sd3_dir, tmp_path):
     how = fitting(method, HOW)
+    if method == "oce":  # the toy's few dimensions are full of the forget prompts' directions
+        how |= {"set": ("least=0.5",)}
     run = erase_concept("church", str(toy_sd3_dir), method=method, output=str(tmp_path / "run"), **how)
     change = delta.load(run.folder / "delta.safetensors")
     assert run.record.weights.changed and all(name.startswith("transformer.") for name in change.changed)
