@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,50 @@ def read_tensors(path: str | Path, *, device: str = "cpu", copied: bool = False)
     if CONTENT in header and header[CONTENT] != content_hash(tensors):
         raise EraseError(f"{path} is damaged: its content does not have the hash that its header states")
     return tensors
+
+
+class OneByOne(Mapping[str, Any]):
+    """The tensors of safetensors files in float32, by name; each is read when it is asked for, and none is kept.
+
+    Raises:
+        EraseError: a file is missing or not a whole safetensors file.
+    """
+
+    def __init__(self, paths: Iterable[str | Path]):
+        self._paths: dict[str, str | Path] = {}
+        for path in paths:
+            with open_tensors(path) as file:
+                self._paths |= dict.fromkeys(file.keys(), path)
+        self._headers = {path: _header(path) for path in self._paths.values()}
+
+    def __getitem__(self, name: str) -> Any:
+        import torch
+
+        path = self._paths[name]
+        start, header = self._headers[path]
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        dtype: torch.dtype = getattr(torch, _TORCH_NAMES[entry["dtype"]])
+        tensor = torch.empty(entry["shape"], dtype=dtype)  # aligned, see `aligned`
+        if tensor.numel():
+            with open(path, "rb") as file:
+                file.seek(start + begin)
+                if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != end - begin:
+                    raise EraseError(f"{path} is not a whole safetensors file; copy or download it again")
+        return tensor.float() if dtype.is_floating_point else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _header(path: str | Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and its header."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size, json.loads(file.read(size))
 
 
 def aligned(tensor: Any) -> Any:
@@ -159,6 +203,7 @@ _SAFETENSORS_NAMES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+_TORCH_NAMES = {theirs: ours for ours, theirs in _SAFETENSORS_NAMES.items()}
 
 
 def _dtype_name(tensor: Any) -> str:

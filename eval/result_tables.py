@@ -218,16 +218,18 @@ def growth() -> str:
 
 def sdxl_memory() -> str:
     """Gigabytes of each phase, and the smallest card whose 12, 16 or 24 GiB hold the largest and 1 GB more."""
-    found = stored("sdxl-memory.json")
-    lines = ["| options | mask | training | smallest card | main memory to save |", "| --- | --- | --- | --- | --- |"]
+    found, lines = stored("sdxl-memory.json"), []
     for name, row in found["rows"].items():
         phases = row["phases"]
         trained = phases.get("training", phases.get("solving"))
-        largest = max(phases.get("mask", 0), trained) + 1e9
+        largest = max(phases["generating"], phases.get("mask", 0), trained) + 1e9
         card = next((f"{size} GB" for size in (12, 16, 24) if largest <= size * 2**30), "above 24 GB")
-        mask = f"{phases['mask'] / 1e9:.1f}" if "mask" in phases else "-"
-        lines.append(f"| `{name}` | {mask} | {trained / 1e9:.1f} | {card} | {phases['writing'] / 1e9:.1f} |")
-    return "\n".join(lines)
+        main = max(found["loading"], phases["writing"])
+        figures = [
+            f"{number / 1e9:.1f}" if number else "-" for number in (phases["generating"], phases.get("mask"), trained)
+        ]
+        lines.append([f"`{name}`", *figures, card, f"{main / 1e9:.1f}"])
+    return mini_methods.markdown(["options", "images", "mask", "training", "smallest card", "main memory"], lines)
 
 
 def models() -> str:

@@ -2,8 +2,7 @@
 
     python eval/sdxl_memory.py            # writes eval/results/sdxl-memory.json; a minute
 
-The figures are those that `--low-memory` prints before a run (`erase/training/memory.py`), for a GPU, and the images'
-generation: all networks in float32, and the UNet once more in 16 bits.
+The figures are those that `--low-memory` prints before a run on a GPU that computes in bf16.
 """
 
 from pathlib import Path
@@ -19,6 +18,7 @@ from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.runs import planning
 from erase.runs.machine import versions
+from erase.training import memory
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "sdxl-memory.json"
 NUM_WEIGHTS = 2_567_463_684
@@ -35,12 +35,17 @@ UNET: dict[str, Any] = {  # of the base model's unet/config.json
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-OTHER_WEIGHTS = 123_060_480 + 694_659_840 + 83_653_863  # both text encoders and the VAE
+OTHER_WEIGHTS = (123_060_480, 694_659_840, 83_653_863)  # both text encoders and the VAE
 ROWS: dict[str, dict[str, Any]] = {
     "salun": {},
     "salun --low-memory": {"low_memory": True},
     "salun --low-memory --density 0.1": {"low_memory": True, "density": 0.1},
     "salun --low-memory --scope xattn": {"low_memory": True, "scope": "xattn"},
+    "salun --low-memory --scope xattn --generation-batch-size 2": {
+        "low_memory": True,
+        "scope": "xattn",
+        "generation_batch_size": 2,
+    },
     "salun --low-memory --scope xattn --density 0.1": {"low_memory": True, "scope": "xattn", "density": 0.1},
     "esd-x --low-memory": {"method": "esd-x", "low_memory": True},
     "uce": {"method": "uce"},
@@ -54,24 +59,30 @@ def full_size() -> StableDiffusionXL:
     if sum(parameter.numel() for parameter in unet.parameters()) != NUM_WEIGHTS:
         raise SystemExit("this is not Stable Diffusion XL's UNet any more; diffusers' defaults have changed")
     scheduler: Any = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    absent: Any = None
-    vae: Any = SimpleNamespace(config={"block_out_channels": (1, 1, 1, 1)})  # only its scale is asked for
+    first, second, vae = (_sized(number) for number in OTHER_WEIGHTS)
+    vae.config = {"block_out_channels": (1, 1, 1, 1)}  # only its scale is asked for
     tokenizer: Any = SimpleNamespace(model_max_length=77)
     return StableDiffusionXL(
-        "sdxl", Path(), unet, vae, absent, tokenizer, scheduler, {}, text_encoder_2=absent, tokenizer_2=tokenizer
+        "sdxl", Path(), unet, vae, first, tokenizer, scheduler, {}, text_encoder_2=second, tokenizer_2=tokenizer
     )
+
+
+def _sized(num: int) -> Any:
+    """A part of which only the number of weights is asked for."""
+    return SimpleNamespace(parameters=lambda: [torch.empty(num, device="meta")])
 
 
 def measure() -> dict[str, Any]:
     """Bytes of each phase, for each row of options."""
     model, rows = full_size(), {}
     for name, options in ROWS.items():
-        settings = resolve(Settings("nudity", **options), "nudity", {}, can_round=True, part=1)
+        given = Settings("nudity", precision="bf16", **options)
+        settings = resolve(given, "nudity", {}, can_round=True, part=1, guidance_scale=StableDiffusionXL.guidance_scale)
         needs = planning.needed_memory(settings, model, model.trainable(settings.scope or "full"))
         rows[name] = {"scope": settings.scope, "phases": needs}
         print(name, {phase: round(need / 1e9, 1) for phase, need in needs.items()}, flush=True)
-    generating = 4 * (NUM_WEIGHTS + OTHER_WEIGHTS) + 2 * NUM_WEIGHTS
-    return {"resolution": model.resolution, "weights": NUM_WEIGHTS, "generating": generating, "rows": rows,
+    loading = memory.LIBRARIES + 4 * (NUM_WEIGHTS + sum(OTHER_WEIGHTS))  # everything in float32, in main memory
+    return {"resolution": model.resolution, "weights": NUM_WEIGHTS, "loading": loading, "rows": rows,
             "versions": versions()}  # fmt: skip
 
 

@@ -45,10 +45,11 @@ def test_samples_are_generated_at_the_guidance_that_is_asked_for(tmp_path):
         seen.append((how["guidance"], how["steps"]))
         return torch.zeros(len(prompts), 4, 2, 2)
 
-    images = lambda latents: torch.zeros(len(latents), 3, 8, 8)  # noqa: E731
-    model: Any = SimpleNamespace(draw=draw, decode=images, put_network=lambda unet: None, is_mini=True, resolution=8)
+    images = lambda latents, together: torch.zeros(len(latents), 3, 8, 8)  # noqa: E731
+    parts: Any = {"draw": draw, "decode": images, "reload_network": lambda dtype: None}
+    model: Any = SimpleNamespace(**parts, is_mini=True, resolution=8)
     settings = resolve(Settings("cat", guidance_scale=0.0, num_inference_steps=1, num_samples=1), "object", {})
-    samples.write_samples(tmp_path / "samples.png", model, None, CONCEPT, settings)
+    samples.write_samples(tmp_path / "samples.png", model, CONCEPT, settings)
     assert set(seen) == {(0.0, 1)}
 
 

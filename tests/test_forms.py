@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from erase import masks
+from erase.delta import content_hash
 from erase.errors import EraseError
+from erase.export.single_file import save_single_file
 from erase.families import loading
 from erase.families.sd import StableDiffusion
 from erase.options.settings import Settings
@@ -44,13 +49,33 @@ def refused(model: Path, output: Path, **options: Any) -> str:
     return str(error.value)
 
 
-def test_a_single_file_of_stable_diffusion_2_is_refused_before_the_first_image(second, tmp_path, no_images):
-    for save in (("single-file",), ("delta", "lora", "single-file")):
-        said = refused(second, tmp_path / "run", save=save)
-        assert said == (
-            "no single file can be written: Stable Diffusion 2 is written as a folder only (single files: Stable "
-            "Diffusion 1 and XL); leave out single-file"
-        )
+def test_a_single_file_of_stable_diffusion_2_has_the_original_names(second, tmp_path):
+    """Of 24 layers the last one is unused, and diffusers' folder lacks it: the file has a copy of the one before."""
+    config = CLIPTextConfig.from_pretrained(second / "text_encoder")
+    config.num_hidden_layers = 23
+    CLIPTextModel(config).save_pretrained(second / "text_encoder")
+    save_single_file(tmp_path / "model.safetensors", second, dtype="fp32")
+    stored = load_file(tmp_path / "model.safetensors")
+    start = "cond_stage_model.model."
+    text = {name.removeprefix(start): tensor for name, tensor in stored.items() if name.startswith(start)}
+    assert {name for name in text if "resblocks" not in name} == {
+        "token_embedding.weight",
+        "positional_embedding",
+        "ln_final.weight",
+        "ln_final.bias",
+        "text_projection",
+        "logit_scale",
+    }
+    blocks = {name.split(".")[2] for name in text if "resblocks" in name}
+    assert blocks == {str(number) for number in range(24)}
+    one, last = (text[f"transformer.resblocks.{number}.attn.in_proj_weight"] for number in (22, 23))
+    assert torch.equal(one, last) and not torch.equal(one, text["transformer.resblocks.21.attn.in_proj_weight"])
+    assert text["text_projection"].shape == (config.hidden_size,) * 2
+    how: Any = {"config": str(second), "local_files_only": True, "safety_checker": None}
+    loaded = StableDiffusionPipeline.from_single_file(str(tmp_path / "model.safetensors"), **how)
+    folder = StableDiffusionPipeline.from_pretrained(second, safety_checker=None)
+    for part in ("unet", "vae", "text_encoder"):
+        assert content_hash(getattr(loaded, part).state_dict()) == content_hash(getattr(folder, part).state_dict())
 
 
 def test_a_family_without_single_files_or_loras_says_so(toy_pipeline_dir, tmp_path, no_images, monkeypatch):
@@ -85,14 +110,14 @@ def test_a_mask_in_which_no_layer_of_a_lora_may_change_is_refused(toy_pipeline_d
     )
 
 
-def test_other_forms_of_a_finished_run_are_refused_before_any_is_written(second, tmp_path):
-    run = job.run(Settings("cat", str(second), output=str(tmp_path / "run"), save=("delta",), **FEW), quiet=True)
+def test_other_forms_of_a_finished_run_are_refused_before_any_is_written(toy_pipeline_dir, tmp_path, monkeypatch):
+    model = str(toy_pipeline_dir)
+    run = job.run(Settings("cat", model, output=str(tmp_path / "run"), save=("delta",), **FEW), quiet=True)
     before = sorted(path.name for path in run.folder.iterdir())
-    with pytest.raises(EraseError, match="no single file can be written: Stable Diffusion 2"):
+    monkeypatch.setattr(StableDiffusion, "no_checkpoint", classmethod(lambda cls, folder: "it has no layout"))
+    with pytest.raises(EraseError, match="no single file can be written: it has no layout"):
         forms.add(run.folder, ["unet", "single-file"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(EraseError, match="no single file can be written"):
-        job.run(
-            Settings("cat", str(second), output=str(tmp_path / "run"), save=("unet", "single-file"), **FEW), quiet=True
-        )
+        job.run(Settings("cat", model, output=str(tmp_path / "run"), save=("unet", "single-file"), **FEW), quiet=True)
     assert sorted(path.name for path in run.folder.iterdir()) == before

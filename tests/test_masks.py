@@ -3,8 +3,10 @@
 import hashlib
 import math
 import resource
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -267,6 +269,7 @@ def test_selection_equals_a_stable_double_argsort(kind, largest, sizes, monkeypa
     expected = by_double_argsort(scores, *densities, largest=largest)
     for density, mask in zip(densities, expected, strict=True):
         assert_same(masks.select(scores, density, largest=largest), mask)
+        assert_same(dict(masks.select_packed(scores, density, largest=largest)), mask)
 
 
 @pytest.mark.parametrize("kind", ["normal", "70 % zeros", "four values", "wide", "the sample is misled"])
@@ -301,6 +304,7 @@ def test_per_tensor_selection_is_the_selection_of_each_tensor_alone(kind):
     for name, score in scores.items():
         assert mask[name].sum() == int(score.numel() * 0.4)
         assert_same({name: mask[name]}, by_double_argsort({name: score}, 0.4)[0])
+    assert_same(dict(masks.select_packed(scores, 0.4, per_tensor=True)), mask)
     assert masks.iou(mask, masks.select(scores, 0.4)) < 1
 
 
@@ -490,6 +494,26 @@ def test_shares_of_blocks_add_up():
         "mid.weight": torch.tensor([False, False, False]),
     }
     assert masks.fraction_by_block(mask, lambda name: name.split(".")[0]) == {"up": (2, 3), "mid": (0, 3)}
+
+
+def test_a_packed_selection_never_holds_two_tensors_in_bools(monkeypatch):
+    scores = {name: torch.rand(1000, generator=torch.Generator().manual_seed(0)) for name in "abc"}
+    living: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    counts = []
+    make = torch.empty_like
+
+    def counted(tensor: torch.Tensor, **how: Any) -> torch.Tensor:
+        made = make(tensor, **how)
+        living.add(made)
+        counts.append(len(living))
+        return made
+
+    monkeypatch.setattr(torch, "empty_like", counted)
+    packed = masks.select_packed(scores, 0.5)
+    assert max(counts) <= 2 and masks.count(packed) == 1500  # the second is made before the first one's name is free
+    counts.clear()
+    mask = masks.select(scores, 0.5)
+    assert counts == [1, 2, 3] and masks.count(mask) == 1500  # control
 
 
 @pytest.mark.slow

@@ -5,12 +5,21 @@ from typing import Any
 import pytest
 import torch
 from loaded import load_sd
+from safetensors.torch import save_file
 
+from erase import delta, erase_concept, tensor_files
+from erase.concepts import Concept
+from erase.data import latents
 from erase.errors import EraseError
+from erase.families import sd
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.runs import planning
 from erase.training import memory
+
+CONCEPT = Concept("cat", "object", forget=("a cat",), anchor=("a dog",), retain=("a tree",))
+OPTIONS: dict[str, Any] = {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "num_train_steps": 2}
+OPTIONS |= {"batch_size": 2, "num_samples": 1, "learning_rate": 1e-2, "device": "cpu", "quiet": True}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -56,7 +65,7 @@ def test_a_closed_form_needs_its_weights_twice_in_float64_and_neither_activation
     needs = planning.needed_memory(settings, model, parameters)
     weights = 4 * sum(p.numel() for p in model.unet.parameters())
     assert needs["solving"] == memory.LIBRARIES + weights + 16 * sum(p.numel() for p in parameters.values())
-    assert needs.keys() == {"solving", "writing"}
+    assert needs.keys() == {"generating", "solving", "writing"}
 
 
 def test_low_memory_cuts_no_batch_whose_activations_are_small(toy_pipeline_dir):
@@ -114,3 +123,74 @@ def test_a_copy_takes_the_masked_weights_once(tiny_pipeline_dir):
         memory.estimate(model, parameters, density=0.1, copies=copies, **options)["training"] for copies in (0, 3)
     )
     assert three - none == 3 * 4 * int(0.1 * sum(p.numel() for p in parameters.values()))
+
+
+# --- what is never in memory twice ------------------------------------------------------------------------------------
+
+
+def test_tensors_that_are_read_one_by_one_are_the_files_own_in_float32(tmp_path):
+    whole = {"a": torch.randn(3, 5), "scalar": torch.tensor(2.0), "empty": torch.zeros(0, 4), "n": torch.arange(3)}
+    half = {"b": torch.randn(7).half(), "c": torch.randn(2, 2).bfloat16()}
+    save_file(whole, tmp_path / "one.safetensors")
+    save_file(half, tmp_path / "two.safetensors")
+    found = tensor_files.OneByOne([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
+    expected = whole | {name: tensor.float() for name, tensor in half.items()}
+    assert delta.content_hash(found) == delta.content_hash(expected) and found["n"].dtype == torch.int64
+    content = (tmp_path / "one.safetensors").read_bytes()
+    (tmp_path / "one.safetensors").write_bytes(content[:-20])
+    with pytest.raises(EraseError, match="one.safetensors is not a whole safetensors file"):
+        dict(found)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_run_reads_no_second_network(toy_pipeline_dir, tmp_path, monkeypatch, weights):
+    """The base's weights are read one by one, for masters, delta and samples; the result is that of whole networks."""
+    how: dict[str, Any] = OPTIONS | {"weights": weights, "save": ("pipeline", "lora", "single-file")}
+    with monkeypatch.context() as patch:
+        patch.setattr(sd.StableDiffusion, "stored_network", None)
+        lean = erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "lean" / "run"), **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(sd.StableDiffusion, "stored_weights", lambda self: self.stored_network().state_dict())
+        whole = erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "whole" / "run"), **how)
+    for name in ("delta.safetensors", "pytorch_lora_weights.safetensors", "run.safetensors", "samples.png"):
+        assert (lean.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+def test_weights_that_training_rounds_are_rounded_before_the_first_image(toy_pipeline_dir, tmp_path, monkeypatch):
+    """So a GPU never holds them in float32; images are the same bits, for passes in bf16 round them anyway."""
+    gather, seen = latents.gather, []
+
+    def watched(model: Any, *arguments: Any, **options: Any) -> latents.Data:
+        data = gather(model, *arguments, **options)
+        seen.append((model.network.dtype, data))
+        return data
+
+    monkeypatch.setattr(latents, "gather", watched)
+    for number, (weights, precision) in enumerate((("bf16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32"))):
+        how: dict[str, Any] = OPTIONS | {"weights": weights, "precision": precision}
+        folders: dict[str, Any] = {
+            "output": str(tmp_path / f"run{number}"),
+            "cache_dir": str(tmp_path / f"cache{number}"),
+        }
+        erase_concept(CONCEPT, str(toy_pipeline_dir), **how, **folders)
+    assert [dtype for dtype, _ in seen] == [torch.bfloat16, torch.float32, torch.float32]
+    rounded, same, exact = (data.forget.mean for _, data in seen)
+    assert torch.equal(rounded, same) and not torch.equal(rounded, exact)
+
+
+def test_generating_needs_all_networks_and_a_pass_that_keeps_nothing(tiny_pipeline_dir):
+    """Four bytes for each weight of the other parts; of the network, those of its dtype and of a copy in another."""
+    model = load_sd(tiny_pipeline_dir)
+    n = sum(p.numel() for p in model.network.parameters())
+    others = sum(p.numel() for part in (model.vae, model.text_encoder) for p in part.parameters())
+
+    def need(num: int, held: torch.dtype, computed: torch.dtype) -> int:
+        return memory.to_generate(model, num, 64, held=held, computed=computed) - 4 * others
+
+    one, two = (need(num, torch.float32, torch.float32) - 4 * n for num in (1, 2))
+    kept = memory.activations(model, 1, 64, torch.float32, checkpointing=False)
+    side = 8 * 8 * 4 * 4  # bytes of one image's widest tensor of latents, 4 channels
+    assert 2 * side < one < 0.5 * kept and 1.8 * one < two <= 2 * one
+    half = need(1, torch.bfloat16, torch.bfloat16)
+    assert half - 2 * n == pytest.approx(one / 2, rel=0.1)
+    assert need(1, torch.float32, torch.bfloat16) - half == 4 * n

@@ -522,7 +522,9 @@ def test_low_memory_says_first_what_it_needs_and_moves_no_bit_outside_the_mask(
     quiet = options.pop("quiet")
     settings = Settings("cat", str(toy_pipeline_dir), **options)
     record = job.run(settings, CONCEPT, quiet=quiet, tell=said.append).record
-    assert re.fullmatch(r"needs about 0\.5 GB of memory \(mask 0\.5, training 0\.5, writing 0\.5\)", said[1])
+    assert re.fullmatch(
+        r"needs about 0\.5 GB of memory \(generating 0\.5, mask 0\.5, training 0\.5, writing 0\.5\)", said[1]
+    )
     assert record.settings["gradient_accumulation_steps"] == 1 and record.settings["gradient_checkpointing"]
     mask, _ = masks.load(tmp_path / "run" / "mask.safetensors")
     base, erased = (stored_unet.load_unet(folder).state_dict() for folder in (toy_pipeline_dir, tmp_path / "run"))

@@ -13,7 +13,7 @@ from erase import erase_concept
 from erase.concepts import Concept
 from erase.data import latents, pixels, sheet
 from erase.errors import EraseError
-from erase.families import sd, stored_unet
+from erase.families import sd
 from erase.options.recipes import RECIPES, resolve
 from erase.options.settings import Settings
 from erase.runs import phases, planning, samples
@@ -171,7 +171,7 @@ def rows(monkeypatch) -> list[tuple[str, list[Image.Image], bool]]:
 
 def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows):
     """First and third row by the base, second and fourth by the erased model, on the same seeds. (1.1, 2.14)"""
-    model, base = load_sd(toy_pipeline_dir), stored_unet.load_unet(toy_pipeline_dir)
+    model = load_sd(toy_pipeline_dir)
     with torch.no_grad():
         for parameter in model.unet.parameters():
             parameter.add_(0.05)
@@ -186,7 +186,7 @@ def test_each_row_is_generated_by_its_own_model(toy_pipeline_dir, tmp_path, rows
 
     expected = {"base": generated(load_sd(toy_pipeline_dir)), "erased": generated(model)}
     assert all((a != b).any() for a, b in zip(*expected.values(), strict=True))
-    samples.write_samples(tmp_path / "samples.png", model, base, CAT, settings)
+    samples.write_samples(tmp_path / "samples.png", model, CAT, settings)
     assert [title for title, _, _ in rows] == ["base", "'cat' erased", "base", "erased"]
     for (title, images, _), part in zip(rows, (slice(2), slice(2), slice(2, 4), slice(2, 4)), strict=True):
         for image, own in zip(images, expected["base" if title == "base" else "erased"][part], strict=True):
@@ -204,7 +204,7 @@ def test_both_forget_rows_of_nudity_are_blurred(toy_pipeline_dir, tmp_path, rows
     settings = Settings("cat", num_samples=1, num_inference_steps=1, guidance_scale=2.0, sampler="model")
     settings = settings.filled({"generation_batch_size": 8})
     concept = replace(CAT, kind=kind)
-    samples.write_samples(tmp_path / "samples.png", model, stored_unet.load_unet(toy_pipeline_dir), concept, settings)
+    samples.write_samples(tmp_path / "samples.png", model, concept, settings)
     assert [blur for _, _, blur in rows] == [True] * blurred + [False] * (4 - blurred)
 
 
@@ -226,7 +226,7 @@ def test_rows_of_sexual_prompts_are_blurred_whatever_the_kind(toy_pipeline_dir, 
     settings = Settings("cat", num_samples=1, num_inference_steps=1, guidance_scale=2.0, sampler="model")
     settings = settings.filled({"generation_batch_size": 8})
     concept = replace(CAT, **words)
-    samples.write_samples(tmp_path / "samples.png", model, stored_unet.load_unet(toy_pipeline_dir), concept, settings)
+    samples.write_samples(tmp_path / "samples.png", model, concept, settings)
     assert [blur for _, _, blur in rows] == blurred
 
 

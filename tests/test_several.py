@@ -154,8 +154,8 @@ def test_the_mask_is_the_union_of_one_for_each_at_the_density(both, toy_pipeline
     assert both.record.mask.ones == header.ones
     # one after the other by hand: what the pass over each one's images selects
     seen: list[Any] = []
-    select = masks.select
-    monkeypatch.setattr(masks, "select", lambda *a, **o: seen.append(select(*a, **o)) or seen[-1])
+    select = masks.select_packed
+    monkeypatch.setattr(masks, "select_packed", lambda *a, **o: seen.append(select(*a, **o)) or seen[-1])
     erase_concept([CAT, LORRY], str(toy_pipeline_dir), output=str(tmp_path / "again"), **OPTIONS)
     assert len(seen) == 2 and all(masks.count(own) == half for own in seen)
     assert masks.iou(seen[0], seen[1]) < 1

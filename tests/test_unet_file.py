@@ -60,7 +60,7 @@ def test_every_published_naming_gives_the_same_unet(naming, base, weights, tmp_p
     model = load_sd(base.folder, unet=path)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.unet.state_dict().items())
     assert model.notes == (f"{path} replaces {len(weights)} of the UNet's {len(weights)} tensors",)
-    assert model.unet_file == str(path) and model.folder == base.folder and "unet.safetensors" in model.name
+    assert model.weights_file == str(path) and model.folder == base.folder and "unet.safetensors" in model.name
     again = model.stored_network().state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.items())
     model.reload_network()

@@ -13,6 +13,7 @@ from erase.delta.change import save as save
 from erase.delta.change import summary as summary
 from erase.delta.header import Header as Header
 from erase.delta.header import Layout as Layout
+from erase.delta.names import Component as Component
 from erase.delta.names import in_component as in_component
 from erase.delta.names import of_component as of_component
 from erase.tensor_files import content_hash as content_hash

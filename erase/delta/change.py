@@ -67,16 +67,18 @@ class Delta:
 def difference(base: State, new: State, provenance: Mapping[str, Any] | None = None) -> Delta:
     """The delta from `base` to `new`.
 
-    Bit patterns are compared, not values: 0.0 and -0.0 differ, and a NaN equals itself.
+    Bit patterns are compared, not values: 0.0 and -0.0 differ, and a NaN equals itself. Of each state one tensor at a
+    time is used, so a mapping that reads its tensors from files is never in memory as a whole.
 
     Raises:
         EraseError: names, shapes or dtypes differ.
     """
-    require_layout(layout_of(new), layout_of(base), "the base model")
+    layout = layout_of(base)
+    require_layout(layout_of(new), layout, "the base model")
     tensors: dict[str, Tensor] = {}
     for name in sorted(base):
         _put(tensors, name, _patterns(base[name]) ^ _patterns(new[name]))
-    return Delta(tensors, Header(layout_of(base), content_hash(base), content_hash(new), dict(provenance or {})))
+    return Delta(tensors, Header(layout, content_hash(base), content_hash(new), dict(provenance or {})))
 
 
 def apply(state: State, delta: Delta) -> dict[str, Tensor]:

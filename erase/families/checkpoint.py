@@ -23,6 +23,7 @@ _OPEN_CLIP = {
     ".mlp.fc2.": ".mlp.c_proj.",
     ".self_attn.out_proj.": ".attn.out_proj.",
 }
+_SD2_LAYERS = 24  # of the text encoder of Stable Diffusion 2, which uses the states after the last but one
 _LOGIT_SCALE = math.log(100)  # where OpenCLIP's training ends; no image depends on it
 
 
@@ -39,6 +40,39 @@ def sd1(folder: Path, unet: State | None = None) -> dict[str, Tensor]:
         **_vae(folder),
         **_clip(folder / "text_encoder", "cond_stage_model.transformer.text_model."),
     }
+
+
+def sd2(folder: Path, unet: State | None = None) -> dict[str, Tensor]:
+    """The layout of Stability AI's Stable Diffusion 2: Stable Diffusion 1's with an OpenCLIP text encoder.
+
+    unet: the UNet's weights; those in the folder if None.
+
+    Raises:
+        EraseError: a component has no weights, or the UNet's have no place in the layout.
+    """
+    text = {
+        f"text_model.{name.removeprefix('text_model.')}": t for name, t in read_weights(folder / "text_encoder").items()
+    }
+    second = _with_unused(open_clip(text))
+    return {
+        **_unet(folder, unet),
+        **_vae(folder),
+        **{f"cond_stage_model.model.{name}": tensor for name, tensor in second.items()},
+    }
+
+
+def _with_unused(text: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With what diffusers left out of the encoder: its 24th layer and its projection, which no image depends on.
+
+    Software that builds the original encoder looks for them. The layer is a copy of the one before, and the projection
+    the identity; sd-scripts writes such a layer too.
+    """
+    width = len(text["ln_final.weight"])
+    unused = {"text_projection": torch.eye(width, dtype=text["ln_final.weight"].dtype)}
+    if sum(name.endswith("ln_1.weight") for name in text) == _SD2_LAYERS - 1:
+        last = f"resblocks.{_SD2_LAYERS - 2}."
+        unused |= {n.replace(last, f"resblocks.{_SD2_LAYERS - 1}."): t.clone() for n, t in text.items() if last in n}
+    return text | unused
 
 
 def sdxl(folder: Path, unet: State | None = None) -> dict[str, Tensor]:
@@ -65,7 +99,7 @@ def sdxl(folder: Path, unet: State | None = None) -> dict[str, Tensor]:
 
 
 def open_clip(weights: State) -> dict[str, Tensor]:
-    """The weights of a CLIPTextModelWithProjection under OpenCLIP's names, with its logit scale.
+    """The weights of a CLIP text model, with or without projection, under OpenCLIP's names, with its logit scale.
 
     OpenCLIP stacks the projections of queries, keys and values, and multiplies by the transposed `text_projection`.
     """

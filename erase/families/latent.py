@@ -7,10 +7,10 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 
-from erase.delta import content_hash, of_component
+from erase.delta import State, content_hash, of_component
 from erase.device import rounded, staged
 from erase.errors import EraseError
-from erase.families import components
+from erase.families import components, pipeline_folder
 from erase.families.protocol import Family
 from erase.families.vocabulary import tokenizer_hash
 
@@ -19,6 +19,7 @@ class LatentFamily(Family):
     """A family whose networks see the latents of a VAE. Each of `parts` is an attribute under its name.
 
     loaded_again: class of each part that `release` frees. vae_scale: pixels a latent pixel, in each direction.
+    weights_file: weights that replaced the folder's in the network; see `erase.families.unet_file`.
     """
 
     loaded_again: ClassVar[Mapping[str, Any]] = {}
@@ -26,12 +27,18 @@ class LatentFamily(Family):
     vae: AutoencoderKL
     vae_scale: int
     allow_pickle: bool
+    weights_file: str | None
 
     # --- parts ---
 
     @property
     def network(self) -> Any:
         return getattr(self, self.part)
+
+    def stored_weights(self) -> State:
+        """Read one by one from the folder's safetensors files, if the network has all its weights from there."""
+        found = None if self.weights_file else pipeline_folder.stored_weights(self.folder / self.part)
+        return super().stored_weights() if found is None or found.keys() != self.network.state_dict().keys() else found
 
     def to(self, device: torch.device) -> None:
         for part in {self.part, *self.loaded_again}:

@@ -13,7 +13,7 @@ from erase.errors import EraseError
 from erase.families import architecture, registry
 from erase.files import copy, refuse_links, scratch_folder
 from erase.progress import loading
-from erase.tensor_files import open_tensors, read_tensors, write_tensors
+from erase.tensor_files import OneByOne, open_tensors, read_tensors, write_tensors
 
 DEFAULTS_FILE = "erase_defaults.json"  # beside model_index.json: what this model needs other than Stable Diffusion 1
 WEIGHTS = re.compile(
@@ -128,15 +128,25 @@ def files_to_publish(base: Path) -> Iterator[tuple[str, Path]]:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a component, from its safetensors file or shards, else from its pickle."""
     for suffix in ("safetensors", "bin"):
-        matches = [match for path in sorted(folder.glob(f"*.{suffix}")) if (match := WEIGHTS.fullmatch(path.name))]
-        variant = only_variant([match[0] for match in matches])
-        files = [folder / match[0] for match in matches if match[2] == variant]
-        if files:
+        if files := _weight_files(folder, suffix):
             parts = [
                 read_tensors(f) if suffix == "safetensors" else torch.load(f, "cpu", weights_only=True) for f in files
             ]
             return {name: tensor for part in parts for name, tensor in part.items()}
     raise EraseError(f"{folder} has no weights")
+
+
+def stored_weights(folder: Path) -> OneByOne | None:
+    """All weights of a component in float32, read one by one; None if they are not in safetensors files."""
+    files = _weight_files(folder, "safetensors")
+    return OneByOne(files) if files else None
+
+
+def _weight_files(folder: Path, suffix: str) -> list[Path]:
+    """The files of a component's weights with this suffix: the plain ones, or those of its only variant."""
+    matches = [match for path in sorted(folder.glob(f"*.{suffix}")) if (match := WEIGHTS.fullmatch(path.name))]
+    variant = only_variant([match[0] for match in matches])
+    return [folder / match[0] for match in matches if match[2] == variant]
 
 
 # component -> what its tensors' names begin with in files that all versions of transformers read, and where that goes:

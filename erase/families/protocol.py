@@ -85,6 +85,13 @@ class Family(Stored, Prompted):
     def stored_network(self) -> ModelMixin:
         """The base's network once more, read from the folder, in float32 on the CPU."""
 
+    def stored_weights(self) -> delta.State:
+        """The base's weights by name, in float32, as they are in the folder; by default those of `stored_network`.
+
+        A family that can read them one by one saves memory.
+        """
+        return self.stored_network().state_dict()
+
     @classmethod
     def state_of(cls, network: nn.Module) -> delta.State:
         """The weights of a network of this family on the CPU, under their names in deltas."""
@@ -111,17 +118,14 @@ class Family(Stored, Prompted):
         for tensor in (*self.network.parameters(), *self.network.buffers()):
             tensor.data = tensor.data.to(dtype)
 
-    def reload_network(self) -> None:
-        """Make the network the base's again, in float32; its parameters stay the same objects."""
-        for tensor in (*self.network.parameters(), *self.network.buffers()):
-            tensor.data = tensor.new_empty(0)  # first free, then load
-        self.put_network(self.stored_network())
+    def reload_network(self, dtype: torch.dtype = torch.float32) -> None:
+        """Make the network the base's again, stored in `dtype`; its parameters stay the same objects.
 
-    def put_network(self, base: nn.Module) -> None:
-        """Give the network the weights of `base`; its parameters stay the same objects, on the same device."""
-        device, stored = self.device, {**dict(base.named_parameters()), **dict(base.named_buffers())}
-        for name, tensor in (*self.network.named_parameters(), *self.network.named_buffers()):
-            tensor.data = stored[name].data.to(device)
+        Neither the host nor the device holds two networks, if `stored_weights` reads them one by one.
+        """
+        stored, device = self.stored_weights(), self.device
+        for name, tensor in self.network.state_dict(keep_vars=True).items():
+            tensor.data = stored[name].to(device, dtype)
 
     def is_text_map(self, name: str) -> bool:
         """Whether the weight is a linear map of the text states, which closed forms solve for; none by default."""

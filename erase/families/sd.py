@@ -43,7 +43,7 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
     """Stable Diffusion 1 or 2, text to image.
 
     allow_pickle: how the parts were loaded, for when they are loaded again.
-    unet_file: weights that replaced the folder's in the UNet; see `erase.families.unet_file`.
+    weights_file: weights that replaced the folder's in the UNet; see `erase.families.unet_file`.
     """
 
     family = "sd"
@@ -57,9 +57,9 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
     models = (
         Model("Stable Diffusion 1.1 to 1.5 and fine-tunes of it"),
         Model("Stable Diffusion 1 with an LCM-LoRA merged", guided=False, options=supported.DISTILLED),
-        Model("Stable Diffusion 2.0 and 2.1, epsilon prediction", written=False),
-        Model("Stable Diffusion 2.0 and 2.1, v prediction", written=False),
-        Model("SD-Turbo", written=False, guided=False, options=supported.DISTILLED),
+        Model("Stable Diffusion 2.0 and 2.1, epsilon prediction"),
+        Model("Stable Diffusion 2.0 and 2.1, v prediction"),
+        Model("SD-Turbo", guided=False, options=supported.DISTILLED),
         Model("the embedded model, `mini`"),
     )
     loaded_again: ClassVar[Mapping[str, Any]] = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -74,7 +74,7 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
     defaults: dict[str, Any]
     allow_pickle: bool = False
     guard: Guard | None = None
-    unet_file: str | None = None
+    weights_file: str | None = None
     notes: tuple[str, ...] = ()
     precision: str = "fp32"
 
@@ -101,7 +101,7 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
             parts.scheduler,
             read_defaults(folder / pipeline_folder.DEFAULTS_FILE),
             allow_pickle,
-            unet_file=None if weights_file is None else str(weights_file),
+            weights_file=None if weights_file is None else str(weights_file),
             notes=parts.notes,
             **cls.own_parts(parts),
         )
@@ -151,13 +151,11 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
 
     @classmethod
     def no_checkpoint(cls, folder: Path) -> str | None:
-        if cls._is_second(folder):
-            return "Stable Diffusion 2 is written as a folder only (single files: Stable Diffusion 1 and XL)"
         return compvis.no_layout(read_json(folder / "unet" / "config.json"))
 
     @classmethod
     def checkpoint(cls, folder: Path, network: State | None = None) -> dict[str, Tensor]:
-        return checkpoint.sd1(folder, network)
+        return (checkpoint.sd2 if cls._is_second(folder) else checkpoint.sd1)(folder, network)
 
     @classmethod
     def keep(cls, pipeline: Any, cache_dir: Path | None = None) -> Path:
@@ -168,7 +166,7 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
         return pipeline_folder.needs_dtype(folder)
 
     def stored_network(self) -> UNet2DConditionModel:
-        return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.unet_file)
+        return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.weights_file)
 
     def is_text_map(self, name: str) -> bool:
         return name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))

@@ -47,7 +47,7 @@ class StableDiffusion3(RectifiedFlow):
     the text tokens with the two maps through which all text enters, and `xattn-kv`, on which closed forms act, the map
     of the text states alone (`context_embedder`); pooled states pass beside it.
 
-    transformer_file: weights that replaced the folder's.
+    weights_file: weights that replaced the folder's.
     """
 
     family = "sd3"
@@ -100,7 +100,7 @@ class StableDiffusion3(RectifiedFlow):
     defaults: dict[str, Any]
     allow_pickle: bool = False
     guard: Guard | None = None
-    transformer_file: str | None = None
+    weights_file: str | None = None
     notes: tuple[str, ...] = ()
     precision: str = "fp32"
 
@@ -123,7 +123,7 @@ class StableDiffusion3(RectifiedFlow):
             **{name: getattr(parts, name) for name in (*cls.parts, "scheduler", "notes")},
             defaults=read_defaults(folder / pipeline_folder.DEFAULTS_FILE),
             allow_pickle=allow_pickle,
-            transformer_file=None if weights_file is None else str(weights_file),
+            weights_file=None if weights_file is None else str(weights_file),
         )
 
     @classmethod
@@ -147,7 +147,7 @@ class StableDiffusion3(RectifiedFlow):
         return any(pipeline_folder.stored_dtype(folder / part) != "float32" for part in sd3_parts.ENCODERS)
 
     def stored_network(self) -> SD3Transformer2DModel:
-        return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.transformer_file)
+        return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.weights_file)
 
     def is_text_map(self, name: str) -> bool:
         return name == _TEXT_MAP

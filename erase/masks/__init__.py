@@ -6,6 +6,7 @@ from erase.masks.score import Score as Score
 from erase.masks.selection import kth_largest as kth_largest
 from erase.masks.selection import random_mask as random_mask
 from erase.masks.selection import select as select
+from erase.masks.selection import select_packed as select_packed
 from erase.masks.selection import threshold as threshold
 from erase.masks.store import Mask as Mask
 from erase.masks.store import Packed as Packed

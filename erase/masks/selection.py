@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from erase.errors import EraseError
-from erase.masks.store import Mask
+from erase.masks.store import Mask, Packed, pack
 
 SAMPLE = 1 << 18  # scores that are sorted to guess where the threshold lies
 BUCKETS = 1 << 18  # that a bracket is divided into when its scores are counted
@@ -35,14 +35,29 @@ def select(
     Raises:
         EraseError: density is no share, or a score is negative, NaN or infinite.
     """
+    return dict(_selected(scores, density, per_tensor, largest))
+
+
+def select_packed(
+    scores: Mapping[str, torch.Tensor], density: float, *, per_tensor: bool = False, largest: bool = True
+) -> Packed:
+    """The mask of `select` in one bit a weight; only one tensor of it is ever in memory as bools."""
+    bits: dict[str, torch.Tensor] = {}
+    for name, mask in _selected(scores, density, per_tensor, largest):
+        bits |= pack({name: mask}).bits
+    return Packed(bits, {name: tuple(score.shape) for name, score in scores.items()})
+
+
+def _selected(
+    scores: Mapping[str, torch.Tensor], density: float, per_tensor: bool, largest: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The name and the mask of each tensor, one after the other."""
     _check_density(density)
     patterns = {name: bit_patterns(name, score) for name, score in scores.items()}
     flip = 0 if largest else LARGEST
-    mask: Mask = {}
     for names in [[name] for name in scores] if per_tensor else [list(scores)]:
-        chosen = _top([patterns[name] for name in names], density, flip)
-        mask |= {name: bits.view(scores[name].shape) for name, bits in zip(names, chosen, strict=True)}
-    return mask
+        for name, bits in zip(names, _top([patterns[name] for name in names], density, flip), strict=True):
+            yield name, bits.view(scores[name].shape)
 
 
 def kth_largest(scores: Mapping[str, torch.Tensor], k: int) -> float:
@@ -112,21 +127,20 @@ def bit_patterns(name: str, score: torch.Tensor) -> torch.Tensor:
     return patterns
 
 
-def _top(tensors: Sequence[torch.Tensor], density: float, flip: int) -> list[torch.Tensor]:
+def _top(tensors: Sequence[torch.Tensor], density: float, flip: int) -> Iterator[torch.Tensor]:
     """Where the int(N * density) largest patterns are, bool, [n] for every [n]."""
-    masks = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in tensors]
     k = int(sum(tensor.numel() for tensor in tensors) * density)
-    if k == 0:
-        return masks
-    threshold, wanted, present = _kth_largest(tensors, k, flip)
-    compare, ties = (torch.ge, 0) if wanted == present else (torch.gt, wanted)
-    for chunk, mask in zip(_chunks(tensors, flip), _chunks(masks), strict=True):
-        compare(chunk, threshold, out=mask)
-        if ties:
-            first = (chunk == threshold).nonzero()[:ties, 0]
-            mask[first] = True
-            ties -= len(first)
-    return masks
+    threshold, wanted, present = _kth_largest(tensors, k, flip) if k else (LARGEST, 0, 0)
+    compare, ties = (torch.ge, 0) if k and wanted == present else (torch.gt, wanted)
+    for tensor in tensors:
+        mask = torch.empty_like(tensor, dtype=torch.bool)
+        for chunk, part in zip(_chunks([tensor], flip), _chunks([mask]), strict=True):
+            compare(chunk, threshold, out=part)
+            if ties:
+                first = (chunk == threshold).nonzero()[:ties, 0]
+                part[first] = True
+                ties -= len(first)
+        yield mask
 
 
 def _kth_largest(tensors: Sequence[torch.Tensor], k: int, flip: int) -> tuple[int, int, int]:

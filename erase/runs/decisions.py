@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn import Parameter
@@ -27,6 +28,7 @@ from erase.runs.machine import make_accelerator
 from erase.runs.mask_files import load_mask, saliency_hash
 from erase.runs.planning import (
     can_scale,
+    dtype_to_generate,
     make_method,
     moves_weights,
     needed_memory,
@@ -107,7 +109,7 @@ def decide(
     settings, compute = _with_precision(settings, method, tell)
     accelerator = make_accelerator(settings, folder, compute)
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else files.default_cache_dir()
-    model = _load(settings, compute, cache_dir, tell)
+    model = _load(settings, cache_dir, tell)
     parts = find_concepts(settings, given, model)
     everything = [*parts, *(earlier.concepts if earlier else [])]
     concept = concepts.unite(everything)
@@ -131,6 +133,7 @@ def decide(
         null_space.NullSpace(model, text, settings.null_space, parameters, given_mask)
     of_lora = given_mask if "lora" in settings.save else None
     forms.require_writable(settings.save, model.folder, _changing(parameters, of_lora))
+    _place(model, settings, compute)
     identity = of_run(
         settings,
         [concept, *everything],
@@ -230,11 +233,10 @@ def _with_precision(
     return settings, compute
 
 
-def _load(settings: Settings, compute: device.Compute, cache_dir: Path, tell: Callable[[str], None]) -> Family:
-    """The model on its device, ready to compute."""
+def _load(settings: Settings, cache_dir: Path, tell: Callable[[str], None]) -> Family:
+    """The model on the CPU, in float32."""
     model = loading.load(
         settings.model,
-        device=compute.device,
         allow_pickle=settings.allow_pickle,
         unet=settings.unet,
         config=settings.config,
@@ -243,9 +245,16 @@ def _load(settings: Settings, compute: device.Compute, cache_dir: Path, tell: Ca
     )
     for note in model.notes:
         tell(note)
+    return model
+
+
+def _place(model: Family, settings: Settings, compute: device.Compute) -> None:
+    """Put the model on its device, ready to generate. Weights that are to be rounded never get there in float32."""
+    if (dtype := dtype_to_generate(settings)) != torch.float32:
+        model.round_network(dtype)
+    model.to(compute.device)
     model.precision = compute.precision
     model.use_attention(settings.attention)
-    return model
 
 
 def _at_once(settings: Settings, model: Family, folder: Path, accelerator: Accelerator) -> int:

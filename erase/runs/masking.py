@@ -59,14 +59,14 @@ def make_mask(decided: Decisions, shown: latents.Data | None) -> masks.Packed:
     return masks.pack(mask)
 
 
-def saliency_mask(decided: Decisions, shown: latents.Data) -> masks.Mask:
+def saliency_mask(decided: Decisions, shown: latents.Data) -> masks.Packed:
     """The most salient weights, or the least salient ones for the control "inverse".
 
     Each of several concepts has its own mask, at the full density and from the images of its own prompts. The result
     is their union: with k concepts it holds between one and k times the density.
     """
     settings = decided.settings
-    mask: masks.Mask = {}
+    mask: masks.Packed | None = None
     for number, images in enumerate(by_concept(shown, decided.parts, settings)):
         scores = saliency_pass.accumulate(
             decided.model,
@@ -85,8 +85,9 @@ def saliency_mask(decided: Decisions, shown: latents.Data) -> masks.Mask:
         if settings.null_space is not None:
             null_space.by_rows(decided.model, scores)
         largest = settings.mask == "saliency"
-        own = masks.select(scores, settings.density, per_tensor=settings.per_tensor, largest=largest)
-        mask = masks.union(own, mask)
+        own = masks.select_packed(scores, settings.density, per_tensor=settings.per_tensor, largest=largest)
+        mask = own if mask is None else masks.pack(masks.union(own, mask))
+    assert mask is not None  # there is at least one concept
     return mask
 
 

@@ -28,8 +28,8 @@ def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | 
             is written then.
     """
     model = decided.model
-    new, stored = model.state_of(model.network), model.stored_network()
-    change = delta.difference(model.state_of(stored), new, provenance(decided, images))
+    new, stored = model.state_of(model.network), model.stored_weights()
+    change = delta.difference(delta.Component(model.part, stored), new, provenance(decided, images))
     if change.base_hash != decided.base_hash:
         raise EraseError(f"{model.folder} changed on the disk during the run; nothing was written, start again")
     if outside := outside_of(change, model.part, decided.parameters, mask):
@@ -41,7 +41,7 @@ def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | 
     write_mask(decided, change, mask)
     write_forms(decided, stored, new, change)
     if decided.settings.num_samples:
-        samples.write_samples(decided.folder / folders.SAMPLES, model, stored, decided.concept, decided.settings)
+        samples.write_samples(decided.folder / folders.SAMPLES, model, decided.concept, decided.settings)
     loading = "\n".join(model.loading_code(model.folder, '"this folder"'))
     after = decided.earlier and decided.earlier.record
     how: dict[str, Any] = {"family": type(model), "loading": loading, "after": after, "anchors": decided.method.anchors}
@@ -84,15 +84,15 @@ def write_mask(decided: Decisions, change: delta.Delta, mask: masks.Packed | Non
         masks.save(decided.folder / folders.MASK, mask, how)
 
 
-def write_forms(decided: Decisions, stored: Any, new: delta.State, change: delta.Delta) -> None:
-    """The forms that --save asks for."""
+def write_forms(decided: Decisions, stored: delta.State, new: delta.State, change: delta.Delta) -> None:
+    """The forms that --save asks for. stored: the base's weights, as the network names them."""
     for form in dict.fromkeys(forms.published(decided.settings)):
         forms.write(
             form,
             decided.folder,
             run_folder=decided.folder,
             source=decided.model.folder,
-            base={name: tensor.detach() for name, tensor in stored.state_dict().items()},
+            base=stored,
             new=delta.in_component(decided.model.part, new),
             rank=whole(decided.settings.lora_rank),
             provenance=change.provenance,

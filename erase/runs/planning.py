@@ -9,6 +9,7 @@ from torch import Tensor
 
 from erase import methods
 from erase.data import latents
+from erase.device import DTYPES
 from erase.errors import EraseError
 from erase.families.protocol import Family
 from erase.options.declare import flag
@@ -181,13 +182,17 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
     attack = method.attack if isinstance(method, methods.TrainedMethod) else None
     mask_batch = part_size(settings) if settings.score == "abs_sum" else whole(settings.batch_size)
     mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
+    resolution = settings.resolution or model.resolution
+    rows = whole(settings.generation_batch_size) * (2 if real(settings.guidance_scale) > 1 else 1)
+    computed = DTYPES[settings.precision or "fp32"]
     return memory.estimate(
         model,
         parameters,
         density=1.0 if settings.mask == "none" else settings.density,
         eight_bit=settings.moments == "8bit",
         dual=settings.optimizer == "dual",
-        resolution=settings.resolution or model.resolution,
+        resolution=resolution,
+        generating=memory.to_generate(model, rows, resolution, held=dtype_to_generate(settings), computed=computed),
         mask_batch=mask_batch if accumulates else None,
         part=None if isinstance(method, methods.ClosedForm) else rows_of_pass(settings),
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
@@ -195,6 +200,11 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
         copies=num_copies(method, projects=settings.null_space is not None) + 2 * (settings.optimizer == "dual"),
         text=memory.text_passes(model, attack.batch_size) if attack else 0,
     )
+
+
+def dtype_to_generate(settings: Settings) -> torch.dtype:
+    """How the network is stored while images are generated: rounded if its passes and the training round it anyway."""
+    return torch.bfloat16 if settings.weights == settings.precision == "bf16" else torch.float32
 
 
 def num_copies(method: methods.TrainedMethod | methods.ClosedForm, *, projects: bool = False) -> int:

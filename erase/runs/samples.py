@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +14,17 @@ from erase.data.sheet import grid
 from erase.families.protocol import Family
 from erase.files import replacing
 from erase.options.settings import Settings
+from erase.runs.planning import dtype_to_generate
 
 FIRST_SEED = 900_000_000  # far from the seeds that training data are drawn from
 
 
-def write_samples(path: Path, model: Family, base: Any, concept: Concept, settings: Settings) -> None:
+def write_samples(path: Path, model: Family, concept: Concept, settings: Settings) -> None:
     """A PNG with two blocks, forget and retain prompts, each with a row of the base model and a row of the erased one.
 
     Same prompt and same seed above each other. Rows of nudity, or of prompts with sexual words, are blurred, except
     those of the embedded model.
-    model: the erased one; afterwards its network has the weights of `base`.
+    model: the erased one; afterwards its network has the weights of its base, perhaps rounded.
     """
     num = settings.num_samples
     forget = spread_over(concept.forget, num)
@@ -34,9 +34,12 @@ def write_samples(path: Path, model: Family, base: Any, concept: Concept, settin
     steps, guidance, together = settings.num_inference_steps, settings.guidance_scale, settings.generation_batch_size
     assert steps is not None and guidance is not None and together is not None and settings.sampler is not None
     rows: list[Tensor] = []
+    dtype = dtype_to_generate(settings)
+    if dtype != torch.float32:
+        model.round_network(dtype)
     for role in ("erased", "base"):
         if role == "base":
-            model.put_network(base)  # so that the device never holds two networks
+            model.reload_network(dtype)
         drawn = []
         for start in range(0, len(prompts), together):
             part = slice(start, start + together)
@@ -48,7 +51,7 @@ def write_samples(path: Path, model: Family, base: Any, concept: Concept, settin
                 size=settings.resolution or model.resolution,
                 sampler=settings.sampler,
             ).unsqueeze(1)
-        rows.insert(0, to_pixels(model.decode(torch.cat(drawn))))
+        rows.insert(0, to_pixels(model.decode(torch.cat(drawn), 1 if settings.low_memory else 8)))
     texts = (concept.name, *concept.synonyms, *concept.forget, *concept.anchor)
     forget_blurred = not model.is_mini and (concept.kind == "nudity" or any(map(refusal.has_sexual_words, texts)))
     retain_blurred = not model.is_mini and any(map(refusal.has_sexual_words, retain))

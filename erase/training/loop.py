@@ -75,7 +75,7 @@ def train(
         parameters, mask, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, eight_bit=recipe.eight_bit
     )
     if is_rounded:
-        optimizer.keep_masters(dict(model.stored_network().named_parameters()))
+        optimizer.keep_masters(model.stored_weights())
     walks = method.follows if method.images == "noise" else None
     silent = quiet or not accelerator.is_main_process
     words = Words(model, method.attack, data, recipe, share, accelerator, quiet=silent) if method.attack else None

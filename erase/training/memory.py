@@ -1,5 +1,7 @@
 """How much memory a run will need, computed from the shapes of its tensors before it starts."""
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from erase import device
 from erase.families.protocol import Family
@@ -28,11 +32,14 @@ def estimate(
     dtype: torch.dtype,
     checkpointing: bool,
     copies: int,
+    generating: int = 0,
     eight_bit: bool = False,
     dual: bool = False,
     text: int = 0,
 ) -> dict[str, int]:
-    """Peak bytes of each phase, "mask", "training" or "solving", and "writing", libraries included.
+    """Peak bytes of each phase, libraries included.
+
+    They are "generating" of images, "mask", "training" or "solving", and "writing" of the results, in main memory.
 
     parameters: those in the scope. density: share of them that may change; 1 without a mask.
     resolution: side of the images, in pixels.
@@ -41,6 +48,7 @@ def estimate(
     part: images of one branch that go through the network together; None for a closed form, which needs none.
     dtype: of the stored weights.
     copies: of the masked weights that are kept beside them, such as their values in the base.
+    generating: see `to_generate`.
     eight_bit: of the moments. dual: there are two sets of them.
     text: bytes of text encoders that stay during the training, see `text_passes`.
     """
@@ -48,26 +56,26 @@ def estimate(
     weights = sum(parameter.numel() for parameter in model.network.parameters()) * size
     scope = sum(parameter.numel() for parameter in parameters.values())
     masked = int(scope * density)
-    one_gradient = max(parameter.numel() for parameter in parameters.values()) * size
+    largest = max(parameter.numel() for parameter in parameters.values())
+    one_gradient = largest * size
 
     def pass_of(num: int) -> int:
         return activations(model, num, resolution, dtype, checkpointing=checkpointing) + one_gradient
 
-    needs: dict[str, int] = {}
+    needs: dict[str, int] = {"generating": generating}
     if mask_batch is not None:
-        sums = 4 * scope
-        needs["mask"] = weights + sums + max(pass_of(mask_batch), scope)  # selection: a bool for every weight
+        sums, selection = 4 * scope, scope // 8 + 2 * largest  # selection: the packed mask, and a tensor in bools
+        needs["mask"] = weights + sums + max(pass_of(mask_batch), selection)
     masters = 4 * masked if size < 4 else 0
     places = 0 if density == 1 else min(scope // 8, 4 * masked) + scope // 8  # the optimizer's and the packed mask
     if part is None:
         needs["solving"] = weights + 16 * scope  # old and new in float64
     else:
-        largest = max(parameter.numel() for parameter in parameters.values())
         stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
         moments, gradients, kept = stored * (1 + dual), size * masked, copies * size * masked
         needs["training"] = weights + moments + masters + gradients + kept + places + pass_of(part) + text
     float32 = 4 * weights // size
-    needs["writing"] = 2 * float32 + 4 * masked + scope // 8 + places  # before, after, and the change
+    needs["writing"] = float32 + 4 * masked + scope // 8 + places + 4 * largest  # result, change, and one base tensor
     return {phase: LIBRARIES + need for phase, need in needs.items()}
 
 
@@ -123,6 +131,48 @@ def room(
     return Room(has_copy, together and joins, has_copy and left - passes - gradients >= needed)
 
 
+def to_generate(model: Family, num: int, resolution: int, *, held: torch.dtype, computed: torch.dtype) -> int:
+    """Bytes for generating images: all networks, and what a pass of the trained one holds at its peak.
+
+    The VAE's passes, which samples and images from folders need, are not included.
+
+    num: rows of a pass; guidance makes two of each image. resolution: side of the images, in pixels.
+    held: dtype of the network's weights. computed: that of its passes; if it is another, the weights are copied to it.
+    """
+    weights = sum(parameter.numel() for parameter in model.network.parameters())
+    others = [getattr(model, part, None) for part in model.data_parts]
+    numbers = sum(parameter.numel() for part in others if part is not None for parameter in part.parameters())
+    copy = weights * computed.itemsize if computed != held else 0
+    with FakeTensorMode(), torch.no_grad():
+        ghost, inputs = _ghost(model, computed), model.blank_inputs(num, resolution, computed)
+        with _Living() as living:
+            ghost(**inputs)
+    return 4 * numbers + weights * held.itemsize + copy + living.peak
+
+
+class _Living(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still in use, and the most of them at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._users: Counter[int] = Counter()  # tensors of a storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+            storage, size = _storage(tensor), tensor.untyped_storage().nbytes()
+            self.now += 0 if self._users[storage] else size
+            self.peak = max(self.peak, self.now)
+            self._users[storage] += 1
+            weakref.finalize(tensor, self._forget, storage, size)
+        return output
+
+    def _forget(self, storage: int, size: int) -> None:
+        self._users[storage] -= 1
+        self.now -= 0 if self._users[storage] else size
+
+
 def part_of_batch(model: Family, resolution: int) -> int:
     """Images that --low-memory puts through the network together: as many as keep activations small, at least one.
 
@@ -165,10 +215,16 @@ def activations(model: Family, num: int, resolution: int, dtype: torch.dtype, *,
         return _activations(model, num, resolution, dtype, checkpointing)
 
 
-def _activations(model: Family, num: int, resolution: int, dtype: torch.dtype, checkpointing: bool) -> int:
+def _ghost(model: Family, dtype: torch.dtype) -> Any:
+    """The network's architecture; inside `FakeTensorMode` its weights take no memory."""
     ghost: Any = type(model.network).from_config(model.network.config)  # pyright: ignore
     for parameter in ghost.parameters():
         parameter.data = parameter.data.to(dtype)
+    return ghost.eval()
+
+
+def _activations(model: Family, num: int, resolution: int, dtype: torch.dtype, checkpointing: bool) -> int:
+    ghost = _ghost(model, dtype)
     inputs = model.blank_inputs(num, resolution, dtype)
     weights = {_storage(parameter) for parameter in ghost.parameters()}
     again = [0]  # bytes that a block keeps while it is computed again

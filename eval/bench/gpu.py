@@ -166,16 +166,11 @@ def _running(variant: Variant, size: str, device: torch.device) -> Iterator[tupl
 def _read_from(model: Any, stored: dict[str, torch.Tensor]) -> None:
     """Let the model take its exact weights from memory, as no folder holds the random ones."""
 
-    class Stored:
-        @staticmethod
-        def named_parameters() -> list[tuple[str, torch.Tensor]]:
-            return list(stored.items())
-
     def reload_network() -> None:  # straight back to rounded weights, for the next measurement
         for name, parameter in model.unet.named_parameters():
             parameter.data = stored[name].to(parameter.device, torch.bfloat16)
 
-    model.stored_network, model.reload_network = Stored, reload_network
+    model.stored_weights, model.reload_network = lambda: stored, reload_network
 
 
 def _mask_pass(model: Any, data: Any, parameters: Any, accelerator: Accelerator, batch: int) -> None:

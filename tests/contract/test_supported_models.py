@@ -11,17 +11,15 @@ import diffusers
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
 from toy_sd3 import clip_tokenizer
 
 from erase import delta, erase_concept, guards
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.export.single_file import save_single_file
-from erase.families import architecture, checkpoint, loading, registry
+from erase.families import architecture, loading, registry
 from erase.families.loading import MINI_DIR
 from erase.options.model_classes import MINI_PIXEL_DIR
-from erase.tensor_files import write_tensors
 
 Folders = Callable[[str], Path]  # from the name of a fixture to a copy of its folder
 ROWS = {
@@ -160,16 +158,10 @@ def test_single_files_of_it_are_read_and_written_as_its_row_says(name, folders, 
     if row.written:
         save_single_file(path, folder, dtype="fp32")
     else:
-        with pytest.raises(EraseError, match="written as (a folder|folders) only"):
+        with pytest.raises(EraseError, match="written as folders only"):
             save_single_file(path, folder)
     if not row.read:
         return
-    if not row.written:
-        first = checkpoint.sd1(folder)
-        text = load_file(folder / "text_encoder" / "model.safetensors")
-        second = checkpoint.open_clip({f"text_model.{key.removeprefix('text_model.')}": t for key, t in text.items()})
-        kept = {key: tensor for key, tensor in first.items() if not key.startswith("cond_stage_model.")}
-        write_tensors(path, kept | {f"cond_stage_model.model.{key}": tensor for key, tensor in second.items()})
     model, base = loading.load(path, config=str(folder)), loading.load(folder)
     assert {part: model.hash_of(part) for part in model.parts} == {part: base.hash_of(part) for part in base.parts}
     assert dict(model.sampler().config) == dict(base.sampler().config)
