@@ -230,6 +230,7 @@ def _export(arguments: list[str]) -> None:
         model=given.model,
         config=given.config,
         allow_pickle=given.allow_pickle,
+        tell=_tell,
     )
     for form, path in written.items():
         print(f"{printable(path)}: written ({form})")

@@ -1,28 +1,29 @@
-"""Guards that steer away from a concept while images are generated and leave the weights alone: SLD, negative prompt.
+"""Guards that steer away from a concept while images are generated and leave the weights alone.
 
     guard = guards.make("sld-strong", "nudity, nude, naked")
     with guard.on(pipeline):
         pipeline("a photo of a person")
 
-They act between any Stable Diffusion 1, 2 or XL pipeline and its network during classifier-free guidance, so that the
-pipeline's own formula, eps(0) + s_g (eps(c_p) - eps(0)), gives the guarded result. In Stable Diffusion XL the pooled
-states of c_S belong to c_S too; sizes are those of the prompt.
+All act between a pipeline for Stable Diffusion 1, 2, XL or 3 and its network. SLD and the negative prompt act on
+classifier-free guidance, so that the pipeline's own formula, eps(0) + s_g (eps(c_p) - eps(0)), gives the guarded
+result; the pooled states of c_S belong to c_S too, and sizes are those of the prompt. NAG acts inside attention.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.words import did_you_mean
 
-Predict = Callable[[Tensor, Tensor], Tensor]
+Inputs = dict[str, Any]  # of a network's forward, by name
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class SLD:
 
     text: c_S, what to steer away from. guidance: s_S; below 1 nothing is guarded at all.
     """
+
+    needs_guidance: ClassVar[bool] = True
 
     text: str
     warmup: int = 10
@@ -61,16 +64,15 @@ class SLD:
             nonlocal step, nu
             step, nu = 0, torch.zeros(())
 
-        def forward(predict: Callable[..., Any], x: Tensor, t: Any, text: Tensor, more: Mapping[str, Any]) -> Any:
+        def forward(predict: Callable[..., Any], given: Inputs) -> Any:
             nonlocal step, nu
-            num = _half(pipeline, x)
+            num = _half(pipeline, given)
             if self.guidance < 1:
-                return predict(x, t, text, **more)
-            more = _with_pooled(_thrice(dict(more), num), slice(2 * num, None), c_s)
-            output = predict(_thrice(x, num), _thrice(t, num), torch.cat([text, _states(c_s, num, text)]), **more)
+                return predict(**given)
+            output = predict(**_with_text(_once_more(given, num, 2 * num), slice(2 * num, None), c_s))
             predicted = output[0]
             eps_0, eps_p, eps_s = predicted.float().chunk(3)
-            gamma, nu = self.steer(eps_0, eps_p, eps_s, nu, noise_unit(pipeline.scheduler, t))
+            gamma, nu = self.steer(eps_0, eps_p, eps_s, nu, noise_unit(pipeline.scheduler, given["timestep"]))
             eps_p = eps_p - gamma if step >= self.warmup else eps_p
             step += 1
             return _with_prediction(output, torch.cat([eps_0, eps_p]).to(predicted.dtype))
@@ -104,6 +106,8 @@ class NegativePrompt:
     text: c_S, what to steer away from. It costs nothing.
     """
 
+    needs_guidance: ClassVar[bool] = True
+
     text: str
 
     @contextmanager
@@ -115,16 +119,83 @@ class NegativePrompt:
         """
         c_s = _encode(pipeline, self.text)
 
-        def forward(predict: Callable[..., Any], x: Tensor, t: Any, text: Tensor, more: Mapping[str, Any]) -> Any:
-            num = _half(pipeline, x)
-            more = _with_pooled(more, slice(num), c_s)
-            return predict(x, t, torch.cat([_states(c_s, num, text), text[num:]]), **more)
+        def forward(predict: Callable[..., Any], given: Inputs) -> Any:
+            return predict(**_with_text(given, slice(_half(pipeline, given)), c_s))
 
         with _between(pipeline, forward, lambda: None):
             yield
 
 
-Guard = SLD | NegativePrompt
+@dataclass(frozen=True)
+class NAG:
+    """Normalized Attention Guidance (Chen et al., 2025, arXiv:2505.21179), with or without classifier-free guidance.
+
+    z+, z- are what a text attention layer gives an image token for the prompt and for c_S, before its last map.
+
+    g = scale z+ - (scale - 1) z-
+    g = g min(|g| / |z+|, tau) / (|g| / |z+|)     (L1 norms)
+    z = alpha g + (1 - alpha) z+
+
+    One more row in each network pass, for z-: twice the time without guidance, 1.5 times with it. Pooled states are
+    those of the prompt.
+
+    text: c_S, what to steer away from. scale: 1 changes nothing. tau: largest growth of a norm. alpha: share of g.
+    """
+
+    needs_guidance: ClassVar[bool] = False
+
+    text: str
+    scale: float = 3.0
+    tau: float = 2.5
+    alpha: float = 0.5
+
+    @contextmanager
+    def on(self, pipeline: Any) -> Iterator[None]:
+        """Guard what the pipeline generates inside; outside, pipeline and network are as they were found."""
+        c_s = _encode(pipeline, self.text)
+
+        def forward(predict: Callable[..., Any], given: Inputs) -> Any:
+            start = _half(pipeline, given) if pipeline.do_classifier_free_guidance else 0
+            return self.forward(network_of(pipeline), predict, given, c_s, start)
+
+        with _between(pipeline, forward, lambda: None):
+            yield
+
+    def forward(
+        self, network: nn.Module, predict: Callable[..., Any], given: Inputs, c_s: Conditioning, start: int
+    ) -> Any:
+        """The network's output, guided in the rows from `start` on. predict: its own forward."""
+        num = _rows(given)
+        states = Conditioning(c_s.text_states)
+        with self._guiding(network, start, num):
+            output = predict(**_with_text(_once_more(given, start, num), slice(num, None), states))
+        return _with_prediction(output, output[0][:num])
+
+    @contextmanager
+    def _guiding(self, network: nn.Module, start: int, num: int) -> Iterator[None]:
+        """Inside, image tokens of the rows from `start` to `num` and of those behind, which see c_S, share one z."""
+
+        def guide(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            z = self.guided(arguments[0][start:num], arguments[0][num:])
+            return (torch.cat([arguments[0][:start], z, z]), *arguments[1:])
+
+        hooks = [layer.to_out[0].register_forward_pre_hook(guide) for layer in _text_attention(network)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def guided(self, z_p: Tensor, z_s: Tensor) -> Tensor:
+        """z from z+ and z-, each [n, tokens, d]."""
+        dtype, z_p, z_s = z_p.dtype, z_p.float(), z_s.float()
+        z_g = self.scale * z_p - (self.scale - 1) * z_s
+        grown = z_g.norm(p=1, dim=-1, keepdim=True) / z_p.norm(p=1, dim=-1, keepdim=True).clamp(min=1e-12)
+        z_g = z_g * (self.tau / grown.clamp(min=self.tau))
+        return (self.alpha * z_g + (1 - self.alpha) * z_p).to(dtype)
+
+
+Guard = SLD | NAG | NegativePrompt
 
 # of the authors' release, by their names
 PRESETS: dict[str, Callable[[str], Guard]] = {
@@ -132,6 +203,7 @@ PRESETS: dict[str, Callable[[str], Guard]] = {
     "sld-medium": lambda text: SLD(text, 10, 1000.0, 0.01, 0.3, 0.4),
     "sld-strong": lambda text: SLD(text, 7, 2000.0, 0.025, 0.5, 0.7),
     "sld-max": lambda text: SLD(text, 0, 5000.0, 1.0, 0.5, 0.7),
+    "nag": NAG,
     "negative": NegativePrompt,
 }
 
@@ -180,14 +252,35 @@ def require_acting(guard: Guard, passes: int) -> None:
 
 
 def noise_unit(scheduler: Any, t: Any) -> Tensor:
-    """What a difference of two predictions at timestep t is in noise: itself, or sqrt(alpha_t) of a difference of v."""
-    if scheduler.config.get("prediction_type", "epsilon") != "v_prediction":
-        return torch.ones(())
-    time = torch.as_tensor(t).flatten()[0].round().long().cpu()
-    return scheduler.alphas_cumprod[time].sqrt().float()
+    """What a difference of two predictions at timestep t is in noise.
+
+    It is 1 for predictions of noise, sqrt(alpha_t) for those of v, and 1 - s for the velocity of a rectified flow at
+    noise level s.
+    """
+    time = torch.as_tensor(t).flatten()[0].float().cpu()
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == "flow_prediction" or not hasattr(scheduler, "alphas_cumprod"):
+        return 1 - time / scheduler.config["num_train_timesteps"]
+    return scheduler.alphas_cumprod[time.round().long()].sqrt().float() if kind == "v_prediction" else torch.ones(())
 
 
 # --- between a pipeline and its network -----------------------------------------------------------------------------
+
+
+def network_of(pipeline: Any) -> Any:
+    """The UNet or transformer of a pipeline that guards know.
+
+    Raises:
+        EraseError: it is of another architecture, whose inputs a guard would leave those of the prompt.
+    """
+    unet, transformer = getattr(pipeline, "unet", None), getattr(pipeline, "transformer", None)
+    if unet is not None and unet.config.get("addition_embed_type") in (None, "text_time"):
+        return unet
+    if type(transformer).__name__ == "SD3Transformer2DModel":
+        return transformer
+    network = f"{'transformer' if unet is None else 'UNet'} of this {type(pipeline).__name__}"
+    more = "" if unet is None else f" (addition_embed_type is {unet.config.get('addition_embed_type')!r})"
+    raise EraseError(f"guards know Stable Diffusion 1, 2, XL and 3, not the {network}{more}")
 
 
 @contextmanager
@@ -196,27 +289,52 @@ def _between(pipeline: Any, forward: Callable[..., Any], begin: Callable[[], Non
 
     Both are attributes of the instances, in front of what the classes or hooks have there.
     """
-    unet = pipeline.unet
-    predict, check = unet.forward, pipeline.check_inputs
-
-    def guarded(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **more: Any) -> Any:
-        if rest:
-            raise EraseError("a guard needs the network's arguments after the text states as keywords")
-        return forward(predict, sample, timestep, encoder_hidden_states, more)
+    check = pipeline.check_inputs
 
     def checked(*arguments: Any, **more: Any) -> Any:  # the first thing that every pipeline does when it is called
         begin()
         return check(*arguments, **more)
 
-    before = [(owner, name, vars(owner).get(name)) for owner, name in ((unet, "forward"), (pipeline, "check_inputs"))]
+    with through(network_of(pipeline), forward), _replaced(pipeline, "check_inputs", checked):
+        yield
+
+
+@contextmanager
+def through(network: Any, forward: Callable[[Callable[..., Any], Inputs], Any]) -> Iterator[None]:
+    """Inside, the network's calls go through `forward(predict, given)`; `predict` is what was there before.
+
+    Raises:
+        EraseError: inside, at a call whose further rows a guard does not know.
+    """
+    predict = network.forward
+    names = list(inspect.signature(type(network).forward).parameters)[1:]
+
+    def guarded(*values: Any, **named: Any) -> Any:
+        given = dict(zip(names, values, strict=False)) | named
+        if given.get("skip_layers"):
+            raise EraseError("a guard does not go with skip layer guidance; leave out skip_guidance_layers")
+        return forward(predict, given)
+
+    with _replaced(network, "forward", guarded):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner).get(name)
     try:
-        unet.forward, pipeline.check_inputs = guarded, checked
+        setattr(owner, name, value)
         yield
     finally:
-        for owner, name, own in before:
-            vars(owner).pop(name, None)
-            if own is not None:
-                vars(owner)[name] = own
+        vars(owner).pop(name, None)
+        if own is not None:
+            vars(owner)[name] = own
+
+
+def _text_attention(network: nn.Module) -> list[Any]:
+    """The layers in which image tokens attend to text: cross-attention, or attention that both share."""
+    joint = type(network).__name__ == "SD3Transformer2DModel"
+    return [layer for name, layer in network.named_modules() if name.endswith(".attn" if joint else ".attn2")]
 
 
 @torch.no_grad()
@@ -224,48 +342,54 @@ def _encode(pipeline: Any, text: str) -> Conditioning:
     """One row of text encoder states and, for a network that takes them, of pooled states.
 
     Raises:
-        EraseError: the network has other inputs than these, which a guard would leave those of the prompt.
+        EraseError: see `network_of`.
     """
-    added = pipeline.unet.config.get("addition_embed_type")
-    if added not in (None, "text_time"):
-        raise EraseError(
-            f"guards know Stable Diffusion 1, 2 and XL, not the UNet of this {type(pipeline).__name__} "
-            f"(addition_embed_type is {added!r})"
-        )
-    how = {"device": pipeline._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    encoded = pipeline.encode_prompt(text, **how)
-    return Conditioning(encoded[0], pooled=encoded[2] if added else None)
+    network = network_of(pipeline)
+    how: Inputs = {"device": pipeline._execution_device, "num_images_per_prompt": 1}
+    how |= {"do_classifier_free_guidance": False}
+    names = inspect.signature(pipeline.encode_prompt).parameters
+    encoded = pipeline.encode_prompt(text, **how, **{name: None for name in ("prompt_2", "prompt_3") if name in names})
+    has_pooled = network.config.get("addition_embed_type") or network.config.get("pooled_projection_dim")
+    return Conditioning(encoded[0], pooled=encoded[2] if has_pooled else None)
 
 
-def _states(c: Conditioning, num: int, like: Tensor) -> Tensor:
-    """The text states of a single row `num` times, with the dtype and on the device of `like`."""
-    return c.text_states.to(like).expand(num, -1, -1)
+def _with_text(given: Inputs, rows: slice, c: Conditioning) -> Inputs:
+    """The network's inputs with the text and pooled states of the single row `c`, as far as it has them, in `rows`."""
 
+    def put(tensor: Tensor, own: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[rows] = own.to(tensor)
+        return tensor
 
-def _with_pooled(arguments: Mapping[str, Any], rows: slice, c: Conditioning) -> Mapping[str, Any]:
-    """The network's arguments with the pooled states of `c` in these rows, if it has any."""
+    given = {**given, "encoder_hidden_states": put(given["encoder_hidden_states"], c.text_states)}
     if c.pooled is None:
-        return arguments
-    added = arguments["added_cond_kwargs"]
-    pooled = added["text_embeds"].clone()
-    pooled[rows] = c.pooled.to(pooled)
-    return {**arguments, "added_cond_kwargs": {**added, "text_embeds": pooled}}
+        return given
+    if "pooled_projections" in given:
+        return {**given, "pooled_projections": put(given["pooled_projections"], c.pooled)}
+    added = given["added_cond_kwargs"]
+    return {**given, "added_cond_kwargs": {**added, "text_embeds": put(added["text_embeds"], c.pooled)}}
 
 
-def _half(pipeline: Any, x: Tensor) -> int:
+def _rows(given: Inputs) -> int:
+    return len(given["encoder_hidden_states"])
+
+
+def _half(pipeline: Any, given: Inputs) -> int:
     """How many images the batch is drawing: half of it, since guidance puts the unconditional ones in front."""
     if not pipeline.do_classifier_free_guidance:
         raise EraseError("a guard needs guidance_scale above 1")
-    return len(x) // 2
+    return _rows(given) // 2
 
 
-def _thrice(value: Any, num: int) -> Any:
-    """What has a row for each of 2 num predictions, with the conditional rows once more; all else as it is."""
+def _once_more(value: Any, start: int, stop: int) -> Any:
+    """What has a row for each of `stop` predictions, with those from `start` once more behind; all else as it is."""
     if isinstance(value, Tensor):
-        return torch.cat([value, value[num:]]) if value.dim() and len(value) == 2 * num else value
+        return torch.cat([value, value[start:]]) if value.dim() and len(value) == stop else value
     if isinstance(value, dict):
-        return {key: _thrice(item, num) for key, item in value.items()}
-    return type(value)(_thrice(item, num) for item in value) if isinstance(value, (tuple, list)) else value
+        return {key: _once_more(item, start, stop) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_once_more(item, start, stop) for item in value)
+    return value
 
 
 def _with_prediction(output: Any, predicted: Tensor) -> Any:

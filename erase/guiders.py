@@ -9,15 +9,11 @@ Formulas and presets are those of `erase.guards`, which guards classic pipelines
 guider. Guiders are experimental in diffusers.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    ModularPipeline,
-    StableDiffusion3ModularPipeline,
-    StableDiffusionXLModularPipeline,
-)
+from diffusers import ModularPipeline, StableDiffusion3ModularPipeline, StableDiffusionXLModularPipeline
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
@@ -39,7 +35,7 @@ class GuardGuider(BaseGuidance):
     loading it or copying it with `new`. Settings are keywords because `new` forgets positional ones. To turn a guard
     off, give the pipeline another guider.
 
-    guard: what it does. guidance_scale: s_g of classifier-free guidance, above 1.
+    guard: what it does. guidance_scale: s_g of classifier-free guidance, above 1 for guards that act on it.
     """
 
     _input_predictions = ["pred_cond", "pred_uncond"]
@@ -47,7 +43,7 @@ class GuardGuider(BaseGuidance):
     def __init__(self, guard: guards.Guard, guidance_scale: float) -> None:
         super().__init__()
         guards.require_text(guard.text)
-        if guidance_scale <= 1:
+        if guidance_scale <= 1 and guard.needs_guidance:
             raise EraseError(f"a guard needs guidance_scale above 1, not {guidance_scale:g}")
         self.guard, self.guidance_scale = guard, guidance_scale
         self._pipeline: Any = None
@@ -91,7 +87,8 @@ class GuardGuider(BaseGuidance):
         names = self._input_predictions[: self.num_conditions]
         batches = [self._prepare_batch(data, int(name == "pred_uncond"), name) for name in names]
         if not any(isinstance(value, tuple) for value in data.values()):  # Stable Diffusion 3 without a negative prompt
-            _replace(batches[1], self._empty)
+            for batch in batches[1:2]:
+                _replace(batch, self._empty)
         return batches
 
     @property
@@ -158,15 +155,10 @@ class SLDGuider(GuardGuider):
         pred = pred_cond
         if pred_unsafe is not None:
             of_0, of_p, of_s = (part.float() for part in (pred_uncond, pred_cond, pred_unsafe))
-            gamma, self.nu = self.sld.steer(of_0, of_p, of_s, self.nu, self._noise_unit())
+            unit = guards.noise_unit(self._pipeline.scheduler, self._timestep)
+            gamma, self.nu = self.sld.steer(of_0, of_p, of_s, self.nu, unit)
             pred = pred - gamma.to(pred.dtype) if self._step >= self.sld.warmup else pred
         return _guided(pred_uncond, pred, self.guidance_scale)
-
-    def _noise_unit(self) -> Tensor:
-        scheduler = self._pipeline.scheduler
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            return 1 - torch.as_tensor(self._timestep).float() / scheduler.config["num_train_timesteps"]
-        return guards.noise_unit(scheduler, self._timestep)
 
 
 class NegativePromptGuider(GuardGuider):
@@ -186,12 +178,51 @@ class NegativePromptGuider(GuardGuider):
         return _guided(pred_uncond, pred_cond, self.guidance_scale)
 
 
+class NAGGuider(GuardGuider):
+    """Normalized Attention Guidance inside the network's attention; the parameters are those of `guards.NAG`.
+
+    guidance_scale: of classifier-free guidance beside it; 1 or less is none, as distilled models need it.
+    """
+
+    @register_to_config
+    def __init__(
+        self, *, text: str, guidance_scale: float = 7.5, scale: float = 3.0, tau: float = 2.5, alpha: float = 0.5
+    ) -> None:
+        self.nag = guards.NAG(text, scale, tau, alpha)
+        super().__init__(self.nag, guidance_scale)
+        self._guarding = ExitStack()
+
+    @property
+    def num_conditions(self) -> int:
+        return 2 if self.guidance_scale > 1 else 1
+
+    def prepare_models(self, denoiser: Any) -> None:
+        """Guard the network for the prompt's batch."""
+        super().prepare_models(denoiser)
+        text = self._text
+        if self.is_conditional and text is not None:
+            self._guarding.enter_context(
+                guards.through(denoiser, lambda predict, given: self.nag.forward(denoiser, predict, given, text, 0))
+            )
+
+    def cleanup_models(self, denoiser: Any) -> None:
+        self._guarding.close()
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        """The guided prediction from those for guarded prompt and empty text, each float, [n, c, h, w]."""
+        if pred_uncond is None:
+            return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
+        return _guided(pred_uncond, pred_cond, self.guidance_scale)
+
+
 def make(guard: guards.Guard, guidance_scale: float = 7.5) -> GuardGuider:
     """The guider that does what the guard does.
 
     Raises:
-        EraseError: guidance_scale is 1 or less, or the guard has no text or one that is refused.
+        EraseError: guidance_scale is 1 or less and the guard acts on guidance, or its text is none or refused.
     """
+    if isinstance(guard, guards.NAG):
+        return NAGGuider(guidance_scale=guidance_scale, **vars(guard))
     if isinstance(guard, guards.NegativePrompt):
         return NegativePromptGuider(text=guard.text, guidance_scale=guidance_scale)
     return SLDGuider(guidance_scale=guidance_scale, **vars(guard))

@@ -232,6 +232,13 @@ def sdxl_memory() -> str:
     return mini_methods.markdown(["options", "images", "mask", "training", "smallest card", "main memory"], lines)
 
 
+def sdxl_step() -> str:
+    """Seconds and gigabytes of each phase of a run with one step, on a CPU."""
+    rows = stored("sdxl-step.json")["phases"].items()
+    lines = [[name, f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"] for name, row in rows]
+    return mini_methods.markdown(["phase", "seconds", "memory, GB"], lines)
+
+
 def models() -> str:
     """The kinds of models that the registered families are tested on."""
     lines = ["| model | pipeline class | single file | guards | needs |", "| --- | --- | --- | --- | --- |"]
@@ -239,7 +246,7 @@ def models() -> str:
         for model in family.models:
             files = ", ".join([*["read"] * model.read, *["written"] * model.written]) or "no"
             needs = f"`{model.options}`" if model.options else "-"
-            guards = "yes" if family.takes_guards and model.guided else "no"
+            guards = ("all" if model.guided else "`nag`") if family.takes_guards else "no"
             lines.append(f"| {model.name} | `{family.pipelines[0]}` | {files} | {guards} | {needs} |")
     return "\n".join(lines)
 
@@ -253,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "refused models": refused_models,
     "sdxl memory": sdxl_memory,
+    "sdxl step": sdxl_step,
     "summary": summary,
     "samplers": samplers,
     "growth": growth,

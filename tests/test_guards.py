@@ -193,7 +193,7 @@ def test_it_works_with_another_pipeline_of_diffusers(pipeline):
 
 
 def test_no_guidance_no_guard(pipeline):
-    for name in guards.PRESETS:
+    for name in (name for name in guards.PRESETS if name != "nag"):
         with (
             guards.make(name, TEXT).on(pipeline),
             pytest.raises(EraseError, match="a guard needs guidance_scale above 1"),

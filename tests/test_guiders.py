@@ -120,6 +120,11 @@ def test_on_sd3_sld_is_the_obvious_loop_in_units_of_noise(toy_sd3_dir, opened, w
     expected = torch.cat([by_hand(classic, sld, prompt, seed) for seed, prompt in enumerate(PROMPTS)])
     attach(pipeline, sld)
     found, scale = draw(pipeline), expected.abs().max()
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    given: Any = {"num_inference_steps": 4, "guidance_scale": SCALE, "output_type": "latent", "return_dict": False}
+    with sld.on(classic):
+        in_classic = classic(list(PROMPTS), height=8, width=8, generator=seeds, **given)[0]
+    assert (in_classic - expected).abs().max() < 1e-4 * scale
     assert (found - expected).abs().max() < 1e-4 * scale
     assert (found - draw(pipeline, negative_prompt="")).abs().max() < 1e-4 * scale
     assert (plain(pipeline) - expected).abs().max() > 1e-3 * scale

@@ -154,6 +154,10 @@ def test_a_lora_says_what_it_cannot_carry(tmp_path):
     fit = save_lora(path, base, changed, rank=2, names=names)
     assert fit.left_out == pytest.approx(36 / 52)
     assert fit.residuals.keys() == {"a.attentions.0.proj_in"}
+    assert fit.summary() == (
+        "1 layer, of whose change the rank cannot hold 0.0% to 0.0% (median 0.0%); 69.2% of the changed weights are "
+        "in no such layer"
+    )
     with pytest.raises(EraseError, match="no attention or feed-forward layer changed"):
         save_lora(path, base, base, rank=2, names=names)
     with pytest.raises(EraseError, match="rank must be at least 1, not 0"):

@@ -562,6 +562,8 @@ def test_run_draws_scores_and_reports_and_skips_what_is_done(toy, tmp_path, comm
     assert (folder / "report.html").read_bytes() == before
     code, _, err = command(*arguments, "--require", "mini.ra>=1")
     assert code == 3 and "mini.ra>=1 is not met" in err.splitlines()[-1]
+    code, _, err = command(*arguments, "--require", "mini.ra<1")
+    assert code == 0 and err.splitlines()[-1] == "eval-concept: --require is met: mini.ra<1"
     code, out, _ = command("verify", folder)
     assert code == 0 and "6 images are unchanged" in out
     code, out, _ = command("compare", folder, f"again={folder}", "--output", tmp_path / "compared")

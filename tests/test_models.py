@@ -246,11 +246,12 @@ def test_xformers_needs_a_gpu_and_its_package(toy, monkeypatch):
 # --- what cannot be loaded ------------------------------------------------------------------------------------------
 
 
-def test_a_place_where_no_model_is(refused, tmp_path):
+def test_a_place_where_no_model_is(refused, tmp_path, monkeypatch):
     assert "has no model_index.json; give the folder of a whole diffusers pipeline" in refused(tmp_path)
-    assert refused(tmp_path / "gone").startswith(
-        f"no model '{tmp_path}/gone': it is not 'mini' or 'mini-pixel', a folder"
-    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for path in (f"{tmp_path}/gone", "./gone", "runs/nope", "a/b/c", "models/gone"):
+        assert refused(path) == f"no model '{path}': there is no such folder"
     assert refused("salun").startswith("no model 'salun': it is not 'mini'")
     assert refused(tmp_path / "gone.safetensors") == f"{tmp_path}/gone.safetensors: no such file"
 

@@ -2,6 +2,7 @@
 
 import importlib
 import runpy
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,3 +127,14 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
         with pytest.raises(SystemExit) as stop:
             start([other])
         assert stop.value.code == 2 and f"with protocol 1; this is {module.PROTOCOL}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_step_of_stable_diffusion_xl_is_measured_phase_by_phase(tmp_path):
+    """The same run on a network of a few numbers."""
+    program = [sys.executable, str(SCRIPTS / "sdxl_step.py"), "--toy", "--size", "64"]
+    where = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out.json")]
+    subprocess.run([*program, *where], check=True, capture_output=True)
+    found = read_json(tmp_path / "out.json")
+    assert {"loading", "training"} <= found["phases"].keys() <= {"loading", "images", "mask", "training", "writing"}
+    assert 0 < found["changed"] <= found["ones"] == found["weights"] // 10

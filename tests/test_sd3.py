@@ -1,6 +1,9 @@
 """Laws of Stable Diffusion 3: it encodes, predicts and generates as diffusers does, and every method erases from it."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,17 @@ import toy_sd3
 from diffusers import StableDiffusion3Pipeline
 from toy_training import fitting
 
-from erase import delta, erase_concept, guards
+from erase import delta, erase_concept, guards, tensor_files
 from erase.concepts import Concept
 from erase.data import prompt_states
 from erase.errors import EraseError
 from erase.evaluation import cli, generate
+from erase.export.pipeline import save_pipeline
 from erase.families import loading
 from erase.families.sd3 import StableDiffusion3
 from erase.methods import METHODS
 
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a church", "a small dog in a garden"]
 HOW: dict[str, Any] = {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "num_train_steps": 2}
 REFUSED = {"fmn": "sd3 has no cross-attention layers", "salun-robust": "sd3 has no table of token embeddings"}
@@ -112,6 +117,47 @@ def test_every_method_erases_and_the_delta_is_exact(method, toy_sd3_dir, tmp_pat
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(base(x, t, c), erased(x, t, c))
     StableDiffusion3Pipeline.from_pretrained(run.folder)
+    before, after = (tensor_files.read_tensors(folder / WEIGHTS) for folder in (toy_sd3_dir, run.folder))
+    applied = delta.apply(delta.of_component("transformer", before), change)
+    assert delta.content_hash(delta.in_component("transformer", applied)) == delta.content_hash(after)
+    removed = delta.in_component("transformer", delta.remove(applied, change))
+    assert delta.content_hash(removed) == delta.content_hash(before) != delta.content_hash(after)
+
+
+PREDICT = """
+import sys, torch
+from diffusers import StableDiffusion3Pipeline
+pipeline = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
+x = torch.load(sys.argv[2], weights_only=True)
+for part in (pipeline.transformer, pipeline.vae):
+    for tensor in part.requires_grad_(False).parameters():
+        tensor.data = tensor.data.clone()
+with torch.no_grad():
+    states, _, pooled, _ = pipeline.encode_prompt(["a church"], None, None, do_classifier_free_guidance=False)
+    time = pipeline.scheduler.timesteps.flip(0)[500].expand(1)
+    how = {"hidden_states": x, "timestep": time, "encoder_hidden_states": states, "pooled_projections": pooled}
+    v = pipeline.transformer(**how).sample
+    torch.save((states, pooled, x + (1 - time / 1000) * v, pipeline.vae.decode(x).sample), sys.argv[3])
+assert not any(name.split(".")[0] == "erase" for name in sys.modules)
+"""
+
+
+def test_stock_diffusers_in_a_fresh_process_predicts_what_the_model_in_memory_predicts(model, toy_sd3_dir, tmp_path):
+    """Up to rounding: a CPU computes other bits with weights that lie elsewhere in a file."""
+    draws = torch.Generator().manual_seed(2)
+    x, t, c = torch.randn(1, 4, 4, 4, generator=draws), torch.tensor([500]), model.encode_text(["a church"])
+    with torch.no_grad():
+        before = model(x, t, c)
+        for parameter in model.transformer.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=draws)
+        expected = c.text_states, c.pooled, model(x, t, c), model.vae.decode(x).sample
+    save_pipeline(toy_sd3_dir, tmp_path / "out", model.transformer.state_dict())
+    torch.save(x, tmp_path / "x.pt")
+    program = [sys.executable, "-c", PREDICT, *(str(tmp_path / name) for name in ("out", "x.pt", "answer.pt"))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another count, other roundings
+    subprocess.run(program, check=True, cwd=tmp_path, env=environment)
+    torch.testing.assert_close(torch.load(tmp_path / "answer.pt", weights_only=True), expected)
+    assert (before - expected[2]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("method", REFUSED)
@@ -202,7 +248,39 @@ def test_a_missing_part_is_one_line(part, toy_sd3_dir, tmp_path):
         loading.load(folder)
 
 
-def test_guards_are_refused(toy_sd3_dir):
-    guard = guards.make("negative", "church")
-    with pytest.raises(EraseError, match="guards do not know the family sd3"):
-        generate.load_model(str(toy_sd3_dir), guard=guard, device="cpu")
+def test_the_negative_prompt_is_the_pipelines_own(toy_sd3_dir, pipeline):
+    """Bit for bit with one image, with the pooled states; images that continue from noise are guarded too."""
+    model = generate.load_model(str(toy_sd3_dir), guard=guards.make("negative", "church"), device="cpu")
+    how: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 8, "width": 8}
+    how |= {"output_type": "latent", "return_dict": False}
+    found = model.draw(["a dog"], [1], steps=3, guidance=4.0, size=8)
+    pipeline = model.assembled(model.network, model.sampler())  # type: ignore[attr-defined]
+    plain, negative = (
+        pipeline("a dog", negative_prompt=text, generator=torch.Generator().manual_seed(1), **how)[0]
+        for text in (None, "church")
+    )
+    assert torch.equal(found, negative) and not torch.allclose(found, plain, atol=1e-3)
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    guarded = model.draw_from(noise, ["a dog"], start=2, steps=5, guidance=4.0)
+    model.guard = None
+    assert not torch.allclose(model.draw_from(noise, ["a dog"], start=2, steps=5, guidance=4.0), guarded, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["model", "dpm++"])
+def test_sld_acts_with_either_sampler(model, sampler):
+    """At the first step all is noise and nothing is guarded; DPM-Solver++ begins just below."""
+    how: dict[str, Any] = {"guidance": 4.0, "size": 8, "sampler": sampler}
+    plain = [model.draw(PROMPTS, [1, 2], steps=steps, **how) for steps in (1, 3)]
+    model.guard = guards.SLD("church", 0, 3.0, 0.3, 0.4, 0.6)
+    one, three = (model.draw(PROMPTS, [1, 2], steps=steps, **how) for steps in (1, 3))
+    assert torch.allclose(one, plain[0], atol=1e-5) == (sampler == "model")
+    assert not torch.allclose(three, plain[1], atol=1e-3)
+
+
+def test_skip_layer_guidance_is_refused_behind_a_guard(pipeline):
+    how: dict[str, Any] = {"num_inference_steps": 4, "height": 8, "width": 8, "skip_layer_guidance_stop": 1.0}
+    with (
+        guards.make("negative", "church").on(pipeline),
+        pytest.raises(EraseError, match="a guard does not go with skip layer guidance"),
+    ):
+        pipeline("a dog", skip_guidance_layers=[0], **how)

@@ -113,7 +113,7 @@ def test_it_works_with_another_pipeline_and_puts_everything_back(pipeline, name)
 
 
 def test_a_guard_needs_guidance(pipeline):
-    for name in guards.PRESETS:
+    for name in (name for name in guards.PRESETS if name != "nag"):
         with guards.make(name, TEXT).on(pipeline), pytest.raises(EraseError, match="guidance_scale above 1"):
             draw(pipeline, guidance_scale=0.0)
 

@@ -92,9 +92,10 @@ def effective_settings(
     usual = float(_first(guidance, task.guidance, model.defaults.get("guidance_scale"), model.guidance_scale))
     if model.guard:
         least = usual if guidance is not None else min(float(_first(s.guidance, usual)) for s in task.samples)
-        if least <= 1:
+        if least <= 1 and model.guard.needs_guidance:
             raise EraseError(
-                f"a guard needs guidance above 1, and that of an image is {least:g}; give --guidance-scale"
+                f"a guard needs guidance above 1, and that of an image is {least:g}; give --guidance-scale, or use "
+                "--guard nag, which needs none"
             )
         scheduler.set_timesteps(int(num))
         guards.require_acting(model.guard, len(scheduler.timesteps))

@@ -9,7 +9,14 @@ from typing import Literal
 from erase.errors import EraseError
 from erase.options.declare import Precision, agreed_precision, make_plain, option
 
-GUARDS = ("sld-weak", "sld-medium", "sld-strong", "sld-max", "negative")  # those of erase.guards, which needs torch
+GUARDS = (
+    "sld-weak",
+    "sld-medium",
+    "sld-strong",
+    "sld-max",
+    "nag",
+    "negative",
+)  # those of erase.guards, which needs torch
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,10 @@ def make_guard(drawing: Drawing, concept: Concept | None) -> Any:
     text = drawing.guard_text or (", ".join([concept.name, *concept.synonyms]) if concept else "")
     if not text:
         raise EraseError("a guard needs a concept or a text to steer away from; give --concept or --guard-text")
-    if drawing.guidance_scale is not None and drawing.guidance_scale <= 1:
-        raise EraseError(f"a guard needs guidance above 1, and --guidance-scale is {drawing.guidance_scale}")
-    return guards.make(drawing.guard, text)
+    guard, scale = guards.make(drawing.guard, text), drawing.guidance_scale
+    if guard.needs_guidance and scale is not None and scale <= 1:
+        raise EraseError(f"a guard needs guidance above 1, and --guidance-scale is {scale}; --guard nag needs none")
+    return guard
 
 
 def make_task(name: str, options: Options, concept: Concept | None, model: str) -> SampleSet:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ class LoraFit:
 
     residuals: dict[str, float]
     left_out: float
+
+    def summary(self) -> str:
+        """One line about both."""
+        shares = sorted(self.residuals.values())
+        least, middle, most = shares[0], median(shares), shares[-1]
+        layers = f"{len(shares)} layer{'s' if len(shares) > 1 else ''}"
+        return (
+            f"{layers}, of whose change the rank cannot hold {least:.1%} to {most:.1%} "
+            f"(median {middle:.1%}); {self.left_out:.1%} of the changed weights are in no such layer"
+        )
 
 
 def save_lora(

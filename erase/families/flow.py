@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class RectifiedFlow(LatentFamily):
     def read_schedule(self) -> None:
         """Take the noise levels from `scheduler`."""
         self.sigmas = self.sampler().sigmas[: self.num_timesteps].flip(0)
+
+    @abstractmethod
+    def assembled(self, network: Any, scheduler: Any) -> Any:
+        """diffusers' pipeline of the model's parts with this network and scheduler."""
 
     @abstractmethod
     def inputs_of(self, c: Conditioning) -> dict[str, Any]:
@@ -79,25 +84,54 @@ class RectifiedFlow(LatentFamily):
     ) -> tuple[Tensor, Tensor]:
         """By Euler steps of the flow, whatever the model's own scheduler; see `Family.trajectory`."""
         index, times = index.cpu(), self.times(steps)
-        x = self._followed(x, c, empty, index, start=0, steps=steps, guidance=guidance)
+        x = self._followed(x, c, empty, index, steps=steps, guidance=guidance)
         return x, self._staged(times[index])
 
-    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        size: int | tuple[int, int],
+        sampler: Sampler = "model",
+        network: Any = None,
+    ) -> Tensor:
+        """Latents [n, c, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
+        height, width = (size, size) if isinstance(size, int) else size
+        draws = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        how: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": steps, "generator": draws}
+        return self._drawn(prompts, network or self.network, self.sampler(sampler), guidance=guidance, **how)
+
     def draw_from(self, latents: Tensor, prompts: Sequence[str], *, start: int, steps: int, guidance: float) -> Tensor:
         """By Euler steps of the flow; see `Family.draw_from`."""
+        levels = self.sigmas.cpu()[self.times(steps)[start:]].tolist()
+        plain: Any = self.scheduler.config
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(plain, shift=1.0)  # the levels have the shift
+        height, width = (side * self.vae_scale for side in latents.shape[-2:])
+        how: dict[str, Any] = {"height": height, "width": width, "sigmas": levels, "latents": latents.to(self.device)}
+        return self._drawn(prompts, self.network, scheduler, guidance=guidance, **how)
+
+    def _drawn(self, prompts: Sequence[str], network: Any, scheduler: Any, *, guidance: float, **more: Any) -> Tensor:
+        """Latents by diffusers' own pipeline, behind the guard. more: its further arguments."""
         refusal.refuse(prompts, "prompt")
-        to, how = torch.full((len(latents),), steps), {"start": start, "steps": steps, "guidance": guidance}
-        return self._followed(latents, self.encode_text(prompts), self.unconditional(), to, **how).cpu()
+        pipeline = self.assembled(network, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        guarded = self.guard.on(pipeline) if self.guard else nullcontext()
+        with evaluating(network), predicting(network, self.precision), guarded:
+            how: dict[str, Any] = {"output_type": "latent", "return_dict": False}
+            return pipeline(list(prompts), guidance_scale=guidance, **how, **more)[0].cpu()
 
     def _followed(
-        self, x: Tensor, c: Conditioning, empty: Conditioning, to: Tensor, *, start: int, steps: int, guidance: float
+        self, x: Tensor, c: Conditioning, empty: Conditioning, to: Tensor, *, steps: int, guidance: float
     ) -> Tensor:
-        """Latents after `to` of the steps, int64 [n], begun at step `start`."""
+        """Latents after `to` of the steps, int64 [n]."""
         x, c, empty = self._staged(x.clone()), c.each(self._staged), empty.each(self._staged)
         times, guidance = self.times(steps), max(guidance, 1)  # 0 is none too, as in diffusers
         levels = [*self.sigmas.cpu()[times].tolist(), 0.0]
         with evaluating(self.network), predicting(self.network, self.precision):
-            for number in range(start, int(to.max())):
+            for number in range(int(to.max())):
                 rows = self._staged((to > number).nonzero().view(-1))
                 t = torch.full((2 * len(rows),), int(times[number]), device=self.device)
                 both = Conditioning.cat([empty.expand(len(rows)), c[rows]])

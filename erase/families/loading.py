@@ -107,8 +107,17 @@ def _locate(
             raise EraseError(f"{path}: no such file")
         family = registry.reading(single_file.shapes(path, allow_pickle=allow_pickle))
         return family.convert(path, allow_pickle=allow_pickle, config=config, cache_dir=cache_dir)
-    if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+    if _is_local(str(source)):
+        raise EraseError(f"no model {str(source)!r}: there is no such folder")
+    if "/" not in str(source):
         raise EraseError(
             f"no model {str(source)!r}: it is not 'mini' or 'mini-pixel', a folder, a checkpoint file or a hub id"
         )
     return download(str(source), revision, allow_pickle), []
+
+
+def _is_local(source: str) -> bool:
+    """Whether a text that is no existing folder is the path of one: no hub id, or one in a folder that exists."""
+    if source.startswith(("/", ".", "~", "runs/")) or source.count("/") > 1:
+        return True
+    return "/" in source and Path(source).parent.is_dir()

@@ -19,8 +19,7 @@ from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.families import architecture, components, pipeline_folder, sd3_parts, unet_file
 from erase.families.flow import RectifiedFlow
-from erase.families.modes import evaluating, predicting
-from erase.families.protocol import Sampler, TokenRun
+from erase.families.protocol import TokenRun
 from erase.families.stored_unet import reading
 from erase.families.supported import Model
 from erase.guards import Guard
@@ -81,7 +80,6 @@ class StableDiffusion3(RectifiedFlow):
         "pooled": lambda name: name.startswith(_TEXT[1]),
     }
     guidance_scale = 7.0
-    takes_guards = False
     models = (Model("Stable Diffusion 3 and 3.5 with T5, experimental", read=False, written=False),)
     tags = ("stable-diffusion-3",)
     licences: ClassVar[Mapping[str, str]] = {}
@@ -215,35 +213,6 @@ class StableDiffusion3(RectifiedFlow):
         return [TokenRun(0, 1, middle, self.tokens(prompt)), TokenRun(middle, middle, end, list(ids[:-1]))]
 
     # --- images ---
-
-    def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance: float,
-        size: int | tuple[int, int],
-        sampler: Sampler = "model",
-        network: SD3Transformer2DModel | None = None,
-    ) -> Tensor:
-        """Latents [n, c, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
-        refusal.refuse(prompts, "prompt")
-        height, width = (size, size) if isinstance(size, int) else size
-        network = network or self.transformer
-        pipeline = self.assembled(network, self.sampler(sampler))
-        pipeline.set_progress_bar_config(disable=True)
-        with evaluating(network), predicting(network, self.precision):
-            return pipeline(
-                list(prompts),
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                output_type="latent",
-                return_dict=False,
-            )[0].cpu()  # pyright: ignore
 
     def assembled(self, network: SD3Transformer2DModel, scheduler: Any) -> Any:
         """diffusers' pipeline of the model's parts with this transformer and scheduler."""

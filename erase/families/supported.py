@@ -9,8 +9,9 @@ DISTILLED = "--sampler model --steps 4 --guidance 0"
 class Model:
     """One kind of model. `tests/contract/test_supported_models.py` must know a tiny one of every name.
 
-    name: as users know it. read, written: whether single checkpoint files of it are. guided: whether it generates with
-    guidance above 1, which guards need. options: of `erase-concept`, without which it generates no good images.
+    name: as users know it. read, written: whether single checkpoint files of it are.
+    guided: whether it generates with guidance above 1, which all guards but NAG need.
+    options: of `erase-concept`, without which it generates no good images.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The forms in which a result is published, at the end of a run or later: folder, network alone, single file, LoRA."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,12 @@ def write(
     new: State,
     rank: int,
     provenance: Mapping[str, Any],
+    tell: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write one form to the folder `target`.
 
     base, new: the network's weights before and after, named as diffusers names them. rank: of a LoRA.
+    tell: called with a line about how much of the change a LoRA holds.
     """
     if form == "pipeline" and source.resolve() != target.resolve():
         pipeline.save_pipeline(source, target, new)
@@ -102,7 +104,8 @@ def write(
     elif form == "lora":
         family = loading.family_of(source)
         names, labels = family.lora_names(source, base), family.lora_labels(source)
-        lora.save_lora(target / folders.LORA, base, new, rank=rank, names=names, labels=labels)
+        fit = lora.save_lora(target / folders.LORA, base, new, rank=rank, names=names, labels=labels)
+        tell(f"LoRA of rank {rank}: {fit.summary()}")
     elif form == "single-file":
         save_single_file(target / single_file(run_folder), source, unet=new, provenance=provenance)
 
@@ -116,11 +119,13 @@ def add(
     model: str | None = None,
     config: str | None = None,
     allow_pickle: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Path]:
     """Write other forms of a finished run, verified first; returns the folder or file of each.
 
     output: folder for them instead of the run folder, whose record names them otherwise.
     rank: of a LoRA; None is the run's setting. model: the base, if it is no longer where the run found it.
+    tell: see `write`.
 
     Raises:
         EraseError: no finished run, files that are missing or altered, or a base that cannot be loaded.
@@ -157,6 +162,7 @@ def add(
             new=delta.in_component(family.part, after),
             rank=rank or settings.get("lora_rank") or 64,
             provenance=change.provenance,
+            tell=tell,
         )
     written = [name for form in forms for name in names(form, run_folder, source)]
     if target.resolve() == run_folder.resolve():

@@ -96,6 +96,7 @@ def write_forms(decided: Decisions, stored: delta.State, new: delta.State, chang
             new=delta.in_component(decided.model.part, new),
             rank=whole(decided.settings.lora_rank),
             provenance=change.provenance,
+            tell=decided.tell,
         )
 
 

@@ -68,13 +68,15 @@ def estimate(
         needs["mask"] = weights + sums + max(pass_of(mask_batch), selection)
     masters = 4 * masked if size < 4 else 0
     places = 0 if density == 1 else min(scope // 8, 4 * masked) + scope // 8  # the optimizer's and the packed mask
+    float32 = 4 * weights // size
     if part is None:
         needs["solving"] = weights + 16 * scope  # old and new in float64
     else:
         stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
         moments, gradients, kept = stored * (1 + dual), size * masked, copies * size * masked
-        needs["training"] = weights + moments + masters + gradients + kept + places + pass_of(part) + text
-    float32 = 4 * weights // size
+        result = masters + (float32 if masters else 0)  # rounded weights are the exact ones again at the end
+        steps = weights + moments + masters + gradients + kept + pass_of(part) + text
+        needs["training"] = places + max(steps, result)
     needs["writing"] = float32 + 4 * masked + scope // 8 + places + 4 * largest  # result, change, and one base tensor
     return {phase: LIBRARIES + need for phase, need in needs.items()}
 

@@ -119,6 +119,8 @@ def test_it_generates_what_stock_diffusers_generates_and_takes_a_guard_if_it_is_
     torch.testing.assert_close(plain, theirs, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
     if not family.takes_guards:
         return
+    model.guard = guards.make("nag", "a dog")
+    assert not torch.allclose(model.draw(PROMPTS, [0, 1], **how), plain)
     model.guard = guards.make("negative", "a dog")
     if row.guided:
         assert not torch.allclose(model.draw(PROMPTS, [0, 1], **how), plain)

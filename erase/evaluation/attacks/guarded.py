@@ -1,10 +1,12 @@
 """A model's prediction with its guard, for attacks that learn: what they find has to pass the guard."""
 
+from functools import partial
+
 from torch import Tensor
 
 from erase.conditioning import Conditioning
 from erase.families.protocol import Family
-from erase.guards import SLD
+from erase.guards import NAG, SLD, through
 
 
 def predict(model: Family, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
@@ -12,9 +14,14 @@ def predict(model: Family, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
 
     The prediction e that makes eps(0) + s (e - eps(0)) what guard and guidance make of the model, s the model's own
     guidance: eps(c) - gamma for SLD, without momentum and after the warm-up; for a negative prompt c_S
-    eps(c) + (s - 1) / s (eps(0) - eps(c_S)). Without a guard eps(c).
+    eps(c) + (s - 1) / s (eps(0) - eps(c_S)). NAG acts inside the network. Without a guard eps(c).
     """
     guard = model.guard
+    if isinstance(guard, NAG):
+        text = model.encode_text([guard.text]).to(x.device)
+        act = partial(guard.forward, model.network, c_s=text, start=0)
+        with through(model.network, act):
+            return model(x, t, c)
     predicted = model(x, t, c)
     if guard is None or (isinstance(guard, SLD) and guard.guidance < 1):
         return predicted

@@ -13,7 +13,7 @@ def typed() -> str:
 
 
 def require(results: Sequence[dict[str, Any]], requirements: Sequence[str]) -> None:
-    """End with exit code 3, and a line for each rule of --require that a report does not meet."""
+    """Say that all rules of --require are met, or end with exit code 3 and a line for each one that is not."""
     from erase.evaluation import gate
 
     failures = gate.unmet_of_all(results, requirements)
@@ -21,6 +21,8 @@ def require(results: Sequence[dict[str, Any]], requirements: Sequence[str]) -> N
         print(f"eval-concept: {line}", file=sys.stderr)
     if failures:
         raise SystemExit(3)
+    if requirements:
+        note(f"--require is met: {', '.join(requirements)}")
 
 
 def note(text: str) -> None:
