@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PART_SECONDS = 240  # a part that takes longer is stopped and recorded as failed; a dry run has four times as long
@@ -328,16 +329,18 @@ def command(job: Job) -> Part:
         "extrapolated_to": "800 + 800 images, 100 steps; an upper bound, as each phase's start-up is scaled too",
         "extrapolated_seconds": {**whole, "total": rounded(sum(whole.values()))},
     }
+    yield {"all in": judged(sum(whole.values()), 300), "output phase": judged(seconds["output"], 8)}
     shutil.rmtree(run)
 
 
-LIMITS = (8, 12, 16, 24)  # GB of the cards that are imitated
+# GB of the cards that are imitated, and the options with which they should do
+LIMITS = {8: ["--low-memory", "--density", 0.1], 12: ["--low-memory"], 16: ["--low-memory"], 24: []}
 
 
 def low_memory(job: Job) -> Part:
-    """`--low-memory` in processes that may allocate as much as cards of 8 to 24 GB have: does it fit?"""
+    """Runs in processes that may allocate as much as cards of 8 to 24 GB have: does each fit, with its options?"""
     folder = model_folder(job)
-    limits = [8] if job.toy else [limit for limit in LIMITS if limit * 1e9 <= card_bytes(job)]
+    limits = [8, 24] if job.toy else [limit for limit in LIMITS if limit * 1e9 <= card_bytes(job)]
     together = job.toy or sum(limits) * 1e9 < 0.9 * card_bytes(job)
     yield {
         "model": job.model_name,
@@ -349,9 +352,11 @@ def low_memory(job: Job) -> Part:
         run = fresh(job.work / f"low-memory-{limit}")
         arguments = ["--concept", "nudity", "--model", folder, "--output", run, "--cache-dir", run / "cache"]
         num, samples = (2, 2) if job.toy else (8, 6)
-        arguments += ["--low-memory", "--save", "delta", "--num-forget", num, "--num-retain", num]
+        arguments += [*LIMITS[limit], "--save", "delta", "--num-forget", num, "--num-retain", num]
         arguments += ["--num-samples", samples, "--num-inference-steps", 4, "--num-train-steps", 1]
-        arguments += ["--batch-size", 2, "--device", job.device]  # images pass one by one, whatever the batch
+        # with --low-memory images pass one by one, whatever the batch
+        arguments += ["--batch-size", 2] if job.toy or "--low-memory" in LIMITS[limit] else []
+        arguments += ["--device", job.device]
         start = time.monotonic()
         try:
             done = job.try_process([sys.executable, __file__, "limited", str(limit), *map(str, arguments)])
@@ -373,7 +378,8 @@ def low_memory(job: Job) -> Part:
     failed = []
     with ThreadPoolExecutor(len(limits) if together else 1) as pool:
         for limit, found in pool.map(attempt, limits):
-            yield {f"{limit} GB": found}
+            options = " ".join(map(str, LIMITS[limit])) or "no option"
+            yield {f"{limit} GB, {options}": {**found, "target": "fits", "is_met": found["fits"]}}
             failed += [f"{limit} GB: {found['error']}"] if found["fits"] is None else []
     if failed:
         raise RuntimeError("; ".join(failed))
@@ -481,6 +487,14 @@ def mini(job: Job) -> Part:
         yield {name: {**took, "train_steps": len(record["losses"]), "seconds": record["seconds"]}}
         shutil.rmtree(run)
     yield {"same_bits_twice": hashes[job.device] == hashes["again"]}
+    run = fresh(job.work / "mini")
+    few = [*common, "--num-train-steps", steps] if job.toy else ["--concept", "circle", "--model", "mini"]
+    took = job.cli(*few, "--output", run, "--cache-dir", run / "cache", "--device", job.device)
+    yield {
+        "--concept circle --model mini": judged(took["wall_seconds"], 25)
+        | {"seconds": read(run / "run.json")["seconds"]}
+    }
+    shutil.rmtree(run)
 
 
 def evaluation(job: Job) -> Part:
@@ -529,6 +543,24 @@ def classifiers(job: Job) -> Part:
         if not done.record["weights"].get("changed"):
             raise RuntimeError(f"{method} changed nothing")
         original = {"model": str(job.work / "classifier-salun" / "original")}
+    yield {"two cells": two_cells(job, data, original["model"])}
+
+
+def two_cells(job: Job, data: Path, original: str) -> dict[str, Any]:
+    """Two runs of `unlearn-classifier` one after the other, and both at once on one GPU: does that save time?"""
+
+    def cell(number: int) -> float:
+        output = fresh(job.work / f"cell-{number}")
+        how = ["--data", data, "--method", "ft", "--model", original, "--epochs", 1 if job.toy else 5]
+        how += ["--learning-rate", 0.001, "--device", job.device, "--seed", number, "--output", output, "--quiet"]
+        return job.cli(*how, module="erase.classification.cli")["wall_seconds"]
+
+    alone = cell(0) + cell(1)
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(cell, (0, 1)))
+    together = time.monotonic() - start
+    return {"one after the other": rounded(alone), "at once": rounded(together), "ratio": rounded(together / alone)}
 
 
 def cifar10(job: Job) -> Part:
@@ -607,35 +639,67 @@ def steps(job: Job) -> Part:
         "both branches in one batch; bf16 pipeline; channels_last and fused SGD for the classifier",
     }
     classifier = Classifiers(job)
-    pairs: dict[str, tuple[Callable[[], list[float]], Callable[[], list[float]]]] = {
-        "training step": (lambda: ours.train(num), lambda: timed(job, plain.train, num)),
-        "mask pass, a batch": (ours.score, lambda: timed(job, plain.score, num)),
-        "optimizer": (lambda: timed(job, ours.update, num), lambda: timed(job, plain.update, num)),
+    pairs: dict[str, tuple[Callable[[], list[float]], Callable[[], list[float]], float | None]] = {
+        "training step": (lambda: ours.train(num), lambda: timed(job, plain.train, num), 1.0),
+        "training step, graphs": (lambda: ours.train(num, replays=True), lambda: timed(job, plain.train, num), 0.7),
+        "mask pass, an image": (ours.score, lambda: [s / batch for s in timed(job, plain.score, num)], None),
+        "optimizer": (lambda: timed(job, ours.update, num), lambda: timed(job, plain.update, num), None),
         f"{batch} images, {ours.draw_steps} steps": (
             lambda: timed(job, ours.draw, 2),
             lambda: timed(job, plain.draw, 2),
+            None,
         ),
         f"{classifier.network} on 32 x 32, {classifier.batch} images": (
             lambda: classifier.ours(num),
             lambda: timed(job, classifier.plain, num),
+            1.0,
         ),
     }
-    for name, pair in pairs.items():
-        yield {name: compared(*pair, rounds)}
+    seconds = {}
+    for name, (mine, theirs, limit) in pairs.items():
+        found = compared(job, mine, theirs, rounds)
+        seconds[name] = found["ours"]
+        yield {name: found | ({} if limit is None else {"target": limit, "is_met": found["ratio"] <= limit})}
+        if limit is not None and found["peak_share"] is not None and name == "training step":
+            yield {"training step, peak memory": judged(found["peak_share"], 0.7)}
+    at_once, drawn = ours.drawn()
+    yield {
+        "optimizer, seconds": judged(seconds["optimizer"], 0.015),
+        "optimizer, bytes per weight": judged(ours.bytes_per_weight(), 4.2),
+        "mask, 800 images": judged(800 * seconds["mask pass, an image"], 9),
+        f"1,600 images, {at_once} at once": judged(1600 * drawn, 200),
+        "classifier step": judged(seconds[f"{classifier.network} on 32 x 32, {classifier.batch} images"], 0.009),
+    }
     waits = {
         "training step": counted(job, ours.ticks, lambda: ours.train(num)),
-        "mask pass, a batch": counted(job, ours.ticks, ours.score),
+        "mask pass": counted(job, ours.ticks, ours.score),
         "classifier step": counted(job, classifier.ticks, lambda: classifier.ours(num)),
     }
     yield {"host_waits_per_step": waits}
 
 
-def compared(ours: Callable[[], list[float]], plain: Callable[[], list[float]], rounds: int) -> dict[str, Any]:
-    """Medians of interleaved repeats, in seconds, with the range of each; ratio: ours over plain."""
+def judged(value: float, limit: float) -> dict[str, Any]:
+    """A figure that should be at most `limit`; of the real model on a GPU only."""
+    return {"value": rounded(value), "target": limit, "is_met": value <= limit}
+
+
+def compared(
+    job: Job, ours: Callable[[], list[float]], plain: Callable[[], list[float]], rounds: int
+) -> dict[str, Any]:
+    """Medians of interleaved repeats, in seconds, with the range of each; ratio: ours over plain.
+
+    peak_share: of the memory that each side takes at most, what is there before included; None without a GPU.
+    """
+    import torch
+
     seconds: tuple[list[float], list[float]] = ([], [])
+    peaks = [0, 0]
     for _ in range(rounds):
-        for found, measure in zip(seconds, (ours, plain), strict=True):
-            found += measure()
+        for side, measure in enumerate((ours, plain)):
+            if job.on_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            seconds[side].extend(measure())
+            peaks[side] = max(peaks[side], torch.cuda.max_memory_allocated() if job.on_cuda else 0)
     one, other = (statistics.median(found) for found in seconds)
     ranges = [[rounded(min(found)), rounded(max(found))] for found in seconds]
     return {
@@ -644,6 +708,8 @@ def compared(ours: Callable[[], list[float]], plain: Callable[[], list[float]], 
         "ratio": rounded(one / other),
         "ranges": ranges,
         "repeats": len(seconds[0]),
+        "peak_bytes": peaks,
+        "peak_share": peaks[0] / peaks[1] if job.on_cuda else None,
     }
 
 
@@ -734,28 +800,47 @@ class Ours:
         self.parameters = scope.inside(dict(self.model.unet.named_parameters()), str(self.settings.scope))
         self.mask = masks.pack(jobs.random_mask_of(self.model.unet, self.settings.density))
         self.data = jobs.random_data(self.model, 6 * batch)
+        self.mask_data = jobs.random_data(self.model, 16 * batch)  # in groups of 32 images on a GPU
         self.draw_steps = 2 if job.toy else self.plan.steps
         self.optimizer = self.gradients = None
 
-    def train(self, num: int) -> list[float]:
-        """Steps of `train.train`, which asks the method for its loss once a step."""
+    def train(self, num: int, *, replays: bool = False) -> list[float]:
+        """Steps of `loop.train`, whose optimizer steps once each.
+
+        replays: with CUDA graphs, which the loop makes in its first step; else without.
+        """
+        from erase.optim import MaskedAdam
         from erase.training import loop
 
-        method, recipe = with_ticks(self.method, "loss", self.ticks), replace(self.recipe, num_steps=num + 1)
+        recipe, plain = replace(self.recipe, num_steps=num + 2), MaskedAdam.step
         how: dict[str, Any] = {"state_path": self.job.work / "none", "quiet": True}
-        loop.train(self.model, method, self.data, self.parameters, self.mask, recipe, self.accelerator, **how)
+
+        def step(optimizer: Any, *arguments: Any) -> Any:
+            self.ticks()
+            return plain(optimizer, *arguments)
+
+        with mock.patch.object(MaskedAdam, "step", step), mock.patch.object(loop, "REPAYS", 0 if replays else 10**9):
+            method: Any = self.method  # one that trains
+            loop.train(self.model, method, self.data, self.parameters, self.mask, recipe, self.accelerator, **how)
         return self.ticks.seconds()
 
     def score(self) -> list[float]:
-        """Batches of `train.accumulate`, which asks the model once a batch."""
+        """Seconds an image of `saliency_pass.accumulate`, which asks the model once a group of batches."""
         from erase.training import saliency_pass
 
         how: dict[str, Any] = {"score": self.settings.score, "guidance": float(self.settings.mask_guidance or 0)}
         how |= {"batch_size": self.batch, "seed": 0, "state_path": self.job.work / "none", "quiet": True}
-        saliency_pass.accumulate(
-            with_ticks(self.model, "__call__", self.ticks), self.data, self.parameters, self.accelerator, **how
-        )
-        return self.ticks.seconds()
+        rows: list[int] = []
+
+        def ticking(x: Any, *arguments: Any) -> Any:
+            rows.append(len(x))
+            self.ticks()
+            return self.model(x, *arguments)
+
+        ticked: Any = with_ticks(self.model, "__call__", lambda: None)
+        type(ticked).__call__ = lambda _, *arguments: ticking(*arguments)
+        saliency_pass.accumulate(ticked, self.mask_data, self.parameters, self.accelerator, **how)
+        return [found / num for found, num in zip(self.ticks.seconds(), rows[1:], strict=False)]
 
     def update(self) -> None:
         """What the masked optimizer does with gradients that are there: gather them and step."""
@@ -771,6 +856,22 @@ class Ours:
             torch.autograd.backward(parameters, self.gradients)
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def bytes_per_weight(self) -> float:
+        """Of the optimizer's state, and of where the masked weights are."""
+        assert self.optimizer is not None
+        return self.optimizer.num_bytes() / sum(parameter.numel() for parameter in self.parameters.values())
+
+    def drawn(self) -> tuple[int, float]:
+        """Images that are generated at once by default, and the seconds of one."""
+        from erase.training import memory
+
+        num = 2 if self.job.toy else memory.images_at_once(self.model, self.plan.size)
+        how: dict[str, Any] = {"guidance": self.plan.guidance, "size": self.plan.size, "sampler": self.plan.sampler}
+        prompts = ["a photo of a person"] * num
+        return num, statistics.median(
+            timed(self.job, lambda: self.model.draw(prompts, range(num), steps=self.draw_steps, **how), 3)
+        ) / num
 
     def draw(self) -> None:
         """Training images as `erase.data.latents` generates them."""
@@ -909,6 +1010,7 @@ class Classifiers:
         import torch
         import torch.nn.functional as F
 
+        from erase.classification import replayed
         from erase.classification.descent import descend
 
         def loss(x: Any, y: Any, at: Any) -> Any:
@@ -917,7 +1019,8 @@ class Classifiers:
 
         images = self.dataset.train[torch.arange((num + 1) * self.batch).to(self.dataset.train.y.device)]
         plan = self.plan(passes=lambda: [images], loss=loss)
-        descend(self.model, plan, self.recipe, torch.Generator().manual_seed(0), self.mask)
+        with mock.patch.object(replayed, "AFTER", 0):  # the graph is made in the first step
+            descend(self.model, plan, self.recipe, torch.Generator().manual_seed(0), self.mask)
         return self.ticks.seconds()
 
     def plain(self) -> None:

@@ -250,8 +250,14 @@ def test_every_part_runs_at_toy_size_with_the_needed_packages_only(bare, tmp_pat
     assert parts["environment"]["versions"]["scipy"] is None and parts["environment"]["toy"]
     assert parts["command"]["samples_png"] and parts["command"]["weights_changed"] > 0
     assert parts["command"]["compute"] == {"device": "cpu", "precision": "fp32"}
-    assert parts["low-memory"]["8 GB"]["fits"]
+    assert (
+        parts["low-memory"]["8 GB, --low-memory --density 0.1"]["fits"]
+        and parts["low-memory"]["24 GB, no option"]["fits"]
+    )
     assert parts["steps"]["training step"]["ratio"] > 0 and parts["steps"]["optimizer"]["repeats"] >= 2
+    judged = {name: figures for part in parts.values() for name, figures in part.items() if "is_met" in str(figures)}
+    assert len(judged) >= 13 and all(figures.get("ratio", figures.get("value", 1)) > 0 for figures in judged.values())
+    assert parts["classifiers"]["two cells"]["ratio"] > 0
     assert parts["mini"]["same_bits_twice"] and parts["mini"]["two steps, low memory"]["train_steps"] == 2
     assert parts["methods"]["uce"]["changed"] > 0
     assert "scipy and matplotlib" in parts["evaluation"]["skipped"] and parts["evaluation"]["images_scored"] == 4

@@ -60,8 +60,10 @@ def options_of(options: type[Any], given: argparse.Namespace) -> Any:
 
 
 def rank_and_world(given: argparse.Namespace) -> tuple[int, int]:
-    """Rank and number of the processes that a launcher started."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Rank and number of the processes that a launcher started, or `srun` of SLURM."""
+    of_slurm = os.environ.get("SLURM_PROCID", "0"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    rank, world = (os.environ.get(name, other) for name, other in zip(("RANK", "WORLD_SIZE"), of_slurm, strict=True))
+    return int(rank), int(world)
 
 
 def report_options(parser: Parser) -> None:
