@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cifar10_diffusion as recipe
 import numpy as np
@@ -22,7 +23,7 @@ def test_the_network_of_the_protocol_has_about_ten_million_weights():
     from diffusers import UNet2DModel
 
     sizes, levels = recipe.Sizes(), 4
-    blocks = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
+    blocks: Any = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
     unet = UNet2DModel(block_out_channels=sizes.channels, layers_per_block=2, add_attention=False,
                        norm_num_groups=8, num_class_embeds=11, **blocks)  # fmt: skip
     assert unet.num_parameters() == pytest.approx(10.4e6, rel=0.1)
@@ -32,7 +33,7 @@ def test_the_network_of_the_protocol_has_about_ten_million_weights():
 @pytest.mark.ci
 def test_slices_end_with_their_state_and_the_last_one_has_every_row(tmp_path: Path):
     data = str(on_gpu.random_cifar(tmp_path / "data", 64, 32))
-    how = {"device": "cpu", "sizes": recipe.SMOKE}
+    how: Any = {"device": "cpu", "sizes": recipe.SMOKE}
     assert recipe.work(data, tmp_path / "out", seconds=-1, **how) is None
     assert (tmp_path / "out" / "judge.pt").is_file()
     results = recipe.work(data, tmp_path / "out", seconds=600, **how)

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from toy_ddpm import CLASSES, write
 
-from erase import cli, concepts, erase_concept
+from erase import cli, concepts, delta, erase_concept, masks
 from erase.errors import EraseError
 from erase.families import loading
 from erase.families.protocol import Family
@@ -94,6 +94,7 @@ def test_class_c_becomes_class_c_plus_1_and_the_others_are_retained():
         ("uce", "has no maps of text states"),
         ("rece", "has no maps of text states"),
         ("speed", "has no maps of text states"),
+        ("oce", "has no maps of text states"),
         ("esd-x", "scope is 'xattn'"),
         ("fmn", "has no cross-attention layers"),
         ("salun-robust", "has no table of token embeddings"),
@@ -104,10 +105,45 @@ def test_methods_without_a_meaning_are_refused_in_one_line_before_the_first_imag
     method, message, toy_ddpm_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Family, "draw", lambda *_, **__: pytest.fail("an image was drawn"))
-    scope = {"scope": "full"} if method in {"uce", "rece", "speed", "fmn"} else {}
+    scope = {"scope": "full"} if method in {"uce", "rece", "speed", "oce", "fmn"} else {}
     with pytest.raises(EraseError, match=message) as error:
         erase_concept("cat", str(toy_ddpm_dir), method=method, output=str(tmp_path / "run"), **scope, **FEW)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["salun", "relabel", "salun-soft", "ga", "esd-u", "esd-full", "erasediff", "scissorhands", "sa", "sdd", "ca"],
+)
+def test_the_laws_for_every_method_that_has_a_meaning(method, toy_ddpm_dir, tmp_path):
+    """Nothing outside the mask moves by one bit, something inside does, the delta restores the base exactly, and the
+    same seed gives the same bits."""
+    few = {"scissorhands": ("prepare_batches=1",), "sa": ("curvature_batches=2",)}
+    how: dict[str, Any] = {
+        "scope": "full",
+        "mask": "random",
+        "density": 0.3,
+        "learning_rate": 1e-2,
+        "set": few.get(method, ()),
+    }
+    runs = [
+        erase_concept(
+            "cat", str(toy_ddpm_dir), method=method, output=str(tmp_path / name), num_train_steps=4, **how, **FEW
+        )
+        for name in ("one", "two")
+    ]
+    base, new = (loading.load(folder) for folder in (toy_ddpm_dir, runs[0].folder))
+    before, after = (model.state_of(model.network) for model in (base, new))
+    mask, _ = masks.load(runs[0].folder / "mask.safetensors")
+    moved = 0
+    for name, bits in mask.items():
+        same = before[f"unet.{name}"].view(torch.int32) == after[f"unet.{name}"].view(torch.int32)
+        assert same[~bits].all(), name
+        moved += int((~same).sum())
+    assert moved == runs[0].record.weights.changed > 0
+    removed = delta.remove(after, delta.load(runs[0].folder / "delta.safetensors"))
+    assert delta.content_hash(removed) == delta.content_hash(before)
+    assert runs[1].record.model.result_hash == runs[0].record.model.result_hash
 
 
 def test_the_command_takes_a_class_by_its_name_and_refuses_others(toy_ddpm_dir, tmp_path, capsys):
