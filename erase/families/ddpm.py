@@ -46,7 +46,7 @@ class PixelDiffusion(DiscreteDiffusion):
 
     classes: names in the order of their labels, from "id2label" in model_index.json. The UNet has one label more than
         classes; the last one is the null class.
-    unet_file: weights that replaced the folder's in the UNet.
+    weights_file: weights that replaced the folder's in the UNet.
     """
 
     family = "ddpm"
@@ -79,7 +79,7 @@ class PixelDiffusion(DiscreteDiffusion):
     defaults: dict[str, Any]
     allow_pickle: bool = False
     guard: Guard | None = None
-    unet_file: str | None = None
+    weights_file: str | None = None
     notes: tuple[str, ...] = ()
     precision: str = "fp32"
 
@@ -118,7 +118,7 @@ class PixelDiffusion(DiscreteDiffusion):
             classes,
             read_defaults(folder / pipeline_folder.DEFAULTS_FILE),
             allow_pickle,
-            unet_file=None if weights_file is None else str(weights_file),
+            weights_file=None if weights_file is None else str(weights_file),
             notes=tuple(notes),
         )
         side = model.multiple * 2
@@ -146,7 +146,7 @@ class PixelDiffusion(DiscreteDiffusion):
         return network
 
     def stored_network(self) -> Any:
-        return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.unet_file)
+        return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.weights_file)
 
     def hash_of(self, part: str) -> str:
         return text_hash(self.classes) if part == "classes" else super().hash_of(part)
