@@ -11,7 +11,7 @@ from erase import delta, erase_concept, tensor_files
 from erase.concepts import Concept
 from erase.data import latents
 from erase.errors import EraseError
-from erase.families import sd
+from erase.families import loading, sd
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.runs import planning
@@ -194,3 +194,10 @@ def test_generating_needs_all_networks_and_a_pass_that_keeps_nothing(tiny_pipeli
     half = need(1, torch.bfloat16, torch.bfloat16)
     assert half - 2 * n == pytest.approx(one / 2, rel=0.1)
     assert need(1, torch.float32, torch.bfloat16) - half == 4 * n
+
+
+def test_a_model_without_other_networks_generates_with_its_own_alone():
+    model = loading.load("mini-pixel")
+    weights = 4 * sum(p.numel() for p in model.network.parameters())
+    how: Any = {"held": torch.float32, "computed": torch.float32}
+    assert weights < memory.to_generate(model, 1, model.resolution, **how) < 100 * weights

@@ -143,7 +143,8 @@ def to_generate(model: Family, num: int, resolution: int, *, held: torch.dtype, 
     """
     weights = sum(parameter.numel() for parameter in model.network.parameters())
     others = [getattr(model, part, None) for part in model.data_parts]
-    numbers = sum(parameter.numel() for part in others if part is not None for parameter in part.parameters())
+    networks = [part for part in others if hasattr(part, "parameters")]  # class names of a pixel model have none
+    numbers = sum(parameter.numel() for part in networks for parameter in part.parameters())
     copy = weights * computed.itemsize if computed != held else 0
     with FakeTensorMode(), torch.no_grad():
         ghost, inputs = _ghost(model, computed), model.blank_inputs(num, resolution, computed)
