@@ -201,7 +201,7 @@ def train_judge(run: Run) -> Judge:
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """FID of two sets of features, [n, d], in float64, without torchmetrics, which a bare GPU machine lacks."""
     covariances = [np.cov(one, rowvar=False) for one in (a.astype(np.float64), b.astype(np.float64))]
-    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
+    roots = np.real(np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex))).sum()
     means = a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)
     return float(means @ means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots)
 
@@ -360,6 +360,8 @@ def work(data: str, output: str | Path, *, seconds: float, device: str, sizes: S
         dataset = replace(dataset, classes=CLASSES)
     if FORGET not in dataset.classes:
         raise EraseError(f"{data} has no class {FORGET!r}; give the folder of CIFAR-10's images")
+    if any(Path(data).glob("train/*/*.jp*g")):  # not exactly CIFAR-10
+        dataset = replace(dataset, name=f"{dataset.name} (JPEG copy)")
     try:
         return slice_of(Run(folder, dataset, sizes, torch.device(device), time.monotonic() + seconds))
     except OutOfTime:
@@ -379,7 +381,7 @@ def main() -> None:
     if results is None:
         print("not done yet: the same command continues")
         sys.exit(3)
-    print(f"judge: {results['judge_accuracy']:.1%} of test images\n\n{table(results)}")
+    print(f"{results['data']}, judge: {results['judge_accuracy']:.1%} of test images\n\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,18 @@ def text() -> Text:
     draw = torch.Generator().manual_seed(0)
     forget, anchor, retain, empty = (torch.randn(n, TOKENS, D, generator=draw) for n in (3, 3, 4, 1))
     at = [torch.tensor(places)[:, None] for places in ([2, 3, 1], [4, 3, 2], [1, 2, 6, 3])]
-    ends = [(places + 1).clamp(max=TOKENS - 1) for places in at]
-    return Text(forget, anchor, retain, empty, *at, ((0, 1, TOKENS),), *ends)
+    return Text(
+        forget=forget,
+        anchor=anchor,
+        retain=retain,
+        empty=empty,
+        runs=((0, 1, TOKENS),),
+        **{f"{name}_at": places for name, places in zip(("forget", "anchor", "retain"), at, strict=True)},
+        **{
+            f"{name}_end": (places + 1).clamp(max=TOKENS - 1)
+            for name, places in zip(("forget", "anchor", "retain"), at, strict=True)
+        },
+    )
 
 
 @pytest.fixture

@@ -7,15 +7,17 @@ import torch
 from loaded import load_sd
 from safetensors.torch import save_file
 
-from erase import delta, erase_concept, tensor_files
+from erase import delta, erase_concept, masks, tensor_files
 from erase.concepts import Concept
 from erase.data import latents
 from erase.errors import EraseError
 from erase.families import loading, sd
+from erase.optim import MaskedAdam
 from erase.options.recipes import resolve
 from erase.options.settings import Settings
 from erase.runs import planning
-from erase.training import memory
+from erase.training import loop, memory
+from erase.training.exchanged import Exchanged
 
 CONCEPT = Concept("cat", "object", forget=("a cat",), anchor=("a dog",), retain=("a tree",))
 OPTIONS: dict[str, Any] = {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "num_train_steps": 2}
@@ -123,6 +125,42 @@ def test_a_copy_takes_the_masked_weights_once(tiny_pipeline_dir):
         memory.estimate(model, parameters, density=0.1, copies=copies, **options)["training"] for copies in (0, 3)
     )
     assert three - none == 3 * 4 * int(0.1 * sum(p.numel() for p in parameters.values()))
+
+
+def test_the_copies_between_two_steps_are_no_more_than_the_estimate_counts(monkeypatch):
+    """Without activations left, the proximal step and the projected one hold copies of the masked weights, and little else."""
+    model: Any = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000) for _ in range(20)))
+    parameters = dict(model.named_parameters())
+    optimizer = MaskedAdam(parameters, masks.random_mask({n: p.shape for n, p in parameters.items()}, 0.5, seed=0))
+    held = Exchanged(model, optimizer)
+    for parameter in parameters.values():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+
+    monkeypatch.setattr(MaskedAdam, "exchange", lambda *_: None)  # works in place, on the model's own weights
+
+    class Nothing:
+        def project(self, moved: Any) -> None:
+            pass
+
+    soft, relabel = (planning.make_method(Settings("church", method=name)) for name in ("salun-soft", "relabel"))
+    for method, null, halt in ((soft, None, None), (relabel, Nothing(), torch.zeros((), dtype=torch.int32))):
+        with torch.no_grad(), memory._Living() as living:
+            loop._after_the_step(method, held, None, null, 0, 10, halt)
+        copies = memory.copies_between(shrinks=method is soft, projects=null is not None)
+        counted = 4 * optimizer.num_masked * copies
+        assert 0.6 * counted < living.peak < 1.2 * counted, living.peak / counted
+
+
+def test_what_a_step_makes_after_its_passes_is_in_the_estimate(tiny_pipeline_dir):
+    model = load_sd(tiny_pipeline_dir)
+    parameters = dict(model.network.named_parameters())
+    options = {"resolution": 64, "mask_batch": None, "part": 1, "checkpointing": True, "dtype": torch.float32}
+    none, many, more = (
+        memory.estimate(model, parameters, density=0.5, copies=0, between=between, **options)["training"]
+        for between in (0, 300, 301)
+    )
+    assert none < many
+    assert more - many == 4 * int(0.5 * sum(p.numel() for p in parameters.values()))
 
 
 # --- what is never in memory twice ------------------------------------------------------------------------------------

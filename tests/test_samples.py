@@ -68,6 +68,7 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
             target="random",
             checkpointing_steps=19,
             moments="8bit",
+            optimizer="dual",
             recipe="reference",
         ),
         "object",
@@ -106,6 +107,7 @@ def test_every_setting_reaches_the_plan_and_the_recipe(toy):
         seed=15,
         checkpoint_every=19,
         eight_bit=True,
+        dual=True,
         trajectory_steps=13,
         trajectory_guidance=4.5,
     )

@@ -198,6 +198,10 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
         dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
         checkpointing=settings.gradient_checkpointing,
         copies=num_copies(method, projects=settings.null_space is not None) + 2 * (settings.optimizer == "dual"),
+        between=memory.copies_between(
+            shrinks=isinstance(method, methods.TrainedMethod) and method.shrinks,
+            projects=settings.null_space is not None,
+        ),
         text=memory.text_passes(model, attack.batch_size) if attack else 0,
     )
 

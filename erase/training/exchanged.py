@@ -37,12 +37,15 @@ class Exchanged:
         """How far the masked weights are from these values, by parameter, [masked weights]."""
         return {name: now.sub_(self.values[name]) for name, now in self._optimizer.masked_weights().items()}
 
-    def move(self, moved: Mapping[str, Tensor], halt: Tensor | None = None) -> None:
-        """Set the masked weights so far from these values; if `halt` is given and not 0, leave them."""
-        wanted = {name: value + moved[name] for name, value in self.values.items()}
+    def move(self, moved: dict[str, Tensor], halt: Tensor | None = None) -> None:
+        """Set the masked weights so far from these values; if `halt` is given and not 0, leave them.
+
+        `moved` is emptied meanwhile, to save memory.
+        """
+        wanted = {name: value + moved.pop(name) for name, value in self.values.items()}
         if halt is not None:
             now = self._optimizer.masked_weights()
-            wanted = {name: torch.where(halt == 0, value, now[name]) for name, value in wanted.items()}
+            wanted = {name: torch.where(halt == 0, wanted.pop(name), value) for name, value in now.items()}
         self._optimizer.exchange(wanted)
 
     def take(self) -> None:

@@ -80,7 +80,8 @@ def train(
     silent = quiet or not accelerator.is_main_process
     words = Words(model, method.attack, data, recipe, share, accelerator, quiet=silent) if method.attack else None
     holds = null is not None or method.shrinks or method.pulls
-    how: dict[str, Any] = {"copies": int(holds) + method.pulls, "checkpointing": checkpointing}
+    between = memory.copies_between(shrinks=method.shrinks, projects=null is not None)
+    how: dict[str, Any] = {"copies": int(holds) + method.pulls, "between": between, "checkpointing": checkpointing}
     room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, **how)
     # the dual optimizer puts other tensors in the place of the gradients, and a pull is added to masked ones
     can_replay = room.graph and not recipe.dual and not method.pulls
@@ -209,6 +210,7 @@ def _room(
     optimizer: MaskedAdam,
     *,
     copies: int,
+    between: int,
     checkpointing: bool,
 ) -> memory.Room:
     """What the GPU has room for; nothing on a CPU, nor with checkpointing, which says that memory is short.
@@ -230,6 +232,7 @@ def _room(
         + (method.teacher_decay is not None)
         + method.turns
         + 2 * (method.balance is not None or recipe.dual),
+        between=between,
         joins=method.joins and not recipe.dual,
         free=free,
     )

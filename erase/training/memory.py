@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,6 +32,7 @@ def estimate(
     dtype: torch.dtype,
     checkpointing: bool,
     copies: int,
+    between: int = 0,
     generating: int = 0,
     eight_bit: bool = False,
     dual: bool = False,
@@ -48,6 +49,7 @@ def estimate(
     part: images of one branch that go through the network together; None for a closed form, which needs none.
     dtype: of the stored weights.
     copies: of the masked weights that are kept beside them, such as their values in the base.
+    between: copies of them that a step makes after its passes, see `copies_between`.
     generating: see `to_generate`.
     eight_bit: of the moments. dual: there are two sets of them.
     text: bytes of text encoders that stay during the training, see `text_passes`.
@@ -75,10 +77,19 @@ def estimate(
         stored = 2 * masked + 8 * (masked // 256) + 8 * largest if eight_bit else 8 * masked
         moments, gradients, kept = stored * (1 + dual), size * masked, copies * size * masked
         result = masters + (float32 if masters else 0)  # rounded weights are the exact ones again at the end
-        steps = weights + moments + masters + gradients + kept + pass_of(part) + text
-        needs["training"] = places + max(steps, result)
+        held = weights + moments + masters + gradients + kept + text
+        needs["training"] = places + max(held + pass_of(part), held + between * size * masked, result)
     needs["writing"] = float32 + 4 * masked + scope // 8 + places + 4 * largest  # result, change, and one base tensor
     return {phase: LIBRARIES + need for phase, need in needs.items()}
+
+
+def copies_between(*, shrinks: bool, projects: bool) -> int:
+    """Copies of the masked weights that exist between two steps, when the activations are gone.
+
+    shrinks: whether the method has a proximal step: how far the weights moved, its size, and the bits that are counted.
+    projects: whether the step is projected: how far the weights moved, and where they move to.
+    """
+    return 3 if shrinks else 2 if projects else 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ def room(
     eight_bit: bool,
     dual: bool = False,
     copies: int,
+    between: int = 0,
     joins: bool,
     free: int,
 ) -> Room:
@@ -113,7 +125,7 @@ def room(
 
     num_masked: weights that may change. part: images of one branch that go through the network together.
     together: images of all branches. side: of the latents. dtype: of the copy. copies: of the masked weights, such as
-    an average. joins: whether the method can have its branches in one pass.
+    an average. between: see `copies_between`. joins: whether the method can have its branches in one pass.
     """
     if free <= 0:
         return Room(copy=False, together=False, graph=False)
@@ -126,7 +138,7 @@ def room(
         activations(model, num, resolution, torch.float32, checkpointing=False) for num in (part, together)
     )
     needed = sum(parameter.numel() for parameter in model.network.parameters()) * dtype.itemsize
-    has_copy = left - of_branch >= needed
+    has_copy = left - max(of_branch, between * num_masked * size) >= needed
     together = has_copy and left - of_all >= needed
     gradients = size * sum(parameter.numel() for parameter in parameters.values())
     passes = of_all + (0 if joins else of_branch)
@@ -143,7 +155,7 @@ def to_generate(model: Family, num: int, resolution: int, *, held: torch.dtype, 
     """
     weights = sum(parameter.numel() for parameter in model.network.parameters())
     others = [getattr(model, part, None) for part in model.data_parts]
-    networks = [part for part in others if hasattr(part, "parameters")]  # class names of a pixel model have none
+    networks = [part for part in others if isinstance(part, nn.Module)]  # not a pixel model's class names
     numbers = sum(parameter.numel() for part in networks for parameter in part.parameters())
     copy = weights * computed.itemsize if computed != held else 0
     with FakeTensorMode(), torch.no_grad():
