@@ -128,7 +128,7 @@ def test_a_copy_takes_the_masked_weights_once(tiny_pipeline_dir):
 
 
 def test_the_copies_between_two_steps_are_no_more_than_the_estimate_counts(monkeypatch):
-    """Without activations left, the proximal step and the projected one hold copies of the masked weights, and little else."""
+    """The proximal step and the projected one hold copies of the masked weights, and little else."""
     model: Any = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000) for _ in range(20)))
     parameters = dict(model.named_parameters())
     optimizer = MaskedAdam(parameters, masks.random_mask({n: p.shape for n, p in parameters.items()}, 0.5, seed=0))

@@ -453,7 +453,7 @@ def test_what_a_method_cannot_use_is_refused(toy_pipeline_dir, gathered, acceler
     with pytest.raises(EraseError, match="no retain loss; leave out --retain-images"):
         gathered(ESD(), retain_images=str(tmp_path))
     for method in (ESD(), SelfDistillation()):
-        with pytest.raises(EraseError, match="trains on noise instead of images of the concept; leave out --forget-images"):
+        with pytest.raises(EraseError, match="trains on noise .* leave out --forget-images"):
             gathered(method, forget_images=str(tmp_path))
     with pytest.raises(EraseError, match="--target is fixed, but this method's images show the anchor"):
         recipe = replace(RECIPE, target="fixed")

@@ -1,6 +1,6 @@
 """The model with other values in its masked weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
