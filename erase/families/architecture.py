@@ -31,9 +31,9 @@ _PIPELINES = {
     "AltDiffusion": "AltDiffusion",
 }
 _COMPONENTS = {
-    "text_encoder_3": "Stable Diffusion 3",
+    "text_encoder_3": "a pipeline with a third text encoder that is not a StableDiffusion3Pipeline",
     "text_encoder_2": "a pipeline with a second text encoder that is not a StableDiffusionXLPipeline",
-    "transformer": "a diffusion transformer, such as Stable Diffusion 3, FLUX or PixArt",
+    "transformer": "a diffusion transformer other than Stable Diffusion 3's, such as FLUX or PixArt",
     "controlnet": "a pipeline with a ControlNet",
     "adapter": "a pipeline with a T2I-Adapter",
     "motion_adapter": "AnimateDiff",
@@ -56,6 +56,7 @@ _ADDITIONS = {
 # component -> its class; "" is any
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": ""}
 _SDXL_CLASSES = _CLASSES | {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": ""}
+_SD3_FILE = "Stable Diffusion 3 as a single file (its diffusers folder is read)"
 _SD3_CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
 COMPVIS_INPUT = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first weight, in the original layout
 _SDXL = "Stable Diffusion XL"
@@ -65,7 +66,9 @@ _LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lo
 def refused_kinds() -> list[str]:
     """The kinds of models that are refused by name, as the messages call them."""
     kinds = ["the refiner of Stable Diffusion XL", *_PIPELINES.values(), *_CHANNELS.values(), *_ADDITIONS.values()]
-    return list(dict.fromkeys([*kinds, *_COMPONENTS.values(), "an EDM model, such as Playground v2.5", "GLIGEN"]))
+    return list(
+        dict.fromkeys([*kinds, *_COMPONENTS.values(), _SD3_FILE, "an EDM model, such as Playground v2.5", "GLIGEN"])
+    )
 
 
 def components(folder: Path) -> dict[str, str]:
@@ -196,7 +199,7 @@ def of_checkpoint(shapes: Mapping[str, Sequence[int]]) -> str | None:
     if has("conditioner.embedders.0."):
         return "the refiner of Stable Diffusion XL"
     if has("model.diffusion_model.joint_blocks.", "joint_blocks."):
-        return "Stable Diffusion 3"
+        return _SD3_FILE
     if has("model.diffusion_model.double_blocks.", "double_blocks."):
         return "FLUX"
     if has("control_model.", "input_hint_block.", "controlnet_cond_embedding.", "control_"):
