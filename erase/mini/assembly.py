@@ -1,6 +1,7 @@
 """The finished stages as a diffusers pipeline folder, with the judge and recommended settings for erasure."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,17 @@ def assemble(output: str | Path) -> Path:
     pipeline.to(torch.float16)
     pipeline.text_encoder.float()  # stock diffusers loads its own parts in float32, transformers as they are stored
     pipeline_folder.write_pipeline(pipeline, output)
+    return finish(output, STAGES, DEFAULTS)
+
+
+def finish(output: Path, stages: Sequence[str], defaults: Mapping[str, Any]) -> Path:
+    """Write the files judge, erase_defaults and training, the last one from what the stages left in `output/work`."""
+    work = output / "work"
     files.copy(work / "judge.safetensors", output / "judge.safetensors")
-    files.write_json(output / "erase_defaults.json", DEFAULTS)
+    files.write_json(output / "erase_defaults.json", defaults)
     recipe: dict[str, Any] = {
         "identity": json.loads((work / "identity.json").read_text()),
-        "stages": {stage: tensor_files.read_metadata(work / f"{stage}.safetensors") for stage in STAGES},
+        "stages": {stage: tensor_files.read_metadata(work / f"{stage}.safetensors") for stage in stages},
         "torch": str(torch.__version__),
         "num_threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

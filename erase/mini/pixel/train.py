@@ -17,6 +17,7 @@ from torch import Tensor
 
 from erase import files, tensor_files
 from erase.errors import EraseError
+from erase.mini.assembly import finish
 from erase.mini.fitting import fit
 from erase.mini.pixel import judge as judging
 from erase.mini.pixel.drawings import CLASSES, SIZE, sample, to_tensor
@@ -225,14 +226,4 @@ def assemble(output: Path) -> Path:
     pipeline.save_pretrained(output)
     index = json.loads((output / "model_index.json").read_text())
     files.write_json(output / "model_index.json", index | {"id2label": {str(i): n for i, n in enumerate(CLASSES)}})
-    files.copy(work / "judge.safetensors", output / "judge.safetensors")
-    files.write_json(output / "erase_defaults.json", DEFAULTS)
-    recipe: dict[str, Any] = {
-        "identity": json.loads((work / "identity.json").read_text()),
-        "stages": {stage: tensor_files.read_metadata(work / f"{stage}.safetensors") for stage in STAGES},
-        "torch": str(torch.__version__),
-        "num_threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
-    files.write_json(output / "training.json", recipe)
-    return output
+    return finish(output, STAGES, DEFAULTS)
