@@ -161,7 +161,7 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
 
     from erase import files
     from erase.export import pipeline, states
-    from erase.families import components, loading
+    from erase.families import architecture, components, loading
 
     folder = loading.locate(
         given.model,
@@ -173,7 +173,8 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     )
     family = loading.family_of(folder)
     for part in family.data_parts:  # copied: who opens the result must meet no pickle that was not allowed
-        components.weight_files(folder / part, allow_pickle=given.allow_pickle)
+        if part in architecture.components(folder):  # the class names of a pixel model are in model_index.json
+            components.weight_files(folder / part, allow_pickle=given.allow_pickle)
     network = family.read_network(folder, allow_pickle=given.allow_pickle, weights_file=given.unet, tell=_tell)
     state = family.state_of(network)
     new = delta.apply(state, change) if direction == "apply" else delta.remove(state, change)

@@ -158,6 +158,18 @@ def test_the_command_takes_a_class_by_its_name_and_refuses_others(toy_ddpm_dir, 
     assert model_classes.classes_of(str(tmp_path / "run")) == CLASSES  # the result is such a model again
 
 
+def test_the_commands_remove_and_apply_take_a_folder_without_files_for_the_class_names(toy_ddpm_dir, tmp_path):
+    run = erase_concept("cat", str(toy_ddpm_dir), output=str(tmp_path / "run"), num_train_steps=2, **FEW)
+    change = str(run.folder / "delta.safetensors")
+    cli.main(["remove", "--delta", change, "--model", str(run.folder), "--output", str(tmp_path / "base")])
+    cli.main(["apply", "--delta", change, "--model", str(tmp_path / "base"), "--output", str(tmp_path / "again")])
+    hashes = []
+    for folder in (toy_ddpm_dir, tmp_path / "base", run.folder, tmp_path / "again"):
+        model: Any = loading.load(folder)
+        hashes.append(delta.content_hash(model.state_of(model.network)))
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+
+
 def altered(folder: Path, file: str, **values: Any) -> Path:
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -90,6 +90,12 @@ class PixelDiffusion(DiscreteDiffusion):
     # --- folders ---
 
     @classmethod
+    def loading_code(cls, folder: Path, shown: str, alias: str = "") -> list[str]:
+        """See `Stored.loading_code`. The pipeline itself passes no labels, which the last line says."""
+        *lines, opened = super().loading_code(folder, shown, alias)
+        return [*lines, f"{opened}  # it passes no labels: call pipeline.unet(x, t, class_labels=...)"]
+
+    @classmethod
     def other_kind(cls, folder: Path) -> str | None:
         found = architecture.components(folder)
         name = architecture.pipeline_class(folder)

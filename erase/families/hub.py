@@ -20,12 +20,13 @@ def download(repository: str, revision: str | None, allow_pickle: bool) -> Path:
         pipeline_folder.DEFAULTS_FILE,
         *(f"{part}/*.{end}" for part in parts for end in ("json", "txt")),
     ]
+    weighed = {family.part, *family.data_parts} & {*parts}  # data_parts can be in model_index.json itself
     choices = [("*.safetensors", ["*.fp16.*", "*non_ema*"]), ("*.fp16.safetensors", [])]
     choices += [("*.bin", ["*.fp16.*", "*non_ema*"])] if allow_pickle else []
     for weights, skip in choices:
         patterns = [*configs, *(f"{part}/{weights}" for part in parts)]
         folder = _snapshot(repository, revision, patterns, skip)
-        if all([*(folder / part).glob("*.safetensors")] for part in {family.part, *family.data_parts}):
+        if all([*(folder / part).glob("*.safetensors")] for part in weighed):
             break
     return folder
 

@@ -70,7 +70,7 @@ class Prompted(ABC):
         Raises:
             EraseError: this architecture has no single table of them.
         """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
+        raise EraseError(f"{self.family} has no table of token embeddings; choose one that learns no words")
 
     @property
     def class_vectors(self) -> Parameter:
@@ -92,7 +92,7 @@ class Prompted(ABC):
         Raises:
             EraseError: see `token_embeddings`; or a prompt shows minors in a sexual context.
         """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
+        raise EraseError(f"{self.family} has no table of token embeddings; choose one that learns no words")
 
     def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
         """Conditioning of texts that are given as tokens, one row each, with gradients, on the device.
@@ -102,7 +102,7 @@ class Prompted(ABC):
         Raises:
             EraseError: see `token_embeddings`.
         """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
+        raise EraseError(f"{self.family} has no table of token embeddings; choose one that learns no words")
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of these tokens; its own tokens may be others.
@@ -110,7 +110,7 @@ class Prompted(ABC):
         Raises:
             EraseError: see `token_embeddings`.
         """
-        raise EraseError(f"{self.family} has no table of token embeddings; choose what learns no words")
+        raise EraseError(f"{self.family} has no table of token embeddings; choose one that learns no words")
 
     @abstractmethod
     def tokens(self, prompt: str) -> list[int]:
