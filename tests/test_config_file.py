@@ -73,6 +73,7 @@ def test_an_option_of_the_command_line_wins(tmp_path, asked):
         ("concept = 'circle'\nconcept = 'square'", "not valid TOML"),
         ("concept = 'circle'\n[training]\nseed = 1", "'training'"),
         ("config-file = 'other.toml'", "'config-file'"),
+        ("mixed_precision = ['no']", "--mixed-precision is ['no']; it must be a string"),
         ("seed = true", "--seed is True; it must be a whole number"),
         ("learning_rate = true", "--learning-rate is True; it must be a number"),
         ("num-forget = 3\nnum_forget = 4", "'num_forget' is a second value for --num-forget"),
@@ -92,6 +93,30 @@ def test_only_the_record_of_a_finished_run_is_taken(tmp_path, capsys, content):
     path = tmp_path / "run.json"
     path.write_text(content)
     assert "run.json" in refusal(capsys, "--config-file", path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"set": 5}, "--set is 5; it must be a string or several strings"),
+        ({"save": True}, "--save is True; it must be a string or several strings"),
+        ({"method": ["uce"], "num_train_steps": 2}, "--method is ['uce']; it must be a string"),
+        ({"num_train_steps": 2, "anchor_every": "two"}, "--anchor-every is 'two'; it must be a whole number"),
+        ({"num_train_steps": 2, "stepz": 3}, "there is no option 'stepz'"),
+    ],
+)
+def test_a_record_with_wrong_settings_is_one_line_that_names_it(tmp_path, capsys, settings, said):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"settings": settings}))
+    line = refusal(capsys, "--concept", "circle", "--model", "mini", "--config-file", path)
+    assert str(path) in line and said in line
+
+
+def test_a_record_that_names_no_method_is_of_the_default_one(tmp_path, asked):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"settings": {"num_train_steps": 2}}))
+    found = settings_of(asked, "--config-file", path, "--concept", "circle", "--model", "mini")
+    assert (found.method, found.num_train_steps) == ("salun", 2)
 
 
 @pytest.mark.parametrize("name", ["none.toml", "none.json"])

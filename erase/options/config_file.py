@@ -43,7 +43,8 @@ def read(path: Path, options: type) -> dict[str, Any]:
         raise EraseError(f"{path} is a folder; give the run.json in it, or a .toml")
     if not path.exists():
         raise EraseError(no_file(path))
-    values = _recorded(path) if path.suffix == ".json" else _written(path)
+    record = files.read_json(path) if path.suffix == ".json" else None
+    values = _written(path) if record is None else _recorded(path, record)
     known = {item.name: item for item in fields(options)}
     aliases = {alias.removeprefix("--"): name for name in known for alias in known[name].metadata.get("aliases", ())}
     forms, found = forms_of(options), dict[str, Any]()
@@ -52,6 +53,8 @@ def read(path: Path, options: type) -> dict[str, Any]:
         if name in found:
             raise EraseError(f"{path}: {key!r} is a second value for {flag(name)}; leave one out")
         if name == "mixed_precision":
+            if not isinstance(value, str):
+                raise EraseError(f"{path}: {flag(name)} is {value!r}; it must be a string")
             found[name] = value  # checked together with `precision`
         elif name not in known:
             raise EraseError(f"{path}: there is no option {key!r}; {did_you_mean(name, known)}see --help")
@@ -60,7 +63,7 @@ def read(path: Path, options: type) -> dict[str, Any]:
                 found[name] = checked(value, known[name], forms[name])
             except EraseError as error:
                 raise EraseError(f"{path}: {error}") from error
-    return found
+    return found if record is None else _with_effect(found, record.get("method"))
 
 
 def _require_same_defaults(path: str, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -80,22 +83,29 @@ def _written(path: Path) -> dict[str, Any]:
         raise EraseError(f"{path} is not valid TOML: {error}") from error
 
 
-def _recorded(path: Path) -> dict[str, Any]:
-    stored = files.read_json(path)
-    settings, method = stored.get("settings"), stored.get("method")
-    if stored.get("status", "done") != "done" or not isinstance(settings, dict):
+def _recorded(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a finished run that are not None and that a file may have."""
+    settings = record.get("settings")
+    if record.get("status", "done") != "done" or not isinstance(settings, dict):
         raise EraseError(f"{path} is not the record of a finished run; give the run.json of one, or a .toml")
-    without_effect = {  # recorded, but refused when given
-        "num_forget": settings.get("forget_images") is not None,
-        "num_retain": settings.get("retain_images") is not None,
+    return {name: value for name, value in settings.items() if value is not None and name not in _OF_ONE_CALL}
+
+
+def _with_effect(settings: dict[str, Any], method: Any) -> dict[str, Any]:
+    """The recorded settings without those that are refused when given, because they had no effect.
+
+    method: what the record says of the method and its hyperparameters.
+    """
+    without_effect = {
+        "num_forget": "forget_images" in settings,
+        "num_retain": "retain_images" in settings,
         "lora_rank": "lora" not in settings.get("save", ()),
         "alpha": (isinstance(method, dict) and "alpha" not in method)
         or "alpha" in (text.partition("=")[0].strip() for text in settings.get("set", ())),
     }
-    steps = settings.get("num_train_steps")
-    if steps is not None and not issubclass(methods.load(settings["method"]), methods.TrainedMethod):
+    steps, name = settings.get("num_train_steps"), settings.get("method")
+    if steps is not None and name and not issubclass(methods.load(name), methods.TrainedMethod):
         is_scored = settings.get("mask") in {"saliency", "inverse"}
         without_effect |= dict.fromkeys(OF_TRAINING if is_scored else (*OF_TRAINING, *OF_IMAGES), True)
-    without_effect["anchor_every"] = bool(steps) and (settings.get("anchor_every") or 0) > steps
-    left_out = _OF_ONE_CALL | {name for name, is_so in without_effect.items() if is_so}
-    return {name: value for name, value in settings.items() if value is not None and name not in left_out}
+    without_effect["anchor_every"] = bool(steps) and settings.get("anchor_every", 0) > steps
+    return {name: value for name, value in settings.items() if not without_effect.get(name)}
