@@ -323,6 +323,20 @@ def test_an_index_names_safetensors_files_of_its_own_folder_and_nothing_else(var
         assert refused_or_works(model_dir)
 
 
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_a_whole_file_beside_shards_is_never_read(variant, model_dir, whole):
+    """An interrupted conversion leaves both; diffusers reads the shards that the index names."""
+    expected = load_file(whole / UNET)
+    sharded(model_dir, variant)
+    dot = f".{variant}" if variant else ""
+    other = {name: tensor + 1 for name, tensor in expected.items()}
+    save_file(other, model_dir / "unet" / f"diffusion_pytorch_model{dot}.safetensors")
+    model = load_sd(model_dir)
+    for found in (model.unet.state_dict(), model.stored_weights(), pipeline_folder.read_weights(model_dir / "unet")):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_no_form_of_pickle_is_read_without_permission(model_dir, whole, tmp_path, monkeypatch):
     """Plain, sharded and variant pickles in each component; torch.load is never reached (2.5)."""
     monkeypatch.setattr(torch, "load", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erase.errors import EraseError
 from erase.families import architecture, registry
-from erase.files import copy, refuse_links, scratch_folder
+from erase.files import copy, read_json, refuse_links, scratch_folder
 from erase.progress import loading
 from erase.tensor_files import OneByOne, open_tensors, read_tensors, write_tensors
 
@@ -143,10 +143,16 @@ def stored_weights(folder: Path) -> OneByOne | None:
 
 
 def _weight_files(folder: Path, suffix: str) -> list[Path]:
-    """The files of a component's weights with this suffix: the plain ones, or those of its only variant."""
+    """The files of a component's weights with this suffix: the plain ones, or those of its only variant.
+
+    Of a diffusers model those that its index names, if it has one, as `from_pretrained` chooses.
+    """
     matches = [match for path in sorted(folder.glob(f"*.{suffix}")) if (match := WEIGHTS.fullmatch(path.name))]
     variant = only_variant([match[0] for match in matches])
-    return [folder / match[0] for match in matches if match[2] == variant]
+    found = [match[0] for match in matches if match[2] == variant]
+    index = folder / ".".join(filter(None, ("diffusion_pytorch_model", suffix, "index", variant, "json")))
+    shards = set(read_json(index, weight_map=dict)["weight_map"].values()) if index.is_file() else set[str]()
+    return [folder / name for name in found if name in shards or not shards]  # a whole file beside shards is ignored
 
 
 # component -> what its tensors' names begin with in files that all versions of transformers read, and where that goes:
