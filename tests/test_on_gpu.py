@@ -210,7 +210,7 @@ class Here(on_gpu.Job):
         return SimpleNamespace(returncode=code, stdout="", stderr=said.getvalue())
 
 folder = Path(sys.argv[2])
-job = Here(folder / "on-gpu.json", folder / "work", "cpu", True, time.monotonic() + 3600)
+job = Here(folder / "on-gpu.json", folder / "work", "cpu", True, time.monotonic() + 3600, folder / "cifar10")
 job.work.mkdir()
 parts = {}
 for name in [name for name in on_gpu.PARTS if name != "tests"]:

@@ -174,7 +174,7 @@ def test_an_evaluation_keeps_to_one_device(gpu, tmp_path):
     manifest = json.loads((tmp_path / "evaluation" / "circle" / "mini" / "manifest.json").read_text())
     assert manifest["generation"]["device"] == "cuda" and manifest["generation"]["precision"] == "bfloat16"
     assert manifest["model"]["unet"] == json.loads((run / "run.json").read_text())["model"]["result_hash"]
-    for attack in ATTACKS.names():
+    for attack in set(ATTACKS.names()) - {"learnt-class"}:
         own = ["--prompts", str(words)] if ATTACKS.load(attack).needs_prompts else []
         attacked = ["attack", "--model", str(run), "--attack", attack, "--quick", "--limit", "2", "--steps", "2", *own]
         evaluation_cli.main([*attacked, "--quiet", "--output", str(tmp_path / "evaluation")])
@@ -182,11 +182,24 @@ def test_an_evaluation_keeps_to_one_device(gpu, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize("task", sorted({*TASKS.names()} - {"mini", "attack"}))
+def test_a_class_conditional_model_keeps_to_one_device(gpu, tmp_path):
+    """Erasing, evaluating and attacking."""
+    run, output = tmp_path / "circle", str(tmp_path / "evaluation")
+    sizes: dict[str, Any] = {"num_forget": 4, "num_retain": 4, "batch_size": 2, "num_train_steps": 2, "num_samples": 1}
+    erase_concept("circle", "mini-pixel", output=str(run), num_inference_steps=2, quiet=True, **sizes)
+    common = ["--model", str(run), "--limit", "10", "--quiet", "--output", output]
+    evaluation_cli.main(["run", *common, "--task", "mini-pixel", "--steps", "1"])
+    evaluation_cli.main(["attack", *common, "--attack", "learnt-class", "--quick", "--steps", "2"])
+    assert list((tmp_path / "evaluation").rglob("attack*/**/results.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("task", sorted({*TASKS.names()} - {"mini", "mini-pixel", "attack"}))
 def test_every_evaluation_task_and_judge_keeps_to_one_device(
     gpu, toy_pipeline_dir, erased_dir, classifier_dir, clip_dir, tmp_path, task
 ):
-    """The task of the embedded model is above (1.1), and attacks."""
+    """The tasks of the embedded models are above (1.1), and attacks."""
     (tmp_path / "i2p.csv").write_text(
         "prompt,categories,nudity_percentage,sd_image_width,sd_image_height,sd_seed,sd_guidance_scale\n"
         "a man on a beach,sexual,60,8,8,1,7.5\na house,violence,0,8,8,2,7.5\n"
