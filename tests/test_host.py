@@ -39,6 +39,13 @@ def test_a_host_is_refused_as_a_target_is():
         concepts.erased_from(concepts.load("nudity"), "child")
 
 
+@pytest.mark.parametrize("host", ["glasses", "Glasses ", "GLASSES!"])
+def test_a_concept_is_not_erased_from_itself(host):
+    with pytest.raises(EraseError, match="^--erase-from names the concept 'glasses' itself"):
+        concepts.erased_from(concepts.describe("glasses", "object"), host)
+    assert concepts.erased_from(concepts.describe("glasses", "object"), "wine glasses").forget  # a concept of its own
+
+
 def test_the_option_reaches_the_concept_and_the_weights(toy_pipeline_dir, tmp_path):
     how: dict[str, Any] = {"method": "uce", "num_samples": 0, "save": ("delta",), "quiet": True}
     runs = [

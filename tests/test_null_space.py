@@ -174,6 +174,7 @@ def test_a_run_takes_whole_rows_and_says_how_many_directions_there_are(toy_pipel
     [
         ({"scope": "selfattn"}, "--null-space is about keys and values of cross-attention, and the scope has none"),
         ({"mask": "none", "rank": 2}, "--rank 2 does not go with --null-space"),
+        ({"method": "leco"}, "--rank 4, leco's own, does not go with --null-space"),
         ({"weights": "bf16"}, "--weights bf16 does not go with --null-space"),
         ({"method": "uce"}, "--null-space 0.5 has no effect: uce is a closed form"),
     ],

@@ -31,11 +31,15 @@ def erased_from(concept: Concept, host: str) -> Concept:
     host: such as "scientist".
 
     Raises:
-        EraseError: no words, or see `Concept`.
+        EraseError: no words, the concept itself, or see `Concept`.
     """
     host = " ".join(host.split())
     if not refusal.plain(host).split():
         raise EraseError(f"--erase-from is {host!r}; give a concept, such as 'scientist'")
+    if refusal.plain(host).split() == refusal.plain(concept.name).split():
+        raise EraseError(
+            f"--erase-from names the concept {concept.name!r} itself; name what has it, or leave the option out"
+        )
     inside = [pair for pair in concept.pairs() if _says(pair[0], host)]
     elsewhere = [forget for forget, _ in concept.pairs() if not _says(forget, host)]
     if not inside:

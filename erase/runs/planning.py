@@ -112,7 +112,8 @@ def require_rank(settings: Settings, method: methods.Method) -> None:
     if settings.weights == "bf16":
         raise EraseError(f"--rank {settings.rank} does not go with --weights bf16; choose fp32")
     if settings.null_space is not None:
-        raise EraseError(f"--rank {settings.rank} does not go with --null-space; leave one out")
+        own = f", {settings.method}'s own," if settings.rank == methods.find(settings.method).rank else ""
+        raise EraseError(f"--rank {settings.rank}{own} does not go with --null-space; leave one out")
 
 
 def require_two_gradients(settings: Settings, method: methods.Method) -> None:
