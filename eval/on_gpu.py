@@ -543,7 +543,14 @@ def classifiers(job: Job) -> Part:
         if not done.record["weights"].get("changed"):
             raise RuntimeError(f"{method} changed nothing")
         original = {"model": str(job.work / "classifier-salun" / "original")}
-    yield {"two cells": two_cells(job, data, original["model"])}
+    yield {"two cells": NO_SCIPY if lacks_scipy() else two_cells(job, data, original["model"])}
+
+
+NO_SCIPY = {"skipped": "this machine lacks scipy, which the figures are computed with"}
+
+
+def lacks_scipy() -> bool:
+    return importlib.util.find_spec("scipy") is None
 
 
 def two_cells(job: Job, data: Path, original: str) -> dict[str, Any]:
@@ -572,8 +579,8 @@ def cifar10(job: Job) -> Part:
     output = job.work / "cifar10"
     command = [sys.executable, str(REPOSITORY / "eval" / "cifar10.py"), "--data", str(data), "--output", str(output)]
     command += ["--quiet", *(["--protocol", "toy", "--methods", "ft"] if job.toy else [])]
-    if importlib.util.find_spec("scipy") is None:
-        yield {"skipped": "this machine lacks scipy, which the figures are computed with"}
+    if lacks_scipy():
+        yield NO_SCIPY
         return
     start, is_whole = time.monotonic(), True
     how: dict[str, Any] = {"env": offline(), "cwd": REPOSITORY, "capture_output": True, "text": True}
@@ -593,8 +600,8 @@ def cifar10(job: Job) -> Part:
 
 def cifar10_diffusion(job: Job) -> Part:
     """A slice of eval/cifar10_diffusion.py: whether all is done, and its results when it is."""
-    if importlib.util.find_spec("scipy") is None:
-        yield {"skipped": "this machine lacks scipy, which the figures are computed with"}
+    if lacks_scipy():
+        yield NO_SCIPY
         return
     import cifar10_diffusion as recipe
 
