@@ -143,7 +143,8 @@ def test_the_copies_between_two_steps_are_no_more_than_the_estimate_counts(monke
             pass
 
     soft, relabel = (planning.make_method(Settings("church", method=name)) for name in ("salun-soft", "relabel"))
-    for method, null, halt in ((soft, None, None), (relabel, Nothing(), torch.zeros((), dtype=torch.int32))):
+    cases: tuple[Any, ...] = ((soft, None, None), (relabel, Nothing(), torch.zeros((), dtype=torch.int32)))
+    for method, null, halt in cases:
         with torch.no_grad(), memory._Living() as living:
             loop._after_the_step(method, held, None, null, 0, 10, halt)
         copies = memory.copies_between(shrinks=method is soft, projects=null is not None)
