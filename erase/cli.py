@@ -46,7 +46,7 @@ PICKLE = Settings.__dataclass_fields__["allow_pickle"].metadata["help"]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exit code 0: done; 2: an error that the user can correct; 130: interrupted."""
-    serve("erase-concept", COMMANDS, _erase, argv)
+    serve("erase-concept", COMMANDS, _erase, argv, shared={""})
 
 
 def _erase(arguments: list[str]) -> None:

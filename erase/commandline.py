@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 from erase import progress
 from erase.errors import EraseError, printable
 from erase.options.declare import MIXED_PRECISION, flag, forms_of
+from erase.processes import require_shareable
 from erase.words import did_you_mean
 
 
@@ -63,11 +64,16 @@ def serve(
     otherwise: Command,
     argv: Sequence[str] | None,
     *,
+    shared: Collection[str] = (),
     interrupted: str = "interrupted",
 ) -> None:
-    """Run the command that the first argument names, else `otherwise` with all of them; see `reporting`."""
+    """Run the command that the first argument names, else `otherwise` with all of them; see `reporting`.
+
+    shared: commands whose work several processes share; "" is `otherwise`. Others refuse to run several times at once.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with reporting(prog, interrupted):
+        require_shareable(prog, arguments[0] if arguments and arguments[0] in commands else "", shared)
         if arguments and arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
         else:

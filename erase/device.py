@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from erase.errors import EraseError
+from erase.processes import local_rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # fp16 gradients below 6e-8 become zero, so losses are multiplied by this before a backward pass without a GradScaler
@@ -69,7 +70,7 @@ def choose(device: str | None, precision: str | None) -> Compute:
 
 def _find(device: str | None) -> torch.device:
     num = num_gpus()
-    own = int(os.environ.get("LOCAL_RANK", "0"))  # a launcher starts a process for each GPU
+    own = local_rank(num)  # a launcher starts a process for each GPU
     if device is None:
         device = "cuda" if num else "cpu"
     kind, colon, number = device.partition(":")

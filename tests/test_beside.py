@@ -1,6 +1,5 @@
 """What a GPU that generates is spared: threads write images and judge them, batches fit its memory; pretended here."""
 
-import argparse
 import threading
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from test_generate import make_task, pixels
 
 from erase import device
 from erase.errors import EraseError
-from erase.evaluation import arm, beside, flags, generate, score
+from erase.evaluation import arm, beside, generate, score
 from erase.evaluation.judges.registry import JUDGES
 from erase.families import modes, sd
 from erase.training import memory
@@ -143,24 +142,3 @@ def test_threads_are_those_that_the_user_allows(monkeypatch, given, expected):
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert beside.num_threads() == (expected or beside.num_threads()) >= 1
     assert beside.mapped(lambda x: 2 * x, [1, 2, 3]) == [2, 4, 6]
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
-        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}, (2, 3)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, (0, 1)),  # a batch script, in which nobody else works
-        (
-            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "RANK": "1", "WORLD_SIZE": "2"},
-            (1, 2),
-        ),  # torchrun in srun
-    ],
-)
-def test_a_task_is_shared_between_processes_of_torchrun_and_of_srun(monkeypatch, variables, expected):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert flags.rank_and_world(argparse.Namespace()) == expected

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # A module may import those of its own layer and of the layers before it; files of a folder are in the folder's layer.
 LAYERS = (
-    {"conditioning", "errors", "locks", "progress", "version"},
+    {"conditioning", "errors", "locks", "processes", "progress", "version"},
     {"device", "files", "graphs", "optim", "pickles", "statistics"},
     {"registry", "tensor_files", "words"},
     {"concepts", "delta", "masks"},

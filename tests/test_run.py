@@ -757,7 +757,7 @@ def test_resume_without_an_unfinished_run_is_an_error(toy_pipeline_dir, tmp_path
 
 
 def test_a_launcher_that_started_too_few_processes_is_noticed(toy_pipeline_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "world_size", lambda: 2)
+    monkeypatch.setattr(machine, "rank_and_world", lambda: (0, 2))
     with pytest.raises(EraseError, match="asked for 2 processes but accelerate runs 1"):
         erase(toy_pipeline_dir, tmp_path / "run")
 

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exit code 0: done; 2: an error of the user; 3: a rule is not met; 130: interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     silence_libraries(quiet="--quiet" in arguments)
-    serve("eval-concept", COMMANDS, _no_command, arguments, interrupted="interrupted; the same command continues")
+    interrupted = "interrupted; the same command continues"
+    serve("eval-concept", COMMANDS, _no_command, arguments, shared={"generate"}, interrupted=interrupted)
 
 
 def _no_command(arguments: list[str]) -> None:

@@ -1,7 +1,6 @@
 """Options that several commands of eval-concept share."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -57,13 +56,6 @@ def options_of(options: type[Any], given: argparse.Namespace) -> Any:
     """A dataclass of options from what was given of them."""
     names = options.__dataclass_fields__  # with those that only __post_init__ sees
     return options(**{name: getattr(given, name) for name in names if getattr(given, name, None) is not None})
-
-
-def rank_and_world(given: argparse.Namespace) -> tuple[int, int]:
-    """Rank and number of the processes that a launcher started, or `srun` of SLURM."""
-    of_slurm = os.environ.get("SLURM_PROCID", "0"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    rank, world = (os.environ.get(name, other) for name, other in zip(("RANK", "WORLD_SIZE"), of_slurm, strict=True))
-    return int(rank), int(world)
 
 
 def report_options(parser: Parser) -> None:

@@ -23,7 +23,7 @@ from accelerate.utils import (
 from erase import device
 from erase.errors import EraseError, missing
 from erase.options.settings import Settings
-from erase.runs.planning import world_size
+from erase.processes import rank_and_world, refuse_sharding, require_group
 from erase.version import __version__
 
 # Processes generate fixed shares of the images and wait for one another afterwards. A slower GPU may need hours longer
@@ -32,12 +32,20 @@ WAIT = timedelta(hours=24)
 
 
 def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) -> Accelerator:
-    """accelerate's view of the machine; refuses when a launcher asked for more processes than it started."""
+    """accelerate's view of the machine; refuses what it would leave out without a word.
+
+    Raises:
+        EraseError: processes that do not know one another, a way to shard the model that is none here, a tracker that
+            is not installed, or fewer processes than the launcher was asked for.
+    """
+    require_group()
+    refuse_sharding()
+    _, wanted = rank_and_world()
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if settings.report_to and not available[settings.report_to]():
         raise missing(settings.report_to)
     # a process may make several runs, each with its own device and precision
-    AcceleratorState._reset_state(reset_partial_state=world_size() == 1)
+    AcceleratorState._reset_state(reset_partial_state=wanted == 1)
     accelerator = Accelerator(
         cpu=compute.device.type == "cpu",
         mixed_precision=compute.mixed_precision,
@@ -47,7 +55,6 @@ def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) 
         project_config=ProjectConfiguration(logging_dir=str(folder / "logs")),
         step_scheduler_with_optimizer=False,
     )
-    wanted = world_size()
     if wanted != accelerator.num_processes:
         raise EraseError(
             f"the launcher asked for {wanted} processes but accelerate runs {accelerator.num_processes}; "

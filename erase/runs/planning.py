@@ -1,6 +1,5 @@
 """From settings to data plan, training recipe and method."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from erase.options.declare import flag
 from erase.options.effect import OF_IMAGES, OF_TRAINING
 from erase.options.recipes import RECIPES
 from erase.options.settings import Settings
+from erase.processes import rank_and_world
 from erase.training import batches, memory
 
 
@@ -221,13 +221,9 @@ def num_copies(method: methods.TrainedMethod | methods.ClosedForm, *, projects: 
     return base + (method.teacher_decay is not None) + method.turns + 2 * (method.balance is not None)
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def part_size(settings: Settings) -> int:
     """Images of one branch that go through the network together."""
-    return max(1, whole(settings.batch_size) // (settings.gradient_accumulation_steps * world_size()))
+    return max(1, whole(settings.batch_size) // (settings.gradient_accumulation_steps * rank_and_world()[1]))
 
 
 def rows_of_pass(settings: Settings) -> int:

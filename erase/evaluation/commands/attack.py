@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from erase.commandline import Parser, add_options
-from erase.errors import EraseError
 from erase.evaluation.attacks.registry import ATTACKS
 from erase.evaluation.commands.ending import require, typed
 from erase.evaluation.flags import (
@@ -13,7 +12,6 @@ from erase.evaluation.flags import (
     notes_of,
     options_of,
     quiet_option,
-    rank_and_world,
     report_options,
 )
 from erase.evaluation.options import AttackOptions, Drawing
@@ -50,8 +48,6 @@ def run(arguments: list[str]) -> None:
     quiet_option(parser)
     given = parser.parse_args(arguments)
     options, drawing = options_of(AttackOptions, given), options_of(Drawing, given)
-    if rank_and_world(given)[1] > 1:
-        raise EraseError("eval-concept attack takes one process")
     from erase.evaluation import attacking
 
     request = attacking.Request(

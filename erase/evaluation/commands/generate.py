@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from erase.commandline import Parser
-from erase.evaluation.flags import notes_of, options_of, quiet_option, rank_and_world, task_options
+from erase.evaluation.flags import notes_of, options_of, quiet_option, task_options
 from erase.evaluation.options import Drawing, Options
+from erase.processes import rank_and_world, refuse_sharding
 
 
 def run(arguments: list[str]) -> None:
@@ -19,6 +20,9 @@ def run(arguments: list[str]) -> None:
     quiet_option(parser)
     given = parser.parse_args(arguments)
     options, drawing = options_of(Options, given), options_of(Drawing, given)
+    refuse_sharding()
+    rank, world = rank_and_world()
+    given.quiet = given.quiet or rank > 0
     from erase.evaluation import generate, sources
 
     concept = sources.concept_of(given.concept, given.kind, given.model)
@@ -27,7 +31,6 @@ def run(arguments: list[str]) -> None:
     model = sources.source_of(given.model, drawing, sources.make_guard(drawing, concept)).load(drawing)
     for line in model.notes:
         notes_of(given)(line)
-    rank, world = rank_and_world(given)
     generate.generate(
         model,
         task,
@@ -38,6 +41,6 @@ def run(arguments: list[str]) -> None:
         batch_size=generate.together(drawing.generation_batch_size, model, Path(given.output), world=world),
         rank=rank,
         world=world,
-        quiet=given.quiet or rank > 0,
+        quiet=given.quiet,
     )
     print(f"{given.output}: {task.id}, {len(task.samples)} samples, part {rank + 1} of {world} generated")

@@ -10,7 +10,6 @@ from erase.evaluation.flags import (
     notes_of,
     options_of,
     quiet_option,
-    rank_and_world,
     report_options,
     task_options,
 )
@@ -39,10 +38,6 @@ def run(arguments: list[str]) -> None:
     quiet_option(parser)
     given = parser.parse_args(arguments)
     options, drawing = options_of(Options, given), options_of(Drawing, given)
-    if rank_and_world(given)[1] > 1:
-        raise EraseError(
-            "eval-concept run takes one process; for several use eval-concept generate, then score and report"
-        )
     has_images = given.tasks == ["images"]
     if has_images == bool(given.models):
         raise EraseError("give --model MODEL, or --task images with --images DIR and no other task")
