@@ -73,7 +73,7 @@ def waits_of(
 @pytest.mark.parametrize("name", TRAINED)
 def test_ten_steady_steps_wait_for_nothing(toy_pipeline_dir, tmp_path, name):
     """EraseDiff and STEREO read their losses when the weights are put back, and not in the ten steps before."""
-    steps = 60 if name in {"erasediff", "stereo"} else 14
+    steps = 60 if name in {"erasediff", "stereo", "recare"} else 14
     recipe = replace(RECIPE, num_steps=steps)
     assert waits_of(toy_pipeline_dir, toy.made(name), tmp_path / "t.pt", recipe=recipe) == []
 

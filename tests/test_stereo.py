@@ -13,12 +13,16 @@ from toy_training import CONCEPT, RECIPE, erased, gathered
 
 from erase.errors import EraseError
 from erase.methods.protocol import Turn
+from erase.methods.recare import ReCARE
 from erase.methods.stereo import Stereo
+from erase.options.settings import Settings
+from erase.runs.planning import require_retain_rows
 from erase.training.batches import batches, generator, sample
 from erase.training.words import Words, spread_timesteps, token_of
 
 ONE = replace(CONCEPT, forget=CONCEPT.forget[:1], anchor=CONCEPT.anchor[:1])
-STEREO = Stereo(words=2, word_steps=3, word_batch=3, word_lr=0.05, alpha=0.7, strength=1.5, search_guidance=1.2)
+HOW: dict[str, Any] = dict(words=2, word_steps=3, word_batch=3, word_lr=0.05, alpha=0.7, strength=1.5)
+STEREO, RECARE = Stereo(**HOW, search_guidance=1.2), ReCARE(**HOW, search_guidance=1.2)
 RATE, LONG = 1e-3, replace(RECIPE, num_steps=20, learning_rate=1e-3, checkpoint_every=50)
 
 
@@ -43,11 +47,15 @@ def test_batches_hold_the_words_found_so_far(toy_pipeline_dir, cache_dir):
     assert attacked == [(5, 0, 1), (5, 0, 2), (5, 0, 3), (11, 1, 1), (11, 1, 2), (11, 1, 3)]
 
 
-def test_training_is_that_of_the_equations(toy_pipeline_dir, tmp_path, monkeypatch):
-    """An independent transcription in float64 with torch's Adam, 20 steps; from the searched weights it is far away."""
+@pytest.mark.parametrize("method", [STEREO, RECARE])
+def test_training_is_that_of_the_equations(toy_pipeline_dir, tmp_path, monkeypatch, method):
+    """An independent transcription in float64 with torch's Adam, 20 steps; from the searched weights it is far away.
+
+    ReCARE erases the words too, and keeps retain prompts on the noised images of the concept.
+    """
     monkeypatch.setattr(toy, "CONCEPT", ONE)
     base, accelerator = load_sd(toy_pipeline_dir), Accelerator(cpu=True)
-    data = gathered(base, STEREO, tmp_path)
+    data = gathered(base, method, tmp_path)
     token, table = token_of(base), base.token_embeddings.detach()
     own = [base.tokens(ONE.forget[0])[i - 1] for i, is_own in enumerate(data.words[0].tolist()) if is_own]
     first = int(torch.randint(len(own), (), generator=generator(0, "word", 1, 0)))
@@ -80,10 +88,11 @@ def test_training_is_that_of_the_equations(toy_pipeline_dir, tmp_path, monkeypat
                 adam = torch.optim.Adam(unet.parameters(), lr=RATE)
             b = next(batches(base, data, LONG, step, 2, accelerator))
             x, t = b.x_forget, b.t_forget
+            x_r, t_r = (x, t) if method is RECARE else (b.x_retain, b.t_retain)
             with torch.no_grad():
                 said = [base.encode_with(["a photo of a ~"] * 2, token, word).text_states for word in words]
                 e_0, e_a = (noise(frozen, x, t, c.text_states) for c in (b.c_empty, b.c_target))
-                e_r = noise(frozen, b.x_retain, b.t_retain, b.c_retain.text_states)
+                e_r = noise(frozen, x_r, t_r, b.c_retain.text_states)
                 asked = [b.c_forget.text_states, *said]
                 e = [noise(frozen, x, t, c) for c in asked]
             if step < 12:
@@ -94,8 +103,10 @@ def test_training_is_that_of_the_equations(toy_pipeline_dir, tmp_path, monkeypat
                 loss = torch.stack(losses).mean()
             else:
                 target = e_0 + 0.5 * (e_a - e_0) - 2.5 * ((e[1] + e[2]) / 2 - e_0)
-                kept = (noise(unet, b.x_retain, b.t_retain, b.c_retain.text_states) - e_r).square().mean()
-                loss = (noise(unet, x, t, asked[0]) - target).square().mean() + 0.7 * kept
+                kept = (noise(unet, x_r, t_r, b.c_retain.text_states) - e_r).square().mean()
+                erased_by = asked if method is RECARE else asked[:1]
+                loss = sum((noise(unet, x, t, c) - target).square().mean() for c in erased_by) / len(erased_by)
+                loss = loss + 0.7 * kept
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -105,7 +116,7 @@ def test_training_is_that_of_the_equations(toy_pipeline_dir, tmp_path, monkeypat
 
     before = torch.cat([p.reshape(-1) for p in frozen.parameters()])
     theirs = run(rewinds=True) - before
-    model, *_ = erased(toy_pipeline_dir, STEREO, data, accelerator, tmp_path / "t", recipe=LONG, density=None)
+    model, *_ = erased(toy_pipeline_dir, method, data, accelerator, tmp_path / "t", recipe=LONG, density=None)
     ours = torch.cat([p.detach().double().reshape(-1) for p in model.unet.parameters()]) - before
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
     words.clear()
@@ -116,5 +127,17 @@ def test_training_is_that_of_the_equations(toy_pipeline_dir, tmp_path, monkeypat
 def test_settings_out_of_range_are_refused():
     with pytest.raises(EraseError, match="stereo has words=0; it must be at least 1"):
         Stereo(words=0)
-    with pytest.raises(EraseError, match="search_rate=0"):
-        Stereo(search_rate=0)
+    with pytest.raises(EraseError, match="recare has search_rate=0"):
+        ReCARE(search_rate=0)
+
+
+def test_recare_generates_no_retain_images(toy_pipeline_dir, cache_dir, tmp_path):
+    """Their names alone are used, so that options about the images are refused."""
+    model = load_sd(toy_pipeline_dir)
+    retain = gathered(model, RECARE, cache_dir).retain
+    assert not retain.mean.any() and gathered(model, STEREO, cache_dir).retain.mean.any()  # control
+    assert len(retain.prompt) == 3
+    with pytest.raises(EraseError, match="uses retain prompts, not images; give --retain instead of --retain-images"):
+        gathered(model, RECARE, cache_dir, retain_images=str(tmp_path))
+    with pytest.raises(EraseError, match="--anchor-every is 2, but recare retains prompts on images of the concept"):
+        require_retain_rows(Settings(concept="cat", method="recare", anchor_every=2), RECARE)

@@ -58,6 +58,7 @@ def gathered(model: sd.StableDiffusion, method: methods.TrainedMethod, cache_dir
         seed=0,
         images=method.images,
         retains=method.retains,
+        retain_names=not method.retain_images,
     )
     plan = replace(plan, **options)
     return latents.gather(model, CONCEPT, plan, model_hash="toy", cache_dir=cache_dir, quiet=True)

@@ -78,6 +78,7 @@ class Plan:
         name, points of the "trajectory" from noise to the concept, a random one of each image's, names alone,
         where the method begins from "noise", or latents that are "uniform" in [-1, 1].
     retains: False where nothing is kept by images; the retain set is then one empty image.
+    retain_names: only the names of retain images are used; the images are empty.
     trajectory_guidance: of the trajectories; 3 in ESD.
     num_anchor: images of the anchor prompts to generate beside the forget and retain sets.
     """
@@ -93,6 +94,7 @@ class Plan:
     round_trip: bool = False
     images: str = "concept"
     retains: bool = True
+    retain_names: bool = False
     trajectory_guidance: float = 3.0
     forget_images: str | None = None
     retain_images: str | None = None
@@ -183,6 +185,8 @@ def _sources(
         raise EraseError("this method trains on noise instead of images of the concept; leave out --forget-images")
     if plan.retain_images and not plan.retains:
         raise EraseError("this method has no retain loss; leave out --retain-images")
+    if plan.retain_images and plan.retain_names:
+        raise EraseError("this method uses retain prompts, not images; give --retain instead of --retain-images")
     pairs = concept.pairs()
     names = [forget for forget, _ in pairs]
     shown = [anchor for _, anchor in pairs] if plan.images == "anchor" else names
@@ -204,6 +208,8 @@ def _sources(
         forget = _blank(model, plan, forget.prompts)
     if not plan.retains:
         retain = _blank(model, plan, [""])
+    elif plan.retain_names and None not in retain.prompts:
+        retain = _blank(model, plan, retain.prompts)
     if None in retain.prompts:
         unnamed = f"; --retain-images {plan.retain_images} names no prompts either" if plan.retain_images else ""
         raise EraseError(f"concept {concept.name!r} has no retain prompts{unnamed}; give --retain PROMPT")

@@ -11,6 +11,7 @@ from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.methods.inputs import Batch, Predictor
 from erase.methods.protocol import TrainedMethod, Turn, WordAttack
+from erase.methods.terms import Seen
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Stereo(TrainedMethod):
     The optimizer steps are divided into `words` + 1 equal parts, the last of which is the erasure (and has what is left
     over). Adam starts again with it.
 
-    words: learned words and rounds of the search; more find more ways to the concept. The authors take 4, ReCARE 2.
+    words: learned words and rounds of the search; more find more ways to the concept. The authors take 4.
     strength: s; a larger one pushes further from the words. The authors' code has 2.
     search_guidance: eta of the search. search_rate: its learning rate, as a share of the erasure's.
     alpha: weight of the retain loss; a larger one retains more and forgets less.
@@ -38,6 +39,8 @@ class Stereo(TrainedMethod):
     word `word_steps` forward and backward passes. The text encoder stays in memory. Known weakness: attacks that use no
     words, such as fine-tuning; images of prompts close to the concept change.
     """
+
+    _name = "stereo"
 
     words: int = 4
     strength: float = 2.0
@@ -51,9 +54,9 @@ class Stereo(TrainedMethod):
     def __post_init__(self) -> None:
         for name in ("words", "word_steps", "word_batch"):
             if getattr(self, name) < 1:
-                raise EraseError(f"stereo has {name}={getattr(self, name)}; it must be at least 1")
+                raise EraseError(f"{self._name} has {name}={getattr(self, name)}; it must be at least 1")
         if not self.search_rate > 0:
-            raise EraseError(f"stereo has search_rate={self.search_rate:g}; it must be above 0")
+            raise EraseError(f"{self._name} has search_rate={self.search_rate:g}; it must be above 0")
 
     @property
     def needs_base(self) -> bool:
@@ -104,8 +107,17 @@ class Stereo(TrainedMethod):
             return
         away = torch.stack([base(c) - empty for c in batch.c_words]).mean(0)
         target = empty + (self.strength - 1) * (base(batch.c_target) - empty) - (self.strength + 1) * away
-        yield "forget", F.mse_loss(model(x, t, batch.c_forget), target)
+        yield "forget", torch.stack([F.mse_loss(model(x, t, c), target) for c in self._erased(batch)]).mean()
         if self.retains:
+            kept = self._kept(batch)
             with torch.no_grad():
-                keep = frozen(batch.x_retain, batch.t_retain, batch.c_retain)
-            yield "retain", self.alpha * F.mse_loss(model(batch.x_retain, batch.t_retain, batch.c_retain), keep)
+                keep = frozen(*kept)
+            yield "retain", self.alpha * F.mse_loss(model(*kept), keep)
+
+    def _erased(self, batch: Batch) -> tuple[Conditioning, ...]:
+        """The prompts that the erasure trains."""
+        return (batch.c_forget,)
+
+    def _kept(self, batch: Batch) -> Seen:
+        """Where the erasure's predictions stay those of the base."""
+        return batch.x_retain, batch.t_retain, batch.c_retain

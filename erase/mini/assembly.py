@@ -35,6 +35,11 @@ DEFAULTS: dict[str, Any] = {
             "num_train_steps": 120,
             "set": ["words=2", "word_steps=60", "word_batch=16", "word_lr=0.003"],
         },
+        "recare": {
+            "learning_rate": 1e-4,
+            "num_train_steps": 120,
+            "set": ["word_steps=60", "word_batch=16", "word_lr=0.003"],
+        },
         "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
         "rece": {"set": ["lamb_1=1", "epochs=1"]},
         "speed": {"set": ["tokens=tail", "retain_tokens=tail", "rho=0.05", "filter=false"]},

@@ -55,11 +55,16 @@ def gather(decided: Decisions) -> Gathered:
 
 def images_of(decided: Decisions, kind: str) -> latents.Data:
     """Forget and retain images; `kind` says what the forget images show, see `erase.data.latents.Plan`."""
-    accelerator, plan = decided.accelerator, make_plan(decided.settings, decided.model)
+    accelerator, method, plan = decided.accelerator, decided.method, make_plan(decided.settings, decided.model)
     return latents.gather(
         decided.model,
         decided.concept,
-        replace(plan, images=kind, retains=decided.method.retains),
+        replace(
+            plan,
+            images=kind,
+            retains=method.retains,
+            retain_names=isinstance(method, TrainedMethod) and not method.retain_images,
+        ),
         model_hash=decided.base_hash,
         cache_dir=decided.cache_dir,
         workers=cache.Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),

@@ -132,6 +132,11 @@ def require_two_gradients(settings: Settings, method: methods.Method) -> None:
 def require_retain_rows(settings: Settings, method: methods.Method) -> None:
     """Raise an EraseError for options about retain rows where there are none; of resolved settings."""
     if isinstance(method, methods.TrainedMethod) and method.retains:
+        if settings.anchor_every and not method.retain_images:
+            raise EraseError(
+                f"--anchor-every is {settings.anchor_every}, but {settings.method} retains prompts on images of the "
+                "concept; use --anchor-every 0"
+            )
         return
     for name in ("proportion_empty_prompts", "anchor_every"):
         if value := getattr(settings, name):
