@@ -30,7 +30,14 @@ MANIFEST = "manifest.json"
 _TASK = {"id": str, "version": int, "options": {"*": Any}, "num_samples": int, "prompts_hash": str}
 _MANIFEST = {"task": {**_TASK, "refused?": int, "judges?": [str]}, "model": {"*": str}, "generation": {"*": Any}}
 _SAMPLE = {**typing.get_type_hints(Sample), "facts": {"*": Any}}
-_RECORD = {"id": str, "file": (str, None), "sha256": (str, None), "invalid": (str, None), "*": Any}
+_RECORD = {
+    "id": str,
+    "file": (str, None),
+    "sha256": (str, None),
+    "invalid": (str, None),
+    "measured?": {"*": (float, None)},
+    "*": Any,
+}
 _OWN = re.compile(r"\.|manifest\.json|samples\.jsonl|records-|images$")
 
 

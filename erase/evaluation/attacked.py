@@ -74,9 +74,13 @@ def _images(
     def draw(part: Sequence[Sample], size: tuple[int, int], guidance: float) -> Tensor:
         return attack.draw(given, finding, part, guidance)
 
-    return generate.stored(
+    lines = generate.stored(
         given.model, folder, samples, batch, absent, settings, draw, lambda sample: said(finding, sample)
     )
+    if not attack.measured:
+        return lines
+    by_id = {sample.id: sample for sample in batch}
+    return [line | {"measured": dict(attack.recorded(given, finding, by_id[line["id"]]))} for line in lines]
 
 
 def _findings(given: Given, attack: Attack, folder: Path, run: int, points: Sequence[str]) -> dict[str, Finding]:

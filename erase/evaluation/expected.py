@@ -33,9 +33,10 @@ def scores(
         raise EraseError(f"the task {task['id']} needs judges: --judge {', '.join(JUDGES.names())}")
     # a rate exists even if no image can be judged, since these count as failures; a mean does not
     unseen = [{"invalid": "not judged"}] * len(samples)
-    plan = tasks.stated(task["id"], "the task").plan(samples, dict.fromkeys(judges, unseen), task["options"])
+    measured = tasks.stated(task["id"], "the task")
+    plan = measured.plan(samples, dict.fromkeys(judges, unseen), task["options"])
     found: dict[str, Expected] = {}
-    for column in plan.columns:
+    for column in (*plan.columns, *measured.recorded(samples, [{}] * len(samples), task["options"])):
         is_rate = any(isinstance(value, bool) for value in column.values)
         found[column.name] = Expected(RATE if is_rate else column.range, is_rate)
     kept, roles = sum(map(is_kept, samples)), {"base": base, "gold": gold, "real": real}

@@ -154,7 +154,9 @@ def _plan(
     measured: Task, folder: Path, samples: Sequence[Sample], task: Mapping[str, Any], judges: Sequence[str]
 ) -> Plan:
     lines = {judge: score.load(folder, judge) for judge in judges}
-    return measured.plan(samples, lines, task["options"])
+    plan = measured.plan(samples, lines, task["options"])
+    own = measured.recorded(samples, arm.complete_records(folder), task["options"])
+    return replace(plan, columns=[*plan.columns, *own])
 
 
 def num_truncated(folder: Path) -> int:

@@ -181,6 +181,12 @@ class DiscreteDiffusion(LatentFamily):
         scheduler.set_timesteps(steps)
         return scheduler.timesteps
 
+    def path(self, steps: int) -> Tensor:
+        """See `Family.path`. The last row is DDIM's: Stable Diffusion ends at timestep 0, with some noise."""
+        path, scheduler = super().path(steps), self._ddim(self.prediction_type)
+        path[-1] = torch.stack([scheduler.final_alpha_cumprod, 1 - scheduler.final_alpha_cumprod]).sqrt()
+        return path
+
     @torch.no_grad()
     def trajectory(
         self, x: Tensor, index: Tensor, c: Conditioning, empty: Conditioning, *, steps: int, guidance: float

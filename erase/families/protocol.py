@@ -276,6 +276,18 @@ class Family(Stored, Prompted):
         """
         raise EraseError(f"{self.family} cannot continue from noisy latents; choose another attack")
 
+    def path(self, steps: int) -> Tensor:
+        """What `draw_from`'s latents are made of before each step and after the last one, float32, [steps + 1, 2].
+
+        A row is (A, B), where the latents are A times the image plus B times noise. The last row is (1, 0) by default.
+
+        Raises:
+            EraseError: see `times`.
+        """
+        t, one = self.times(steps), torch.ones(steps, 1, 1, 1)
+        parts = [self.add_noise(image, noise, t).view(-1) for image, noise in ((one, 0 * one), (0 * one, one))]
+        return torch.cat([torch.stack(parts, 1), torch.tensor([[1.0, 0.0]])])
+
     def draw_from(
         self,
         latents: Tensor,

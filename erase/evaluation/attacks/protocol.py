@@ -66,6 +66,19 @@ class Given:
     known: dict[int, "dict[str, Finding]"] = field(default_factory=dict[int, "dict[str, Finding]"])
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A figure of the attack's own for each image, beside whether the concept is seen; the report has its mean.
+
+    It is reported after the last point of the budget, and for the control.
+    """
+
+    name: str
+    title: str
+    about: str
+    higher_is_better: bool
+
+
 class Attack(ABC):
     """An attack with its settings. A subclass is a frozen dataclass whose fields are the settings.
 
@@ -84,6 +97,7 @@ class Attack(ABC):
     needs_prompts: ClassVar[bool] = False  # whether the user must give a list of prompts
     finds_words: ClassVar[bool] = False  # whether it needs the text encoder's table of token embeddings
     finds_classes: ClassVar[bool] = False  # whether it needs the network's table of class vectors
+    measured: ClassVar[tuple[Measured, ...]] = ()  # figures that `recorded` gives
     num_shown: int = 0  # number of `Given.shown`, images of the concept
     num_others: int = 0  # number of `Given.others`, images of other things
 
@@ -121,6 +135,10 @@ class Attack(ABC):
         """Latents of the samples' images, on the CPU; called inside `attacked`."""
         texts, seeds = [said(finding, sample) for sample in batch], [sample.seed for sample in batch]
         return given.model.draw(texts, seeds, steps=given.steps, guidance=guidance, size=given.size)
+
+    def recorded(self, given: Given, finding: Finding, sample: Sample) -> Mapping[str, float | None]:
+        """The figures of `measured` by name, for the sample's image; None if there is none."""
+        return {}
 
     def fewest_steps(self, steps: int) -> int:
         """The smallest number of sampling steps that the attacked model takes for an image, over all points."""

@@ -113,6 +113,25 @@ class Attacked(Task):
         flagged = own_images.plan(lines, options).flagged
         return Plan(present(columns), groups, None, None, flagged)
 
+    def recorded(
+        self, samples: Sequence[Sample], records: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> list[Column]:
+        """The attack's own figures, after its last point and for its control."""
+        from erase.evaluation.attacks.registry import ATTACKS
+
+        last, found = options["points"][-1], list[Column]()
+        for one in ATTACKS.stated(options["attack"], "task.options.attack").measured:
+            for point, ending, what in ((last, "", ""), (CONTROL, f".{CONTROL}", f"; {options['control']}")):
+                if point != last and point not in options["controls"]:
+                    continue
+                values = [
+                    record.get("measured", {}).get(one.name) if sample.facts["point"] == point else None
+                    for sample, record in zip(samples, records, strict=True)
+                ]
+                name, title = f"attack.{options['attack']}.{one.name}{ending}", one.title + (ending and ", control")
+                found.append(Column(name, title, f"mean of {one.about}{what}", one.higher_is_better, values))
+        return found
+
 
 _TITLES = {CONTROL: "Control", SEEDS: "Other image seeds"}
 

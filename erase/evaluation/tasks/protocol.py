@@ -11,7 +11,7 @@ from erase import files
 from erase.concepts import Concept, refusal
 from erase.errors import EraseError
 from erase.evaluation.options import Options
-from erase.evaluation.plan import Lines, Plan
+from erase.evaluation.plan import Column, Lines, Plan
 
 IMAGES_VERSION = 2  # of the task images, whose folders `arm.adopt` makes
 
@@ -125,6 +125,15 @@ class Task(ABC):
         lines: each judge's output for each sample. That of an invalid image has only "invalid"; it is never a success.
         options: those of the sample set.
         """
+
+    def recorded(
+        self, samples: Sequence[Sample], records: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> list[Column]:
+        """Columns of figures that were recorded when the images were generated; none by default.
+
+        records: of each sample; empty ones before there are images.
+        """
+        return []
 
     def limits_of(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Sentences for the report: what these samples do not test. options: those of the sample set."""
