@@ -124,8 +124,10 @@ def cell(folder: Path, concept: str, variant: str, seed: int, part: str, gold: s
         model, delta = "mini", run / "delta.safetensors"
     record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed, "part": part}
     record |= {"model": mini_methods.model_hash(), "protocol": PROTOCOL}
-    of_part = kept(folder, model, delta, concept, name) if part == KEPT else attacked(folder, model, delta, concept, part)
-    record |= of_part
+    if part == KEPT:
+        record |= kept(folder, model, delta, concept, name)
+    else:
+        record |= attacked(folder, model, delta, concept, part)
     files.write_json(cell_path(folder, concept, variant, seed, part), record)
 
 
