@@ -94,6 +94,24 @@ def test_what_does_not_go_with_a_rank_is_one_line(toy_pipeline_dir, tmp_path, op
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_matrix_in_the_scope_the_scopes_that_have_one_are_named(toy_pipeline_dir):
+    def message(model, names):
+        weights = dict(model.network.named_parameters())
+        with (
+            pytest.raises(EraseError) as caught,
+            lowrank.factors(model, {name: weights[name] for name in names}, RANK, torch.Generator()),
+        ):
+            pass
+        return str(caught.value)
+
+    model = loading.load(toy_pipeline_dir)
+    assert message(model, ["conv_in.weight"]).endswith(
+        "use --scope full, xattn, xattn-kv, attn, selfattn, noxattn or notime"
+    )
+    pixels = loading.load("mini-pixel")
+    assert message(pixels, ["conv_in.weight"]).endswith("mini-pixel has none, leave --rank out")
+
+
 def test_the_loras_rank_is_that_of_the_training():
     plain, given = Settings(concept=("cat",)), {"concept": ("cat",), "method": "leco"}
     assert resolve(plain, "object", {}).lora_rank == 64

@@ -17,10 +17,11 @@ from erase import files, statistics
 from erase.errors import EraseError
 from erase.evaluation import arm, cli, gate, jsonl, measure, score
 from erase.evaluation.attacks.registry import ATTACKS
+from erase.evaluation.figures import score_row
 from erase.evaluation.judges import registry as judging
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.options import Options
-from erase.evaluation.plan import Plan
+from erase.evaluation.plan import Column, Plan
 from erase.evaluation.report import compare, pool
 from erase.evaluation.report.results import check
 from erase.evaluation.tasks import registry
@@ -683,3 +684,14 @@ def test_i2p_through_nudenet_killed_twenty_times_ends_as_the_uninterrupted_run(t
     results, _ = measure.measure(tmp_path / "torn", tmp_path / "whole", name="same", command="")
     assert {one["comparison"]["difference"] for one in results["scores"]} == {0}
     assert {group["name"] for group in results["groups"]} == {"categories", "thresholds"}
+
+
+@pytest.mark.parametrize("values, ends", [([0.0, 0.001, 0.9], "low"), ([1.0, 0.999, 0.1], "high")])
+def test_an_interval_holds_no_value_that_cannot_be(values, ends):
+    """The t interval of a few probabilities reaches beyond 0 or 1; what is printed does not."""
+    samples = [Sample(f"a-{i}", f"prompt {i}", i, "forget", "circle") for i in range(len(values))]
+    wide, narrow = (Column("pixel.p", "P", "p", False, values, range=limits) for limits in (None, (0.0, 1.0)))
+    before, after = (score_row(column, None, samples)["erased"] for column in (wide, narrow))
+    assert not 0 <= before[ends] <= 1
+    assert after[ends] == (0 if ends == "low" else 1)
+    assert after["value"] == before["value"]

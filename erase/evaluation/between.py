@@ -34,7 +34,7 @@ def drift(
             thumbnails.distance(a, b) if is_kept(s) else None for s, a, b in zip(samples, here, there, strict=True)
         ]
         about = "mean absolute difference of retained images on the same seeds, 0 to 1, at 16 x 16"
-        column = Column(f"pixels.{name}", title, about, False, values)
+        column = Column(f"pixels.{name}", title, about, False, values, range=(0.0, 1.0))
         if any(value is not None for value in values):
             rows.append(score_row(column, None, samples))
     return rows

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def score_row(
 
     def of(values: Sequence[Any]) -> dict[str, Any]:
         found = statistics.pooled(column.name, by_run(values), higher_is_better=direction, clusters=named)
+        if column.range and found.low is not None and found.high is not None:  # no value outside is possible
+            least, most = column.range
+            found = replace(found, low=max(found.low, least), high=min(found.high, most))
         return statistics.to_json(found)
 
     row = {"name": column.name, "title": column.title, "about": column.about, "higher_is_better": direction}

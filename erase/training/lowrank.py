@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from erase.errors import EraseError
 from erase.families.protocol import Family
+from erase.words import listed
 
 
 class _LowRank(nn.Module):
@@ -42,7 +43,14 @@ def factors(
     """
     names = [name for name, parameter in parameters.items() if model.fits_lora(name, parameter)]
     if not names:
-        raise EraseError("--rank needs attention or feed-forward matrices in the scope; use --scope xattn or full")
+        weights = dict(model.network.named_parameters())
+        scopes = [
+            scope
+            for scope, holds in model.scopes.items()
+            if any(holds(name) and model.fits_lora(name, weight) for name, weight in weights.items())
+        ]
+        use = f"use --scope {listed(scopes, 'or')}" if scopes else f"{model.name} has none, leave --rank out"
+        raise EraseError(f"--rank needs attention or feed-forward matrices in the scope; {use}")
     added: dict[str, Any] = {name: _LowRank(parameters[name], rank, draw) for name in names}
     modules = {name: model.network.get_submodule(name.removesuffix(".weight")) for name in names}
     try:
