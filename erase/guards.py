@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
+from erase.device import staged
 from erase.errors import EraseError
 from erase.words import did_you_mean
 
@@ -94,7 +95,7 @@ class SLD:
         of_0, of_p, of_s: predictions, float, [n, c, h, w].
         unit: scalar in [0, 1], what a difference of two predictions is in noise. At 0 gamma is 0.
         """
-        nu, unit = nu.to(of_p.device), unit.to(of_p.device)
+        nu, unit = staged(nu, of_p.device), staged(unit, of_p.device)
         gamma, nu = self.away(unit * of_0, unit * of_p, unit * of_s, nu)
         return torch.where(unit > 0, gamma / unit, 0), nu
 

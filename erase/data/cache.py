@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ class Workers:
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from: one prompt each, what makes the rows of a range, and all that this depends on."""
+    """Where images come from: one prompt each, what makes the rows of a range, and all that this depends on.
+
+    announce: called with the range that `make` is asked for after its next call.
+    """
 
     prompts: Sequence[Any]  # texts; None where neither the images nor the concept name one
     make: Callable[[range], dict[str, Tensor]]
     identity: Any
+    announce: Callable[[range], None] = lambda rows: None
 
 
 def cached(
@@ -72,7 +77,9 @@ def cached(
         read(i)
     missing = [i for i in mine if i not in found]
     with progress(sum(len(chunks[i]) for i in missing), label, "images", quiet=quiet) as bar:
-        for i in missing:
+        for i, following in zip_longest(missing, missing[1:]):
+            if following is not None:
+                source.announce(chunks[following])
             make(i)
             bar.update(len(chunks[i]))
     workers.wait()

@@ -290,10 +290,16 @@ def _source(
 
 
 def _drawn(model: Family, plan: Plan, called: Sequence[Any], drawn: Sequence[Any], first_seed: int) -> Source:
+    how: dict[str, Any] = {"guidance": plan.guidance, "size": plan.size}
+
+    def asked(rows: range) -> tuple[list[Any], list[int]]:
+        return [drawn[i] for i in rows], [first_seed + i for i in rows]
+
+    def announce(rows: range) -> None:
+        model.announce(*asked(rows), **how)
+
     def make(rows: range) -> dict[str, Tensor]:
-        seeds, texts = [first_seed + i for i in rows], [drawn[i] for i in rows]
-        how: dict[str, Any] = {"steps": plan.steps, "guidance": plan.guidance, "sampler": plan.sampler}
-        latents = model.draw(texts, seeds, size=plan.size, **how)
+        latents = model.draw(*asked(rows), steps=plan.steps, sampler=plan.sampler, **how)
         if not plan.round_trip:
             return _posterior((latents, torch.zeros_like(latents)))
         return _posterior(model.encode_images(to_pixels(model.decode(latents)).float() / 127.5 - 1))
@@ -302,7 +308,7 @@ def _drawn(model: Family, plan: Plan, called: Sequence[Any], drawn: Sequence[Any
     scheduler: Any = model.sampler(plan.sampler)
     sampler = {name: repr(value) for name, value in scheduler.config.items() if not name.startswith("_")}
     identity = [drawn, first_seed, plan.steps, plan.guidance, plan.size, plan.round_trip, type(scheduler).__name__]
-    return Source(called, make, [*identity, sampler, *_precision(model)])
+    return Source(called, make, [*identity, sampler, *_precision(model)], announce)
 
 
 def _precision(model: Family) -> list[str]:

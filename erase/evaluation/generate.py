@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,12 @@ def size_of(sample: Sample, settings: Mapping[str, Any]) -> tuple[int, int]:
     return _first(sample.height, settings["size"]), _first(sample.width, settings["size"])
 
 
+def guidance_of(sample: Sample, settings: Mapping[str, Any]) -> float:
+    """Guidance of a sample's image. settings: see `effective_settings`."""
+    own = sample.guidance if settings["guidance_of_samples"] == "used" else None
+    return _first(own, settings["guidance"])
+
+
 def _check_sides(model: Family, task: SampleSet, resolution: int | None) -> None:
     if resolution is not None:
         model.require_sides(f"--resolution is {resolution}", resolution)
@@ -182,9 +189,11 @@ def generate(
     absent = {sample.id for sample in arm.missing(folder)}
     mine = [batch for batch in batches(task.samples, batch_size)[rank::world] if any(s.id in absent for s in batch)]
 
+    def asked(batch: Sequence[Sample]) -> tuple[list[str], list[int]]:
+        return [sample.prompt for sample in batch], [sample.seed for sample in batch]
+
     def draw(batch: Sequence[Sample], size: tuple[int, int], guidance: float) -> Tensor:
-        prompts, seeds = [sample.prompt for sample in batch], [sample.seed for sample in batch]
-        return model.draw(prompts, seeds, steps=settings["steps"], guidance=guidance, size=size)
+        return model.draw(*asked(batch), steps=settings["steps"], guidance=guidance, size=size)
 
     early: Early = {}
     is_gpu = model.device.type == "cuda"
@@ -203,7 +212,11 @@ def generate(
         beside(model.device) as threads,
         compiling(model.network, _is_repaid(model, task, settings)),
     ):
-        for batch in mine:
+        for batch, following in zip_longest(mine, mine[1:]):
+            if following:
+                first = following[0]
+                how: dict[str, Any] = {"guidance": guidance_of(first, settings), "size": size_of(first, settings)}
+                model.announce(*asked(following), **how)
             drawn = [one for one in _drawn(model, batch, settings, draw) if one[0].id in absent]
             for lines in threads.give([partial(keep, *one) for one in drawn]):
                 out.write(lines)
@@ -279,9 +292,8 @@ def _drawn(
     A GPU that runs out of memory halves the batch: each image has its own noise, so they stay what they are.
     """
     size = size_of(batch[0], settings)
-    own = batch[0].guidance if settings["guidance_of_samples"] == "used" else None
     try:
-        latents = draw(batch, size, _first(own, settings["guidance"]))
+        latents = draw(batch, size, guidance_of(batch[0], settings))
         images = model.decode(latents, min(len(batch), DECODED))
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:

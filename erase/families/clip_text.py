@@ -28,9 +28,12 @@ class ClipText(Family):
         refusal.refuse(prompts, "prompt")
         states = []
         for start in range(0, len(prompts), batch_size):
-            ids = self._padded_tokens(prompts[start : start + batch_size])
-            states.append(self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.cpu())
+            states.append(self._on_device(prompts[start : start + batch_size]).text_states.cpu())
         return Conditioning(torch.cat(states))
+
+    def _on_device(self, prompts: Sequence[str]) -> Conditioning:
+        ids = staged(self._padded_tokens(prompts), self.text_encoder.device)
+        return Conditioning(self.text_encoder(ids).last_hidden_state)
 
     def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
         """The text encoder's last hidden states, [n, tokens, d]; see `Family.encode_tokens`."""
@@ -77,7 +80,7 @@ class ClipText(Family):
         table: Any = self.text_encoder.get_input_embeddings()
         hook = table.register_forward_hook(put)
         try:
-            return Conditioning(self.text_encoder(staged(self._padded_tokens(prompts), self.device)).last_hidden_state)
+            return self._on_device(prompts)
         finally:
             hook.remove()
 

@@ -19,6 +19,7 @@ from erase.errors import EraseError
 from erase.families import architecture, components, pipeline_folder, sd_parts, unet_file
 from erase.families.discrete import DiscreteDiffusion
 from erase.families.modes import evaluating, predicting
+from erase.families.start import Start
 from erase.families.stored_unet import reading
 from erase.families.supported import Model
 from erase.files import text_hash
@@ -228,39 +229,26 @@ class PixelDiffusion(DiscreteDiffusion):
         return latents.float().clamp(-1, 1).cpu()
 
     @torch.no_grad()
-    def _drawn(
-        self,
-        prompts: Sequence[str],
-        unet: Any,
-        scheduler: SchedulerMixin,
-        *,
-        size: int | tuple[int, int],
-        steps: int,
-        guidance: float,
-        latents: Tensor | None = None,
-        generator: Sequence[torch.Generator] = (),
-    ) -> Tensor:
-        """Images by the scheduler's own steps; guidance is u + guidance (c - u), of raw outputs. See `Family.draw`."""
+    def _drawn(self, start: Start, unet: Any, scheduler: SchedulerMixin, *, steps: int, guidance: float) -> Tensor:
+        """Images by the scheduler's own steps; guidance is u + guidance (c - u), of raw outputs."""
         stepper: Any = scheduler
-        height, width = (size, size) if isinstance(size, int) else size
-        c, num = self.encode_text(prompts).each(self._staged), len(prompts)
-        c = Conditioning.cat([c, self.unconditional().each(self._staged).expand(num)]) if guidance > 1 else c
+        c = start.c if start.empty is None else Conditioning.cat([start.c, start.empty])
         stepper.set_timesteps(steps)
-        x = latents
-        if x is None:
-            noise = [torch.randn(3, height, width, generator=one) for one in generator]
-            x = self._staged(torch.stack(noise)) * stepper.init_noise_sigma
-        how = {"generator": [*generator] or None} if "generator" in signature(stepper.step).parameters else {}
+        x = start.noise if not start.generators else start.noise * stepper.init_noise_sigma
+        how = {"generator": start.generators or None} if "generator" in signature(stepper.step).parameters else {}
         with evaluating(unet), predicting(unet, self.precision):
             for time in stepper.timesteps:
                 seen = stepper.scale_model_input(x, time)
-                seen = seen.repeat(2, 1, 1, 1) if guidance > 1 else seen
+                seen = seen if start.empty is None else seen.repeat(2, 1, 1, 1)
                 output = unet(seen.to(unet.dtype), time, **self.inputs_of(seen, c)).sample.float()
-                if guidance > 1:
+                if start.empty is not None:
                     conditional, null = output.chunk(2)
                     output = null + guidance * (conditional - null)
                 x = stepper.step(output, time, x, return_dict=False, **how)[0]
-        return x.cpu()
+        return x
+
+    def _on_device(self, prompts: Sequence[str]) -> Conditioning:
+        return self.encode_text(prompts).each(self._staged)
 
 
 def require_fit(folder: Path, unet: Any, classes: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from erase.families import (
 from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
 from erase.families.protocol import Sampler
+from erase.families.start import Request, Start, stepping_on_host
 
 
 class DiscreteDiffusion(LatentFamily):
@@ -39,6 +40,8 @@ class DiscreteDiffusion(LatentFamily):
     scheduler: SchedulerMixin
     alphas_cumprod: Tensor
     prediction_type: str
+    _announced: Request | None = None
+    _ready: Start | None = None  # of what was announced
 
     @abstractmethod
     def assembled(self, unet: UNet2DConditionModel, scheduler: SchedulerMixin) -> Any:
@@ -104,15 +107,40 @@ class DiscreteDiffusion(LatentFamily):
         network: UNet2DConditionModel | None = None,
     ) -> Tensor:
         """Latents [n, 4, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
-        return self._drawn(
-            prompts,
-            network or self.unet,
-            self.sampler(sampler),
-            size=size,
-            steps=steps,
-            guidance=guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        )
+        refusal.refuse(prompts, "prompt")
+        request, scheduler = Request.of(prompts, seeds, guidance, size), self.sampler(sampler)
+        start, self._ready = self._ready, None
+        if start is None or start.request != request:
+            start = self._start(request)
+        return self._given(self._drawn(start, network or self.unet, scheduler, steps=steps, guidance=guidance))
+
+    def announce(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, size: int | tuple[int, int]
+    ) -> None:
+        self._announced = Request.of(prompts, seeds, guidance, size)
+
+    def _given(self, latents: Tensor) -> Tensor:
+        """The latents on the CPU. While a GPU still computes them, the images that are announced get their inputs."""
+        if self._announced is not None and latents.device.type == "cuda":
+            self._ready, self._announced = self._start(self._announced), None
+        return latents.cpu()
+
+    @torch.no_grad()
+    def _start(self, request: Request, noise: Tensor | None = None) -> Start:
+        """What the images of a request begin with. noise: None for that of their seeds."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        if noise is None:
+            channels = self.latent_shape(request.height)[0]
+            shape = (1, channels, request.height // self.vae_scale, request.width // self.vae_scale)
+            noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
+        c, empty = self._on_device(request.prompts), None
+        if request.is_guided:
+            empty = self.unconditional(self._on_device([""] * len(request.prompts)))
+        return Start(request, self._staged(noise), generators, c, empty)
+
+    @abstractmethod
+    def _on_device(self, prompts: Sequence[str]) -> Conditioning:
+        """What the network sees for the prompts, encoded in one batch, on the model's device."""
 
     def draw_from(
         self,
@@ -124,6 +152,7 @@ class DiscreteDiffusion(LatentFamily):
         guidance: float,
     ) -> Tensor:
         """By DDIM steps, whatever the model's own scheduler; see `Family.draw_from`."""
+        refusal.refuse(prompts, "prompt")
         scheduler: Any = self._ddim(self.prediction_type)
         every = scheduler.set_timesteps
 
@@ -133,37 +162,28 @@ class DiscreteDiffusion(LatentFamily):
 
         scheduler.set_timesteps = set_timesteps
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
-        how: dict[str, Any] = {"size": (height, width), "steps": steps, "guidance": guidance}
-        return self._drawn(prompts, self.unet, scheduler, latents=latents.to(self.device), **how)
+        begun = self._start(Request.of(prompts, (), guidance, (height, width)), latents)
+        return self._drawn(begun, self.unet, scheduler, steps=steps, guidance=guidance).cpu()
 
     def _drawn(
-        self,
-        prompts: Sequence[str],
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        *,
-        size: int | tuple[int, int],
-        steps: int,
-        guidance: float,
-        **more: Any,
+        self, start: Start, unet: UNet2DConditionModel, scheduler: SchedulerMixin, *, steps: int, guidance: float
     ) -> Tensor:
-        """Latents by diffusers' own pipeline. more: its further arguments."""
-        refusal.refuse(prompts, "prompt")
-        height, width = (size, size) if isinstance(size, int) else size
+        """Latents by diffusers' own pipeline, on the model's device."""
         pipeline = self.assembled(unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         guarded = self.guard.on(pipeline) if self.guard else nullcontext()
-        with evaluating(unet), predicting(unet, self.precision), guarded:
+        with evaluating(unet), predicting(unet, self.precision), stepping_on_host(scheduler), guarded:
             return pipeline(
-                list(prompts),
-                height=height,
-                width=width,
+                **start.text(),
+                latents=start.noise,
+                generator=start.generators or None,
+                height=start.request.height,
+                width=start.request.width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="latent",
                 return_dict=False,
-                **more,
-            )[0].cpu()  # pyright: ignore
+            )[0]  # pyright: ignore
 
     def _ddim(self, prediction_type: str) -> DDIMScheduler:
         """DDIM steps on the model's schedule, for predictions of this type.

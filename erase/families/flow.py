@@ -14,6 +14,7 @@ from erase.conditioning import Conditioning
 from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
 from erase.families.protocol import Sampler
+from erase.families.start import stepping_on_host
 
 
 class RectifiedFlow(LatentFamily):
@@ -119,7 +120,7 @@ class RectifiedFlow(LatentFamily):
         pipeline = self.assembled(network, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         guarded = self.guard.on(pipeline) if self.guard else nullcontext()
-        with evaluating(network), predicting(network, self.precision), guarded:
+        with evaluating(network), predicting(network, self.precision), stepping_on_host(scheduler), guarded:
             how: dict[str, Any] = {"output_type": "latent", "return_dict": False}
             return pipeline(list(prompts), guidance_scale=guidance, **how, **more)[0].cpu()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from erase.device import DTYPES, rounded
+from erase.device import DTYPES, rounded, staged
 
 
 @contextmanager
@@ -28,16 +28,25 @@ _ROUNDED = {"sample", "hidden_states", "encoder_hidden_states", "pooled_projecti
 
 @contextmanager
 def predicting(network: Any, precision: str) -> Iterator[None]:
-    """Inside, the network computes in the precision, weights and inputs rounded; what it gives is float32."""
-    if precision == "fp32":
+    """Inside, the network computes in the precision, weights and inputs rounded; what it gives is float32.
+
+    A network on a GPU takes timesteps from the CPU without a wait.
+    """
+    where: torch.device = next(network.parameters()).device
+    if precision == "fp32" and where.type != "cuda":
         yield
         return
-    forward, own, dtype = network.forward, vars(network).get("forward"), DTYPES[precision]
+    forward, own = network.forward, vars(network).get("forward")
+    dtype = None if precision == "fp32" else DTYPES[precision]
     names = list(signature(forward).parameters)
 
     def in_precision(*values: Any, **named: Any) -> Any:
         given = dict(zip(names, values, strict=False)) | named
-        output: Any = forward(**{name: x.to(dtype) if name in _ROUNDED else x for name, x in given.items()})
+        if isinstance(given["timestep"], torch.Tensor):
+            given["timestep"] = staged(given["timestep"], where)
+        if dtype is not None:
+            given = {name: x.to(dtype) if name in _ROUNDED else x for name, x in given.items()}
+        output: Any = forward(**given)
         if isinstance(output, tuple):
             return (output[0].float(), *output[1:])
         return type(output)(output.sample.float())

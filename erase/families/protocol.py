@@ -268,6 +268,15 @@ class Family(Stored, Prompted):
             EraseError: a prompt shows minors in a sexual context.
         """
 
+    def announce(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, size: int | tuple[int, int]
+    ) -> None:
+        """Say what `draw` will be asked for after its next call, by the same arguments.
+
+        A family may make noise and text states ready for it while a GPU still computes the images before; by default
+        nothing is done. Images are the same with and without it.
+        """
+
     def times(self, steps: int) -> Tensor:
         """Timesteps of `trajectory` and `draw_from`, int64, [steps], falling.
 

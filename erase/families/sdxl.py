@@ -138,11 +138,11 @@ class StableDiffusionXL(StableDiffusion):
         refusal.refuse(prompts, "prompt")
         found = []
         for start in range(0, len(prompts), batch_size):
-            one = self._encoded(prompts[start : start + batch_size])
+            one = self._on_device(prompts[start : start + batch_size])
             found.append(one.to("cpu"))
         return Conditioning.cat(found) if found else self.encode_text([""])[:0]
 
-    def _encoded(self, prompts: Sequence[str]) -> Conditioning:
+    def _on_device(self, prompts: Sequence[str]) -> Conditioning:
         return self._states([self._padded_tokens(prompts), self._padded_tokens(prompts, self.tokenizer_2)])
 
     def _states(self, ids: Sequence[Tensor]) -> Conditioning:
@@ -197,7 +197,7 @@ class StableDiffusionXL(StableDiffusion):
             return lambda read, output: torch.where((read == token)[..., None], part, output)
 
         with self._embedding(putting, embedding):
-            return self._encoded(prompts)
+            return self._on_device(prompts)
 
     @contextmanager
     def _embedding(self, putting: Callable[[Tensor], Put], embedding: Tensor) -> Iterator[None]:
