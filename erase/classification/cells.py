@@ -70,6 +70,10 @@ class Bench:
         networks.save(path, model, shape, {"training": training})
         return model, shape
 
+    def path_of(self, row: Row) -> Path:
+        """The file of a line's cell."""
+        return self.folder / "cells" / f"{row.stem}-{self.settings.seed}.json"
+
     def state(self, name: str) -> Path:
         """The file from which a training of this seed continues if it is interrupted."""
         return self.folder / "states" / f"{name}-{self.settings.seed}.safetensors"
@@ -117,7 +121,7 @@ def cell(row: Row, bench: Bench) -> dict[str, Any]:
     seed = bench.settings.seed
     settings = replace(row.settings, seed=seed).resolved()
     identity = records.identity(settings) | {"shadows": bench.num_shadows}
-    path = bench.folder / "cells" / f"{row.stem}-{seed}.json"
+    path = bench.path_of(row)
     if path.is_file():
         found = _read(path)
         there = records.recorded(found["settings"])

@@ -132,10 +132,18 @@ def _compare(arguments: list[str]) -> None:
         metavar="N",
         help="pairs of shadow models per seed for the LiRA attack [default: 0]",
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="methods that run at once, each in a process of its own with its own memory; the figures are the same "
+        "[default: 1]",
+    )
     parser.add_argument("--quiet", **QUIET)
     add_options(parser, Settings, GROUPS, hidden=("method", "model", "allow_pickle"))
     given = vars(parser.parse_args(arguments))
-    asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows")}
+    asked = {name: given.pop(name) for name in ("methods", "seeds", "densities", "controls", "shadows", "jobs")}
     quiet = given.pop("quiet")
     _require_comparable(parser, asked, given)
     settings = _settings(given)
@@ -150,7 +158,7 @@ def _compare(arguments: list[str]) -> None:
     folder = given["output"] or f"{settings.resolved().output}-compared"
     lines = rows(settings, asked["methods"], densities=asked["densities"], controls=asked["controls"])
     seeds = range(settings.seed, settings.seed + asked["seeds"])
-    how: dict[str, Any] = {"shadows": asked["shadows"], "tell": _tell, "quiet": quiet}
+    how: dict[str, Any] = {"shadows": asked["shadows"], "jobs": asked["jobs"], "tell": _tell, "quiet": quiet}
     print(table(compare(settings, lines, seeds, folder, default_cache_dir(), **how)))
     print(f"{printable(folder)}: results.json, table.md, plot.png")
 
@@ -161,6 +169,8 @@ def _require_comparable(parser: Parser, asked: dict[str, Any], given: dict[str, 
         parser.error(f"--seeds is {asked['seeds']}; it must be at least 1 and at most 10000")
     if not 0 <= asked["shadows"] <= 10_000:
         parser.error(f"--shadows is {asked['shadows']}; it must be 0 or more and at most 10000")
+    if not 1 <= asked["jobs"] <= 64:
+        parser.error(f"--jobs is {asked['jobs']}; it must be at least 1 and at most 64")
     if given["model"] is not None:
         parser.error("--model does not go with compare, which trains an original model for every seed")
     if given["method"] is not None:

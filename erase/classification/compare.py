@@ -1,18 +1,21 @@
 """Comparison of methods with retraining: every method on every seed; results.json, table.md and plot.png."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from erase import files
-from erase.classification import run
+from erase.classification import data, run
+from erase.classification.at_once import processes
 from erase.classification.cells import AGAIN, ANOTHER_SEED, ORIGINAL, RETRAIN, Bench, Row, cell
 from erase.classification.membership import GAP_OVER
 from erase.classification.presets import PRESETS
 from erase.classification.settings import Settings
 from erase.classification.summary import plot, summarise, table
 from erase.errors import EraseError
+from erase.progress import progress
 
 CONTROLS: dict[str, dict[str, str]] = {
     "random mask": {"mask": "random"},
@@ -51,6 +54,7 @@ def compare(
     cache_dir: str | Path,
     *,
     shadows: int = 0,
+    jobs: int = 1,
     tell: Callable[[str], None] = lambda line: None,
     quiet: bool = True,
 ) -> dict[str, Any]:
@@ -58,7 +62,9 @@ def compare(
 
     A cell is one line on one seed, with its own split, original model and unlearning. Its file is in `folder`/cells.
     shadows: number of pairs of shadow models for LiRA per seed, one trained with and one without the forget set.
-    tell: called with one line of text per cell.
+    jobs: number of cells that run at once, each in a process of its own (a script then needs the usual
+        `if __name__ == "__main__":`). Figures are the same with any number; only the seconds are not.
+    tell: called with one line of text per cell, as soon as it is finished.
 
     Raises:
         EraseError: the folder holds cells of other settings, or two lines have the same cell names.
@@ -68,17 +74,81 @@ def compare(
     _require_seeds(seeds, shadows)
     for line in lines:
         run.check_method(line.settings.resolved())
-    cells: list[dict[str, Any]] = []
-    for seed in seeds:
-        bench = Bench(replace(settings, seed=seed).resolved(), folder, cache_dir, shadows, quiet=quiet)
-        for line in lines:
-            cells.append(cell(line, bench))
-            tell(f"seed {seed}: {line.label:16} {_in_short(cells[-1])}")
+    benches = [
+        Bench(replace(settings, seed=seed).resolved(), folder, cache_dir, shadows, quiet=quiet) for seed in seeds
+    ]
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for one in _one_by_one(lines, benches) if jobs == 1 else _at_once(lines, benches, jobs, quiet=quiet):
+        found[one["seed"], one["label"]] = one
+        tell(f"seed {one['seed']}: {one['label']:16} {_in_short(one)}")
+    cells = [found[seed, line.label] for seed in seeds for line in lines]
     results = summarise(cells, settings, seeds)
     files.write_json(folder / "results.json", results)
     files.write_text(folder / "table.md", table(results))
     plot(folder / "plot.png", results)
     return results
+
+
+def _one_by_one(lines: Sequence[Row], benches: Sequence[Bench]) -> Iterator[dict[str, Any]]:
+    for bench in benches:
+        for line in lines:
+            yield cell(line, bench)
+
+
+def _at_once(lines: Sequence[Row], benches: Sequence[Bench], jobs: int, *, quiet: bool) -> Iterator[dict[str, Any]]:
+    """The finished cells, then the others as they are finished.
+
+    The first line of a seed makes what all its cells share, so the others are given out when it is finished. If it
+    diverges, what they share may be missing, and one process takes them one after the other.
+    """
+    missing: dict[int, list[Row]] = {}
+    for bench in benches:
+        for line in lines:
+            if bench.path_of(line).is_file():
+                yield cell(line, bench)
+            else:
+                missing.setdefault(bench.settings.seed, []).append(line)
+    num, total = sum(map(len, missing.values())), len(lines) * len(benches)
+    if not num:
+        return
+    first = benches[0].settings
+    data.load(first.data, benches[0].cache_dir, size=first.size, quiet=quiet)  # into the cache, before all ask for it
+    by_seed = {bench.settings.seed: replace(bench, quiet=True) for bench in benches}
+    with (
+        processes(min(jobs, num)) as several,
+        progress(total, "compare", "cells", done=total - num, quiet=quiet) as bar,
+    ):
+
+        def give(rows: Sequence[Row], seed: int) -> None:
+            if rows:
+                several.give(f"{rows[0].label}, seed {seed}", _cells, list(rows), by_seed[seed])
+
+        for seed, rows in missing.items():
+            for part in [rows[:1]] if rows[0] is lines[0] else [[row] for row in rows]:
+                give(part, seed)
+        for cells in several.results():
+            for one in cells:
+                yield one
+                bar.update()
+            seed = cells[0]["seed"]
+            if cells[0]["label"] == lines[0].label:
+                rest = missing[seed][1:]
+                for part in [rest] if "diverged" in cells[0] else [[row] for row in rest]:
+                    give(part, seed)
+
+
+def _cells(lines: Sequence[Row], bench: Bench) -> list[dict[str, Any]]:
+    """The cells of some lines of a seed, in a process of `_at_once`, which keeps what the last seed's cells share."""
+    bench = _kept(bench)
+    found = [cell(line, bench) for line in lines]
+    if not any("diverged" in one for one in found):
+        bench.shadows()
+    return found
+
+
+@lru_cache(maxsize=1)
+def _kept(bench: Bench) -> Bench:
+    return bench
 
 
 def _require_own_names(lines: Sequence[Row]) -> None:
