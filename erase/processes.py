@@ -1,10 +1,12 @@
 """The processes that torchrun, accelerate launch or SLURM's srun started for one command."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from erase.errors import EraseError
 
+_FSDP = "ACCELERATE_USE_FSDP"
 # what accelerate launch says in the environment -> what its config calls it
 _OTHER_WAYS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -54,16 +56,52 @@ def require_group() -> None:
         )
 
 
+def is_sharded() -> bool:
+    """Whether accelerate was asked for FSDP, to divide the weights among the processes."""
+    return _is_set(_FSDP)
+
+
 def refuse_sharding() -> None:
-    """Raise an EraseError where accelerate was asked to shard the model, which would silently be plain copies."""
-    found = [way for name, way in _OTHER_WAYS.items() if _is_set(name)]
-    if _is_set("ACCELERATE_USE_FSDP"):
-        found.append("FSDP")
-    if found:
+    """Raise an EraseError where accelerate was asked to shard a model of which each process holds a whole copy."""
+    for name, way in {**_OTHER_WAYS, _FSDP: "FSDP"}.items():
+        if _is_set(name):
+            raise EraseError(
+                f"accelerate launch was asked for {way}, but here every process holds the whole model; start it with "
+                "--multi_gpu instead"
+            )
+
+
+def require_fsdp2() -> None:
+    """Raise an EraseError where accelerate was asked to shard the model in another way than FSDP2's default."""
+    for name, way in _OTHER_WAYS.items():
+        if _is_set(name):
+            raise EraseError(
+                f"accelerate launch was asked for {way}, but here every process would hold the whole model; use "
+                "--use_fsdp --fsdp_version 2 to divide the weights, or --multi_gpu"
+            )
+    if not is_sharded():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
         raise EraseError(
-            f"accelerate launch was asked for {found[0]}, but every process holds the whole model; start it with "
-            "--multi_gpu instead, and if memory is short add --low-memory"
+            "accelerate launch was asked for FSDP 1, in which weights lose their names; add --fsdp_version 2"
         )
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise EraseError("FSDP's offload of parameters to the CPU is not supported; leave out --fsdp_offload_params")
+    if _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise EraseError("FSDP's activation checkpointing is not supported; use --gradient-checkpointing instead")
+    if rank_and_world()[1] == 1:
+        raise EraseError("FSDP divides the weights among processes, and there is one; add --num_processes 2")
+
+
+@contextmanager
+def fsdp_hidden() -> Iterator[None]:
+    """Inside, accelerate does not see that it was asked for FSDP: it would wrap nothing, or other things."""
+    before = os.environ.pop(_FSDP, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_FSDP] = before
 
 
 def _is_set(name: str) -> bool:

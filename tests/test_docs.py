@@ -158,7 +158,12 @@ def test_every_other_command_names_a_known_program_and_files_that_exist(page):
 def known_options() -> set[str]:
     several = (Settings, ClassifierSettings, Options, AttackOptions, Drawing)
     fields = [name for asked in several for name in asked.__dataclass_fields__]
-    known = {f"--{name.replace('_', '-')}" for name in fields} | {"--list", "--num_processes"}
+    known = {f"--{name.replace('_', '-')}" for name in fields} | {
+        "--list",
+        "--num_processes",
+        "--use_fsdp",
+        "--fsdp_version",
+    }
     for path in [*(ROOT / "erase").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]:
         known |= set(re.findall(r'"(--[a-z0-9-]+)"', path.read_text(encoding="utf-8")))
     return known

@@ -101,10 +101,13 @@ def test_an_erasure_by_srun_alone_is_refused(launched, toy_pipeline_dir, tmp_pat
 def test_other_ways_to_shard_are_refused_and_not_silently_plain_copies(
     launched, monkeypatch, toy_pipeline_dir, tmp_path, capsys, name, way
 ):
+    """Of an erasure `tests/test_sharded.py` has the law for FSDP."""
     monkeypatch.setenv(name, "true")
-    expected = f"asked for {way}, but every process holds the whole model; start it with --multi_gpu instead"
-    with pytest.raises(EraseError, match=expected):
-        erase_concept("church", str(toy_pipeline_dir), output=str(tmp_path / "run"), device="cpu")
+    if way != "FSDP":
+        expected = f"asked for {way}, but here every process would hold the whole model; use --use_fsdp"
+        with pytest.raises(EraseError, match=expected):
+            erase_concept("church", str(toy_pipeline_dir), output=str(tmp_path / "run"), device="cpu")
+    expected = f"asked for {way}, but here every process holds the whole model; start it with --multi_gpu instead"
     assert expected in said(
         evaluation.main, f"generate --model mini --task mini --output {tmp_path / 'images'} --quiet", capsys
     )

@@ -6,6 +6,7 @@ Stored masks use one bit per weight (`Packed`).
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -18,6 +19,19 @@ CHUNK = 1 << 20  # scores that are looked at together; 32 times as many on a GPU
 LARGEST = 0x7FFFFFFF  # int32
 INFINITY = 0x7F800000  # bit pattern of float32's infinity; those of NaN are above it
 SMALLEST_NORMAL = 0x00800000
+
+
+class Others(Protocol):
+    """Processes of which each holds some rows of every score: the first ones, the next ones, and so on.
+
+    rank: number of this process, from 0.
+    """
+
+    rank: int
+
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all processes, which have one shape, [processes, ...]."""
+        ...
 
 
 def select(
@@ -39,24 +53,37 @@ def select(
 
 
 def select_packed(
-    scores: Mapping[str, torch.Tensor], density: float, *, per_tensor: bool = False, largest: bool = True
+    scores: Mapping[str, torch.Tensor],
+    density: float,
+    *,
+    per_tensor: bool = False,
+    largest: bool = True,
+    others: Others | None = None,
 ) -> Packed:
-    """The mask of `select` in one bit a weight; only one tensor of it is ever in memory as bools."""
+    """The mask of `select` in one bit a weight; only one tensor of it is ever in memory as bools.
+
+    others: the processes that hold the other rows of the scores; all select at once, and each gets its rows of the
+        mask of all.
+    """
     bits: dict[str, torch.Tensor] = {}
-    for name, mask in _selected(scores, density, per_tensor, largest):
+    for name, mask in _selected(scores, density, per_tensor, largest, others):
         bits |= pack({name: mask}).bits
     return Packed(bits, {name: tuple(score.shape) for name, score in scores.items()})
 
 
 def _selected(
-    scores: Mapping[str, torch.Tensor], density: float, per_tensor: bool, largest: bool
+    scores: Mapping[str, torch.Tensor],
+    density: float,
+    per_tensor: bool,
+    largest: bool,
+    others: Others | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The name and the mask of each tensor, one after the other."""
     _check_density(density)
     patterns = {name: bit_patterns(name, score) for name, score in scores.items()}
     flip = 0 if largest else LARGEST
     for names in [[name] for name in scores] if per_tensor else [list(scores)]:
-        for name, bits in zip(names, _top([patterns[name] for name in names], density, flip), strict=True):
+        for name, bits in zip(names, _top([patterns[name] for name in names], density, flip, others), strict=True):
             yield name, bits.view(scores[name].shape)
 
 
@@ -127,12 +154,14 @@ def bit_patterns(name: str, score: torch.Tensor) -> torch.Tensor:
     return patterns
 
 
-def _top(tensors: Sequence[torch.Tensor], density: float, flip: int) -> Iterator[torch.Tensor]:
+def _top(tensors: Sequence[torch.Tensor], density: float, flip: int, others: Others | None) -> Iterator[torch.Tensor]:
     """Where the int(N * density) largest patterns are, bool, [n] for every [n]."""
-    k = int(sum(tensor.numel() for tensor in tensors) * density)
-    threshold, wanted, present = _kth_largest(tensors, k, flip) if k else (LARGEST, 0, 0)
+    k = int(_summed(sum(tensor.numel() for tensor in tensors), others) * density)
+    threshold, wanted, present = _kth_largest(tensors, k, flip, others) if k else (LARGEST, 0, 0)
     compare, ties = (torch.ge, 0) if k and wanted == present else (torch.gt, wanted)
-    for tensor in tensors:
+    shares = _shares_of_ties(tensors, threshold, ties, flip, others) if ties and others else None
+    for number, tensor in enumerate(tensors):
+        ties = ties if shares is None else shares[number]
         mask = torch.empty_like(tensor, dtype=torch.bool)
         for chunk, part in zip(_chunks([tensor], flip), _chunks([mask]), strict=True):
             compare(chunk, threshold, out=part)
@@ -143,13 +172,28 @@ def _top(tensors: Sequence[torch.Tensor], density: float, flip: int) -> Iterator
         yield mask
 
 
-def _kth_largest(tensors: Sequence[torch.Tensor], k: int, flip: int) -> tuple[int, int, int]:
+def _summed(number: int, others: Others | None) -> int:
+    """Over all processes."""
+    return number if others is None else int(others.gathered(torch.tensor(number)).sum())
+
+
+def _shares_of_ties(tensors: Sequence[torch.Tensor], threshold: int, ties: int, flip: int, others: Others) -> list[int]:
+    """How many of the `ties` first patterns that equal the threshold each tensor of this process has."""
+    own = [sum(int((chunk == threshold).count_nonzero()) for chunk in _chunks([tensor], flip)) for tensor in tensors]
+    counts = others.gathered(torch.tensor(own))  # [processes, tensors]; in a tensor the rows of process 0 come first
+    before = (counts.T.reshape(-1).cumsum(0) - counts.T.reshape(-1)).view(len(own), -1)[:, others.rank]
+    return (ties - before).clamp(min=0).minimum(torch.tensor(own)).tolist()
+
+
+def _kth_largest(
+    tensors: Sequence[torch.Tensor], k: int, flip: int, others: Others | None = None
+) -> tuple[int, int, int]:
     """The k-th largest pattern, how many of its equals are among the k largest, and how many equals there are.
 
     Each round counts the patterns in a bracket, bucket by bucket, and goes on inside the bucket that holds the k-th;
     with a good first bracket one round is enough, without any luck it takes four.
     """
-    low, high = _bracket(tensors, k, flip)
+    low, high = (0, LARGEST) if others else _bracket(tensors, k, flip)
     while True:
         shift = max(0, (high - low).bit_length() - (BUCKETS - 1).bit_length())
         counts = torch.zeros(((high - low) >> shift) + 1, dtype=torch.int64, device=tensors[0].device)
@@ -163,6 +207,8 @@ def _kth_largest(tensors: Sequence[torch.Tensor], k: int, flip: int) -> tuple[in
             else:
                 bucket = ((chunk[inside] - low) >> shift).long()
                 counts.scatter_add_(0, bucket, torch.ones_like(bucket))
+        if others:
+            counts, above = others.gathered(counts).sum(0), _summed(above, others)
         at_least = above + counts.flip(0).cumsum(0)  # [i]: patterns in the i + 1 highest buckets or above them
         if k <= above:  # the sample misled: look on the other side
             low, high = high + 1, LARGEST

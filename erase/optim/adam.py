@@ -128,10 +128,14 @@ class MaskedAdam(torch.optim.Optimizer):
         self._scale = None
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+    def clip_grad_norm_(
+        self, max_norm: float, *, summed: Callable[[torch.Tensor], torch.Tensor] = lambda square: square
+    ) -> torch.Tensor:
         """Scale the gradients to a norm of at most `max_norm`, counting masked weights only; returns the norm before.
 
         Weights that never change must not influence the step size of the others. Kernels scale while they step.
+
+        summed: adds the squares of the norms up over processes that each hold some of the weights.
         """
         squares: list[torch.Tensor] = []
         for parameter in self._places:
@@ -140,7 +144,7 @@ class MaskedAdam(torch.optim.Optimizer):
                 squares.append(held.float().square().sum())
             elif parameter.grad is not None:
                 squares += self._engine.squares(parameter, parameter.grad.reshape(-1))
-        norm = torch.stack(squares).sum().sqrt()
+        norm = summed(torch.stack(squares).sum()).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1)
         if self._engine.scales:
             self._scale = scale.float()

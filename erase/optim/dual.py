@@ -51,11 +51,13 @@ class DualAdam(MaskedAdam):
         self._given = {}
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+    def clip_grad_norm_(
+        self, max_norm: float, *, summed: Callable[[torch.Tensor], torch.Tensor] = lambda square: square
+    ) -> torch.Tensor:
         """Scale each of the two gradients to a norm of at most `max_norm`; returns the larger norm before."""
         norms: list[torch.Tensor] = []
         for gradients in self._given.values():
-            norms.append(torch.stack([g.float().square().sum() for g in gradients.values()]).sum().sqrt())
+            norms.append(summed(torch.stack([g.float().square().sum() for g in gradients.values()]).sum()).sqrt())
             for gradient in gradients.values():
                 gradient.mul_((max_norm / (norms[-1] + 1e-6)).clamp(max=1))
         return torch.stack(norms).max()

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn import Parameter
 
-from erase import concepts, delta, device, files, masks, methods, words
+from erase import concepts, delta, device, files, masks, methods, processes, words
 from erase.concepts import Concept
 from erase.data import prompt_states
 from erase.errors import EraseError, missing
@@ -32,6 +32,7 @@ from erase.runs.planning import (
     make_method,
     moves_weights,
     needed_memory,
+    require_divisible,
     require_effect,
     require_precision,
     require_rank,
@@ -199,7 +200,7 @@ def announce(decided: Decisions) -> None:
         tell(
             f"{settings.method} as published needs at least {least} steps; with {steps} some of its loops are left out"
         )
-    if settings.low_memory:
+    if settings.low_memory and not processes.is_sharded():
         needs = needed_memory(settings, model, decided.parameters)
         phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
         tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
@@ -213,6 +214,7 @@ def _consistent_method(settings: Settings) -> methods.TrainedMethod | methods.Cl
             f"--erase-from needs a method with anchors, which keep {settings.erase_from!r} itself; {settings.method} "
             "uses none, so choose another one, such as salun, ca or uce"
         )
+    require_divisible(settings, method)
     if settings.alpha is not None and "alpha" not in method.hyperparameters():
         raise EraseError(f"--alpha is {settings.alpha:g}, but {settings.method} has no retain loss")
     return method
@@ -288,6 +290,7 @@ def _filled(
         at_once=at_once,
         guidance_scale=model.guidance_scale,
         can_round=compute.device.type == "cuda"
+        and not processes.is_sharded()
         and settings.null_space is None
         and settings.optimizer == "adam"
         and not moves_weights(make_method(settings)),

@@ -141,7 +141,7 @@ def _carry_out(decided: Decisions, started: float) -> Run:
     with timed("data"):
         data = phases.gather(decided)
     with timed("mask"):
-        mask = choose_mask(decided, data.shown)
+        mask = choose_mask(decided, data.shown, data.shards)
     with timed("train"):
         trained = phases.train(decided, data, mask)
     accelerator.end_training()

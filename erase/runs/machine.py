@@ -23,7 +23,7 @@ from accelerate.utils import (
 from erase import device
 from erase.errors import EraseError, missing
 from erase.options.settings import Settings
-from erase.processes import rank_and_world, refuse_sharding, require_group
+from erase.processes import fsdp_hidden, rank_and_world, require_fsdp2, require_group
 from erase.version import __version__
 
 # Processes generate fixed shares of the images and wait for one another afterwards. A slower GPU may need hours longer
@@ -39,22 +39,23 @@ def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) 
             is not installed, or fewer processes than the launcher was asked for.
     """
     require_group()
-    refuse_sharding()
+    require_fsdp2()
     _, wanted = rank_and_world()
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if settings.report_to and not available[settings.report_to]():
         raise missing(settings.report_to)
     # a process may make several runs, each with its own device and precision
     AcceleratorState._reset_state(reset_partial_state=wanted == 1)
-    accelerator = Accelerator(
-        cpu=compute.device.type == "cpu",
-        mixed_precision=compute.mixed_precision,
-        log_with=settings.report_to,
-        # with the cache, torch 2.6 finds no gradient of weights that a pass without gradients has rounded
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT), AutocastKwargs(cache_enabled=False)],
-        project_config=ProjectConfiguration(logging_dir=str(folder / "logs")),
-        step_scheduler_with_optimizer=False,
-    )
+    with fsdp_hidden():
+        accelerator = Accelerator(
+            cpu=compute.device.type == "cpu",
+            mixed_precision=compute.mixed_precision,
+            log_with=settings.report_to,
+            # with the cache, torch 2.6 finds no gradient of weights that a pass without gradients has rounded
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT), AutocastKwargs(cache_enabled=False)],
+            project_config=ProjectConfiguration(logging_dir=str(folder / "logs")),
+            step_scheduler_with_optimizer=False,
+        )
     if wanted != accelerator.num_processes:
         raise EraseError(
             f"the launcher asked for {wanted} processes but accelerate runs {accelerator.num_processes}; "

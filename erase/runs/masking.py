@@ -11,22 +11,23 @@ from erase.runs.decisions import Decisions
 from erase.runs.mask_files import kept_mask
 from erase.runs.planning import part_size, real, whole
 from erase.training import null_space, saliency_pass
+from erase.training.sharded import Shards
 
 
-def choose_mask(decided: Decisions, shown: latents.Data | None) -> masks.Packed | None:
+def choose_mask(decided: Decisions, shown: latents.Data | None, shards: Shards | None = None) -> masks.Packed | None:
     """Which weights may change; None if all in the scope may.
 
-    shown: images of the concept, for a mask that is computed from them.
+    shown: images of the concept, for a mask that is computed from them. shards: the weights, if they are divided.
     """
     mask, earlier = decided.given_mask, decided.earlier
     if mask is None and decided.settings.mask != "none":
-        mask = make_mask(decided, shown)
+        mask = make_mask(decided, shown, shards)
     if mask is not None and earlier is not None and earlier.mask is not None:
         mask = masks.pack(masks.union(mask, earlier.mask))
     return mask
 
 
-def make_mask(decided: Decisions, shown: latents.Data | None) -> masks.Packed:
+def make_mask(decided: Decisions, shown: latents.Data | None, shards: Shards | None) -> masks.Packed:
     """The saliency mask or a control of it, kept in the work folder until the run is finished."""
     settings, accelerator = decided.settings, decided.accelerator
     path = decided.work / "mask.safetensors"
@@ -39,7 +40,7 @@ def make_mask(decided: Decisions, shown: latents.Data | None) -> masks.Packed:
         mask = masks.random_mask(shapes, settings.density, settings.seed, **how)
     else:
         assert shown is not None
-        mask = saliency_mask(decided, shown)
+        mask = saliency_mask(decided, shown, shards)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         header = {
@@ -59,7 +60,7 @@ def make_mask(decided: Decisions, shown: latents.Data | None) -> masks.Packed:
     return masks.pack(mask)
 
 
-def saliency_mask(decided: Decisions, shown: latents.Data) -> masks.Packed:
+def saliency_mask(decided: Decisions, shown: latents.Data, shards: Shards | None) -> masks.Packed:
     """The most salient weights, or the least salient ones for the control "inverse".
 
     Each of several concepts has its own mask, at the full density and from the images of its own prompts. The result
@@ -71,7 +72,7 @@ def saliency_mask(decided: Decisions, shown: latents.Data) -> masks.Packed:
         scores = saliency_pass.accumulate(
             decided.model,
             images,
-            decided.parameters,
+            decided.parameters if shards is None else shards.parameters,
             decided.accelerator,
             score=settings.score,
             guidance=real(settings.mask_guidance),
@@ -80,12 +81,15 @@ def saliency_mask(decided: Decisions, shown: latents.Data) -> masks.Packed:
             state_path=decided.work / f"saliency-{number}.safetensors",
             part=part_size(settings),
             checkpointing=settings.gradient_checkpointing,
+            is_sharded=shards is not None,
             quiet=decided.quiet,
         )
         if settings.null_space is not None:
             null_space.by_rows(decided.model, scores)
         largest = settings.mask == "saliency"
-        own = masks.select_packed(scores, settings.density, per_tensor=settings.per_tensor, largest=largest)
+        how: dict[str, Any] = {"per_tensor": settings.per_tensor, "largest": largest, "others": shards}
+        own = masks.select_packed(scores, settings.density, **how)
+        own = own if shards is None else shards.whole(own)
         mask = own if mask is None else masks.pack(masks.union(own, mask))
     assert mask is not None  # there is at least one concept
     return mask

@@ -41,7 +41,8 @@ def write(decided: Decisions, images: latents.Data | None, mask: masks.Packed | 
     write_mask(decided, change, mask)
     write_forms(decided, stored, new, change)
     if decided.settings.num_samples:
-        samples.write_samples(decided.folder / folders.SAMPLES, model, decided.concept, decided.settings)
+        where = decided.compute.device  # weights that were divided are on the CPU
+        samples.write_samples(decided.folder / folders.SAMPLES, model, decided.concept, decided.settings, where)
     loading = "\n".join(model.loading_code(model.folder, '"this folder"'))
     after = decided.earlier and decided.earlier.record
     how: dict[str, Any] = {"family": type(model), "loading": loading, "after": after, "anchors": decided.method.anchors}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from erase import masks
+from erase import masks, processes
 from erase.data import cache, latents, prompt_states
 from erase.methods import ClosedForm, TrainedMethod
 from erase.methods.inputs import Text
@@ -13,6 +13,7 @@ from erase.runs.decisions import Decisions
 from erase.runs.planning import make_plan, make_recipe
 from erase.training import batches, closed_form, loop, lowrank
 from erase.training.null_space import NullSpace
+from erase.training.sharded import Shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +23,13 @@ class Gathered:
     shown: images of the concept, which a saliency mask is computed from; None if none is.
     images: those that the method trains on; None for a closed form. text: text states, which a closed form and
         --null-space read; None without them.
+    shards: the model's weights, if they are divided among the processes.
     """
 
     shown: latents.Data | None
     images: latents.Data | None
     text: Text | None
+    shards: Shards | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class Trained:
 
 
 def gather(decided: Decisions) -> Gathered:
-    """Generate or read the images; afterwards the model is its network alone, in the precision of its weights."""
+    """Generate or read the images; afterwards the model is its network alone, in the precision of its weights.
+
+    Its weights are divided among the processes then if accelerate was asked for FSDP.
+    """
     settings, method, model = decided.settings, decided.method, decided.model
     is_scored = decided.given_mask is None and settings.mask in {"saliency", "inverse"}
     shown = images_of(decided, "concept") if is_scored else None
@@ -50,7 +56,8 @@ def gather(decided: Decisions) -> Gathered:
     model.release()
     if settings.weights == "bf16":
         model.round_network(torch.bfloat16)
-    return Gathered(shown, images, text)
+    shards = Shards(model, decided.parameters, decided.compute.device) if processes.is_sharded() else None
+    return Gathered(shown, images, text, shards)
 
 
 def images_of(decided: Decisions, kind: str) -> latents.Data:
@@ -88,6 +95,8 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
         "checkpointing": settings.gradient_checkpointing,
         "quiet": decided.quiet,
     }
+    if data.shards is not None:
+        return _train_shards(decided, data.images, data.shards, mask, recipe, how)
     if settings.rank is None:
         notes: dict[str, Any] = {}
         if settings.null_space is not None:
@@ -99,3 +108,23 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
     draw = batches.generator(recipe.seed, "rank")
     with lowrank.factors(model, decided.parameters, settings.rank, draw) as factors:
         return Trained(loop.train(model, method, data.images, factors, None, recipe, decided.accelerator, **how), {})
+
+
+def _train_shards(
+    decided: Decisions,
+    images: latents.Data,
+    shards: Shards,
+    mask: masks.Packed | None,
+    recipe: batches.Recipe,
+    how: dict[str, Any],
+) -> Trained:
+    """Train the rows that this process has; the first process then has the whole network again."""
+    assert isinstance(decided.method, TrainedMethod)
+    rows = {name: own for name, own in shards.parameters.items() if own.numel()}
+    bits = None if mask is None else shards.rows(mask)
+    own = None if bits is None else {name: bits[name] for name in rows}
+    losses = loop.train(
+        decided.model, decided.method, images, rows, own, recipe, decided.accelerator, is_sharded=True, **how
+    )
+    shards.merge()
+    return Trained(losses, {})

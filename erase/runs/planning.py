@@ -15,7 +15,7 @@ from erase.options.declare import flag
 from erase.options.effect import OF_IMAGES, OF_TRAINING
 from erase.options.recipes import RECIPES
 from erase.options.settings import Settings
-from erase.processes import rank_and_world
+from erase.processes import is_sharded, rank_and_world
 from erase.training import batches, memory
 
 
@@ -88,7 +88,7 @@ def can_scale(settings: Settings, method: methods.Method) -> bool:
         or trained
         and (method.balance is not None or method.prepares or method.pulls or method.attack is not None)
     )
-    return not compares and settings.weights != "bf16"
+    return not compares and settings.weights != "bf16" and not is_sharded()
 
 
 def require_precision(settings: Settings, method: methods.Method) -> None:
@@ -97,6 +97,30 @@ def require_precision(settings: Settings, method: methods.Method) -> None:
         learns = isinstance(method, methods.TrainedMethod) and method.attack is not None
         does = "learns words by gradients of its own" if learns else "compares gradients"
         raise EraseError(f"{settings.method} {does}, which --precision fp16 scales; use bf16 or fp32")
+
+
+def require_divisible(settings: Settings, method: methods.Method) -> None:
+    """Raise an EraseError, if weights are divided among processes, for what looks at all weights or passes at once."""
+    if not is_sharded():
+        return
+    rank = settings.rank or methods.find(settings.method).rank
+    given = {
+        "--precision fp16": settings.precision == "fp16",
+        "--weights bf16": settings.weights == "bf16",
+        "--moments 8bit": settings.moments == "8bit",
+        "--optimizer dual": settings.optimizer == "dual",
+        "--null-space": settings.null_space is not None,
+        f"--rank {rank}": rank is not None,
+        f"{settings.method}, a closed form": not isinstance(method, methods.TrainedMethod),
+        f"{settings.method}, which does more than minimise its loss": isinstance(method, methods.TrainedMethod)
+        and bool(method.balance or method.attack or method.prepares or method.pulls or method.shrinks),
+        f"{settings.method}, whose trajectories differ in length": isinstance(method, methods.TrainedMethod)
+        and method.images == "noise"
+        and method.follows is not None,
+    }
+    for what, is_given in given.items():
+        if is_given:
+            raise EraseError(f"weights that FSDP divides do not go with {what}; start with --multi_gpu instead")
 
 
 def require_rank(settings: Settings, method: methods.Method) -> None:
@@ -214,7 +238,8 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
 
 def dtype_to_generate(settings: Settings) -> torch.dtype:
     """How the network is stored while images are generated: rounded if its passes and the training round it anyway."""
-    return torch.bfloat16 if settings.weights == settings.precision == "bf16" else torch.float32
+    rounds = settings.precision == "bf16" and (settings.weights == "bf16" or is_sharded())
+    return torch.bfloat16 if rounds else torch.float32
 
 
 def num_copies(method: methods.TrainedMethod | methods.ClosedForm, *, projects: bool = False) -> int:

@@ -19,12 +19,15 @@ from erase.runs.planning import dtype_to_generate
 FIRST_SEED = 900_000_000  # far from the seeds that training data are drawn from
 
 
-def write_samples(path: Path, model: Family, concept: Concept, settings: Settings) -> None:
+def write_samples(
+    path: Path, model: Family, concept: Concept, settings: Settings, where: torch.device | None = None
+) -> None:
     """A PNG with two blocks, forget and retain prompts, each with a row of the base model and a row of the erased one.
 
     Same prompt and same seed above each other. Rows of nudity, or of prompts with sexual words, are blurred, except
     those of the embedded model.
     model: the erased one; afterwards its network has the weights of its base, perhaps rounded.
+    where: the device to generate on; None is the model's.
     """
     num = settings.num_samples
     forget = spread_over(concept.forget, num)
@@ -37,6 +40,8 @@ def write_samples(path: Path, model: Family, concept: Concept, settings: Setting
     dtype = dtype_to_generate(settings)
     if dtype != torch.float32:
         model.round_network(dtype)
+    if where is not None:
+        model.to(where)
     for role in ("erased", "base"):
         if role == "base":
             model.reload_network(dtype)

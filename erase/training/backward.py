@@ -25,10 +25,12 @@ def gradients(
     optimizer: MaskedAdam,
     *,
     together: bool = False,
+    reduces: bool = True,
 ) -> dict[str, Tensor]:
     """Leave the gradient of one step in the parameters; returns its losses. Both are means over all processes.
 
     frozen: the base, or the model itself if the method needs none. together: see `TrainedMethod.together`.
+    reduces: False if the gradients that arrive are means over all processes already.
     """
     values: dict[str, Tensor] = {}
     found: dict[str, list[Tensor]] = {}
@@ -56,7 +58,7 @@ def gradients(
     if is_apart:
         _reduce(found, accelerator)
         _combine(method.balance, optimizer, found)
-    elif accelerator.num_processes > 1:
+    elif accelerator.num_processes > 1 and reduces:
         for gradient in optimizer.gradients():
             mean: Any = accelerator.reduce(gradient, reduction="mean")
             gradient.copy_(mean)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from erase import files, tensor_files
@@ -18,6 +19,56 @@ class Kept(Protocol):
     """State of a training besides weights and moments: tensors by name, of fixed shapes and dtypes."""
 
     values: dict[str, Tensor]
+
+
+class Stored:
+    """Where work keeps its state: in one file of the main process, or, if sharded, in a file of each process.
+
+    The files of processes carry the number of steps, since a process may be killed after it wrote and before another
+    one did. Only a number that all processes have counts; older files are deleted when all have written.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, *, is_sharded: bool):
+        self._path, self._accelerator, self._is_sharded = path, accelerator, is_sharded
+
+    def last(self) -> Path | None:
+        """The state to continue from."""
+        if not self._is_sharded:
+            return self._path if self._path.exists() else None
+        every = gather_object([{number for number, _ in self._own()}])
+        number = max(set.intersection(*every), default=None)
+        return None if number is None else self.of(number)
+
+    def new(self, num_steps: int) -> Path | None:
+        """The file for the state after so many steps; None if this process writes none."""
+        if self._is_sharded:
+            return self.of(num_steps)
+        return self._path if self._accelerator.is_main_process else None
+
+    def settle(self, num_steps: int) -> None:
+        """Wait until all processes have written, and delete what is older."""
+        self._accelerator.wait_for_everyone()
+        for number, path in self._own():
+            if self._is_sharded and number < num_steps:
+                path.unlink()
+
+    def clear(self) -> None:
+        """Delete what this process has stored."""
+        for path in [path for _, path in self._own()] if self._is_sharded else [self._path]:
+            path.unlink(missing_ok=True)
+
+    @property
+    def _end(self) -> str:
+        return f".{self._accelerator.process_index}-of-{self._accelerator.num_processes}{self._path.suffix}"
+
+    def of(self, num_steps: int) -> Path:
+        """This process's own file, if sharded, for the state after so many steps."""
+        return self._path.with_name(f"{self._path.stem}-{num_steps}{self._end}")
+
+    def _own(self) -> list[tuple[int, Path]]:
+        found = [path for path in self._path.parent.glob(f"{self._path.stem}-*{self._end}")]
+        numbers = [path.name.removeprefix(f"{self._path.stem}-").removesuffix(self._end) for path in found]
+        return [(int(number), path) for number, path in zip(numbers, found, strict=True) if number.isdecimal()]
 
 
 @contextmanager

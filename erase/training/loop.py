@@ -21,7 +21,7 @@ from erase.progress import progress
 from erase.training import memory
 from erase.training.backward import gradients
 from erase.training.batches import Recipe, Walker, batches, generator
-from erase.training.checkpoint import Kept, keep, restore
+from erase.training.checkpoint import Kept, Stored, keep, restore
 from erase.training.copied import Copied
 from erase.training.exchanged import Exchanged
 from erase.training.gradients import start_detached, taking_gradients
@@ -45,6 +45,7 @@ def train(
     state_path: Path,
     null: NullSpace | None = None,
     checkpointing: bool = False,
+    is_sharded: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
     """Fine-tune the masked weights in place; returns the losses of every step.
@@ -56,6 +57,7 @@ def train(
     parameters: those in the scope, by name. mask: of the same names; None trains all of them.
     state_path: the last checkpoint; when it exists, training continues from there.
     null: projects the change of each step, with the same mask.
+    is_sharded: parameters and mask are rows of them, see `erase.training.sharded.Shards`, and each process has others.
 
     Raises:
         EraseError: a loss that is not finite (the last good checkpoint stays), or a batch that does not divide.
@@ -81,7 +83,8 @@ def train(
     words = Words(model, method.attack, data, recipe, share, accelerator, quiet=silent) if method.attack else None
     holds = null is not None or method.shrinks or method.pulls
     between = memory.copies_between(shrinks=method.shrinks, projects=null is not None)
-    how: dict[str, Any] = {"copies": int(holds) + method.pulls, "between": between, "checkpointing": checkpointing}
+    how: dict[str, Any] = {"copies": int(holds) + method.pulls, "between": between}
+    how["is_short"] = checkpointing or is_sharded
     room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, **how)
     # the dual optimizer puts other tensors in the place of the gradients, and a pull is added to masked ones
     can_replay = room.graph and not recipe.dual and not method.pulls
@@ -100,14 +103,16 @@ def train(
     held_too = {"teacher": teacher, "remembered": remembered, "words": words}
     kept: dict[str, Kept] = {name: part for name, part in held_too.items() if part is not None}
     seen: list[dict[str, float]] = []
-    if state_path.exists():
-        seen = restore(state_path, optimizer, accelerator, kept, recipe.num_steps)
+    stored = Stored(state_path, accelerator, is_sharded=is_sharded)
+    if (last := stored.last()) is not None:
+        seen = restore(last, optimizer, accelerator, kept, recipe.num_steps)
     losses = Losses(model.device, seen)
     optimizer.halt = losses.halt
 
     def checkpoint() -> None:
-        if accelerator.is_main_process:
-            keep(state_path, optimizer, accelerator, losses.seen, kept)
+        if (path := stored.new(len(losses.seen))) is not None:
+            keep(path, optimizer, accelerator, losses.seen, kept)
+        stored.settle(len(losses.seen))
 
     num_shown = len(seen)
 
@@ -125,6 +130,7 @@ def train(
                 checkpoint()
             raise _not_finite(bad, recipe, state_path)
 
+    summing: dict[str, Any] = {"summed": partial(accelerator.reduce, reduction="sum")} if is_sharded else {}
     reporting = progress(recipe.num_steps, "train", "steps", done=len(seen), quiet=silent)
     detaching = start_detached(model) if method.detaches_start else nullcontext()
     trained = ReplayedModel(model, gradients=True) if replays else model
@@ -145,7 +151,9 @@ def train(
                 trained.new_step()
             losses.add(
                 gradients(
-                    trained, method, base or model, parts, turn, recipe, accelerator, optimizer, together=room.together
+                    *(trained, method, base or model, parts, turn, recipe, accelerator, optimizer),
+                    together=room.together,
+                    reduces=not is_sharded,
                 )
             )
             if losses.are_due:
@@ -154,7 +162,7 @@ def train(
                 pull()
             if recipe.max_grad_norm is not None:
                 accelerator.unscale_gradients(prepared)
-                optimizer.clip_grad_norm_(recipe.max_grad_norm)
+                optimizer.clip_grad_norm_(recipe.max_grad_norm, **summing)
             optimizer.set_learning_rate(turn.rate * recipe.learning_rate_at(step))
             prepared.step()
             prepared.zero_grad()
@@ -165,7 +173,6 @@ def train(
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
                 read(step + 1)
                 checkpoint()
-                accelerator.wait_for_everyone()
         read(recipe.num_steps)
     _give_result(model, optimizer, teacher, is_rounded=is_rounded)
     return seen
@@ -211,13 +218,13 @@ def _room(
     *,
     copies: int,
     between: int,
-    checkpointing: bool,
+    is_short: bool,
 ) -> memory.Room:
-    """What the GPU has room for; nothing on a CPU, nor with checkpointing, which says that memory is short.
+    """What the GPU has room for; nothing on a CPU, nor with checkpointing or shards, which say that memory is short.
 
     copies: of the masked weights, besides those that the method keeps.
     """
-    free = 0 if checkpointing else device.free_memory(model.device)
+    free = 0 if is_short else device.free_memory(model.device)
     return memory.room(
         model,
         parameters,

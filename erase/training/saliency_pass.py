@@ -18,10 +18,11 @@ from erase.families.protocol import Family
 from erase.progress import progress
 from erase.training import memory
 from erase.training.batches import generator, sample
-from erase.training.checkpoint import damage_named
+from erase.training.checkpoint import Stored, damage_named
 from erase.training.gradients import taking_gradients
 
 SAVE_EVERY_SECONDS = 300.0
+SAVE_EVERY_BATCHES = 100  # of sharded weights: all processes save together, and their clocks differ
 MOST_IMAGES = 32  # that go through the network together; more are no faster on an H100
 
 
@@ -38,6 +39,7 @@ def accumulate(
     state_path: Path,
     part: int | None = None,
     checkpointing: bool = False,
+    is_sharded: bool = False,
     quiet: bool = False,
 ) -> dict[str, Tensor]:
     """Scores of SalUn's mask: one pass over the forget images, the gradient of each batch's mean loss summed.
@@ -49,19 +51,22 @@ def accumulate(
     part: images that go through the network together, to save memory; None is the whole batch, on a GPU with room for
         them several batches. The sum is the same up to rounding. Only for abs_sum: |g| and g^2 are of whole batches,
         whose gradients would have to be kept.
+    is_sharded: `parameters` are this process's rows of them, see `erase.training.sharded.Shards`. All processes then
+        share each batch, because their passes go together, and each has the scores of its rows.
     """
     sums = masks.Saliency(parameters, score)
     together = batch_size if part is None or score != "abs_sum" else part
     num_batches = 1
-    if score == "abs_sum" and part is None and not checkpointing:
+    if score == "abs_sum" and part is None and not checkpointing and not is_sharded:
         num_batches = _batches_at_once(model, data, batch_size, guided=bool(guidance))
     starts = list(range(0, len(data.forget), batch_size))
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
-    if accelerator.num_processes > 1:
+    mine = starts if is_sharded else starts[accelerator.process_index :: accelerator.num_processes]
+    if accelerator.num_processes > 1 and not is_sharded:
         state_path = state_path.with_suffix(f".{accelerator.process_index}.safetensors")
+    stored = Stored(state_path, accelerator, is_sharded=is_sharded)
     done = 0
-    if state_path.exists():
-        done = _restore_sums(state_path, sums, len(mine))
+    if (last := stored.last()) is not None:
+        done = _restore_sums(last, sums, len(mine))
     saved = time.monotonic()
     scale = LOSS_SCALE["fp16" if accelerator.mixed_precision == "fp16" else "fp32"]  # the order of scores is the same
     with (
@@ -75,19 +80,24 @@ def accumulate(
             drawn = [
                 _drawn(model, data, own, generator(seed, "mask", start)) for own, start in zip(rows, group, strict=True)
             ]
+            if is_sharded:
+                drawn = [_share(one, accelerator) for one in drawn]
             num = together if len(group) == 1 else batch_size * len(group)
             for loss in _losses(model, data, drawn, num, guidance, accelerator):
                 (loss * scale).backward()
             done += len(group)
             bar.update(len(group))
-            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+            if is_sharded and done % SAVE_EVERY_BATCHES == 0:
+                _keep_sums(stored.of(done), sums, done)
+                stored.settle(done)
+            elif not is_sharded and time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 _keep_sums(state_path, sums, done)
                 saved = time.monotonic()
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not is_sharded:
         for total in sums.state_dict()["sums"].values():
             total.copy_(accelerator.reduce(total, reduction="sum"))
     scores = sums.scores()
-    state_path.unlink(missing_ok=True)
+    stored.clear()
     return scores
 
 
@@ -116,6 +126,14 @@ def _drawn(model: Family, data: Data, rows: Tensor, draw: torch.Generator) -> Dr
     t = torch.randint(0, model.num_timesteps, (len(rows),), generator=draw)
     eps = torch.randn(x.shape, generator=draw)
     return x, t, eps, data.text[data.forget.prompt[rows]]
+
+
+def _share(drawn: Drawn, accelerator: Accelerator) -> Drawn:
+    """This process's rows of a batch; all of them if they do not divide, whose mean is that of equal shares too."""
+    num = accelerator.num_processes
+    own = slice(accelerator.process_index, None, num) if len(drawn[0]) % num == 0 else slice(None)
+    x, t, eps, c = drawn
+    return x[own], t[own], eps[own], c[own]
 
 
 def _losses(
