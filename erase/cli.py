@@ -171,7 +171,7 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
         cache_dir=Path(given.cache_dir).expanduser() if given.cache_dir else None,
         tell=_tell,
     )
-    family = loading.family_of(folder)
+    family = loading.family_of(folder).trains(change.component)
     for part in family.data_parts:  # copied: who opens the result must meet no pickle that was not allowed
         if part in architecture.components(folder):  # the class names of a pixel model are in model_index.json
             components.weight_files(folder / part, allow_pickle=given.allow_pickle)
@@ -187,11 +187,11 @@ def _switch(given: argparse.Namespace, direction: str) -> None:
     else:
         dtype = None
     weights = delta.in_component(family.part, new)
-    if is_taken and not pipeline.is_result(folder, output, weights, dtype=dtype):
+    if is_taken and not pipeline.is_result(folder, output, weights, dtype=dtype, part=family.part):
         raise EraseError(f"{output} exists already; choose another --output")
     if not is_taken:
         with files.replacing_folder(output) as whole:
-            pipeline.save_pipeline(folder, whole, weights, dtype=dtype)
+            pipeline.save_pipeline(folder, whole, weights, dtype=dtype, part=family.part)
     word = "already written" if is_taken else "written"
     print(f"{printable(output)}: {word}; content hash {delta.content_hash(new)[:12]}{exact}")
     print(f"load it: {load_line(output)}")

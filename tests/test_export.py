@@ -140,8 +140,8 @@ def test_a_base_with_variant_files_only_opens_without_naming_the_variant(tiny_pi
     assert not list((tmp_path / "out").rglob("*.fp16.*"))
 
     # its single file holds what that of the plain files does
-    save_single_file(tmp_path / "variant.safetensors", base, unet=new)
-    save_single_file(tmp_path / "plain.safetensors", tiny_pipeline_dir, unet=new)
+    save_single_file(tmp_path / "variant.safetensors", base, weights=new)
+    save_single_file(tmp_path / "plain.safetensors", tiny_pipeline_dir, weights=new)
     assert (tmp_path / "variant.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
 
     pickled = (

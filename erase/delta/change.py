@@ -53,6 +53,11 @@ class Delta:
         return self.header.provenance
 
     @property
+    def component(self) -> str:
+        """The component of the pipeline that changed, such as "unet"."""
+        return next(iter(self.layout)).partition(".")[0]
+
+    @property
     def changed(self) -> dict[str, int]:
         """How many weights of each changed tensor changed; tensors that did not change are absent."""
         values = {name: self.tensors.get(f"{name}.values") for name in self.layout}

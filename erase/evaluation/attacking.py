@@ -224,7 +224,7 @@ def _check_source(
             folder = request.output / "shared" / shared
         arm.check_arm(folder, identity)
         job.folders[role] = folder
-    return hashes[model.part]
+    return generate.network_hash(model, hashes, models.made_from)
 
 
 def _images(

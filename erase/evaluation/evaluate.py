@@ -228,7 +228,7 @@ def _check_source(
                 folder = request.output / "shared" / f"{label_of(source.model)}-{job.folder.name}-{key}"
             arm.check_arm(folder, identity)
             job.folders[role] = folder
-            job.hashes[role] = hashes[model.part]
+            job.hashes[role] = generate.network_hash(model, hashes, job.models.made_from)
     return model.notes
 
 

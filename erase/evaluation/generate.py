@@ -26,6 +26,7 @@ from erase.families.protocol import Family
 from erase.guards import Guard
 from erase.progress import progress
 from erase.runs.machine import versions
+from erase.runs.record import Models
 from erase.training import memory
 
 DECODED = 8  # images that the VAE decodes at once: it takes far more memory than the network
@@ -52,8 +53,9 @@ def load_model(
     compute = choose(device, precision)
     model = loading.load(source, **options)
     if delta_path:
-        state = delta.apply(model.state_of(model.network), delta.load(delta_path))
-        model.network.load_state_dict(delta.in_component(model.part, state))
+        change = delta.load(delta_path)
+        changed = model.training(change.component)
+        changed.put_weights(delta.apply(changed.state_of(changed.network), change))
         model.name = f"{source} + {Path(delta_path).name}"
     model.to(compute.device)
     if guard and not model.takes_guards:
@@ -69,6 +71,15 @@ def model_hashes(model: Family) -> dict[str, str]:
     """
     guard = {"guard": repr(model.guard)} if model.guard else {}
     return {part: model.hash_of(part) for part in model.parts} | guard
+
+
+def network_hash(model: Family, hashes: Mapping[str, str], made_from: Models | None) -> str:
+    """Of the network that the run changed, by its record; of the family's own if there is none.
+
+    hashes: see `model_hashes`.
+    """
+    part = made_from.part if made_from and made_from.part else model.part
+    return hashes[part] if part == model.part else model.training(part).hash_of(part)
 
 
 def effective_settings(

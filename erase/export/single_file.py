@@ -17,22 +17,25 @@ def save_single_file(
     path: str | Path,
     pipeline_dir: str | Path,
     *,
-    unet: State | None = None,
+    weights: State | None = None,
+    part: str | None = None,
     dtype: Literal["fp16", "fp32"] = "fp16",
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all networks of a pipeline folder as one checkpoint in the original layout of its family.
 
-    unet: the UNet's weights; those in the folder if None. provenance: JSON-serialisable; goes into the header.
+    weights: those of the trained network, which is `part`, by default the family's (the UNet); None: the folder's.
+    provenance: JSON-serialisable; goes into the header.
 
     Raises:
         EraseError: the folder's family has no such layout, or a component has no weights.
     """
     folder = Path(pipeline_dir)
     family = loading.family_of(folder)
+    family = family if part is None else family.trains(part)
     problem = family.no_checkpoint(folder)
     if problem:
         raise EraseError(f"{folder}: {problem}; use the folder")
     number = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tensors = {name: cast(tensor, number) for name, tensor in family.checkpoint(folder, unet).items()}
+    tensors = {name: cast(tensor, number) for name, tensor in family.checkpoint(folder, weights).items()}
     write_tensors(path, tensors, provenance)

@@ -27,10 +27,10 @@ _SD2_LAYERS = 24  # of the text encoder of Stable Diffusion 2, which uses the st
 _LOGIT_SCALE = math.log(100)  # where OpenCLIP's training ends; no image depends on it
 
 
-def sd1(folder: Path, unet: State | None = None) -> dict[str, Tensor]:
+def sd1(folder: Path, unet: State | None = None, text_encoder: State | None = None) -> dict[str, Tensor]:
     """The CompVis (LDM) layout of Stable Diffusion 1.
 
-    unet: the UNet's weights; those in the folder if None.
+    unet, text_encoder: their weights; those in the folder if None.
 
     Raises:
         EraseError: a component has no weights, or the UNet's have no place in the layout.
@@ -38,21 +38,20 @@ def sd1(folder: Path, unet: State | None = None) -> dict[str, Tensor]:
     return {
         **_unet(folder, unet),
         **_vae(folder),
-        **_clip(folder / "text_encoder", "cond_stage_model.transformer.text_model."),
+        **_clip(text_encoder or read_weights(folder / "text_encoder"), "cond_stage_model.transformer.text_model."),
     }
 
 
-def sd2(folder: Path, unet: State | None = None) -> dict[str, Tensor]:
+def sd2(folder: Path, unet: State | None = None, text_encoder: State | None = None) -> dict[str, Tensor]:
     """The layout of Stability AI's Stable Diffusion 2: Stable Diffusion 1's with an OpenCLIP text encoder.
 
-    unet: the UNet's weights; those in the folder if None.
+    unet, text_encoder: their weights; those in the folder if None.
 
     Raises:
         EraseError: a component has no weights, or the UNet's have no place in the layout.
     """
-    text = {
-        f"text_model.{name.removeprefix('text_model.')}": t for name, t in read_weights(folder / "text_encoder").items()
-    }
+    weights = text_encoder or read_weights(folder / "text_encoder")
+    text = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in weights.items()}
     second = _with_unused(open_clip(text))
     return {
         **_unet(folder, unet),
@@ -92,7 +91,7 @@ def sdxl(folder: Path, unet: State | None = None) -> dict[str, Tensor]:
     return {
         **_unet(folder, unet),
         **_vae(folder),
-        **_clip(folder / "text_encoder", "conditioner.embedders.0.transformer.text_model."),
+        **_clip(read_weights(folder / "text_encoder"), "conditioner.embedders.0.transformer.text_model."),
         **{f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()},
         **{name: torch.zeros(0) for name, is_marked in marks.items() if is_marked},
     }
@@ -136,7 +135,6 @@ def _vae(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _clip(folder: Path, prefix: str) -> dict[str, Tensor]:
-    weights = read_weights(folder)
+def _clip(weights: State, prefix: str) -> dict[str, Tensor]:
     named = {name: prefix + name.removeprefix("text_model.") for name in weights if not name.endswith("position_ids")}
     return {named[name]: weights[name] for name in named}  # position_ids, 0 to 76, are in old files only

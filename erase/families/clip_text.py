@@ -1,6 +1,7 @@
 """How prompts reach a network that reads the last hidden states of one CLIP text encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.device import staged
 from erase.families.protocol import Family
+
+Put = Callable[[Tensor, Tensor], Tensor]  # tokens and their embeddings, to other embeddings
 
 
 class ClipText(Family):
@@ -28,29 +31,33 @@ class ClipText(Family):
         refusal.refuse(prompts, "prompt")
         states = []
         for start in range(0, len(prompts), batch_size):
-            states.append(self._on_device(prompts[start : start + batch_size]).text_states.cpu())
+            ids = staged(self._padded_tokens(prompts[start : start + batch_size]), self.text_encoder.device)
+            states.append(self._states_of(ids).cpu())
         return Conditioning(torch.cat(states))
 
     def _on_device(self, prompts: Sequence[str]) -> Conditioning:
         ids = staged(self._padded_tokens(prompts), self.text_encoder.device)
         return Conditioning(self.text_encoder(ids).last_hidden_state)
 
+    def _states_of(self, ids: Tensor, put: Put | None = None) -> Tensor:
+        """What predictions are made for, of tokens, int64, [n, tokens]: the last hidden states, [n, tokens, d].
+
+        put: gives other embeddings for the tokens.
+        """
+        with embedding(self.text_encoder, put):
+            return self.text_encoder(ids).last_hidden_state
+
     def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
         """The text encoder's last hidden states, [n, tokens, d]; see `Family.encode_tokens`."""
         empty = self._padded_tokens([""])[0].tolist()
         ids = torch.tensor([[empty[0], *row, *empty[1:]][: len(empty)] for row in tokens], device=self.device)
 
-        def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def put(ids: Tensor, output: Tensor) -> Tensor:
             if embeddings is None:
                 return output
             return torch.cat([output[:, :1], embeddings, output[:, 1 + embeddings.shape[1] :]], 1)
 
-        table: Any = self.text_encoder.get_input_embeddings()
-        hook = table.register_forward_hook(put)
-        try:
-            return Conditioning(self.text_encoder(ids).last_hidden_state)
-        finally:
-            hook.remove()
+        return Conditioning(self._states_of(ids, put))
 
     def text_of(self, tokens: Sequence[int]) -> str:
         text: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -74,15 +81,10 @@ class ClipText(Family):
     def encode_with(self, prompts: Sequence[str], token: int, embedding: Tensor) -> Conditioning:
         refusal.refuse(prompts, "prompt")
 
-        def put(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return torch.where((arguments[0] == token)[..., None], embedding, output)
+        def put(ids: Tensor, output: Tensor) -> Tensor:
+            return torch.where((ids == token)[..., None], embedding, output)
 
-        table: Any = self.text_encoder.get_input_embeddings()
-        hook = table.register_forward_hook(put)
-        try:
-            return self._on_device(prompts)
-        finally:
-            hook.remove()
+        return Conditioning(self._states_of(staged(self._padded_tokens(prompts), self.device), put))
 
     @property
     def max_tokens(self) -> int:
@@ -95,3 +97,16 @@ class ClipText(Family):
     def all_tokens(self, prompt: str) -> list[int]:
         ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
         return list(ids[1:-1])
+
+
+@contextmanager
+def embedding(encoder: Any, put: Put | None) -> Iterator[None]:
+    """Inside, the encoder's table of token embeddings answers what `put` makes of its answers."""
+    if put is None:
+        yield
+        return
+    hook = encoder.get_input_embeddings().register_forward_hook(lambda _, ids, output: put(ids[0], output))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from erase.delta import State, content_hash, of_component
@@ -41,7 +41,7 @@ class LatentFamily(Family):
         return super().stored_weights() if found is None or found.keys() != self.network.state_dict().keys() else found
 
     def to(self, device: torch.device) -> None:
-        for part in {self.part, *self.loaded_again}:
+        for part in {self.part, *self.data_parts}:
             getattr(self, part).to(device)
 
     def release(self) -> None:
@@ -75,13 +75,12 @@ class LatentFamily(Family):
         return max(8, self.vae_scale)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
-        config: Any = self.network.config
+        config: Any = self.denoiser.config
         return int(config["in_channels"]), size // self.vae_scale, size // self.vae_scale
 
     @property
     def resolution(self) -> int:
-        network: ModelMixin = self.network
-        return int(network.config["sample_size"]) * self.vae_scale
+        return int(self.denoiser.config["sample_size"]) * self.vae_scale
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,15 +26,16 @@ def network_part(folder: str | Path) -> str:
     return registry.serving(architecture.pipeline_class(Path(folder))).part
 
 
-def network_file(folder: str | Path) -> str:
-    """Where the weights of that component are written, relative to the folder."""
-    return f"{network_part(folder)}/diffusion_pytorch_model.safetensors"
+def network_file(part: str) -> str:
+    """Where the weights of a network are written, relative to the pipeline folder."""
+    is_text = part.startswith("text_encoder")  # a model of transformers, and not of diffusers
+    return f"{part}/{'model' if is_text else 'diffusion_pytorch_model'}.safetensors"
 
 
-def published_names(base_dir: str | Path) -> list[str]:
-    """The files that `save_pipeline` writes, relative to its output."""
+def published_names(base_dir: str | Path, part: str) -> list[str]:
+    """The files that `save_pipeline` writes, relative to its output. part: the component that was trained."""
     base = Path(base_dir)
-    return [*(name for name, _ in files_to_publish(base)), network_file(base), "model_index.json"]
+    return [*(name for name, _ in files_to_publish(base, part)), network_file(part), "model_index.json"]
 
 
 def stored_dtype(folder: str | Path) -> str | None:
@@ -105,9 +106,11 @@ def component_names(folder: Path) -> list[str]:
     return list(architecture.components(folder))
 
 
-def files_to_publish(base: Path) -> Iterator[tuple[str, Path]]:
-    """(name in the output, file to copy) of all that is copied, except model_index.json and the network's weights."""
-    components, network = component_names(base), network_part(base)
+def files_to_publish(base: Path, network: str) -> Iterator[tuple[str, Path]]:
+    """(name in the output, file to copy) of all that is copied, except model_index.json and the weights of `network`,
+    the component that was trained.
+    """
+    components = component_names(base)
     if network not in components:
         raise EraseError(f"{base} is not a Stable Diffusion folder: its model_index.json names no {network}")
     for component in components:

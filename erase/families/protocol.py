@@ -17,7 +17,7 @@ from erase.conditioning import Conditioning
 from erase.errors import EraseError
 from erase.families.prompted import Prompted
 from erase.families.prompted import TokenRun as TokenRun
-from erase.families.scope import inside
+from erase.families.scope import inside, no_scope
 from erase.families.stored import Stored
 from erase.families.supported import Model
 from erase.guards import Guard
@@ -38,6 +38,7 @@ class Family(Stored, Prompted):
     family: name of the architecture, an identifier. pipelines: pipeline classes in model_index.json that it loads; the
         first one opens the folders that are written. pipeline_module: the module of that class.
     part: subfolder of the network that is trained, and the prefix of its weights' names in deltas.
+    other_parts: subfolders of other networks that can be trained instead, see `trains`.
     parts: all subfolders that determine an image. data_parts: those for latents and text states.
     num_timesteps: of the training schedule. scopes: by name, the parameters that may be trained. "full" is all of them;
         the presets of methods use the names in `scope.SCOPES`.
@@ -56,6 +57,7 @@ class Family(Stored, Prompted):
     """
 
     part: ClassVar[str] = "unet"
+    other_parts: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
     data_parts: ClassVar[tuple[str, ...]] = ()
     num_timesteps: ClassVar[int] = 1000
@@ -80,6 +82,47 @@ class Family(Stored, Prompted):
     @abstractmethod
     def network(self) -> ModelMixin:
         """The network that is trained."""
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The network that predicts noise: by default the one that is trained."""
+        return self.network
+
+    @property
+    def trains_denoiser(self) -> bool:
+        return self.denoiser is self.network
+
+    @classmethod
+    def trains(cls, part: str) -> "type[Family]":
+        """The class of these models when `part` is the network that is trained.
+
+        Raises:
+            EraseError: this family trains no such part.
+        """
+        if part != cls.part:
+            raise EraseError(f"{cls.family} models have no {part!r} that can be trained; give another model")
+        return cls
+
+    def training(self, part: str) -> "Family":
+        """This model with `part` as the network that is trained; everything is shared. See `trains`."""
+        cls = self.trains(part)
+        if cls is type(self):
+            return self
+        twin = copy.copy(self)
+        twin.__class__ = cls
+        return twin
+
+    def for_scope(self, scope: str) -> "Family":
+        """This model with the network that the scope is of as the one that is trained.
+
+        Raises:
+            EraseError: this family has no such scope.
+        """
+        scopes = {part: self.trains(part).scopes for part in (self.part, *self.other_parts)}
+        found = next((part for part, own in scopes.items() if scope in own), None)
+        if found is None:
+            raise no_scope(scope, [name for own in scopes.values() for name in own])
+        return self.training(found)
 
     @abstractmethod
     def stored_network(self) -> ModelMixin:
@@ -126,6 +169,10 @@ class Family(Stored, Prompted):
         stored, device = self.stored_weights(), self.device
         for name, tensor in self.network.state_dict(keep_vars=True).items():
             tensor.data = stored[name].to(device, dtype)
+
+    def put_weights(self, state: delta.State) -> None:
+        """Give the network these weights, under their names in deltas."""
+        self.network.load_state_dict(delta.in_component(self.part, state))
 
     def is_text_map(self, name: str) -> bool:
         """Whether the weight is a linear map of the text states, which closed forms solve for; none by default."""
@@ -200,6 +247,20 @@ class Family(Stored, Prompted):
         """Raise an EraseError if `attention` does not work with this architecture."""
         if type(self).attention is Family.attention:
             raise EraseError(f"{self.family} has no cross-attention layers; choose a method that needs none")
+
+    def text_attention(self, c: Conditioning) -> Tensor:
+        """Output of self-attention in the text encoder's last layer, [n, tokens, d], with its gradients.
+
+        Raises:
+            EraseError: the network that is trained is no text encoder.
+        """
+        self.require_text_encoder()
+        raise NotImplementedError
+
+    def require_text_encoder(self) -> None:
+        """Raise an EraseError if the network that is trained is no text encoder, which `text_attention` reads."""
+        if type(self).text_attention is Family.text_attention:
+            raise EraseError("this method trains a text encoder; use --scope text or text-first")
 
     def use_attention(self, kind: str) -> None:
         """Choose attention kernels: "sdpa" is diffusers' own choice.

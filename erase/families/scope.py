@@ -1,6 +1,6 @@
 """Which parameters may change at all, by name: the scopes of ESD (Gandikota et al., ICCV 2023) and of SalUn."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from erase.errors import EraseError
@@ -31,9 +31,15 @@ def inside(
         EraseError: unknown scope, or nothing of this model is in it.
     """
     if scope not in scopes:
-        hint = did_you_mean(scope, scopes) or "choose one of this model's "
-        raise EraseError(f"--scope is {scope!r}, which this model does not have; {hint}({', '.join(scopes)})")
+        raise no_scope(scope, scopes)
     chosen = {name: value for name, value in parameters.items() if scopes[scope](name)}
     if not chosen:
         raise EraseError(f"scope {scope!r} holds none of this model's {len(parameters)} parameters")
     return chosen
+
+
+def no_scope(scope: str, scopes: Iterable[str]) -> EraseError:
+    """What to say of an unknown scope. scopes: those of the model."""
+    known = list(scopes)
+    hint = did_you_mean(scope, known) or "choose one of this model's "
+    return EraseError(f"--scope is {scope!r}, which this model does not have; {hint}({', '.join(known)})")

@@ -31,8 +31,10 @@ from erase.families import (
 )
 from erase.families.clip_text import ClipText
 from erase.families.discrete import DiscreteDiffusion
+from erase.families.protocol import Family
 from erase.families.stored_unet import load_unet
 from erase.families.supported import Model
+from erase.families.text_trained import text_trained
 from erase.files import read_json
 from erase.guards import Guard
 from erase.options.model_defaults import read_defaults
@@ -50,6 +52,7 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
     pipelines = ("StableDiffusionPipeline",)
     parts = ("unet", "vae", "text_encoder", "tokenizer")
     data_parts = ("vae", "text_encoder")
+    other_parts = ("text_encoder",)
     scopes = scope.SCOPES
     guidance_scale = 7.5
     tags = ("stable-diffusion",)
@@ -81,6 +84,10 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
     def __post_init__(self) -> None:
         self.vae_scale: int = 2 ** (len(self.vae.config["block_out_channels"]) - 1)  # also while the VAE is released
         self.read_schedule()
+
+    @classmethod
+    def trains(cls, part: str) -> type[Family]:
+        return text_trained(cls) if part in cls.other_parts else super().trains(part)
 
     @classmethod
     def other_kind(cls, folder: Path) -> str | None:
@@ -155,7 +162,7 @@ class StableDiffusion(ClipText, DiscreteDiffusion):
 
     @classmethod
     def checkpoint(cls, folder: Path, network: State | None = None) -> dict[str, Tensor]:
-        return (checkpoint.sd2 if cls._is_second(folder) else checkpoint.sd1)(folder, network)
+        return (checkpoint.sd2 if cls._is_second(folder) else checkpoint.sd1)(folder, **{cls.part: network})
 
     @classmethod
     def keep(cls, pipeline: Any, cache_dir: Path | None = None) -> Path:

@@ -39,6 +39,7 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline",)
     parts = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     data_parts = ("vae", "text_encoder", "text_encoder_2")
+    other_parts = ()  # a scope of one of two text encoders would leave the concept in the other
     loaded_again: ClassVar[Mapping[str, Any]] = {
         "vae": AutoencoderKL,
         "text_encoder": CLIPTextModel,

@@ -24,6 +24,10 @@ class Predictor(Protocol):
         """Probabilities of every cross-attention layer, [n * heads, queries, tokens] each."""
         ...
 
+    def text_attention(self, c: Conditioning) -> Tensor:
+        """Output of self-attention in the text encoder's last layer, [n, tokens, d], where that is trained."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -120,6 +120,7 @@ class TrainedMethod(Method, ABC):
         hyperparameter.
     prepare_batches: the number of batches over which the gradients for `prepare` are summed; 0: no preparation.
     curvature_batches: the number of batches over which squared gradients for `pull` are averaged; 0: no `pull`.
+    trains_text: True if `loss` calls `model.text_attention`: only scopes of a text encoder are accepted then.
     retain_images: False if the retain loss uses `Batch.c_retain` alone; no retain images are generated then.
     detaches_start: True if no gradient passes the key and the value of the start token in cross-attention.
     attends: True if `loss` calls `model.attention`; models without cross-attention layers are then refused before the
@@ -129,6 +130,7 @@ class TrainedMethod(Method, ABC):
     images: Any = "concept"
     detaches_start: bool = False
     attends: bool = False
+    trains_text: bool = False
     retain_images: bool = True
     teacher_decay: Any = None
     prepare_batches: int = 0

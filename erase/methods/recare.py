@@ -27,8 +27,8 @@ class ReCARE(Stereo):
 
     Hyperparameters are STEREO's; the authors take 2 words and 200 steps for each part.
 
-    Costs: those of STEREO, and in a step of the erasure one more forward and backward pass for each word. Known
-    weakness: attacks that use no words, such as fine-tuning; prompts are retained on images of the concept only.
+    Costs: those of STEREO, and in a step of the erasure one more forward and backward pass for each word.
+    Known weakness: attacks that use no words, such as fine-tuning; prompts are retained on images of the concept only.
     """
 
     retain_images = False

@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
             "num_train_steps": 120,
             "set": ["word_steps=60", "word_batch=16", "word_lr=0.003"],
         },
+        "hirm": {"learning_rate": 1e-3, "num_train_steps": 50, "set": ["toward=anchor"]},  # two layers: random destroys
         "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
         "rece": {"set": ["lamb_1=1", "epochs=1"]},
         "speed": {"set": ["tokens=tail", "retain_tokens=tail", "rho=0.05", "filter=false"]},

@@ -16,7 +16,7 @@ from erase.registry import has_others
 
 Save = Literal["pipeline", "unet", "delta", "single-file", "lora"]
 # of all our families
-SCOPES = ("full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime", "pooled", "label")
+SCOPES = ("full", "xattn", "xattn-kv", "attn", "selfattn", "noxattn", "notime", "pooled", "text", "text-first", "label")
 
 
 @dataclass(frozen=True)

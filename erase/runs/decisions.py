@@ -121,6 +121,7 @@ def decide(
     require_storage(settings, method)
     method = make_method(settings)
     require_retain_rows(settings, method)
+    model = _in_scope(model, settings, earlier)
     _require_able(model, settings, method)
     require_effect(given_settings, settings, method)
     require_two_gradients(settings, method)
@@ -133,7 +134,7 @@ def decide(
         text = prompt_states.read_text(model, concept)
         null_space.NullSpace(model, text, settings.null_space, parameters, given_mask)
     of_lora = given_mask if "lora" in settings.save else None
-    forms.require_writable(settings.save, model.folder, _changing(parameters, of_lora))
+    forms.require_writable(settings.save, model.folder, _changing(parameters, of_lora), model.part)
     _place(model, settings, compute)
     identity = of_run(
         settings,
@@ -142,6 +143,7 @@ def decide(
         mask_hash=None if given_mask is None else saliency_hash(given_mask),
         base=earlier and earlier.record,
         formula=method.formula,
+        denoiser_hash=None if model.trains_denoiser else delta.content_hash(model.denoiser.state_dict()),
     )
     return Decisions(
         settings,
@@ -155,7 +157,7 @@ def decide(
         folder,
         cache_dir,
         identity,
-        outputs=forms.planned(settings, folder, model.folder),
+        outputs=forms.planned(settings, folder, model.folder, model.part),
         default=default,
         truncated=truncated,
         compute=compute,
@@ -163,6 +165,29 @@ def decide(
         quiet=quiet,
         tell=tell,
     )
+
+
+def _in_scope(model: Family, settings: Settings, earlier: Base | None) -> Family:
+    """The model with the network that the scope is of as the one that is trained.
+
+    Raises:
+        EraseError: there is no such scope; an option is about another network; the earlier run changed another one.
+    """
+    found, scope = model.for_scope(str(settings.scope)), settings.scope
+    if not found.trains_denoiser:
+        given = {"--unet": settings.unet, "--rank": settings.rank}
+        if settings.weights == "bf16":
+            given["--weights"] = settings.weights
+        for option, value in given.items():
+            if value is not None:
+                raise EraseError(f"{option} {value} does not go with --scope {scope}, which trains the {found.part}")
+    before = earlier and (earlier.part or model.part)
+    if before not in (None, found.part):
+        raise EraseError(
+            f"--base {settings.base} is a run that changed the {before}, but --scope {scope} is of the {found.part}; "
+            "a second run changes the same network"
+        )
+    return found
 
 
 def _require_able(model: Family, settings: Settings, method: methods.Method) -> None:
@@ -173,6 +198,8 @@ def _require_able(model: Family, settings: Settings, method: methods.Method) -> 
         _ = model.token_embeddings  # an error if there is none: words are learned in it
     if isinstance(method, methods.TrainedMethod) and method.attends:
         model.require_attention()
+    if isinstance(method, methods.TrainedMethod) and method.trains_text:
+        model.require_text_encoder()
     if isinstance(method, methods.ClosedForm):
         model.require_text_maps()
 
@@ -289,12 +316,12 @@ def _filled(
         part=together,
         at_once=at_once,
         guidance_scale=model.guidance_scale,
-        can_round=compute.device.type == "cuda"
-        and not processes.is_sharded()
-        and settings.null_space is None
-        and settings.optimizer == "adam"
-        and not moves_weights(make_method(settings)),
     )
+    if compute.device.type == "cuda" and not processes.is_sharded():
+        rounds = (
+            settings.null_space is None and settings.optimizer == "adam" and not moves_weights(make_method(settings))
+        )
+        fill = partial(fill, can_round=rounds and model.for_scope(str(fill(settings).scope)) is model)
 
     def default(name: str) -> Any:
         return getattr(fill(replace(settings, **{name: Settings.__dataclass_fields__[name].default})), name)

@@ -17,12 +17,13 @@ class Base:
     """An earlier run to continue from.
 
     concepts: what it and those before it erased. mask: the weights that were allowed to change; None if all were.
-    record: what this run's own records say of it.
+    record: what this run's own records say of it. part: the component that it changed; None is the family's own.
     """
 
     concepts: list[Concept]
     mask: masks.Packed | None
     record: dict[str, Any]
+    part: str | None = None
 
 
 def read_base(settings: Settings, output: Path) -> Base | None:
@@ -55,4 +56,6 @@ def read_base(settings: Settings, output: Path) -> Base | None:
         "concepts": [part.name for part in record.concepts],
         "hash": record.model.result_hash,
     }
-    return Base(list(record.concepts), masks.load(mask_path)[0] if mask_path.is_file() else None, told)
+    return Base(
+        list(record.concepts), masks.load(mask_path)[0] if mask_path.is_file() else None, told, record.model.part
+    )

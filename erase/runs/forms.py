@@ -20,13 +20,13 @@ from erase.runs.record import RunRecord
 FORMS = ("pipeline", "unet", "single-file", "lora")
 
 
-def names(form: str, run_folder: Path, source: Path) -> list[str]:
+def names(form: str, run_folder: Path, source: Path, part: str) -> list[str]:
     """The files of a form, relative to the folder that it is written to.
 
-    source: diffusers folder that the parts other than the network come from.
+    source: diffusers folder that the parts other than the network come from. part: the component that is trained.
     """
     if form == "pipeline":
-        return pipeline_folder.published_names(source)
+        return pipeline_folder.published_names(source, part)
     return {"unet": [folders.UNET], "lora": [folders.LORA], "single-file": [single_file(run_folder)], "delta": []}[form]
 
 
@@ -35,33 +35,37 @@ def published(settings: Settings) -> list[str]:
     return ["pipeline", *settings.save] if "single-file" in settings.save else list(settings.save)
 
 
-def planned(settings: Settings, folder: Path, source: Path) -> list[str]:
+def planned(settings: Settings, folder: Path, source: Path, part: str) -> list[str]:
     """The files that the run will write, run.json apart, relative to its folder.
 
-    source: diffusers folder of the base model.
+    source: diffusers folder of the base model. part: the component that is trained.
     """
     files = [folders.DELTA, folders.CARD]
     files += [folders.MASK] if settings.mask != "none" or settings.base else []
     files += [folders.SAMPLES] if settings.num_samples else []
-    return files + [name for form in published(settings) for name in names(form, folder, source)]
+    return files + [name for form in published(settings) for name in names(form, folder, source, part)]
 
 
-def require_writable(forms: Sequence[str], source: Path, changing: Mapping[str, Tensor]) -> None:
+def require_writable(forms: Sequence[str], source: Path, changing: Mapping[str, Tensor], part: str) -> None:
     """Refuse forms that a model cannot be written in.
 
     source: diffusers folder of the base model. changing: the network's weights that may change, by name.
+    part: that network.
 
     Raises:
         EraseError: one cannot be written; the message says why.
     """
-    family = loading.family_of(source)
+    own = loading.family_of(source)
+    family = own.trains(part)
+    if "unet" in forms and part != own.part:
+        raise EraseError(f"--save unet writes the {own.part}, and this run changes the {part}; leave it out")
     if "single-file" in forms and (problem := family.no_checkpoint(source)):
         raise EraseError(f"no single file can be written: {problem}; leave out single-file")
     if "lora" in forms:
         fitting = [name for name, weight in changing.items() if fits_lora(name, weight)]
         problem = "" if fitting else "no attention or feed-forward layer may change with this scope and mask"
         if not family.lora_names(source, changing):
-            problem = f"{family.family} has no names for LoRA layers"
+            problem = f"{family.family} has no names for LoRA layers of its {part}"
         if problem:
             raise EraseError(f"no LoRA can be written: {problem}; leave out lora")
 
@@ -86,6 +90,7 @@ def write(
     *,
     run_folder: Path,
     source: Path,
+    part: str,
     base: State,
     new: State,
     rank: int,
@@ -94,20 +99,21 @@ def write(
 ) -> None:
     """Write one form to the folder `target`.
 
-    base, new: the network's weights before and after, named as diffusers names them. rank: of a LoRA.
+    part: the component that was trained. base, new: its weights before and after, named as the library names them.
+    rank: of a LoRA.
     tell: called with a line about how much of the change a LoRA holds.
     """
     if form == "pipeline" and source.resolve() != target.resolve():
-        pipeline.save_pipeline(source, target, new)
+        pipeline.save_pipeline(source, target, new, part=part)
     elif form == "unet":
         tensor_files.write_tensors(target / folders.UNET, new)
     elif form == "lora":
-        family = loading.family_of(source)
+        family = loading.family_of(source).trains(part)
         names, labels = family.lora_names(source, base), family.lora_labels(source)
         fit = lora.save_lora(target / folders.LORA, base, new, rank=rank, names=names, labels=labels)
         tell(f"LoRA of rank {rank}: {fit.summary()}")
     elif form == "single-file":
-        save_single_file(target / single_file(run_folder), source, unet=new, provenance=provenance)
+        save_single_file(target / single_file(run_folder), source, weights=new, part=part, provenance=provenance)
 
 
 def add(
@@ -135,7 +141,7 @@ def add(
     files.refuse_links(run_folder)
     change, settings = delta.load(run_folder / folders.DELTA), record.settings
     if "pipeline" in held(run_folder, record):
-        source, family = run_folder, loading.family_of(run_folder)
+        source, family = run_folder, loading.family_of(run_folder).trains(change.component)
         after = family.state_of(family.read_network(run_folder))
         before = delta.remove(after, change) if "lora" in forms else after
     else:
@@ -145,26 +151,31 @@ def add(
             config=config or settings.get("config"),
             revision=settings.get("revision") if model is None else None,
         )
-        family, pickles = loading.family_of(source), allow_pickle or bool(settings.get("allow_pickle"))
+        family = loading.family_of(source).trains(change.component)
+        pickles = allow_pickle or bool(settings.get("allow_pickle"))
         weights_file = settings.get("unet") if model is None else None
         before = family.state_of(family.read_network(source, allow_pickle=pickles, weights_file=weights_file))
         after = delta.apply(before, change)
     target = output or run_folder
     changed = {name: after[name] for name in change.changed}
-    require_writable(forms, source, delta.in_component(family.part, changed))
+    require_writable(forms, source, delta.in_component(family.part, changed), family.part)
     for form in forms:
         write(
             form,
             target,
             run_folder=run_folder,
             source=source,
+            part=family.part,
             base=delta.in_component(family.part, before),
             new=delta.in_component(family.part, after),
             rank=rank or settings.get("lora_rank") or 64,
             provenance=change.provenance,
             tell=tell,
         )
-    written = [name for form in forms for name in names(form, run_folder, source)]
+    written = [name for form in forms for name in names(form, run_folder, source, family.part)]
     if target.resolve() == run_folder.resolve():
         folders.finish(run_folder, record, [*record.files, *written])
-    return {form: target if form == "pipeline" else target / names(form, run_folder, source)[0] for form in forms}
+    return {
+        form: target if form == "pipeline" else target / names(form, run_folder, source, family.part)[0]
+        for form in forms
+    }

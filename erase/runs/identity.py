@@ -23,11 +23,13 @@ def of_run(
     mask_hash: str | None,
     base: Mapping[str, Any] | None = None,
     formula: int = 1,
+    denoiser_hash: str | None = None,
 ) -> dict[str, Any]:
     """What decides the weights of a run, and nothing else; two runs of the same identity are one.
 
     settings: resolved. concepts: the one that is trained, then its parts. base: the earlier run's account of itself.
     formula: of the method; see `methods.protocol.Method`.
+    denoiser_hash: of the network that predicts noise, if another one is trained.
     """
     found = {
         "base_hash": base_hash,
@@ -37,6 +39,8 @@ def of_run(
     }
     if formula != 1:
         found["formula"] = formula
+    if denoiser_hash is not None:
+        found["denoiser_hash"] = denoiser_hash
     return found if base is None else {**found, "base": dict(base)}
 
 
@@ -46,8 +50,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], default: Call
     default: the value that a setting has without its option; an identity that lacks the setting was made with it.
     """
     names = {"base_hash": "the model", "concept": "concept", "mask": "mask", "base": "--base"}
+    names["denoiser_hash"] = "the model"
     names["formula"] = "what the method computes, which another version changed"
-    different = [told for name, told in names.items() if there.get(name) != here.get(name)]
+    different = list(dict.fromkeys(told for name, told in names.items() if there.get(name) != here.get(name)))
     old, new = there["settings"], here["settings"]
     for name in dict.fromkeys([*new, *old]):
         if name not in new:

@@ -179,6 +179,7 @@ def _record(
             origin=earlier.record["model"] if earlier else settings.model,
             origin_hash=earlier.record["model_hash"] if earlier else decided.base_hash,
             base_dtype=change.provenance["base_dtype"],
+            part=decided.model.part,
         ),
         mask=None if mask is None else MaskSize(_total(mask), masks.count(mask)),
         weights=Changes(change.total, sum(change.changed.values())),

@@ -93,6 +93,7 @@ def write_forms(decided: Decisions, stored: delta.State, new: delta.State, chang
             decided.folder,
             run_folder=decided.folder,
             source=decided.model.folder,
+            part=decided.model.part,
             base=stored,
             new=delta.in_component(decided.model.part, new),
             rank=whole(decided.settings.lora_rank),

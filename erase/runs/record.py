@@ -24,6 +24,7 @@ class Models:
     name: the model that the run was given. base_hash, result_hash: content hashes of its network before and after.
     origin, origin_hash: the first model of a chain of runs, each of which continued from the previous one (--base).
     base_dtype: dtype of the stored base weights; None if they were not read from a folder.
+    part: the component that was trained; None in older records, whose runs trained the family's own.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Models:
     origin: str
     origin_hash: str
     base_dtype: str | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def _finished(stored: Mapping[str, Any], identity: Mapping[str, Any]) -> RunReco
             origin=_require(model.get("origin", model["name"]), str),
             origin_hash=_require(model.get("origin_hash", model["base_hash"]), str),
             base_dtype=model.get("base_dtype"),
+            part=model.get("part"),
         ),
         "weights": Changes(_require(weights["total"], int), _require(weights["changed"], int)),
         "mask": mask and MaskSize(_require(mask["weights"], int), _require(mask["ones"], int)),

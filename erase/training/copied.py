@@ -35,6 +35,9 @@ class Copied:
     def attention(self, x: Tensor, t: Tensor, c: Conditioning) -> list[Tensor]:
         return self._twin.attention(x, t, c)
 
+    def text_attention(self, c: Conditioning) -> Tensor:
+        return self._twin.text_attention(c)
+
 
 def copied(network: Any, dtype: torch.dtype) -> Any:
     """A copy of the network in `dtype`, in evaluation mode and without gradients; no second one in another dtype."""

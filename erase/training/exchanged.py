@@ -33,6 +33,10 @@ class Exchanged:
         with self.inside() as model:
             return model.attention(x, t, c)
 
+    def text_attention(self, c: Conditioning) -> Tensor:
+        with self.inside() as model:
+            return model.text_attention(c)
+
     def moved(self) -> dict[str, Tensor]:
         """How far the masked weights are from these values, by parameter, [masked weights]."""
         return {name: now.sub_(self.values[name]) for name, now in self._optimizer.masked_weights().items()}

@@ -15,7 +15,7 @@ class taking_gradients:
     """Inside, exactly `parameters` take gradients; outside, none of the model does. The network stays in eval mode."""
 
     def __init__(self, model: Family, parameters: Mapping[str, Parameter], checkpointing: bool):
-        self._network, self._parameters, self._checkpointing = model.network, parameters, checkpointing
+        self._network, self._parameters, self._checkpointing = model.denoiser, parameters, checkpointing
 
     def __enter__(self) -> None:
         for parameter in self._parameters.values():
@@ -38,7 +38,7 @@ def start_detached(model: Family) -> Iterator[None]:
     def detach(_: Any, __: Any, states: Tensor) -> Tensor | None:
         return torch.cat([states[:, :1].detach(), states[:, 1:]], dim=1) if torch.is_grad_enabled() else None
 
-    maps = [module for name, module in model.network.named_modules() if model.is_text_map(f"{name}.weight")]
+    maps = [module for name, module in model.denoiser.named_modules() if model.is_text_map(f"{name}.weight")]
     hooks = [module.register_forward_hook(detach) for module in maps]
     try:
         yield

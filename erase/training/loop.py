@@ -87,7 +87,7 @@ def train(
     how["is_short"] = checkpointing or is_sharded
     room = _room(model, method, data, parameters, recipe, share, accelerator, optimizer, **how)
     # the dual optimizer puts other tensors in the place of the gradients, and a pull is added to masked ones
-    can_replay = room.graph and not recipe.dual and not method.pulls
+    can_replay = room.graph and not recipe.dual and not method.pulls and model.trains_denoiser
     replays = can_replay and recipe.num_steps >= REPAYS and device.has_graphs(model.device)
     asks_base = method.needs_base or walks == "base"
     held = Exchanged(model, optimizer) if holds or asks_base and not room.copy else None

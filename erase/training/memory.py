@@ -55,7 +55,7 @@ def estimate(
     text: bytes of text encoders that stay during the training, see `text_passes`.
     """
     size = dtype.itemsize
-    weights = sum(parameter.numel() for parameter in model.network.parameters()) * size
+    weights = sum(parameter.numel() for net in {model.network, model.denoiser} for parameter in net.parameters()) * size
     scope = sum(parameter.numel() for parameter in parameters.values())
     masked = int(scope * density)
     largest = max(parameter.numel() for parameter in parameters.values())
@@ -232,7 +232,7 @@ def activations(model: Family, num: int, resolution: int, dtype: torch.dtype, *,
 
 def _ghost(model: Family, dtype: torch.dtype) -> Any:
     """The network's architecture; inside `FakeTensorMode` its weights take no memory."""
-    ghost: Any = type(model.network).from_config(model.network.config)  # pyright: ignore
+    ghost: Any = type(model.denoiser).from_config(model.denoiser.config)  # pyright: ignore
     for parameter in ghost.parameters():
         parameter.data = parameter.data.to(dtype)
     return ghost.eval()

@@ -46,3 +46,6 @@ class ReplayedModel:
 
     def attention(self, x: Tensor, t: Tensor, c: Conditioning) -> list[Tensor]:
         return self._model.attention(x, t, c)
+
+    def text_attention(self, c: Conditioning) -> Tensor:
+        return self._model.text_attention(c)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from loaded import load_sd
-from toy_training import CONCEPT, RECIPE, erased, gathered, made, solved, state_of
+from toy_training import CONCEPT, RECIPE, erased, gathered, made, masked, scope_of, solved, state_of
 
 from erase import delta, erase_concept, masks, methods, tensor_files
-from erase.families import sd
+from erase.families.protocol import Family
 from erase.methods import METHODS
 from erase.methods.scissorhands import Scissorhands
 from erase.options.effect import OF_TRAINING
@@ -41,16 +41,17 @@ def test_the_laws(toy_pipeline_dir, cache_dir, accelerator, tmp_path, name, dens
 
     With a mask the scope is full, without one it is xattn-kv; that of closed forms is always xattn-kv.
     """
-    method, base = made(name), load_sd(toy_pipeline_dir)
+    method = made(name)
+    base = load_sd(toy_pipeline_dir).for_scope(scope_of(method, "full"))
     before = state_of(base)
 
-    def once(number: int, steps: int) -> tuple[sd.StableDiffusion, Any, Any]:
+    def once(number: int, steps: int) -> tuple[Family, Any, Any]:
         if isinstance(method, methods.ClosedForm):
             return solved(toy_pipeline_dir, method, density=density)
         model, mask, parameters, losses = erased(
             toy_pipeline_dir,
             method,
-            gathered(base, method, cache_dir),
+            gathered(load_sd(toy_pipeline_dir), method, cache_dir),
             accelerator,
             tmp_path / f"{number}.pt",
             recipe=replace(RECIPE, num_steps=steps, weight_decay=0.01),
@@ -67,14 +68,14 @@ def test_the_laws(toy_pipeline_dir, cache_dir, accelerator, tmp_path, name, dens
         assert mask is None or moved > 0.4 * masks.count(mask)
     else:
         nothing, *_ = once(1, 0)
-        assert all(torch.equal(tensor, before[key]) for key, tensor in nothing.unet.state_dict().items())
+        assert all(torch.equal(tensor, before[key]) for key, tensor in nothing.network.state_dict().items())
     assert moved > 0
     x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([100, 700]), base.encode_text(list(CONCEPT.forget))
     assert not torch.equal(model(x, t, c), base(x, t, c))
-    assert not any(p.requires_grad or p.grad is not None for p in model.unet.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in model.network.parameters())
 
     again, *_ = once(2, 3)
-    assert all(torch.equal(tensor, after[key]) for key, tensor in again.unet.state_dict().items())
+    assert all(torch.equal(tensor, after[key]) for key, tensor in again.network.state_dict().items())
 
     path = tmp_path / "delta.safetensors"
     delta.save(path, delta.difference(before, after, {"made_for": "toy"}))
@@ -123,8 +124,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     monkeypatch.setattr(loop.MaskedAdam, "step", step)
     assert len(tensor_files.read_metadata(tmp_path / "cut.pt")["losses"]) == 2
     resumed, *_ = erased(toy_pipeline_dir, method, data, accelerator, tmp_path / "cut.pt")
-    for key, tensor in whole.unet.state_dict().items():
-        assert torch.equal(tensor, resumed.unet.state_dict()[key]), key
+    for key, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[key]), key
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -137,8 +138,7 @@ def test_parts_of_a_batch_and_checkpointing_give_what_the_whole_gives(
         method = replace(method, sparsity=1 - 1e-3)  # rounding must not choose other weights
     data = gathered(load_sd(toy_pipeline_dir), method, cache_dir)
     for accumulation in (1, 2):
-        model = load_sd(toy_pipeline_dir)
-        parameters = dict(model.unet.named_parameters())
+        model, parameters, _ = masked(toy_pipeline_dir, scope_of(method, "full"), None)
         recipe = replace(RECIPE, num_steps=1, accumulation=accumulation)
         path = tmp_path / f"{accumulation}.pt"
         options = {"state_path": path, "quiet": True, "checkpointing": accumulation > 1}
@@ -171,7 +171,7 @@ def test_a_whole_run_with_a_mask_records_its_method(toy_pipeline_dir, tmp_path, 
         str(toy_pipeline_dir),
         method=name,
         mask="saliency",
-        scope="xattn-kv",
+        scope=scope_of(method, "xattn-kv"),
         output=str(tmp_path / "run"),
         num_samples=0,
         save=("delta",),

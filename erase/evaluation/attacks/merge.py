@@ -1,14 +1,16 @@
 """Merging: the erased weights averaged with the base's, W = (1 - a) W_erased + a W_base, as users merge checkpoints."""
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from erase.errors import EraseError
 from erase.evaluation.attacks.changed import changed, weights_of
 from erase.evaluation.attacks.protocol import CONTROL, Attack, Finding, Given
+from erase.families.protocol import Family
 from erase.training.batches import generator
 
 
@@ -23,7 +25,7 @@ class Merge(Attack):
     needs = "the weights of the erased model and of the base"
     unit = "% of the base"
     control = "each weight moves as far, with a random sign"
-    limits = ("Only the network is averaged. A base that can be downloaded makes this attack free.",)
+    limits = ("A base that can be downloaded makes this attack free.",)
     is_random = False
 
     percents: tuple[int, ...] = (25, 50)
@@ -43,13 +45,20 @@ class Merge(Attack):
     @contextmanager
     def attacked(self, given: Given, finding: Finding) -> Generator[None]:
         share, random = finding.facts["percent"] / 100, finding.facts.get("random_signs", False)
-        network, base = given.model.network, weights_of(given.open_base().network)
-        merged = {}
-        for name, weight in weights_of(network).items():
-            step = share * (base[name].to(weight) - weight)
-            if random:
-                signs = torch.randint(2, step.shape, generator=generator(0, "merge", name)) * 2 - 1
-                step = step * signs.to(step)
-            merged[name] = weight + step
-        with changed(network, merged):
+        pairs = zip(networks(given.model), networks(given.open_base()), strict=True)
+        with ExitStack() as stack:
+            for network, other in pairs:
+                base, merged = weights_of(other), {}
+                for name, weight in weights_of(network).items():
+                    step = share * (base[name].to(weight) - weight)
+                    if random:
+                        signs = torch.randint(2, step.shape, generator=generator(0, "merge", name)) * 2 - 1
+                        step = step * signs.to(step)
+                    merged[name] = weight + step
+                stack.enter_context(changed(network, merged))
             yield
+
+
+def networks(model: Family) -> list[Any]:
+    """The networks that are averaged: the one that is trained by default, and the text encoders."""
+    return [model.network, *model.text_encoders]
