@@ -101,6 +101,7 @@ def test_class_c_becomes_class_c_plus_1_and_the_others_are_retained():
         ("stereo", "has no table of token embeddings"),
         ("recare", "has no table of token embeddings"),
         ("hirm", "scope is 'text-first'"),
+        ("advunlearn", "scope is 'text'"),
     ],
 )
 def test_methods_without_a_meaning_are_refused_in_one_line_before_the_first_image(

@@ -27,6 +27,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a church", "a small dog in a garden"]
 HOW: dict[str, Any] = {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "num_train_steps": 2}
 REFUSED = {"fmn": "sd3 has no cross-attention layers", "salun-robust": "sd3 has no table of token embeddings"}
+REFUSED["advunlearn"] = "--scope is 'text', which this model does not have"
 REFUSED["hirm"] = "--scope is 'text-first', which this model does not have"
 REFUSED["stereo"] = REFUSED["recare"] = REFUSED["salun-robust"]
 HOW |= {"batch_size": 2, "num_samples": 0, "quiet": True}

@@ -15,6 +15,7 @@ from erase.data import latents, prompt_states
 from erase.data.latents import Data
 from erase.families import sd
 from erase.families.protocol import Family
+from erase.methods.advunlearn import AdvUnlearn
 from erase.methods.scissorhands import Scissorhands
 from erase.methods.speed import SPEED
 from erase.methods.stereo import Stereo
@@ -36,6 +37,8 @@ def made(name: str) -> Any:
     method = methods.make(name, {}, ())
     if isinstance(method, Stereo):
         return replace(method, words=1, word_steps=2, word_batch=2)
+    if isinstance(method, AdvUnlearn):
+        return replace(method, warm_up=1, attack_steps=2)
     if isinstance(method, Scissorhands):
         return replace(method, sparsity=0.9, prepare_batches=2)
     return replace(method, threshold=0.5) if isinstance(method, SPEED) else method
@@ -49,7 +52,7 @@ def fitting(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def scope_of(method: Any, scope_name: str) -> str:
     """This scope, or a scope of the text encoder for a method that trains it."""
-    is_text = isinstance(method, methods.TrainedMethod) and method.trains_text
+    is_text = isinstance(method, methods.TrainedMethod) and (method.trains_text or isinstance(method, AdvUnlearn))
     return {"full": "text", "xattn-kv": "text-first"}[scope_name] if is_text else scope_name
 
 

@@ -50,7 +50,7 @@ class ClipText(Family):
     def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
         """The text encoder's last hidden states, [n, tokens, d]; see `Family.encode_tokens`."""
         empty = self._padded_tokens([""])[0].tolist()
-        ids = torch.tensor([[empty[0], *row, *empty[1:]][: len(empty)] for row in tokens], device=self.device)
+        ids = staged(torch.tensor([[empty[0], *row, *empty[1:]][: len(empty)] for row in tokens]), self.device)
 
         def put(ids: Tensor, output: Tensor) -> Tensor:
             if embeddings is None:

@@ -42,7 +42,7 @@ class Batch:
     words: bool, [n, tokens], true at the concept's own tokens in the forget prompt.
     end: bool, [n, tokens], true at the end token of the forget prompt and at the padding.
     c_words: the forget prompts with a learned word instead of the concept's own, for each of the words that the
-        `attack` of the method gives; empty if it has none.
+        `attack` of the method gives, or behind a learned embedding, if it has a `prefix`; empty if it has none.
     """
 
     x_forget: Tensor

@@ -78,6 +78,21 @@ class WordAttack:
         return self.every or max(1, num_steps // (self.num_words + 1))
 
 
+@dataclass(frozen=True)
+class PrefixAttack:
+    """One embedding before each forget prompt, learned anew in each step of the training so that the edited model
+    predicts on this step's latents what the base predicts for the prompt alone.
+
+    warm_up: steps of the training before the first attack. num_steps, learning_rate: of Adam, in units of the token
+    embeddings; it starts at the embedding of a random token. signed: Adam sees the sign of the gradient only.
+    """
+
+    warm_up: int
+    num_steps: int
+    learning_rate: float
+    signed: bool = False
+
+
 class Method:
     """Attributes of both kinds of methods.
 
@@ -173,6 +188,18 @@ class TrainedMethod(Method, ABC):
         "forget" nor "retain" is allowed for them, but not with a `balance`. None: no words are learned.
         """
         return None
+
+    @property
+    def prefix(self) -> PrefixAttack | None:
+        """An embedding to learn in each step. After the warm-up, batches have `c_words`: the forget prompts behind it.
+        Not together with an `attack`. None: none is learned.
+        """
+        return None
+
+    @property
+    def learns_words(self) -> bool:
+        """Whether words or prefixes are learned during the training. Not to be overridden."""
+        return self.attack is not None or self.prefix is not None
 
     @property
     def follows(self) -> Follows | None:

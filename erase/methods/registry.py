@@ -178,6 +178,13 @@ METHODS: dict[str, Preset] = {
         batch_size=1,
         num_forget=500,
     ),
+    "advunlearn": Preset(
+        "advunlearn:AdvUnlearn",
+        scope="text",
+        num_train_steps=1000,
+        batch_size=5,
+        num_inference_steps=50,
+    ),
     "hirm": Preset(
         "hirm:HiRM",
         scope="text-first",

@@ -194,7 +194,7 @@ def _require_able(model: Family, settings: Settings, method: methods.Method) -> 
     """Raise an EraseError where the model has no images of the size or nothing that the method needs."""
     side = settings.resolution or model.resolution
     model.require_sides(f"--resolution is {side}", side)
-    if isinstance(method, methods.TrainedMethod) and method.attack:
+    if isinstance(method, methods.TrainedMethod) and method.learns_words:
         _ = model.token_embeddings  # an error if there is none: words are learned in it
     if isinstance(method, methods.TrainedMethod) and method.attends:
         model.require_attention()

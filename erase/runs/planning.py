@@ -86,7 +86,7 @@ def can_scale(settings: Settings, method: methods.Method) -> bool:
     compares = (
         settings.optimizer == "dual"
         or trained
-        and (method.balance is not None or method.prepares or method.pulls or method.attack is not None)
+        and (method.balance is not None or method.prepares or method.pulls or method.learns_words)
     )
     return not compares and settings.weights != "bf16" and not is_sharded()
 
@@ -94,7 +94,7 @@ def can_scale(settings: Settings, method: methods.Method) -> bool:
 def require_precision(settings: Settings, method: methods.Method) -> None:
     """Raise an EraseError for fp16, which scales gradients, with a method that compares them."""
     if settings.precision == "fp16" and not can_scale(settings, method):
-        learns = isinstance(method, methods.TrainedMethod) and method.attack is not None
+        learns = isinstance(method, methods.TrainedMethod) and method.learns_words
         does = "learns words by gradients of its own" if learns else "compares gradients"
         raise EraseError(f"{settings.method} {does}, which --precision fp16 scales; use bf16 or fp32")
 
@@ -209,7 +209,9 @@ def require_storage(settings: Settings, method: methods.Method) -> None:
 def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes by phase, computed from the shapes; an estimate for the device that trains."""
     accumulates, method = settings.mask in {"saliency", "inverse"}, make_method(settings)
-    attack = method.attack if isinstance(method, methods.TrainedMethod) else None
+    words = 0  # prompts of which a word or a prefix is learned together
+    if isinstance(method, methods.TrainedMethod) and method.learns_words:
+        words = method.attack.batch_size if method.attack else part_size(settings)
     mask_batch = part_size(settings) if settings.score == "abs_sum" else whole(settings.batch_size)
     mask_batch *= 2 if settings.mask_guidance else 1  # conditional and unconditional, before one backward pass
     resolution = settings.resolution or model.resolution
@@ -232,7 +234,7 @@ def needed_memory(settings: Settings, model: Family, parameters: Mapping[str, Te
             shrinks=isinstance(method, methods.TrainedMethod) and method.shrinks,
             projects=settings.null_space is not None,
         ),
-        text=memory.text_passes(model, attack.batch_size) if attack else 0,
+        text=memory.text_passes(model, words) if words else 0,
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -84,12 +84,14 @@ def batches(
     accelerator: Accelerator,
     walker: Walker | None = None,
     said: Callable[[Tensor], Sequence[Conditioning]] | None = None,
+    prefixed: Callable[[Batch, Tensor, slice], tuple[Conditioning, ...]] | None = None,
 ) -> Iterator[Batch]:
     """This process's parts of a step's batch. All is drawn for the whole batch, so n processes see what one would.
 
     walker: gives, inside a context, the model that generates a trajectory from noise to the concept, on which the
         forget latents are; None if there is none.
-    said: gives `Batch.c_words` of these forget images; None if there are none.
+    said: gives `Batch.c_words` of these forget images; None if there are none. prefixed: gives them of a part of the
+        batch, with the forget images of all of it and the part's place there.
     """
     draw, num = generator(recipe.seed, "train", step), recipe.batch_size
     f, r = _rows(data, recipe, step, draw)
@@ -141,7 +143,7 @@ def batches(
             noisy_p = noisy
         elif data.forget.t is None:
             noisy, noisy_p = (model.add_noise(x, here(eps_f), t) for x in (noisy, noisy_p))
-        yield Batch(
+        batch = Batch(
             x_forget=noisy,
             x_target=noisy_p,
             x_retain=model.add_noise(here(x_r, kept), here(eps_r, kept), here(t_r, kept)),
@@ -157,6 +159,7 @@ def batches(
             end=here(data.end[f]),
             c_words=() if said is None else tuple(said(f[rows])),
         )
+        yield batch if prefixed is None else replace(batch, c_words=prefixed(batch, f, rows))
 
 
 def _rows(data: Data, recipe: Recipe, step: Any, draw: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from erase.training.exchanged import Exchanged
 from erase.training.gradients import start_detached, taking_gradients
 from erase.training.losses import Losses
 from erase.training.null_space import NullSpace
+from erase.training.prefixes import Prefixes
 from erase.training.replayed import ReplayedModel
 from erase.training.words import Words
 
@@ -94,6 +95,9 @@ def train(
     base = held if asks_base else None
     if asks_base and room.copy:
         base = Copied(model, _dtype(model, accelerator), replays=replays)
+    prefixes = None
+    if method.prefix is not None:
+        prefixes = Prefixes(model, method.prefix, data, recipe.seed, base or model, accelerator)
     teacher = Exchanged(model, optimizer) if method.teacher_decay is not None else None
     prepared = accelerator.prepare_optimizer(optimizer)
     # a scaler wants to see the gradients themselves, and a graph keeps them anyway
@@ -146,7 +150,8 @@ def train(
             if turn.renew:
                 optimizer.state.clear()
             said = partial(words.said, step=step) if words is not None else None
-            parts = batches(model, data, recipe, step, share, accelerator, walker, said)
+            prefixed = prefixes.of_step(step) if prefixes is not None else None
+            parts = batches(model, data, recipe, step, share, accelerator, walker, said, prefixed)
             if isinstance(trained, ReplayedModel):
                 trained.new_step()
             losses.add(
@@ -284,7 +289,7 @@ def _refuse_what_does_not_fit(
         is_scaled or is_rounded or method.balance or method.turns or method.pulls or not method.retains
     ):
         raise EraseError("the dual optimizer needs float32 weights, and a forget and a retain gradient in every step")
-    if is_scaled and method.attack:
+    if is_scaled and method.learns_words:
         raise EraseError("this method learns words by their own gradients, which --precision fp16 scales; use bf16")
     if is_rounded and (
         projects

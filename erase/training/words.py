@@ -134,11 +134,8 @@ class Words:
 
     def _step(self, word: int, number: int, gradient: Tensor, halt: Tensor | None) -> None:
         """Step `number`, from 1, of Adam (Kingma & Ba, 2015)."""
-        m, v = (self.values[name][word] for name in ("exp_avg", "exp_avg_sq"))
-        m = BETAS[0] * m + (1 - BETAS[0]) * gradient
-        v = BETAS[1] * v + (1 - BETAS[1]) * gradient.square()
-        root = (v / (1 - BETAS[1] ** number)).sqrt() + EPS
-        moved = self.values["word"][word] - self._attack.learning_rate / (1 - BETAS[0] ** number) * m / root
+        now, m, v = (self.values[name][word] for name in ("word", "exp_avg", "exp_avg_sq"))
+        moved, m, v = adam_step(now, m, v, gradient, number, self._attack.learning_rate)
         self._put(word, halt, word=moved, exp_avg=m, exp_avg_sq=v)
 
     def _put(self, row: int, halt: Tensor | None, **values: Tensor | None) -> None:
@@ -147,6 +144,16 @@ class Words:
             now = self.values[name][row]
             value = torch.zeros_like(now) if value is None else value
             self.values[name][row] = value if halt is None else torch.where(halt == 0, value, now)
+
+
+def adam_step(
+    value: Tensor, m: Tensor, v: Tensor, gradient: Tensor, number: int, learning_rate: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and moments after step `number`, from 1, of Adam."""
+    m = BETAS[0] * m + (1 - BETAS[0]) * gradient
+    v = BETAS[1] * v + (1 - BETAS[1]) * gradient.square()
+    root = (v / (1 - BETAS[1] ** number)).sqrt() + EPS
+    return value - learning_rate / (1 - BETAS[0] ** number) * m / root, m, v
 
 
 def _own_tokens(model: Family, data: Data) -> list[int]:

@@ -155,6 +155,7 @@ def test_every_method_says_what_it_costs_and_breaks():
 
 SIZES: dict[str, Any] = dict(num_forget=4, num_retain=2, num_inference_steps=2, num_train_steps=2, batch_size=2)
 FEW = {"scissorhands": ("prepare_batches=1", "sparsity=0.5"), "speed": ("threshold=0.5",)}
+FEW["advunlearn"] = ("warm_up=1", "attack_steps=2")
 FEW["stereo"] = FEW["recare"] = ("words=1", "word_steps=2")
 
 
