@@ -16,6 +16,7 @@ from erase.data.latents import Data
 from erase.families import sd
 from erase.families.protocol import Family
 from erase.methods.advunlearn import AdvUnlearn
+from erase.methods.double import DoubleProjections
 from erase.methods.scissorhands import Scissorhands
 from erase.methods.speed import SPEED
 from erase.methods.stereo import Stereo
@@ -41,7 +42,7 @@ def made(name: str) -> Any:
         return replace(method, warm_up=1, attack_steps=2)
     if isinstance(method, Scissorhands):
         return replace(method, sparsity=0.9, prepare_batches=2)
-    return replace(method, threshold=0.5) if isinstance(method, SPEED) else method
+    return replace(method, threshold=0.5) if isinstance(method, SPEED | DoubleProjections) else method
 
 
 def fitting(name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -198,6 +198,7 @@ METHODS: dict[str, Preset] = {
     "rece": Preset("rece:RECE", scope="xattn-kv"),
     "speed": Preset("speed:SPEED", scope="xattn-kv"),
     "oce": Preset("oce:OCE", scope="xattn-kv"),
+    "dp": Preset("double:DoubleProjections", scope="xattn-kv"),
 }
 
 
