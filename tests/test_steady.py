@@ -53,7 +53,7 @@ def train(folder: Path, method: Any, path: Path, *, device: str, recipe: Any = R
     model = load_sd(folder, device=device)
     data = toy.gathered(model, method, path.parent / "cache")
     model = model.for_scope(scope := toy.scope_of(method, "full"))
-    parameters = {name: p for name, p in model.trainable(scope).items() if ".attn2." in name or method.trains_text}
+    parameters = {name: p for name, p in model.trainable(scope).items() if ".attn2." in name or scope == "text"}
     mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
     accelerator = Accelerator(cpu=device == "cpu")
     loop.train(model, method, data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)

@@ -51,6 +51,8 @@ def test_prompts_are_the_embeddings_of_their_tokens_and_predictions_are_the_same
     prompts = list(CONCEPT.forget)
     c, plain = text.encode_text(prompts), model.encode_text(prompts)
     assert not torch.equal(c.text_states, plain.text_states) and torch.equal(text(x, t, c), model(x, t, plain))
+    drawn = [one.draw(prompts, [1, 2], steps=2, guidance=2.0, size=8) for one in (model, text)]
+    assert torch.equal(*drawn)
     token, word = model.tokens("cat")[0], torch.randn(model.token_embeddings.shape[1])
     assert torch.equal(
         text(x, t, text.encode_with(prompts, token, word)), model(x, t, model.encode_with(prompts, token, word))

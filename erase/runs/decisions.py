@@ -175,6 +175,10 @@ def _in_scope(model: Family, settings: Settings, earlier: Base | None) -> Family
     """
     found, scope = model.for_scope(str(settings.scope)), settings.scope
     if not found.trains_denoiser:
+        if processes.is_sharded():
+            raise EraseError(
+                f"weights that FSDP divides do not go with --scope {scope}; start with --multi_gpu instead"
+            )
         given = {"--unet": settings.unet, "--rank": settings.rank}
         if settings.weights == "bf16":
             given["--weights"] = settings.weights

@@ -113,7 +113,7 @@ def require_divisible(settings: Settings, method: methods.Method) -> None:
         f"--rank {rank}": rank is not None,
         f"{settings.method}, a closed form": not isinstance(method, methods.TrainedMethod),
         f"{settings.method}, which does more than minimise its loss": isinstance(method, methods.TrainedMethod)
-        and bool(method.balance or method.attack or method.prepares or method.pulls or method.shrinks),
+        and bool(method.balance or method.learns_words or method.prepares or method.pulls or method.shrinks),
         f"{settings.method}, whose trajectories differ in length": isinstance(method, methods.TrainedMethod)
         and method.images == "noise"
         and method.follows is not None,
