@@ -41,7 +41,7 @@ ALLOWED = {
     ("methods/scissorhands.py", ".attn1."): "its published code renews self-attention of two named blocks",
     ("methods/scissorhands.py", "7.5"): "its published code's guidance of the forget term",
     ("options/recipes.py", "7.5"): "the guidance inside the mask's loss in SalUn's code",
-    ("options/settings.py", "7.5"): "the default that --help shows; a family has its own",
+    ("options/training.py", "7.5"): "the default that --help shows; a family has its own",
     ("options/settings.py", "CompVis/stable-diffusion-v1-4"): "the default of --model",
     ("options/settings.py", "unet"): "a form of --save",
     ("pickles.py", "unet"): "a key under which checkpoint files of other programs hold weights",

@@ -41,7 +41,7 @@ class LatentFamily(Family):
         return super().stored_weights() if found is None or found.keys() != self.network.state_dict().keys() else found
 
     def to(self, device: torch.device) -> None:
-        for part in {self.part, *self.data_parts}:
+        for part in {self.part, *self.loaded_again}:
             getattr(self, part).to(device)
 
     def release(self) -> None:
