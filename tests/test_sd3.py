@@ -111,7 +111,7 @@ def test_every_method_erases_and_the_delta_is_exact(method, toy_sd3_dir, tmp_pat
     how = fitting(method, HOW)
     if method == "oce":  # the toy's few dimensions are full of the forget prompts' directions
         how |= {"set": ("least=0.5",)}
-    if method == "dp":  # and of the retained prompts'
+    if method == "dp":  # and of the retained prompts
         how |= {"set": ("threshold=1000", "least=0.5")}
     run = erase_concept("church", str(toy_sd3_dir), method=method, output=str(tmp_path / "run"), **how)
     change = delta.load(run.folder / "delta.safetensors")

@@ -40,11 +40,18 @@ DEFAULTS: dict[str, Any] = {
             "num_train_steps": 120,
             "set": ["word_steps=60", "word_batch=16", "word_lr=0.003"],
         },
+        "advunlearn": {
+            "learning_rate": 1e-3,
+            "num_train_steps": 40,
+            "batch_size": 4,
+            "set": ["warm_up=10", "attack_steps=4", "attack_lr=0.01"],
+        },
         "hirm": {"learning_rate": 1e-3, "num_train_steps": 50, "set": ["toward=anchor"]},  # two layers: random destroys
         "uce": {"set": ["tokens=tail", "retain_tokens=all"]},
         "rece": {"set": ["lamb_1=1", "epochs=1"]},
         "speed": {"set": ["tokens=tail", "retain_tokens=tail", "rho=0.05", "filter=false"]},
         "oce": {"set": ["tokens=tail", "least=0.1", "erase_scale=300"]},
+        "dp": {"set": ["tokens=tail", "retain_tokens=tail", "threshold=0.3", "least=0.1"]},
         "ga": {"learning_rate": 1e-4, "num_train_steps": 30, "set": ["alpha=1"]},
         "esd-x": {"learning_rate": 0.0004, "batch_size": 4},
         "esd-strict": {"learning_rate": 0.0004, "batch_size": 4},
