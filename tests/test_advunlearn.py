@@ -89,7 +89,8 @@ def test_it_trains_other_scopes_too_and_says_how_many_steps_it_needs(toy_pipelin
 
 
 def test_settings_out_of_range_are_refused():
-    for wrong in ({"warm_up": -1}, {"attack_steps": -1}, {"attack_lr": 0.0}):
+    every: tuple[dict[str, Any], ...] = ({"warm_up": -1}, {"attack_steps": -1}, {"attack_lr": 0.0})
+    for wrong in every:
         with pytest.raises(EraseError, match="advunlearn has warm_up="):
             AdvUnlearn(**wrong)
     assert not can_scale(Settings(concept="cat", method="advunlearn"), METHOD)

@@ -108,7 +108,7 @@ class Family(Stored, Prompted):
         cls = self.trains(part)
         if cls is type(self):
             return self
-        twin = copy.copy(self)
+        twin: Any = copy.copy(self)
         twin.__class__ = cls
         return twin
 

@@ -29,7 +29,6 @@ class HiRM(TrainedMethod):
     """
 
     images = "noise"  # prompts alone
-    retains = False
     trains_text = True
 
     toward: Annotated[Literal["random", "anchor"], "what the last layer says for the forget prompts afterwards"] = (
@@ -41,6 +40,10 @@ class HiRM(TrainedMethod):
     def __post_init__(self) -> None:
         if not self.strength > 0:
             raise EraseError(f"hirm has strength={self.strength:g}; it must be above 0")
+
+    @property
+    def retains(self) -> bool:
+        return False
 
     @property
     def needs_base(self) -> bool:
