@@ -474,6 +474,51 @@ def test_the_score_is_the_gradient_of_the_summed_batch_losses(model, data, accel
         torch.testing.assert_close(score, g.abs(), rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_the_score_under_attack_is_the_gradient_at_the_moved_text(model, data, accelerator, tmp_path):
+    """Against a transcription in float64: one signed step from a random start in the box of r standard deviations.
+
+    The network's own passes are float32, so the sums are equal up to their rounding; a step of the wrong sign is not.
+    """
+    r, parameters = 0.5, parameters_of(model)
+    found = scores_of(model, data, accelerator, tmp_path, radius=r)
+    assert all(torch.equal(found[n], s) for n, s in scores_of(model, data, accelerator, tmp_path, radius=r).items())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    box = r * data.text.states.double().std().item()
+
+    def sums(step: float) -> dict[str, torch.Tensor]:
+        total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in parameters.items()}
+        for start in (0, 2, 4):
+            rows, draw = torch.tensor([start, start + 1]), batches.generator(0, "mask", start)
+            x = batches.sample(data.forget, rows, draw)
+            t = torch.randint(0, 1000, (2,), generator=draw)
+            eps = torch.randn(x.shape, generator=draw)
+            c = data.text[[1, 1]]
+            d = (box * (2 * torch.rand(c.states.shape, generator=draw) - 1)).requires_grad_(True)
+            x_t = model.add_noise(x, eps, t)
+
+            def loss(moved: torch.Tensor, x_t=x_t, t=t, c=c, eps=eps) -> torch.Tensor:
+                return (eps - model(x_t, t, replace(c, states=c.states + moved))).double().square().mean()
+
+            (g,) = torch.autograd.grad(loss(d), [d])
+            attacked = (d.detach() - step * box * g.sign()).clamp(-box, box)
+            assert loss(attacked) < loss(d.detach()) or step < 0
+            for name, g in zip(total, torch.autograd.grad(loss(attacked), [*parameters.values()]), strict=True):
+                total[name] += g
+        return {name: g.abs() for name, g in total.items()}
+
+    right, wrong = sums(1), sums(-1)
+    for name, score in found.items():
+        torch.testing.assert_close(score.double(), right[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert any(not torch.allclose(found[name].double(), wrong[name], rtol=1e-2, atol=1e-4) for name in found)
+
+
+def test_parts_of_a_batch_are_attacked_alike(model, data, accelerator, tmp_path):
+    whole, parts = (scores_of(model, data, accelerator, tmp_path, radius=0.5, part=part) for part in (None, 1))
+    for name, score in whole.items():
+        torch.testing.assert_close(parts[name], score, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp_path, monkeypatch):
     expected = scores_of(model, data, accelerator, tmp_path)
     monkeypatch.setattr(saliency_pass, "SAVE_EVERY_SECONDS", -1.0)

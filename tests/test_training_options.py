@@ -16,6 +16,7 @@ from erase import erase_concept, methods
 from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families import sd
+from erase.methods.balance import RULES
 from erase.methods.relabel import Relabel
 from erase.options.settings import Settings
 from erase.runs import planning
@@ -181,6 +182,55 @@ def test_every_trained_method_takes_them_and_goes_on_where_it_was(
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_method_with_two_gradients_takes_a_balancing_rule_and_others_refuse_it(
+    toy_pipeline_dir, cache_dir, tmp_path, name
+):
+    """One step of plain descent tells the rule: the loop's gradient is w_f g_f + w_r g_r of the two that it gets."""
+    method, settings = made(name), Settings(concept="church", method=name, balancing="hamu")
+    if not method.retains or method.turns or method.balance:
+        with pytest.raises(
+            EraseError, match=f"--balancing hamu (does not go with|needs a retain gradient, and) {name}"
+        ):
+            planning.require_two_gradients(settings, planning.make_method(settings))
+        return
+    planning.require_two_gradients(settings, planning.make_method(settings))
+    data, seen = gathered(load_sd(toy_pipeline_dir), method, cache_dir), {}
+
+    def trained(one: Any, label: str) -> dict[str, torch.Tensor]:
+        how: dict[str, Any] = {"recipe": replace(RECIPE, num_steps=3), "density": None}
+        return state_of(erased(toy_pipeline_dir, one, data, Accelerator(cpu=True), tmp_path / f"{label}.pt", **how)[0])
+
+    for rule in ("conflict", "hamu"):
+        balanced = methods.balanced(method, rule)
+        assert balanced.hyperparameters() == method.hyperparameters() and balanced.balance is RULES[rule]
+        seen[rule] = trained(balanced, rule)
+    seen["sum"] = trained(method, "sum")
+    for one, other in (("sum", "conflict"), ("sum", "hamu"), ("conflict", "hamu")):
+        assert any(not torch.equal(seen[one][key], seen[other][key]) for key in seen[one]), (one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"balancing": "hamu", "alpha": 2}, "--alpha has no effect with --balancing hamu"),
+        ({"balancing": "hamu", "set": ("alpha=2",)}, "--alpha has no effect with --balancing hamu"),
+        ({"balancing": "conflict", "method": "uce"}, "--balancing conflict has no effect: uce is a closed form"),
+        ({"balancing": "conflict", "optimizer": "dual"}, "--optimizer dual does not go with --balancing conflict"),
+        ({"balancing": "conflict", "method": "relabel", "set": ("balancing=nash",)}, "relabel, which weighs the two"),
+        ({"mask_attack": 0.5, "mask": "none"}, "--mask-attack 0.5 has no effect with --mask none"),
+        ({"mask_attack": 0.5, "mask": "random"}, "--mask-attack 0.5 has no effect with --mask random"),
+    ],
+)
+def test_options_without_effect_are_refused(toy_pipeline_dir, tmp_path, options, told):
+    small = {name: value for name, value in SMALL.items() if name != "learning_rate"}
+    if options.get("method") == "uce":
+        small = {name: small[name] for name in ("num_samples", "save", "quiet")}
+    with pytest.raises(EraseError, match=told):
+        erase_concept(CONCEPT, str(toy_pipeline_dir), output=str(tmp_path / "run"), **small, **options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_options_reach_the_weights_and_the_identity_of_a_run(toy_pipeline_dir, tmp_path):
     def run(folder: str, **options: Any) -> Any:
         how = {**SMALL, "scope": "xattn-kv", "mask": "none", **options}
@@ -192,7 +242,12 @@ def test_options_reach_the_weights_and_the_identity_of_a_run(toy_pipeline_dir, t
         "proportion_empty_prompts": 0.0,
         "anchor_every": 0,
     }
-    for option in ({"lr_scheduler": "cosine"}, {"proportion_empty_prompts": 0.5}, {"anchor_every": 2}):
+    for option in (
+        {"lr_scheduler": "cosine"},
+        {"proportion_empty_prompts": 0.5},
+        {"anchor_every": 2},
+        {"balancing": "conflict"},
+    ):
         (name,) = option
         changed = run(name, **option).record
         assert changed.model.result_hash != plain.model.result_hash

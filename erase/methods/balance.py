@@ -4,8 +4,14 @@ Each needs both gradients of the masked weights at once, which a weighted sum of
 float64 tensors without dimensions, on the gradients' device, so that no step waits for a GPU.
 """
 
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from erase.methods.protocol import Balance, TrainedMethod
 
 
 def nash(ff: Tensor, fr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,3 +62,14 @@ def projected(ff: Tensor, fr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
     """
     w_r = (1 - fr.clamp(max=0) / rr).masked_fill(rr == 0, 1)
     return torch.ones_like(ff), w_r
+
+
+RULES: dict[str, Balance] = {"conflict": conflicting, "hamu": partial(hamu, share=0.5)}  # of --balancing
+
+
+def balanced(method: TrainedMethod, rule: str) -> TrainedMethod:
+    """The same method, whose forget and retain gradient are put together by one of `RULES`; all else stays as it is."""
+    kind: Any = type(method)
+    own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    derived = type(kind.__name__, (kind,), own | {"balance": property(lambda self: RULES[rule])})
+    return derived(**{item.name: getattr(method, item.name) for item in fields(kind)})

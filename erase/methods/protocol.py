@@ -185,7 +185,8 @@ class TrainedMethod(Method, ABC):
     def attack(self) -> WordAttack | None:
         """Words to learn during the training from the forget images, which must show the "concept". Batches then have
         `c_words`, with the word that was attacked last or all that were found. A term of the loss that is neither
-        "forget" nor "retain" is allowed for them, but not with a `balance`. None: no words are learned.
+        "forget" nor "retain" is allowed for them; with a `balance` it is part of the forget gradient. None: no words
+        are learned.
         """
         return None
 

@@ -122,6 +122,15 @@ class Erasure:
         most=1000,
         shown="0; 7.5 for the recipe reference",
     )
+    mask_attack: float = option(
+        0.0,
+        "compute the saliency mask under attack: text states move by up to this many of their standard deviations, "
+        "towards a lower forget loss; 0 for the prompts as they are",
+        group="how",
+        least=0,
+        most=100,
+        metavar="R",
+    )
     target: Literal["anchor", "random", "fixed"] | None = option(
         None,
         "what replaces the forget prompt: its anchor, a random other class for each image, or one fixed other class",

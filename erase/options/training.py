@@ -70,6 +70,14 @@ class Training:
         shown="the method's own, 0 for salun",
         metavar="N",
     )
+    balancing: Literal["conflict", "hamu"] | None = option(
+        None,
+        "how forget and retain gradient are put together: conflict uses the retain gradient only where the two oppose "
+        "each other, hamu takes the step that retains most and forgets enough; both ignore --alpha and need memory for "
+        "two gradients",
+        group="training",
+        shown="the method's own, their sum for salun",
+    )
     null_space: float | None = option(
         None,
         "change keys and values of cross-attention only in directions in which the text states of retain prompts have "

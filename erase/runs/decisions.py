@@ -34,6 +34,7 @@ from erase.runs.planning import (
     needed_memory,
     require_divisible,
     require_effect,
+    require_mask_attack,
     require_precision,
     require_rank,
     require_retain_rows,
@@ -124,6 +125,7 @@ def decide(
     model = _in_scope(model, settings, earlier)
     _require_able(model, settings, method)
     require_effect(given_settings, settings, method)
+    require_mask_attack(settings, model)
     require_two_gradients(settings, method)
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))

@@ -1,6 +1,7 @@
 """From settings to data plan, training recipe and method."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,10 @@ def make_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedFor
     general["seed"] = settings.seed
     if settings.alpha is not None:
         general["alpha"] = settings.alpha
-    return methods.make(settings.method, general, settings.set)
+    method = methods.make(settings.method, general, settings.set)
+    if settings.balancing is None or not isinstance(method, methods.TrainedMethod):
+        return method
+    return methods.balanced(method, settings.balancing)
 
 
 def can_scale(settings: Settings, method: methods.Method) -> bool:
@@ -141,15 +145,20 @@ def require_rank(settings: Settings, method: methods.Method) -> None:
 
 
 def require_two_gradients(settings: Settings, method: methods.Method) -> None:
-    """Raise an EraseError for --optimizer dual where there are not a forget and a retain gradient in every step."""
-    if settings.optimizer != "dual" or not isinstance(method, methods.TrainedMethod):
+    """Raise an EraseError for --balancing and --optimizer dual where a step has not both gradients, for it to weigh."""
+    if not isinstance(method, methods.TrainedMethod):
         return
-    if not method.retains:
-        raise EraseError(f"--optimizer dual needs a retain gradient, and {settings.method} has no retain loss here")
-    if method.turns or method.balance is not None:
-        what = "has steps without one of the two gradients" if method.turns else "weighs the two gradients"
-        raise EraseError(f"--optimizer dual does not go with {settings.method}, which {what}; use adam")
-    if settings.weights == "bf16":
+    is_dual, own = settings.optimizer == "dual", make_method(replace(settings, balancing=None))
+    options = {"--optimizer dual": is_dual, f"--balancing {settings.balancing}": settings.balancing is not None}
+    for option in (name for name, is_given in options.items() if is_given):
+        if not method.retains:
+            raise EraseError(f"{option} needs a retain gradient, and {settings.method} has no retain loss here")
+        if method.turns or isinstance(own, methods.TrainedMethod) and own.balance is not None:
+            what = "has steps without one of the two gradients" if method.turns else "weighs the two gradients"
+            raise EraseError(f"{option} does not go with {settings.method}, which {what}; leave it out")
+    if all(options.values()):
+        raise EraseError(f"--optimizer dual does not go with --balancing {settings.balancing}; leave one out")
+    if is_dual and settings.weights == "bf16":
         raise EraseError("--optimizer dual does not go with --weights bf16; use fp32")
 
 
@@ -186,6 +195,16 @@ def require_effect(given: Settings, settings: Settings, method: methods.Method) 
         raise EraseError(
             f"--anchor-every {every} has no effect in {steps} optimizer steps; use a number up to {steps}, or 0"
         )
+
+
+def require_mask_attack(settings: Settings, model: Family) -> None:
+    """Raise an EraseError for --mask-attack without a mask that is computed, or without text states to move."""
+    if not settings.mask_attack:
+        return
+    if settings.mask not in {"saliency", "inverse"}:
+        raise EraseError(f"--mask-attack {settings.mask_attack:g} has no effect with --mask {settings.mask}")
+    if model.classes:
+        raise EraseError(f"--mask-attack moves text states, and {model.name} has classes instead; leave it out")
 
 
 def moves_weights(method: methods.Method) -> bool:

@@ -283,8 +283,8 @@ def _refuse_what_does_not_fit(
         raise EraseError(f"--target {recipe.target} needs prompts of other classes, and this concept names none")
     if is_scaled and (method.balance or method.prepares or method.pulls):
         raise EraseError("this method compares gradients, which --precision fp16 scales; use bf16 or fp32")
-    if method.attack and (method.images != "concept" or method.balance):
-        raise EraseError("a method with an attack trains on images of the concept and balances no gradients")
+    if method.attack and method.images != "concept":
+        raise EraseError("a method with an attack trains on images of the concept")
     if recipe.dual and (
         is_scaled or is_rounded or method.balance or method.turns or method.pulls or not method.retains
     ):

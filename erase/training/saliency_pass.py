@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ def accumulate(
     batch_size: int,
     seed: int,
     state_path: Path,
+    radius: float = 0.0,
     part: int | None = None,
     checkpointing: bool = False,
     is_sharded: bool = False,
@@ -46,6 +48,11 @@ def accumulate(
 
     L = mean((eps - guided(eps(x_t | c), eps(x_t | ""), g))^2), t uniform, one draw an image. The paper has g = 0, its
     code 7.5. With several processes each takes every n-th batch and the sums are added.
+
+    With a radius r > 0 the gradient is taken under attack, at text states c + d with |d| <= r s, s the standard
+    deviation of all prompts' states: d = clip(d_0 - r s sign grad_d L, -r s, r s) from a random d_0 in the box, one
+    signed step (Wong et al., ICLR 2020) towards predictions that still know the concept. So weights count that answer
+    other wordings than the prompts.
 
     state_path: the running sums, stored every five minutes, so that an interrupted pass can continue.
     part: images that go through the network together, to save memory; None is the whole batch, on a GPU with room for
@@ -68,6 +75,7 @@ def accumulate(
     if (last := stored.last()) is not None:
         done = _restore_sums(last, sums, len(mine))
     saved = time.monotonic()
+    box = radius * float(data.text.text_states.double().std()) if radius else 0.0
     scale = LOSS_SCALE["fp16" if accelerator.mixed_precision == "fp16" else "fp32"]  # the order of scores is the same
     with (
         taking_gradients(model, parameters, checkpointing),
@@ -78,12 +86,13 @@ def accumulate(
             group = _group(mine[done : done + num_batches], len(data.forget), batch_size)
             rows = [torch.arange(start, min(start + batch_size, len(data.forget))) for start in group]
             drawn = [
-                _drawn(model, data, own, generator(seed, "mask", start)) for own, start in zip(rows, group, strict=True)
+                _drawn(model, data, own, generator(seed, "mask", start), box)
+                for own, start in zip(rows, group, strict=True)
             ]
             if is_sharded:
                 drawn = [_share(one, accelerator) for one in drawn]
             num = together if len(group) == 1 else batch_size * len(group)
-            for loss in _losses(model, data, drawn, num, guidance, accelerator):
+            for loss in _losses(model, data, drawn, num, guidance, accelerator, box, scale):
                 (loss * scale).backward()
             done += len(group)
             bar.update(len(group))
@@ -117,15 +126,16 @@ def _group(starts: Sequence[int], num: int, batch_size: int) -> Sequence[int]:
     return whole or starts[:1]
 
 
-Drawn = tuple[Tensor, Tensor, Tensor, Conditioning]
+Drawn = tuple[Tensor, Tensor, Tensor, Conditioning, Tensor]
 
 
-def _drawn(model: Family, data: Data, rows: Tensor, draw: torch.Generator) -> Drawn:
-    """Latents, timesteps, noise and text of a batch of forget rows."""
+def _drawn(model: Family, data: Data, rows: Tensor, draw: torch.Generator, box: float) -> Drawn:
+    """Latents, timesteps, noise and text of a batch of forget rows, and where an attack on the text states starts."""
     x = sample(data.forget, rows, draw)
     t = torch.randint(0, model.num_timesteps, (len(rows),), generator=draw)
     eps = torch.randn(x.shape, generator=draw)
-    return x, t, eps, data.text[data.forget.prompt[rows]]
+    c = data.text[data.forget.prompt[rows]]
+    return x, t, eps, c, box * (2 * torch.rand(c.text_states.shape, generator=draw) - 1) if box else torch.empty(len(x))
 
 
 def _share(drawn: Drawn, accelerator: Accelerator) -> Drawn:
@@ -143,15 +153,23 @@ def _losses(
     together: int,
     guidance: float,
     accelerator: Accelerator,
+    box: float,
+    scale: float,
 ) -> Iterator[Tensor]:
-    """The sum of the batches' mean losses, in parts of `together` rows that add up to it; batches of one size."""
-    every_x, every_t, every_eps, every_c = zip(*batches, strict=True)
-    x, t, eps, c = torch.cat(every_x), torch.cat(every_t), torch.cat(every_eps), Conditioning.cat(every_c)
+    """The sum of the batches' mean losses, in parts of `together` rows that add up to it; batches of one size.
+
+    box: how far an attack may move each number of the text states; 0: none. scale: of the attack's loss.
+    """
+    *of_images, every_c, every_d = zip(*batches, strict=True)
+    x, t, eps, d = (torch.cat(each) for each in (*of_images, every_d))
+    c = Conditioning.cat(every_c)
     for start in range(0, len(x), together):
         part = slice(start, start + together)
         x_0, t_0, eps_0 = (staged(whole[part], model.device) for whole in (x, t, eps))
         c_0 = c[part].each(lambda each: staged(each, model.device))
         x_t = model.add_noise(x_0, eps_0, t_0)
+        if box:
+            c_0 = _attacked(model, x_t, t_0, c_0, eps_0, staged(d[part], model.device), box, accelerator, scale)
         with accelerator.autocast():
             predicted = model(x_t, t_0, c_0)
             if guidance:
@@ -159,6 +177,18 @@ def _losses(
                 predicted = guided(predicted, model(x_t, t_0, empty), guidance)
             loss = (eps_0 - predicted).square().mean() * (len(batches) * len(x_0) / len(x))
         yield loss
+
+
+def _attacked(
+    model: Family, x_t: Tensor, t: Tensor, c: Conditioning, eps: Tensor, d: Tensor, box: float,
+    accelerator: Accelerator, scale: float,
+) -> Conditioning:  # fmt: skip
+    """c with its text states moved by d after one signed step of size `box`, which leaves no number moved further."""
+    d.requires_grad_(True)
+    with accelerator.autocast():
+        loss = (eps - model(x_t, t, replace(c, states=c.text_states + d))).square().mean()
+    (gradient,) = torch.autograd.grad(loss * scale, [d])
+    return replace(c, states=c.text_states + (d.detach() - box * gradient.sign()).clamp(-box, box))
 
 
 def _keep_sums(path: Path, sums: masks.Saliency, num_batches: int) -> None:
