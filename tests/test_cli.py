@@ -209,7 +209,7 @@ def test_version_is_one_everywhere(command):
 def test_every_setting_has_the_type_of_its_annotation():
     """Spelled out once, independently of how the annotations are read."""
     whole = "num_forget num_retain num_inference_steps resolution generation_batch_size num_train_steps batch_size "
-    whole += "gradient_accumulation_steps seed checkpointing_steps num_samples lora_rank rank anchor_every"
+    whole += "gradient_accumulation_steps seed checkpointing_steps num_samples lora_rank rank anchor_every alpha_every"
     real = "density mask_guidance mask_attack alpha guidance_scale learning_rate weight_decay max_grad_norm "
     real += "proportion_empty_prompts null_space"
     switches = "per_tensor gradient_checkpointing low_memory resume allow_pickle overwrite"

@@ -16,7 +16,7 @@ from erase import erase_concept, methods
 from erase.data.latents import Data
 from erase.errors import EraseError
 from erase.families import sd
-from erase.methods.balance import RULES
+from erase.methods import balance
 from erase.methods.relabel import Relabel
 from erase.options.settings import Settings
 from erase.runs import planning
@@ -202,8 +202,8 @@ def test_every_method_with_two_gradients_takes_a_balancing_rule_and_others_refus
         return state_of(erased(toy_pipeline_dir, one, data, Accelerator(cpu=True), tmp_path / f"{label}.pt", **how)[0])
 
     for rule in ("conflict", "hamu"):
-        balanced = methods.balanced(method, rule)
-        assert balanced.hyperparameters() == method.hyperparameters() and balanced.balance is RULES[rule]
+        balanced = balance.balanced(method, rule)
+        assert balanced.hyperparameters() == method.hyperparameters() and balanced.balance is balance.RULES[rule]
         seen[rule] = trained(balanced, rule)
     seen["sum"] = trained(method, "sum")
     for one, other in (("sum", "conflict"), ("sum", "hamu"), ("conflict", "hamu")):

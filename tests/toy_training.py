@@ -22,6 +22,7 @@ from erase.methods.speed import SPEED
 from erase.methods.stereo import Stereo
 from erase.options.effect import OF_IMAGES, OF_TRAINING
 from erase.training import batches, closed_form, loop
+from erase.training.watched import Watched
 
 RECIPE = batches.Recipe(num_steps=4, batch_size=2, learning_rate=1e-2, checkpoint_every=2, trajectory_steps=4)
 CONCEPT = Concept(
@@ -100,10 +101,12 @@ def erased(
     recipe: batches.Recipe = RECIPE,
     scope_name: str = "full",
     density: float | None = 0.5,
+    watched: Watched | None = None,
 ) -> tuple[sd.StableDiffusion, Any, dict[str, Parameter], list[dict[str, float]]]:
     """(model, mask, parameters of the scope, losses) after training."""
     model, parameters, mask = masked(folder, scope_of(method, scope_name), density)
-    losses = loop.train(model, method, data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)
+    how: dict[str, Any] = {"state_path": path, "quiet": True, "watched": watched}
+    losses = loop.train(model, method, data, parameters, mask, recipe, accelerator, **how)
     return model, mask, parameters, losses
 
 

@@ -3,7 +3,6 @@
 `protocol` says what a method consists of, `registry` finds methods by name, and `inputs` is what a formula sees.
 """
 
-from erase.methods.balance import balanced as balanced
 from erase.methods.protocol import ClosedForm as ClosedForm
 from erase.methods.protocol import Method as Method
 from erase.methods.protocol import TrainedMethod as TrainedMethod

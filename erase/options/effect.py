@@ -5,7 +5,7 @@ from erase.options.settings import Settings, hyperparameter_name
 
 # settings without effect in a closed form, and those without effect where no images are needed either
 OF_TRAINING = ("learning_rate", "lr_scheduler", "num_train_steps", "weight_decay", "max_grad_norm")
-OF_TRAINING += ("balancing", "null_space", "optimizer", "moments")
+OF_TRAINING += ("alpha_every", "balancing", "null_space", "optimizer", "moments")
 OF_IMAGES = ("num_forget", "num_retain", "forget_images", "retain_images", "batch_size", "gradient_accumulation_steps")
 
 

@@ -70,6 +70,15 @@ class Training:
         shown="the method's own, 0 for salun",
         metavar="N",
     )
+    alpha_every: int = option(
+        0,
+        "every N steps, generate images of forget prompts: as long as any is nearer to the base's image of the concept "
+        "than to that of the anchor, --alpha is halved, else it rises again; 0 keeps --alpha",
+        group="training",
+        least=0,
+        most=10_000_000,
+        metavar="N",
+    )
     balancing: Literal["conflict", "hamu"] | None = option(
         None,
         "how forget and retain gradient are put together: conflict uses the retain gradient only where the two oppose "

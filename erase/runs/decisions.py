@@ -40,6 +40,7 @@ from erase.runs.planning import (
     require_retain_rows,
     require_storage,
     require_two_gradients,
+    require_watched,
 )
 from erase.runs.subjects import announcement, find_concepts
 from erase.training import memory, null_space
@@ -126,6 +127,7 @@ def decide(
     _require_able(model, settings, method)
     require_effect(given_settings, settings, method)
     require_mask_attack(settings, model)
+    require_watched(settings, method)
     require_two_gradients(settings, method)
     truncated = prompt_states.truncated(model, concept)
     parameters = model.trainable(str(settings.scope))

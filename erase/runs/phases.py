@@ -14,6 +14,7 @@ from erase.runs.planning import make_plan, make_recipe
 from erase.training import batches, closed_form, loop, lowrank
 from erase.training.null_space import NullSpace
 from erase.training.sharded import Shards
+from erase.training.watched import Watched
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +98,22 @@ def train(decided: Decisions, data: Gathered, mask: masks.Packed | None) -> Trai
     }
     if data.shards is not None:
         return _train_shards(decided, data.images, data.shards, mask, recipe, how)
+    notes: dict[str, Any] = {}
+    watched = None
+    if settings.alpha_every:
+        watched = Watched(model, data.images, recipe, decided.accelerator, settings.alpha_every)
+        how["watched"] = watched
     if settings.rank is None:
-        notes: dict[str, Any] = {}
         if settings.null_space is not None:
             assert data.text is not None
             how["null"] = null = NullSpace(model, data.text, settings.null_space, decided.parameters, mask)
             notes = {"null_space_dimensions": null.rank, "of": null.of}
         losses = loop.train(model, method, data.images, decided.parameters, mask, recipe, decided.accelerator, **how)
-        return Trained(losses, notes)
-    draw = batches.generator(recipe.seed, "rank")
-    with lowrank.factors(model, decided.parameters, settings.rank, draw) as factors:
-        return Trained(loop.train(model, method, data.images, factors, None, recipe, decided.accelerator, **how), {})
+    else:
+        draw = batches.generator(recipe.seed, "rank")
+        with lowrank.factors(model, decided.parameters, settings.rank, draw) as factors:
+            losses = loop.train(model, method, data.images, factors, None, recipe, decided.accelerator, **how)
+    return Trained(losses, notes | (watched.notes if watched is not None else {}))
 
 
 def _train_shards(

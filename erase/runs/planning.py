@@ -12,6 +12,7 @@ from erase.data import latents
 from erase.device import DTYPES
 from erase.errors import EraseError
 from erase.families.protocol import Family
+from erase.methods.balance import balanced
 from erase.options.declare import flag
 from erase.options.effect import OF_IMAGES, OF_TRAINING
 from erase.options.recipes import RECIPES
@@ -81,7 +82,7 @@ def make_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedFor
     method = methods.make(settings.method, general, settings.set)
     if settings.balancing is None or not isinstance(method, methods.TrainedMethod):
         return method
-    return methods.balanced(method, settings.balancing)
+    return balanced(method, settings.balancing)
 
 
 def can_scale(settings: Settings, method: methods.Method) -> bool:
@@ -114,6 +115,9 @@ def require_divisible(settings: Settings, method: methods.Method) -> None:
         "--moments 8bit": settings.moments == "8bit",
         "--optimizer dual": settings.optimizer == "dual",
         "--null-space": settings.null_space is not None,
+        "--balancing": settings.balancing is not None,
+        "--alpha-every": settings.alpha_every != 0,
+        "--mask-attack": settings.mask_attack != 0,
         f"--rank {rank}": rank is not None,
         f"{settings.method}, a closed form": not isinstance(method, methods.TrainedMethod),
         f"{settings.method}, which does more than minimise its loss": isinstance(method, methods.TrainedMethod)
@@ -195,6 +199,21 @@ def require_effect(given: Settings, settings: Settings, method: methods.Method) 
         raise EraseError(
             f"--anchor-every {every} has no effect in {steps} optimizer steps; use a number up to {steps}, or 0"
         )
+
+
+def require_watched(settings: Settings, method: methods.Method) -> None:
+    """Raise an EraseError for --alpha-every where the retain loss's size decides nothing, or there is no anchor."""
+    if not settings.alpha_every or not isinstance(method, methods.TrainedMethod):
+        return
+    told, name = f"--alpha-every is {settings.alpha_every}", settings.method
+    if not method.retains:
+        raise EraseError(f"{told}, but {name} has no retain loss here; leave it out")
+    if method.turns or method.balance is not None or settings.optimizer == "dual":
+        raise EraseError(f"{told}, but here {name} does not add the two losses; leave it out")
+    if not method.anchors or settings.target != "anchor":
+        raise EraseError(f"{told}, which compares images with those of the anchor, and {name} uses none here")
+    if settings.alpha_every >= whole(settings.num_train_steps) > 0:
+        raise EraseError(f"{told}, which has no effect in {settings.num_train_steps} optimizer steps; use fewer")
 
 
 def require_mask_attack(settings: Settings, model: Family) -> None:

@@ -26,11 +26,13 @@ def gradients(
     *,
     together: bool = False,
     reduces: bool = True,
+    retain: float = 1.0,
 ) -> dict[str, Tensor]:
     """Leave the gradient of one step in the parameters; returns its losses. Both are means over all processes.
 
     frozen: the base, or the model itself if the method needs none. together: see `TrainedMethod.together`.
     reduces: False if the gradients that arrive are means over all processes already.
+    retain: a further factor of the retain term.
     """
     values: dict[str, Tensor] = {}
     found: dict[str, list[Tensor]] = {}
@@ -38,7 +40,9 @@ def gradients(
     for batch in parts:
         if together and turn.terms is None:
             with accelerator.autocast():
-                terms = method.together(model, frozen, batch)
+                terms = dict(method.together(model, frozen, batch))
+            if retain != 1:
+                terms["retain"] = retain * terms["retain"]
             for name, term in terms.items():
                 _add(values, name, exact(term) / recipe.accumulation)
             accelerator.backward(torch.stack([*terms.values()]).sum() / recipe.accumulation)
@@ -49,6 +53,8 @@ def gradients(
                 if name not in wanted:
                     continue
                 term = wanted.pop(name) * term
+            if name == "retain" and retain != 1:
+                term = retain * term
             _add(values, name, exact(term) / recipe.accumulation)
             accelerator.backward(term / recipe.accumulation)
             if is_apart:

@@ -29,6 +29,7 @@ from erase.training.losses import Losses
 from erase.training.null_space import NullSpace
 from erase.training.prefixes import Prefixes
 from erase.training.replayed import ReplayedModel
+from erase.training.watched import Watched
 from erase.training.words import Words
 
 REPAYS = 20  # steps from which on CUDA graphs are made, which takes as long as some ten steps
@@ -45,6 +46,7 @@ def train(
     *,
     state_path: Path,
     null: NullSpace | None = None,
+    watched: Watched | None = None,
     checkpointing: bool = False,
     is_sharded: bool = False,
     quiet: bool = False,
@@ -59,6 +61,7 @@ def train(
     state_path: the last checkpoint; when it exists, training continues from there.
     null: projects the change of each step, with the same mask.
     is_sharded: parameters and mask are rows of them, see `erase.training.sharded.Shards`, and each process has others.
+    watched: gives the factor of the retain loss, from images that are generated meanwhile.
 
     Raises:
         EraseError: a loss that is not finite (the last good checkpoint stays), or a batch that does not divide.
@@ -104,7 +107,7 @@ def train(
     gathering = optimizer.gathering() if accelerator.scaler is None and not replays else nullcontext()
     walker = _walker(model, walks, base, teacher)
     remembered = Exchanged(model, optimizer) if method.turns else None
-    held_too = {"teacher": teacher, "remembered": remembered, "words": words}
+    held_too = {"teacher": teacher, "remembered": remembered, "words": words, "watched": watched}
     kept: dict[str, Kept] = {name: part for name, part in held_too.items() if part is not None}
     seen: list[dict[str, float]] = []
     stored = Stored(state_path, accelerator, is_sharded=is_sharded)
@@ -126,7 +129,8 @@ def train(
         bad = losses.read()
         for number, values in enumerate(seen[num_shown:], num_shown + 1):
             accelerator.log({f"loss/{name}": value for name, value in values.items()}, step=number)
-            bar.note(**{name: f"{value:.4f}" for name, value in values.items()})
+            told = watched.told if watched is not None else {}
+            bar.note(**{name: f"{value:.4f}" for name, value in values.items()}, **told)
         num_shown = len(seen)
         if bad is not None:
             optimizer.uncount(num_taken - bad)
@@ -159,6 +163,7 @@ def train(
                     *(trained, method, base or model, parts, turn, recipe, accelerator, optimizer),
                     together=room.together,
                     reduces=not is_sharded,
+                    retain=watched.factor(step) if watched is not None else 1.0,
                 )
             )
             if losses.are_due:
@@ -174,6 +179,9 @@ def train(
             _after_the_step(method, held, teacher, null, step, recipe.num_steps, losses.halt)
             if words is not None:
                 words.after(step, losses.halt)
+            if watched is not None and watched.is_due(step):
+                read(step + 1)
+                accelerator.log(watched.look(step), step=step + 1)
             bar.update()
             if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.num_steps:
                 read(step + 1)
