@@ -102,5 +102,5 @@ def text_trained(cls: Any) -> type[TextTrained]:
 def states_from(encoder: Any, embeddings: Tensor) -> Tensor:
     """The last hidden states, [n, tokens, d], of token embeddings of the same shape."""
     ids = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-    with embedding(encoder, lambda _, __: embeddings):
+    with embedding(encoder, lambda _, __: embeddings.to(encoder.dtype)):  # a copy of the base may be rounded
         return encoder(ids).last_hidden_state
