@@ -11,17 +11,20 @@ import torch
 from bright import Bright
 from loaded import load_sd
 
-from erase import files, guards
+from erase import concepts, files, guards
 from erase.errors import EraseError
 from erase.evaluation import attacked, cli, generate
+from erase.evaluation.attacking import presets_of
 from erase.evaluation.attacks import learnt_word
 from erase.evaluation.attacks.guarded import predict
 from erase.evaluation.attacks.learnt_word import LearntWord
 from erase.evaluation.attacks.protocol import Finding
 from erase.evaluation.attacks.registry import make
+from erase.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
 from erase.evaluation.judges.registry import JUDGES
 from erase.evaluation.report.compare import compare
 from erase.evaluation.tasks.attack import Attacked
+from erase.families import loading
 
 FEW = ["--attack-seeds=2", "--num-images=3", "--budget=4", "--set=batch_size=2", "--set=num_shown=2", "--steps=2"]
 
@@ -277,6 +280,18 @@ def test_settings_come_from_class_preset_and_user_in_this_order():
     given = make("learnt-word", ["sd"], ["num-steps=7", "templates=a {}|one {}", "donor=base"])
     assert isinstance(given, LearntWord)
     assert (given.num_steps, given.templates, given.donor, given.batch_size) == (7, ("a {}", "one {}"), "base", 16)
+
+
+def test_published_settings_depend_on_the_kind_of_concept(toy_pipeline_dir):
+    """UnlearnDiffAtk's authors search 5 words for nudity, 3 for objects and styles."""
+    model, mini = load_sd(toy_pipeline_dir), loading.load("mini")
+    for name, num in (("nudity", 5), ("church", 3), ("van_gogh", 3)):
+        found = make("unlearn-diff-atk", presets_of(model, concepts.load(name)))
+        assert isinstance(found, UnlearnDiffAtk)
+        assert (found.num_tokens, found.num_steps, found.steps_each) == (num, 2000, 40)
+    circle = concepts.load("circle", model_family="mini")
+    assert make("unlearn-diff-atk", presets_of(mini, circle)) == make("unlearn-diff-atk", ["mini"])
+    assert presets_of(mini, circle, quick=True)[-1] == "quick"
 
 
 def test_a_transferred_word_is_learned_on_the_base(attack, toy_pipeline_dir):

@@ -152,8 +152,7 @@ def _job(
 ) -> Job:
     """key: hash of all parts of the base."""
     options = request.options
-    presets = ["mini" if base.is_mini else "classes" if base.classes else "sd", *(["quick"] if options.quick else [])]
-    attack = attacks.make(name, presets, options.set)
+    attack = attacks.make(name, presets_of(base, concept, quick=options.quick), options.set)
     if request.budget:
         attack = attack.with_budget(request.budget)
     judge, judged = request.judge or JUDGES.get(str(concept.judge.get("type")), ""), own_images.judged(concept, "clip")
@@ -183,6 +182,12 @@ def _job(
     source = judging.sources(request.judge_models).get(judge)
     looking = judging.make(judge, task.identity(), source=source, device=device)
     return Job(name, attack, task, looking, request.output / models.label / f"attack-{file_name(name)}")
+
+
+def presets_of(base: Family, concept: Concept, *, quick: bool = False) -> list[str]:
+    """Tables of the attacks' presets.toml for this model and kind of concept, the most general first."""
+    family = "mini" if base.is_mini else "classes" if base.classes else "sd"
+    return [family, f"{family}-{concept.kind}", *(["quick"] if quick else [])]
 
 
 def _settings(request: Request, job: Job, model: Family) -> dict[str, Any]:
