@@ -107,6 +107,16 @@ def test_every_method_keeps_to_one_device(gpu, toy_pipeline_dir, tmp_path, metho
 
 @pytest.mark.slow
 @pytest.mark.ci
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_the_text_encoder_is_trained_on_one_device(gpu, toy_pipeline_dir, tmp_path, low_memory):
+    """The UNet goes there too. --low-memory leaves the weights as they are: what it would round is the UNet."""
+    record = erase(toy_pipeline_dir, tmp_path / "run", scope="text", low_memory=low_memory)
+    assert record.model.part == "text_encoder" and record.weights.changed > 0
+    assert record.settings["weights"] == "fp32" and record.settings["gradient_checkpointing"] is low_memory
+
+
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("recipe", ["paper", "reference"])
 def test_every_recipe_and_every_form_of_saving_keep_to_one_device(gpu, toy_pipeline_dir, tmp_path, recipe):
     """(1.1)"""
