@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import damage
@@ -517,6 +518,22 @@ def test_parts_of_a_batch_are_attacked_alike(model, data, accelerator, tmp_path)
     whole, parts = (scores_of(model, data, accelerator, tmp_path, radius=0.5, part=part) for part in (None, 1))
     for name, score in whole.items():
         torch.testing.assert_close(parts[name], score, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("num", [4, 5])
+@pytest.mark.parametrize("box", [0.0, 0.1])
+def test_the_mean_loss_of_the_processes_shares_of_a_batch_is_that_of_the_batch(model, data, accelerator, num, box):
+    """Of four images each of two processes has two; five do not divide, so each process has all."""
+
+    def loss(drawn: saliency_pass.Drawn) -> torch.Tensor:
+        (found,) = saliency_pass._losses(model, data, [drawn], num, 0.0, accelerator, box, 1.0)
+        return found.detach()
+
+    batch = saliency_pass._drawn(model, data, torch.arange(num), torch.Generator().manual_seed(0), box)
+    of_two: list[Any] = [SimpleNamespace(num_processes=2, process_index=i) for i in (0, 1)]
+    shares = [saliency_pass._share(batch, each) for each in of_two]
+    assert [len(share[0]) for share in shares] == ([2, 2] if num == 4 else [5, 5])
+    torch.testing.assert_close(sum(map(loss, shares)) / 2, loss(batch))
 
 
 def test_an_interrupted_mask_continues_bit_for_bit(model, data, accelerator, tmp_path, monkeypatch):

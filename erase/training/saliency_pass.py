@@ -142,8 +142,8 @@ def _share(drawn: Drawn, accelerator: Accelerator) -> Drawn:
     """This process's rows of a batch; all of them if they do not divide, whose mean is that of equal shares too."""
     num = accelerator.num_processes
     own = slice(accelerator.process_index, None, num) if len(drawn[0]) % num == 0 else slice(None)
-    x, t, eps, c = drawn
-    return x[own], t[own], eps[own], c[own]
+    x, t, eps, c, d = drawn
+    return x[own], t[own], eps[own], c[own], d[own]
 
 
 def _losses(
