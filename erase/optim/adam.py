@@ -137,14 +137,8 @@ class MaskedAdam(torch.optim.Optimizer):
 
         summed: adds the squares of the norms up over processes that each hold some of the weights.
         """
-        squares: list[torch.Tensor] = []
-        for parameter in self._places:
-            held = self._gathered.get(parameter)
-            if held is not None:
-                squares.append(held.float().square().sum())
-            elif parameter.grad is not None:
-                squares += self._engine.squares(parameter, parameter.grad.reshape(-1))
-        norm = summed(torch.stack(squares).sum()).sqrt()
+        square = self._engine.square({p: self._as_given(p) for p in self._places if self._gradient(p) is not None})
+        norm = summed(square).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1)
         if self._engine.scales:
             self._scale = scale.float()
@@ -215,6 +209,12 @@ class MaskedAdam(torch.optim.Optimizer):
     def _gradient(self, parameter: Parameter) -> torch.Tensor | None:
         return self._gathered.get(parameter, parameter.grad)
 
+    def _as_given(self, parameter: Parameter) -> tuple[torch.Tensor, bool]:
+        """The gradient, flat, and whether it is gathered."""
+        gradient = self._gradient(parameter)
+        assert gradient is not None
+        return gradient.reshape(-1), parameter in self._gathered
+
     def _update(self, parameters: list[Parameter], num_steps: int, group: Mapping[str, Any]) -> None:
         """A step of parameters that have taken `num_steps` so far; 8-bit moments are unpacked one tensor at a time."""
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
@@ -234,11 +234,8 @@ class MaskedAdam(torch.optim.Optimizer):
             self.state[parameter]["step"] += 1
 
     def _as_update(self, parameter: Parameter, state: Mapping[str, Any]) -> Update:
-        gradient = self._gradient(parameter)
-        assert gradient is not None
-        is_gathered = parameter in self._gathered
         m, v = (state[name] for name in MOMENTS)
-        return Update(parameter, gradient.reshape(-1), is_gathered, m, v, state.get("master"))
+        return Update(parameter, *self._as_given(parameter), m, v, state.get("master"))
 
     def _initial_state(self, parameter: Parameter, places: Places) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0, "mask": places.checksum}

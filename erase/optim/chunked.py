@@ -43,10 +43,16 @@ class Chunked:
                     found[part] += take(dense, where)
         return found
 
-    def squares(self, parameter: Parameter, dense: Tensor) -> list[Tensor]:
-        """Sums that add up to the square of the norm of the masked values of `dense`."""
-        chunks = self._places[parameter].chunks(parameter.device)
-        return [take(dense, where).float().square().sum() for _, where in chunks]
+    def square(self, gradients: Mapping[Parameter, tuple[Tensor, bool]]) -> Tensor:
+        """The square of the norm of the masked values of all gradients, flat, each with whether it is gathered."""
+        squares: list[Tensor] = []
+        for parameter, (gradient, is_gathered) in gradients.items():
+            if is_gathered:
+                squares.append(gradient.float().square().sum())
+            else:
+                chunks = self._places[parameter].chunks(parameter.device)
+                squares += [take(gradient, where).float().square().sum() for _, where in chunks]
+        return torch.stack(squares).sum()
 
     def adam(
         self,

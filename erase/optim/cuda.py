@@ -114,9 +114,14 @@ class Fused:
             self._launch(self._kernels.gather, (dense, found), (), only=parameter, ADD=held is not None)
         return found
 
-    def squares(self, parameter: Parameter, dense: Tensor) -> list[Tensor]:
-        """The square of the norm of the masked values of `dense`."""
-        return [self.gather(parameter, dense, None).float().square().sum()]
+    def square(self, gradients: Mapping[Parameter, tuple[Tensor, bool]]) -> Tensor:
+        """The square of the norm of the masked values of all gradients, flat, each with whether it is gathered."""
+        masked = [
+            gradient if is_gathered else self.gather(parameter, gradient, None)
+            for parameter, (gradient, is_gathered) in gradients.items()
+            if self._places[parameter].num
+        ]
+        return torch.stack(torch._foreach_norm(masked, dtype=torch.float32)).square().sum()
 
     def adam(
         self,

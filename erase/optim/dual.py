@@ -57,9 +57,9 @@ class DualAdam(MaskedAdam):
         """Scale each of the two gradients to a norm of at most `max_norm`; returns the larger norm before."""
         norms: list[torch.Tensor] = []
         for gradients in self._given.values():
-            norms.append(summed(torch.stack([g.float().square().sum() for g in gradients.values()]).sum()).sqrt())
-            for gradient in gradients.values():
-                gradient.mul_((max_norm / (norms[-1] + 1e-6)).clamp(max=1))
+            of_each = torch._foreach_norm([*gradients.values()], dtype=torch.float32)
+            norms.append(summed(torch.stack(of_each).square().sum()).sqrt())
+            torch._foreach_mul_([*gradients.values()], (max_norm / (norms[-1] + 1e-6)).clamp(max=1))
         return torch.stack(norms).max()
 
     def set_learning_rate(self, lr: float) -> None:

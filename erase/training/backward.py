@@ -82,11 +82,11 @@ def _add(values: dict[str, Tensor], name: str, value: Tensor) -> None:
 def _set_aside(optimizer: MaskedAdam, gradients: dict[str, list[Tensor]], name: str) -> None:
     """Add what the last backward pass left to the gradients of this term, and leave zeros."""
     found = list(optimizer.gradients())
-    if name not in gradients:
-        gradients[name] = [torch.zeros_like(gradient) for gradient in found]
-    for total, gradient in zip(gradients[name], found, strict=True):
-        total.add_(gradient)
-        gradient.zero_()
+    if name in gradients:
+        torch._foreach_add_(gradients[name], found)
+    else:
+        gradients[name] = list(torch._foreach_mul(found, 1))  # copies, by one launch
+    torch._foreach_zero_(found)
 
 
 def _reduce(gradients: Mapping[str, list[Tensor]], accelerator: Accelerator) -> None:
@@ -110,8 +110,10 @@ def _combine(balance: Balance | None, optimizer: MaskedAdam, gradients: Mapping[
         return
     assert balance is not None
     w_f, w_r = _weights(balance, forget, retain)
-    for gradient, f, r in zip(optimizer.gradients(), forget, retain, strict=True):
-        gradient.copy_(w_f * f + w_r * r)
+    torch._foreach_mul_(forget, w_f.to(forget[0].dtype))
+    torch._foreach_mul_(retain, w_r.to(retain[0].dtype))
+    torch._foreach_add_(forget, retain)
+    torch._foreach_copy_(list(optimizer.gradients()), forget)
 
 
 def _weights(balance: Balance, forget: list[Tensor], retain: list[Tensor]) -> tuple[Tensor, Tensor]:

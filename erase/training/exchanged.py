@@ -39,7 +39,9 @@ class Exchanged:
 
     def moved(self) -> dict[str, Tensor]:
         """How far the masked weights are from these values, by parameter, [masked weights]."""
-        return {name: now.sub_(self.values[name]) for name, now in self._optimizer.masked_weights().items()}
+        now = self._optimizer.masked_weights()
+        torch._foreach_sub_([*now.values()], [self.values[name] for name in now])
+        return now
 
     def move(self, moved: dict[str, Tensor], halt: Tensor | None = None) -> None:
         """Set the masked weights so far from these values; if `halt` is given and not 0, leave them.
@@ -62,6 +64,7 @@ class Exchanged:
 
     def follow(self, decay: float, halt: Tensor | None = None) -> None:
         """Let these values follow the model's: decay * value + (1 - decay) * now. A `halt` that is not 0 stops them."""
-        for name, now in self._optimizer.masked_weights().items():
-            share = 1 - decay if halt is None else ((halt == 0) * (1 - decay)).to(now)
+        weights = self._optimizer.masked_weights()
+        share = 1 - decay if halt is None else ((halt == 0) * (1 - decay)).to(next(iter(weights.values())).dtype)
+        for name, now in weights.items():
             self.values[name].lerp_(now, share)
