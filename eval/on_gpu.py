@@ -2,6 +2,7 @@
 
     python eval/on_gpu.py                                   # all parts, under 20 minutes
     python eval/on_gpu.py --only environment,tests,command  # these only, each under 4 minutes
+    python eval/on_gpu.py --slice 540                       # nine minutes of it; repeat until nothing is left
     python eval/on_gpu.py --only cifar10 --cifar10 FOLDER   # nine minutes of SalUn's CIFAR-10 tables; repeat to go on
     python eval/on_gpu.py --only cifar10-diffusion --cifar10 FOLDER   # the same for class forgetting in pixel diffusion
     python eval/on_gpu.py --dry-run --work runs/toy         # the same code at toy size on the CPU, to see that it runs
@@ -30,9 +31,9 @@ import traceback
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Job:
     """What every part is given.
 
     work: a folder for models and runs, 10 GB. toy: sizes at which a CPU takes seconds. ends: when the part is stopped,
-    as `time.monotonic()`. cifar10: a folder with CIFAR-10's images.
+    as `time.monotonic()`. cifar10: a folder with CIFAR-10's images. known: figures of the part from an earlier slice,
+    which are not measured again.
     """
 
     output: Path
@@ -59,6 +61,7 @@ class Job:
     toy: bool
     ends: float
     cifar10: Path
+    known: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seconds_left(self) -> float:
@@ -106,13 +109,23 @@ class Report:
         files.write_json(self.path, content)
         print(f"{part:12} {json.dumps(figures)[:400]}", flush=True)
 
-    def clear(self, part: str) -> None:
-        """Forget what an earlier call found out about the part."""
+    def begin(self, part: str, *, anew: bool) -> None:
+        """Forget what an earlier call found out about the part; if not `anew`, only that it failed or was stopped."""
         from erase import files
 
         content = self.read()
-        content["parts"].pop(part, None)
+        kept = {} if anew else content["parts"].pop(part, {})
+        content["parts"][part] = {name: kept[name] for name in kept if name not in ("error", "part_seconds")}
         files.write_json(self.path, content)
+
+    def known(self, part: str) -> dict[str, Any]:
+        """The part's figures, without those that are only an error."""
+        figures = self.read()["parts"].get(part, {})
+        return {name: value for name, value in figures.items() if not (isinstance(value, dict) and "error" in value)}
+
+    def is_finished(self, part: str) -> bool:
+        found = self.read()["parts"].get(part, {})
+        return "part_seconds" in found and "error" not in found
 
 
 def offline() -> dict[str, str]:
@@ -375,11 +388,13 @@ def low_memory(job: Job) -> Part:
         shutil.rmtree(run, ignore_errors=True)
         return limit, found
 
+    def name_of(limit: int) -> str:
+        return f"{limit} GB, {' '.join(map(str, LIMITS[limit])) or 'no option'}"
+
     failed = []
     with ThreadPoolExecutor(len(limits) if together else 1) as pool:
-        for limit, found in pool.map(attempt, limits):
-            options = " ".join(map(str, LIMITS[limit])) or "no option"
-            yield {f"{limit} GB, {options}": {**found, "target": "fits", "is_met": found["fits"]}}
+        for limit, found in pool.map(attempt, [limit for limit in limits if name_of(limit) not in job.known]):
+            yield {name_of(limit): {**found, "target": "fits", "is_met": found["fits"]}}
             failed += [f"{limit} GB: {found['error']}"] if found["fits"] is None else []
     if failed:
         raise RuntimeError("; ".join(failed))
@@ -415,7 +430,8 @@ def methods(job: Job) -> Part:
     from erase.methods import METHODS
 
     failed = []
-    for name in list(METHODS)[:2] + ["uce"] if job.toy else METHODS:
+    names = list(METHODS)[:2] + ["uce"] if job.toy else METHODS
+    for name in (name for name in names if name not in job.known):
         try:
             yield {name: one_method(job, name)}
         except Exception as error:
@@ -479,6 +495,8 @@ def mini(job: Job) -> Part:
     variants["two steps, low memory"] = [*variants["two steps"], "--low-memory"]
     hashes = {}
     for name, options in variants.items():
+        if name in job.known and (name not in {job.device, "again"} or "same_bits_twice" in job.known):
+            continue
         run = fresh(job.work / "mini")
         places = ["--output", run, "--cache-dir", run / "cache"]
         took = job.cli(*common, *places, "--num-train-steps", steps, *options)
@@ -486,7 +504,8 @@ def mini(job: Job) -> Part:
         hashes[name] = record["model"]["result_hash"]
         yield {name: {**took, "train_steps": len(record["losses"]), "seconds": record["seconds"]}}
         shutil.rmtree(run)
-    yield {"same_bits_twice": hashes[job.device] == hashes["again"]}
+    if "same_bits_twice" not in job.known:
+        yield {"same_bits_twice": hashes[job.device] == hashes["again"]}
     run = fresh(job.work / "mini")
     few = [*common, "--num-train-steps", steps] if job.toy else ["--concept", "circle", "--model", "mini"]
     took = job.cli(*few, "--output", run, "--cache-dir", run / "cache", "--device", job.device)
@@ -543,31 +562,33 @@ def classifiers(job: Job) -> Part:
         if not done.record["weights"].get("changed"):
             raise RuntimeError(f"{method} changed nothing")
         original = {"model": str(job.work / "classifier-salun" / "original")}
-    yield {"two cells": NO_SCIPY if lacks_scipy() else two_cells(job, data, original["model"])}
+    if lacks_scipy() or importlib.util.find_spec("matplotlib") is None:
+        yield {"cells at once": NO_SCIPY}
+        return
+    yield {"cells at once": cells_at_once(job, data, network)}
 
 
-NO_SCIPY = {"skipped": "this machine lacks scipy, which the figures are computed with"}
+NO_SCIPY = {"skipped": "this machine lacks scipy or matplotlib, which the figures are computed with"}
 
 
 def lacks_scipy() -> bool:
     return importlib.util.find_spec("scipy") is None
 
 
-def two_cells(job: Job, data: Path, original: str) -> dict[str, Any]:
-    """Two runs of `unlearn-classifier` one after the other, and both at once on one GPU: does that save time?"""
+def cells_at_once(job: Job, data: Path, network: str) -> dict[str, Any]:
+    """Seconds of `unlearn-classifier compare` with one, two and three cells at once on one GPU: does that save time?
 
-    def cell(number: int) -> float:
-        output = fresh(job.work / f"cell-{number}")
-        how = ["--data", data, "--method", "ft", "--model", original, "--epochs", 1 if job.toy else 5]
-        how += ["--learning-rate", 0.001, "--device", job.device, "--seed", number, "--output", output, "--quiet"]
-        return job.cli(*how, module="erase.classification.cli")["wall_seconds"]
-
-    alone = cell(0) + cell(1)
-    start = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(cell, (0, 1)))
-    together = time.monotonic() - start
-    return {"one after the other": rounded(alone), "at once": rounded(together), "ratio": rounded(together / alone)}
+    Of six cells, the original model's included, which the others wait for; the start of the processes is included too.
+    """
+    methods, seconds = ["ft", "rl"] if job.toy else ["ft", "rl", "salun"], {}
+    for jobs in (1, 2) if job.toy else (1, 2, 3):
+        output = fresh(job.work / "cells")
+        how = ["compare", "--data", data, "--network", network, "--methods", *methods, "--seeds", 1, "--jobs", jobs]
+        how += ["--train-epochs", 1 if job.toy else 5, "--epochs", 1 if job.toy else 5, "--train-learning-rate", 0.01]
+        how += ["--learning-rate", 0.001, "--device", job.device, "--output", output, "--quiet"]
+        seconds[jobs] = job.cli(*how, module="erase.classification.cli")["wall_seconds"]
+    ratios = {f"ratio of {jobs}": rounded(value / seconds[1]) for jobs, value in seconds.items() if jobs > 1}
+    return {"seconds": {str(jobs): value for jobs, value in seconds.items()}, **ratios}
 
 
 def cifar10(job: Job) -> Part:
@@ -664,6 +685,9 @@ def steps(job: Job) -> Part:
     }
     seconds = {}
     for name, (mine, theirs, limit) in pairs.items():
+        if name in job.known:
+            seconds[name] = job.known[name]["ours"]
+            continue
         found = compared(job, mine, theirs, rounds)
         seconds[name] = found["ours"]
         yield {name: found | ({} if limit is None else {"target": limit, "is_met": found["ratio"] <= limit})}
@@ -683,6 +707,29 @@ def steps(job: Job) -> Part:
         "classifier step": counted(job, classifier.ticks, lambda: classifier.ours(num)),
     }
     yield {"host_waits_per_step": waits}
+    yield {"launches_per_step": launched(ours, classifier)}
+
+
+def launched(ours: "Ours", classifier: "Classifiers") -> dict[str, Any]:
+    """Kernels, copies and graphs that a steady step launches, and waits of the host; see `bench.launches`."""
+    from bench import launches
+
+    def draw(num: int) -> None:
+        ours.draw_steps = num
+        ours.draw()
+
+    kept = ours.draw_steps
+    found = {
+        "training step": launches.per_step(lambda num: ours.train(num)),
+        "training step, graphs": launches.per_step(lambda num: ours.train(num, replays=True)),
+        "optimizer": launches.per_step(lambda num: [ours.update() for _ in range(num)]),
+        "image generation": launches.per_step(draw),
+        "classifier step": launches.per_step(lambda num: classifier.ours(num)),
+    }
+    ours.draw_steps = kept
+    waits = {name: sum(n for what, n in one.items() if what.startswith(launches.WAITS)) for name, one in found.items()}
+    counts = {name: launches.num_launches(one) for name, one in found.items()}
+    return {name: {"launches": rounded(counts[name]), "waits": rounded(waits[name])} for name in found}
 
 
 def judged(value: float, limit: float) -> dict[str, Any]:
@@ -1111,11 +1158,20 @@ def run_part(name: str, job: Job) -> None:
         report.put(name, part_seconds=rounded(time.monotonic() - start))
 
 
-def run_parts(names: Sequence[str], given: argparse.Namespace) -> int:
-    """Every part in a process of its own, one after the other; how many failed."""
-    report, num_failed = Report(Path(given.output)), 0
-    for name in names:
-        report.clear(name)
+def run_parts(names: Sequence[str], given: argparse.Namespace) -> tuple[int, list[str]]:
+    """Every part in a process of its own, one after the other; how many failed, and those that a slice had no time for.
+
+    A slice leaves out what is finished, and begins a part only if it can also end.
+    """
+    report, num_failed, begun, is_first = Report(Path(given.output)), 0, time.monotonic(), True
+    sliced = given.slice is not None
+    left = [name for name in names if not (sliced and report.is_finished(name))]
+    while left:
+        name, needed = left[0], limit(left[0], given.dry_run) + 15
+        if sliced and not is_first and time.monotonic() - begun + needed > given.slice:
+            break
+        left, is_first = left[1:], False
+        report.begin(name, anew=not sliced)
         options = ["--output", given.output, "--work", given.work, "--cifar10", given.cifar10]
         options += ["--dry-run"] if given.dry_run else []
         command = [sys.executable, __file__, "part", name, *options]
@@ -1128,7 +1184,7 @@ def run_parts(names: Sequence[str], given: argparse.Namespace) -> int:
         if code and "error" not in report.read()["parts"].get(name, {}):  # it could not say so itself
             report.put(name, error=lost, part_seconds=rounded(time.monotonic() - start))
         num_failed += code != 0
-    return num_failed
+    return num_failed, left
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1154,9 +1210,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="CIFAR-10's images for the parts cifar10 and cifar10-diffusion [%(default)s]",
     )
+    parser.add_argument(
+        "--slice",
+        type=int,
+        metavar="SECONDS",
+        help="begin no part that might take longer than this; the same command continues with what is not finished, "
+        "and ends with exit code 3 while something is left",
+    )
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU: shows that the script runs")
     given = parser.parse_args(arguments[2:] if part else arguments)
     names = given.only.split(",")
+    if given.slice is not None and given.slice < PART_SECONDS + 15:
+        parser.error(f"--slice is {given.slice}; a part may take {PART_SECONDS + 15} seconds, so give at least these")
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
@@ -1168,14 +1233,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = "cpu" if given.dry_run else "cuda"
     if part:
         ends = time.monotonic() + limit(part, given.dry_run)
-        job = Job(Path(given.output), Path(given.work), device, given.dry_run, ends, Path(given.cifar10))
+        known = Report(Path(given.output)).known(part)
+        job = Job(Path(given.output), Path(given.work), device, given.dry_run, ends, Path(given.cifar10), known)
         run_part(part, job)
         return 0
     if not given.dry_run and not has_cuda():
         parser.error("torch sees no CUDA device; --dry-run runs the same code at toy size on the CPU")
-    num_failed = run_parts(names, given)
+    num_failed, left = run_parts(names, given)
     print(f"{given.output}: {len(names)} parts, {num_failed} failed")
-    return 1 if num_failed else 0
+    if left:
+        print(f"the same command continues with {', '.join(left)}")
+    return 1 if num_failed else 3 if left else 0
 
 
 def limit(part: str, dry_run: bool) -> int:

@@ -63,7 +63,7 @@ def overhead(num: int, kind: Any) -> float:
 
 
 def test_a_step_of_the_optimizer_is_one_kernel_however_many_tensors_there_are(kernels):
-    """And clipping a fixed number of operations: torch counts foreach operators as one. Control: a loop over tensors."""
+    """And clipping a fixed number of operations: torch counts a foreach operator once. Control: a loop over tensors."""
     few, many = overhead(4, MaskedAdam), overhead(40, MaskedAdam)
     assert few == many <= 12
     kernels.clear()

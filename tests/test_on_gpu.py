@@ -95,6 +95,31 @@ def test_a_process_that_dies_without_a_word_is_recorded_by_the_script(start, on_
     assert code == 1 and parts["dies"]["begun"] and parts["dies"]["error"] == "the process ended with 139"
 
 
+def test_slices_end_in_time_and_continue_with_what_is_missing(start, on_gpu, monkeypatch):
+    """A slice begins one part at least; a part that was stopped keeps its figures and measures the others."""
+    monkeypatch.setattr(on_gpu, "limit", lambda name, dry_run: 1000)
+    ran: list[str] = []
+
+    def part(job: Any) -> Iterator[dict[str, Any]]:
+        for name in ("a", "b"):
+            if name not in job.known:
+                ran.append(name)
+                yield {name: 1}
+                if ran == ["a"]:
+                    raise ValueError("stopped")
+
+    parts = {"one": part, "two": part}
+    how = ("--only", "one,two", "--slice", "1000")
+    code, found = start(parts, *how)
+    assert code == 1 and ran == ["a"] and found["one"]["error"] == "ValueError: stopped" and "two" not in found
+    code, found = start(parts, *how)
+    assert code == 3 and ran == ["a", "b"] and found["one"].keys() == {"a", "b", "part_seconds"}
+    code, found = start(parts, *how)
+    assert code == 0 and ran == ["a", "b", "a", "b"] and found["two"].keys() == {"a", "b", "part_seconds"}
+    assert start(parts, *how)[0] == 0 and len(ran) == 4
+    assert start(parts, "--only", "one")[0] == 0 and len(ran) == 6, "without --slice all is measured anew"
+
+
 def test_every_figure_is_on_the_disk_before_the_next_is_measured(start, tmp_path):
     seen = []
 
@@ -259,7 +284,9 @@ def test_every_part_runs_at_toy_size_with_the_needed_packages_only(bare, tmp_pat
     assert parts["steps"]["training step"]["ratio"] > 0 and parts["steps"]["optimizer"]["repeats"] >= 2
     judged = {name: figures for part in parts.values() for name, figures in part.items() if "is_met" in str(figures)}
     assert len(judged) >= 13 and all(figures.get("ratio", figures.get("value", 1)) > 0 for figures in judged.values())
-    assert "scipy" in parts["classifiers"]["two cells"]["skipped"]
+    assert "scipy" in parts["classifiers"]["cells at once"]["skipped"]
+    launches = parts["steps"]["launches_per_step"]
+    assert launches["training step"]["launches"] > 300 > 20 > launches["image generation"]["waits"]
     assert parts["mini"]["same_bits_twice"] and parts["mini"]["two steps, low memory"]["train_steps"] == 2
     assert parts["methods"]["uce"]["changed"] > 0
     assert "scipy and matplotlib" in parts["evaluation"]["skipped"] and parts["evaluation"]["images_scored"] == 4
