@@ -112,14 +112,14 @@ class DiscreteDiffusion(LatentFamily):
         start, self._ready = self._ready, None
         if start is None or start.request != request:
             start = self._start(request)
-        return self._given(self._drawn(start, network or self.unet, scheduler, steps=steps, guidance=guidance))
+        return self._fetched(self._drawn(start, network or self.unet, scheduler, steps=steps, guidance=guidance))
 
     def announce(
         self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, size: int | tuple[int, int]
     ) -> None:
         self._announced = Request.of(prompts, seeds, guidance, size)
 
-    def _given(self, latents: Tensor) -> Tensor:
+    def _fetched(self, latents: Tensor) -> Tensor:
         """The latents on the CPU. While a GPU still computes them, the images that are announced get their inputs."""
         if self._announced is not None and latents.device.type == "cuda":
             self._ready, self._announced = self._start(self._announced), None

@@ -192,9 +192,10 @@ def train(
 
 
 def _not_finite(step: int, recipe: Recipe, state_path: Path) -> EraseError:
+    kept = f"; the weights of step {step} are kept in {state_path}" if step else ", so no weight was changed"
     return EraseError(
-        f"the loss is not finite at step {step + 1} of {recipe.num_steps}; the weights of step {step} are "
-        f"kept in {state_path}; lower --learning-rate or use --precision fp32 or bf16"
+        f"the loss is not finite at step {step + 1} of {recipe.num_steps}{kept}; "
+        "lower --learning-rate or use --precision fp32 or bf16"
     )
 
 
