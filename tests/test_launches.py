@@ -65,7 +65,7 @@ def overhead(num: int, kind: Any) -> float:
 def test_a_step_of_the_optimizer_is_one_kernel_however_many_tensors_there_are(kernels):
     """And clipping a fixed number of operations: torch counts a foreach operator once. Control: a loop over tensors."""
     few, many = overhead(4, MaskedAdam), overhead(40, MaskedAdam)
-    assert few == many <= 12
+    assert few == many <= 16
     kernels.clear()
     steps(40)(3)
     assert kernels == ["adam"] * 3
