@@ -110,8 +110,8 @@ def _combine(balance: Balance | None, optimizer: MaskedAdam, gradients: Mapping[
         return
     assert balance is not None
     w_f, w_r = _weights(balance, forget, retain)
-    torch._foreach_mul_(forget, w_f.to(forget[0].dtype))
-    torch._foreach_mul_(retain, w_r.to(retain[0].dtype))
+    for gradient, weight in ((forget, w_f), (retain, w_r)):
+        torch._foreach_mul_(gradient, torch.as_tensor(weight, dtype=gradient[0].dtype, device=gradient[0].device))
     torch._foreach_add_(forget, retain)
     torch._foreach_copy_(list(optimizer.gradients()), forget)
 
