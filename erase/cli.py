@@ -11,6 +11,7 @@ from erase.errors import EraseError, no_file, printable
 from erase.options import config_file, model_classes
 from erase.options.declare import flag
 from erase.options.settings import Settings
+from erase.processes import rank_and_world
 from erase.version import __version__
 
 GROUPS = {
@@ -85,7 +86,7 @@ def _erase(arguments: list[str]) -> None:
     from erase.runs.job import run
 
     try:
-        result = run(settings, quiet=quiet, tell=_tell)
+        result = run(settings, quiet=quiet, tell=_tell if rank_and_world()[0] == 0 else lambda line: None)
     except KeyboardInterrupt:
         again = "the same command without --overwrite" if settings.overwrite else "the same command"
         print(f"erase-concept: interrupted; {again} continues", file=sys.stderr)

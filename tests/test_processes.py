@@ -1,12 +1,18 @@
 """Several processes: which commands share their work, and what is refused before it silently does something else."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from erase import cli, device, erase_concept, processes
 from erase.classification import cli as classification
 from erase.errors import EraseError
+from erase.evaluation import arm
 from erase.evaluation import cli as evaluation
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -114,3 +120,87 @@ def test_other_ways_to_shard_are_refused_and_not_silently_plain_copies(
     monkeypatch.setenv(name, "false")
     processes.refuse_sharding()
     assert not list(tmp_path.glob("[ri]*"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith("records-")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_two_processes_generate_the_bytes_of_one_in_batches_and_only_the_first_shows_progress(
+    toy_pipeline_dir, tmp_path
+):
+    """Twenty images are batches of 8, 8 and 4: the first process has two of them. What is lost is generated again."""
+    (tmp_path / "own.txt").write_text("\n".join(f"a cat in house {number}" for number in range(20)))
+    arguments = ["generate", "--model", str(toy_pipeline_dir), "--task", "prompts", "--prompts", "own.txt"]
+    arguments += "--num-inference-steps 2 --generation-batch-size 8 --device cpu --output".split()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    def generated(folder: str, *start: str) -> str:
+        words = [sys.executable, *start, "-m", "erase.evaluation.cli", *arguments, folder]
+        done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr.decode()
+
+    generated("one")
+    shown = generated("two", *launcher)
+    assert shown.count("generate prompts: 0 of 12 images") == 1 and "of 8 images" not in shown
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    one, two = (arm.complete_records(tmp_path / name) for name in ("one", "two"))
+    assert one == two and [record["batch_size"] for record in two] == [8] * 16 + [4] * 4
+    names = sorted(path.name for path in (tmp_path / "two").glob("records-*"))
+    assert names == ["records-0-of-2.jsonl", "records-1-of-2.jsonl"]
+    images = sorted((tmp_path / "two" / "images").iterdir())
+    images[0].unlink()
+    images[9].write_bytes(b"half")
+    generated("two", *launcher)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_tasks_of_a_slurm_array_report_what_one_command_does(toy_pipeline_dir, erased_dir, tmp_path):
+    """eval/slurm_array.sh as it is, with an `srun` that starts one task; both tasks at once, then once more."""
+    (tmp_path / "bin").mkdir()
+    shims = {"srun": 'exec "$@"', "eval-concept": f'exec "{sys.executable}" -m erase.evaluation.cli "$@"'}
+    for name, line in shims.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    (tmp_path / "own.txt").write_text("a cat\na dog\na house\n")
+    root = Path(__file__).resolve().parent
+    how = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    how["PYTHONPATH"] = f"{root.parent}:{root}"
+    models = [str(erased_dir), str(toy_pipeline_dir)]
+    options = ["--prompts", "own.txt", "--judge", "bright:Bright", "--base", str(toy_pipeline_dir)]
+    options += "--num-inference-steps 2 --device cpu --quiet".split()
+    script = ["bash", str(root.parent / "eval" / "slurm_array.sh"), *options]
+
+    def started(task: int) -> Any:
+        own = {
+            **how,
+            "MODELS": " ".join(models),
+            "TASK": "prompts",
+            "OUTPUT": "array",
+            "SLURM_ARRAY_TASK_ID": str(task),
+        }
+        return subprocess.Popen(script, cwd=tmp_path, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    for _ in range(2):
+        for process in [started(0), started(1)]:
+            errors = process.communicate()[1]
+            assert process.returncode == 0, errors
+    words = ["eval-concept", "run", "--models", *models, "--task", "prompts", "--output", "single", *options]
+    done = subprocess.run(words, cwd=tmp_path, env=how, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    found, expected = files_of(tmp_path / "array"), files_of(tmp_path / "single")
+    same = {name for name in expected if name.endswith((".png", ".jsonl", "manifest.json", "outcomes.json"))}
+    assert len([name for name in same if name.endswith(".png")]) >= 9
+    assert found.keys() == expected.keys() and all(found[name] == expected[name] for name in same)
+    beyond = started(2)
+    assert b"MODELS has 2 folders" in beyond.communicate()[1] and beyond.returncode == 2

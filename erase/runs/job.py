@@ -19,7 +19,7 @@ from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.families import loading
 from erase.options.settings import Settings
-from erase.runs import folders, forms, outputs, phases
+from erase.runs import folders, forms, outputs, phases, watch
 from erase.runs.decisions import Decisions, announce, decide
 from erase.runs.machine import peak_memory, versions
 from erase.runs.masking import choose_mask
@@ -107,14 +107,20 @@ def run(
     started = time.time()
     given = [concept] if isinstance(concept, Concept) else list(concept or [None] * len(settings.concept))
     decided = decide(settings, given, quiet=quiet, tell=tell)
-    folder, accelerator = decided.folder, decided.accelerator
+    with watch.watched():
+        return _run(decided, started)
+
+
+def _run(decided: Decisions, started: float) -> Run:
+    """Begin, continue or verify the run folder, and do what is left."""
+    settings, folder, accelerator = decided.settings, decided.folder, decided.accelerator
     if accelerator.is_main_process:
         how = {"overwrite": settings.overwrite, "resume": settings.resume}
         folders.begin(folder, decided.identity, outputs=decided.outputs, default=decided.default, **how)
     accelerator.wait_for_everyone()
     record = folders.read(folder)
     if isinstance(record, RunRecord):
-        return finished(folder, record, decided.settings, accelerator.is_main_process)
+        return finished(folder, record, settings, accelerator.is_main_process)
     announce(decided)
     try:
         return _carry_out(decided, started)
