@@ -913,6 +913,8 @@ class Ours:
 
     def bytes_per_weight(self) -> float:
         """Of the optimizer's state, and of where the masked weights are."""
+        if self.optimizer is None:  # a slice that continues behind the row of the optimizer
+            self.update()
         assert self.optimizer is not None
         return self.optimizer.num_bytes() / sum(parameter.numel() for parameter in self.parameters.values())
 
