@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             hint = did_you_mean(unknown[0].partition("=")[0], [*known, *self.commands])
-            self.error(f"unknown argument {unknown[0]!r}; {hint}(see {self.prog} --help)")
+            hint = f"; {hint}" if hint else " "
+            self.error(f"unknown argument {unknown[0]!r}{hint}(see {self.prog} --help)")
         return given
 
 

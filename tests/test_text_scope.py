@@ -21,6 +21,7 @@ from erase.errors import EraseError
 from erase.evaluation import generate
 from erase.evaluation.attacks.merge import Merge
 from erase.evaluation.attacks.protocol import Finding
+from erase.evaluation.attacks.round import Round
 from erase.methods.hirm import HiRM
 from erase.methods.relabel import Relabel
 from erase.training.batches import batches
@@ -276,6 +277,7 @@ def test_merging_brings_the_text_encoder_of_the_base_back(run, toy_pipeline_dir)
         ({"method": "uce"}, "closed forms change maps of the text states in the UNet; use --scope xattn-kv"),
         ({"null_space": 0.1}, "--null-space is about keys and values of cross-attention, and the scope has none"),
         ({"rank": 4, "mask": "none"}, "--rank 4 does not go with --scope text, which trains the text_encoder"),
+        ({"method": "leco"}, "--rank 4, leco's own, does not go with --scope text, which trains the"),
         ({"weights": "bf16"}, "--weights bf16 does not go with --scope text, which trains the text_encoder"),
         ({"save": ("unet",)}, "--save unet writes the unet, and this run changes the text_encoder; leave it out"),
         ({"save": ("lora",)}, "no LoRA can be written"),
@@ -295,3 +297,13 @@ def test_what_has_no_meaning_is_refused_before_the_first_image(toy_pipeline_dir,
 def test_a_second_run_changes_the_same_network(run, toy_pipeline_dir, tmp_path):
     with pytest.raises(EraseError, match="is a run that changed the text_encoder, but --scope full is of the unet"):
         erase_concept(CONCEPT, base=str(run), output=str(tmp_path / "run"), scope="full", **HOW)
+
+
+def test_rounding_is_of_the_text_encoder_too(run):
+    model = generate.load_model(str(run), device="cpu")
+    given: Any = type("Given", (), {"model": model})
+    before = model.encode_text(["a photo of a cat"]).text_states
+    with Round(kinds=("int4",)).attacked(given, Finding(facts={"kind": "int4"})):
+        rounded = model.encode_text(["a photo of a cat"]).text_states
+    assert not torch.allclose(before, rounded, atol=1e-5)
+    assert torch.equal(model.encode_text(["a photo of a cat"]).text_states, before)

@@ -183,12 +183,17 @@ def _in_scope(model: Family, settings: Settings, earlier: Base | None) -> Family
             raise EraseError(
                 f"weights that FSDP divides do not go with --scope {scope}; start with --multi_gpu instead"
             )
-        given = {"--unet": settings.unet, "--rank": settings.rank}
-        if settings.weights == "bf16":
-            given["--weights"] = settings.weights
-        for option, value in given.items():
-            if value is not None:
-                raise EraseError(f"{option} {value} does not go with --scope {scope}, which trains the {found.part}")
+        own = f", {settings.method}'s own," if settings.rank == methods.find(settings.method).rank else ""
+        given = {
+            f"--unet {settings.unet}": settings.unet is not None,
+            f"--rank {settings.rank}{own}": settings.rank is not None,
+            "--weights bf16": settings.weights == "bf16",
+        }
+        for what, is_given in given.items():
+            if is_given:
+                raise EraseError(
+                    f"{what} does not go with --scope {scope}, which trains the {found.part}; leave one out"
+                )
     before = earlier and (earlier.part or model.part)
     if before not in (None, found.part):
         raise EraseError(

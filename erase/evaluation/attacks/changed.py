@@ -2,9 +2,12 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from erase.families.protocol import Family
 
 
 @contextmanager
@@ -28,3 +31,8 @@ def _put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """The network's parameters by name, without gradients; they share memory with the network."""
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def networks(model: Family) -> list[Any]:
+    """The networks whose weights an attack changes: the one that is trained by default, and the text encoders."""
+    return [model.network, *model.text_encoders]

@@ -3,14 +3,12 @@
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from erase.errors import EraseError
-from erase.evaluation.attacks.changed import changed, weights_of
+from erase.evaluation.attacks.changed import changed, networks, weights_of
 from erase.evaluation.attacks.protocol import CONTROL, Attack, Finding, Given
-from erase.families.protocol import Family
 from erase.training.batches import generator
 
 
@@ -21,7 +19,7 @@ class Merge(Attack):
     percents: shares of the base, rising. At 100 % the model is the base.
     """
 
-    about = "the weights: averaged with the base's"
+    about = "the weights of network and text encoders: averaged with the base's"
     needs = "the weights of the erased model and of the base"
     unit = "% of the base"
     control = "each weight moves as far, with a random sign"
@@ -57,8 +55,3 @@ class Merge(Attack):
                     merged[name] = weight + step
                 stack.enter_context(changed(network, merged))
             yield
-
-
-def networks(model: Family) -> list[Any]:
-    """The networks that are averaged: the one that is trained by default, and the text encoders."""
-    return [model.network, *model.text_encoders]

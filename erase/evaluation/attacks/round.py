@@ -1,14 +1,14 @@
 """Rounded weights, as users store and load models: a small change of the weights can be lost in rounding."""
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from erase.errors import EraseError
-from erase.evaluation.attacks.changed import changed, weights_of
+from erase.evaluation.attacks.changed import changed, networks, weights_of
 from erase.evaluation.attacks.protocol import Attack, Finding, Given
 
 LEVELS = {"int8": 127, "int4": 7}
@@ -23,7 +23,7 @@ class Round(Attack):
         value of an output row. Matrices and kernels are rounded, biases and norms are not.
     """
 
-    about = "the weights: rounded to int8, fp8 or coarser"
+    about = "the weights of network and text encoders: rounded to int8, fp8 or coarser"
     needs = "nothing: loading the model in a small format is enough"
     unit = "weights"
     limits = ("GGUF and other formats with blocks of weights round in other ways.",)
@@ -45,8 +45,11 @@ class Round(Attack):
 
     @contextmanager
     def attacked(self, given: Given, finding: Finding) -> Generator[None]:
-        kind, network = finding.facts["kind"], given.model.network
-        with changed(network, {n: rounded(w, kind) for n, w in weights_of(network).items() if w.dim() > 1}):
+        kind = finding.facts["kind"]
+        with ExitStack() as stack:
+            for network in networks(given.model):
+                new = {name: rounded(weight, kind) for name, weight in weights_of(network).items() if weight.dim() > 1}
+                stack.enter_context(changed(network, new))
             yield
 
 
