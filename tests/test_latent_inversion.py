@@ -207,3 +207,10 @@ def test_a_concept_without_other_images_is_refused(toy_pipeline_dir):
     model = load_sd(toy_pipeline_dir)
     with pytest.raises(EraseError, match="church has no retain or anchor prompts"):
         FIXED.search(given_of(model, model, latents(), latents(0)), 0)
+
+
+def test_a_model_whose_latents_begin_as_noise_alone_is_refused(command, toy_sd3_dir, tmp_path, capsys):
+    """A rectified flow at its highest noise level, as a schedule with zero terminal SNR, has no part of the image."""
+    with pytest.raises(SystemExit, match="2"):
+        command("--model", str(toy_sd3_dir), "--base", str(toy_sd3_dir))
+    assert "begin as noise alone" in capsys.readouterr().err and not list(tmp_path.glob("out/**/*.png"))

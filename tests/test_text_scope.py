@@ -279,7 +279,7 @@ def test_merging_brings_the_text_encoder_of_the_base_back(run, toy_pipeline_dir)
         ({"rank": 4, "mask": "none"}, "--rank 4 does not go with --scope text, which trains the text_encoder"),
         ({"method": "leco"}, "--rank 4, leco's own, does not go with --scope text, which trains the"),
         ({"weights": "bf16"}, "--weights bf16 does not go with --scope text, which trains the text_encoder"),
-        ({"save": ("unet",)}, "--save unet writes the unet, and this run changes the text_encoder; leave it out"),
+        ({"save": ("unet",)}, "the form unet has the weights of the unet, and this run changes the text_encoder"),
         ({"save": ("lora",)}, "no LoRA can be written"),
         ({"method": "hirm", "scope": "full"}, "this method trains a text encoder; use --scope text or text-first"),
         ({"scope": "txt"}, "--scope is 'txt'"),

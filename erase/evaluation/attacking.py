@@ -219,6 +219,7 @@ def _check_source(
             _ = model.token_embeddings  # an error if there is none
         if job.attack.finds_classes:
             _ = model.class_vectors  # likewise
+        job.attack.require_possible(model, settings["steps"])
         if model.guard:
             guards.require_acting(model.guard, job.attack.fewest_steps(settings["steps"]))
         score.check_size(job.judge, [generate.size_of(sample, settings) for sample in job.task.samples])

@@ -58,7 +58,9 @@ def require_writable(forms: Sequence[str], source: Path, changing: Mapping[str, 
     own = loading.family_of(source)
     family = own.trains(part)
     if "unet" in forms and part != own.part:
-        raise EraseError(f"--save unet writes the {own.part}, and this run changes the {part}; leave it out")
+        raise EraseError(
+            f"the form unet has the weights of the {own.part}, and this run changes the {part}; leave it out"
+        )
     if "single-file" in forms and (problem := family.no_checkpoint(source)):
         raise EraseError(f"no single file can be written: {problem}; leave out single-file")
     if "lora" in forms:

@@ -83,6 +83,13 @@ class LatentInversion(Attack):
     def with_budget(self, budget: Sequence[int]) -> "LatentInversion":
         return replace(self, **budget_of(budget))
 
+    def require_possible(self, model: Family, steps: int) -> None:
+        if not model.path(steps)[0, 0]:  # c1 is 0, and every z_t solves the equation
+            raise EraseError(
+                f"latent-inversion: the latents of {model.name} begin as noise alone, without any part of an image, so "
+                "their first step cannot be inverted; choose another attack, such as noise"
+            )
+
     def search(self, given: Given, seed: int) -> dict[str, Finding]:
         model, points = given.model, checked_points(self.at, self.num_steps)
         if not len(given.others.latents):

@@ -144,6 +144,9 @@ class Attack(ABC):
         """The smallest number of sampling steps that the attacked model takes for an image, over all points."""
         return steps
 
+    def require_possible(self, model: "Family", steps: int) -> None:  # noqa: B027
+        """Raise an EraseError if the attack means nothing for this model with so many sampling steps."""
+
     def asks(self, concept: Concept, own: Sequence[str], num: int) -> list[str]:
         """`num` prompts to generate from.
 
