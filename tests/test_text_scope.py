@@ -295,7 +295,8 @@ def test_what_has_no_meaning_is_refused_before_the_first_image(toy_pipeline_dir,
 
 
 def test_a_second_run_changes_the_same_network(run, toy_pipeline_dir, tmp_path):
-    with pytest.raises(EraseError, match="is a run that changed the text_encoder, but --scope full is of the unet"):
+    message = "changed the text_encoder, but --scope full is of the unet; use a scope of the text_encoder, or give"
+    with pytest.raises(EraseError, match=message):
         erase_concept(CONCEPT, base=str(run), output=str(tmp_path / "run"), scope="full", **HOW)
 
 

@@ -198,7 +198,7 @@ def _in_scope(model: Family, settings: Settings, earlier: Base | None) -> Family
     if before not in (None, found.part):
         raise EraseError(
             f"--base {settings.base} is a run that changed the {before}, but --scope {scope} is of the {found.part}; "
-            "a second run changes the same network"
+            f"use a scope of the {before}, or give the folder as --model and not as --base"
         )
     return found
 
