@@ -239,7 +239,9 @@ def _export(arguments: list[str]) -> None:
 
 
 def _tell(line: str) -> None:
-    print(f"erase-concept: {one_line(line)}", flush=True)
+    """Print a line about the work; of several processes the first one does."""
+    if rank_and_world()[0] == 0:
+        print(f"erase-concept: {one_line(line)}", flush=True)
 
 
 def _inspect(arguments: list[str]) -> None:

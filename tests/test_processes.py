@@ -204,3 +204,10 @@ def test_tasks_of_a_slurm_array_report_what_one_command_does(toy_pipeline_dir, e
     assert found.keys() == expected.keys() and all(found[name] == expected[name] for name in same)
     beyond = started(2)
     assert b"MODELS has 2 folders" in beyond.communicate()[1] and beyond.returncode == 2
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0", "erase-concept: a line\n"), ("1", "")])
+def test_lines_about_the_work_are_those_of_the_first_process(launched, capsys, rank, expected):
+    launched({**TORCHRUN, "RANK": rank})
+    cli._tell("a line")
+    assert capsys.readouterr().out == expected
