@@ -98,7 +98,8 @@ def kept(folder: Path, model: str, delta: Path | None, concept: str, name: str) 
     here = arm(folder / "arms" / name, concept, delta, model=model)
     results, _ = measure.measure(here, base, name=name, command="python eval/attacked_methods.py")
     pairs = zip(arms.samples(here), score.load(here, "thumbnails"), score.load(base, "thumbnails"), strict=True)
-    drift = [thumbnails.distance(a, b) for sample, a, b in pairs if is_kept(sample)]
+    distances = [thumbnails.distance(a, b) for sample, a, b in pairs if is_kept(sample)]
+    drift = [distance for distance in distances if distance is not None]  # None: of an image that is invalid
     shutil.rmtree(here)
     return {
         "figures": {s["name"]: s["erased"]["value"] for s in results["scores"] if s["name"].startswith("mini.")},

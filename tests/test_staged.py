@@ -35,7 +35,8 @@ def test_images_wait_once_whatever_the_number_of_steps(toy_pipeline_dir, monkeyp
     with pretend_device.gpu():
         model = load_sd(toy_pipeline_dir, device="cuda")
         if sampler != "dpm++":
-            model.scheduler = getattr(diffusers, sampler).from_config(model.scheduler.config, **PNDM)
+            scheduler: Any = model.scheduler
+            model.scheduler = getattr(diffusers, sampler).from_config(scheduler.config, **PNDM)
         how: dict[str, Any] = {"sampler": "dpm++" if sampler == "dpm++" else "model"}
         assert waits(model, 4, **how) == waits(model, 8, **how) == ["copy to cpu"]
         monkeypatch.setattr("erase.families.discrete.stepping_on_host", lambda scheduler: torch.no_grad())
