@@ -170,6 +170,7 @@ def test_other_kinds_of_fsdp_are_refused(fsdp, variables, expected):
         ({"method": "leco"}, "do not go with --rank 4"),
         ({"method": "scissorhands"}, "do not go with scissorhands, which does more than minimise its loss"),
         ({"method": "stereo"}, "do not go with stereo, which does more"),
+        ({"method": "fmn"}, "do not go with fmn, which reads attention maps"),
         ({"method": "esd-u"}, "do not go with esd-u, whose trajectories differ in length"),
     ],
     ids=lambda value: str(value)[:30],

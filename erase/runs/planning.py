@@ -122,6 +122,7 @@ def require_divisible(settings: Settings, method: methods.Method) -> None:
         f"{settings.method}, a closed form": not isinstance(method, methods.TrainedMethod),
         f"{settings.method}, which does more than minimise its loss": isinstance(method, methods.TrainedMethod)
         and bool(method.balance or method.learns_words or method.prepares or method.pulls or method.shrinks),
+        f"{settings.method}, which reads attention maps": isinstance(method, methods.TrainedMethod) and method.attends,
         f"{settings.method}, whose trajectories differ in length": isinstance(method, methods.TrainedMethod)
         and method.images == "noise"
         and method.follows is not None,
