@@ -22,6 +22,7 @@ from erase.evaluation import cli as eval_cli
 from erase.families import scope
 from erase.families.ddpm import PixelDiffusion
 from erase.families.sdxl import StableDiffusionXL
+from erase.families.text_trained import TextTrained
 from erase.methods import METHODS
 from erase.options.declare import Form, flag, form_of, forms_of
 from erase.options.recipes import RECIPES
@@ -242,7 +243,7 @@ def test_annotations_are_read_by_their_structure(annotation, expected):
 
 def test_choices_are_those_of_the_modules_that_use_them():
     assert forms_of(Settings)["method"].choices == tuple(METHODS)
-    scopes = {**scope.SCOPES, **StableDiffusionXL.scopes, **PixelDiffusion.scopes}
+    scopes = {**scope.SCOPES, **StableDiffusionXL.scopes, **TextTrained.scopes, **PixelDiffusion.scopes}
     assert forms_of(Settings)["scope"].choices == tuple(scopes)
     assert forms_of(Settings)["recipe"].choices == tuple(RECIPES)
     assert forms_of(Settings)["score"].choices == get_args(masks.Score)

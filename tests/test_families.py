@@ -300,7 +300,8 @@ def test_guidance_scopes_and_tags_are_the_familys(watercolour_dir, toy_pipeline_
     assert "- ink\n" in card and "stable-diffusion" not in card
     with pytest.raises(
         EraseError,
-        match=r"--scope is 'stroke', which this model does not have; did you mean strokes\? \(full, strokes\)",
+        match=r"--scope is 'stroke', which this model does not have; did you mean strokes\? \(full, strokes, text, "
+        r"text-first\)",
     ):
         erase_concept("cat", watercolour_dir, output=str(tmp_path / "no"), scope="stroke", **options)
     assert not (tmp_path / "no").exists()

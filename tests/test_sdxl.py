@@ -258,6 +258,7 @@ def test_every_method_erases_from_it_and_the_delta_is_exact(toy_sdxl_dir, tmp_pa
         pytest.skip("closed forms have no training to save memory in")
     output = tmp_path / "run"
     hyperparameters = {"scissorhands": {"sparsity": 0.9, "prepare_batches": 1}, "speed": {"threshold": 0.5}}
+    hyperparameters["dp"] = {"threshold": 0.5}
     hyperparameters["stereo"] = hyperparameters["recare"] = {"words": 1, "word_steps": 2}
     erase_concept(
         CONCEPT,

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def trained(
                 calls.append("exchange")
                 plain(self, values)
 
+            @wraps(forward)
             def seen(self: Any, sample: Any, *arguments: Any, **options: Any) -> Any:
                 if not isinstance(sample, FakeTensor):  # of the dry run that measures activations
                     calls.append(f"pass of {len(sample)}")

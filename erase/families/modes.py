@@ -38,7 +38,7 @@ def predicting(network: Any, precision: str) -> Iterator[None]:
         return
     forward, own = network.forward, vars(network).get("forward")
     dtype = None if precision == "fp32" else DTYPES[precision]
-    names = list(signature(forward).parameters)
+    names = list(signature(type(network).forward).parameters)[1:]  # of the class: the instance's may be wrapped
 
     def in_precision(*values: Any, **named: Any) -> Any:
         given = dict(zip(names, values, strict=False)) | named

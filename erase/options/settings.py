@@ -97,9 +97,11 @@ class Erasure:
     )
     scope: str | None = option(
         None,
-        "parameters that may change at all; which scopes there are depends on the model's architecture",
+        f"parameters that may change at all: {', '.join(SCOPES)}; which of them there are depends on the model's "
+        "architecture",
         group="how",
         choices=SCOPES,
+        metavar="SCOPE",
         is_open=partial(has_others, "erase.families"),
         shown="the method's own, full for salun",
     )
