@@ -7,10 +7,9 @@ Each cell is one erasure, the images of the task mini, and an attack with three 
 from the base's images of the concept ("recovered": how often it shows the concept again). The base and, where they are
 given, models that were trained without the concept are attacked alike; several of one concept (`--gold` repeated) show
 how far two retrainings are apart. A finished cell is kept, so the same command continues;
-`--known eval/results/mini-methods` takes over the published cells and what is to be compared with the models trained
-without circle, striped and nude, so that only what is new beside them is run.
-`eval/results/mini-methods-protocol-2` holds the cells of the present protocol that were measured so far; the published
-tables are still of protocol 1.
+`--known eval/results/mini-methods-protocol-2` takes over the cells that were measured so far and the features of the
+models trained without circle, striped and nude, so that only what is new beside them is run. The published tables are
+still of protocol 1.
 A result on the embedded model says nothing about SD v1.4.
 """
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import attacked_methods
 import cifar10
 import interval_coverage
 import mini_methods
@@ -256,6 +257,16 @@ def refused_models() -> str:
     return f"Refused by name: {'; '.join(refused_kinds())}."
 
 
+@functools.cache
+def attacked_rows() -> list[dict[str, Any]]:
+    return attacked_methods.summary(stored("attacked-methods/results.json")["cells"])
+
+
+def attacked(attack: str) -> str:
+    """How often each attack brings the concept back; without `attack`, what the erasures changed."""
+    return attacked_methods.table(attacked_rows(), attack) if attack else attacked_methods.changes(attacked_rows())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "refused models": refused_models,
@@ -285,6 +296,8 @@ for _name in ("small", "tiny"):
             TABLES[f"cifar10-{_name} {_table.name}"] = functools.partial(cifar10_gaps, _name, _table.name)
 for _concept in dict.fromkeys(cell["concept"] for cell in stored("pixel-methods/results.json")["cells"]):
     TABLES[f"pixel {_concept}"] = functools.partial(pixel, _concept)
+for _attack in ("", *attacked_methods.ATTACKS):
+    TABLES[f"attacked {_attack or 'changes'}"] = functools.partial(attacked, _attack)
 for _name in ("full", "classification"):
     TABLES[f"speed {_name}"] = functools.partial(speed, _name)
 
