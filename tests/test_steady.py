@@ -71,6 +71,8 @@ def waits_of(
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", TRAINED)
 def test_ten_steady_steps_wait_for_nothing(toy_pipeline_dir, tmp_path, name):
     """EraseDiff and STEREO read their losses when the weights are put back, and not in the ten steps before."""
@@ -88,6 +90,8 @@ def test_without_room_for_a_copy_ten_steady_steps_wait_for_nothing_either(toy_pi
     assert waits_of(toy_pipeline_dir, toy.made("esd-x"), tmp_path / "t.pt", free=0) == []
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "method",
     [Relabel(balancing="nash"), replace(toy.made("scissorhands"), balancing="gem"), Soft(distill_retain=False)],

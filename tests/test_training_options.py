@@ -147,6 +147,8 @@ def test_anchor_images_are_other_data_and_without_them_nothing_changes(model, da
 # --- from the command line's settings to the loop
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_trained_method_takes_them_and_goes_on_where_it_was(
     toy_pipeline_dir, cache_dir, tmp_path, monkeypatch, name

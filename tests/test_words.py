@@ -87,6 +87,8 @@ def spoken(model: sd.StableDiffusion, vector: torch.Tensor) -> torch.Tensor:
         return model.encode_with(["a photo of a ~"], token_of(model), vector).text_states
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_an_attack_lowers_the_diffusion_loss_of_a_model_that_stays(model, data):
     """On a fixed draw of noise; every word, from where it began."""
     method = Robust(words=2, attack_lr=0.3, restart_after=1000)
@@ -190,6 +192,8 @@ def test_training_is_that_of_the_equations(toy_pipeline_dir, tmp_path, monkeypat
     assert (theirs - found).norm() < 1e-4 * moved.norm()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_without_words_it_is_relabelling(toy_pipeline_dir, data, tmp_path):
     """Bit for bit; control: with words it is not."""
     found = [
@@ -256,6 +260,8 @@ def test_a_method_that_learns_words_must_see_the_concept(toy_pipeline_dir, data,
         erased(toy_pipeline_dir, Anchored(), data, Accelerator(cpu=True), tmp_path / "t.pt")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_estimate_counts_the_text_encoder(tiny_pipeline_dir):
     model = load_sd(tiny_pipeline_dir)
     stored = sum(parameter.nbytes for parameter in model.text_encoder.parameters())
