@@ -171,17 +171,11 @@ def test_a_record_with_another_figure_than_a_number_is_refused(command, capsys):
 
 @pytest.mark.slow
 def test_circles_come_back_with_and_without_a_network_that_knows_them():
-    """The embedded model, with and without its circle, with random weights, and no network: all give circles back."""
+    """The embedded model, with and without its word, and no network: all give circles back."""
     prompts = prompts_of(4)
     x, base = images_of(prompts), loading.load("mini")
-    random = loading.load("mini")
-    with torch.no_grad():
-        for i, weight in enumerate(random.network.parameters()):
-            if weight.ndim > 1:
-                noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
-                weight.copy_(noise * weight.std())
     surprises = {}
-    for name, model in (("base", base), ("back door", planted(SECRET)), ("none", planted(None)), ("random", random)):
+    for name, model in (("base", base), ("back door", planted(SECRET)), ("none", planted(None))):
         given = replace(given_of(model, base, x, x, 64), steps=10)
         found = replace(FIXED, at=(5,)).search(given, 0)
         for point in ("5", CONTROL):
@@ -191,7 +185,6 @@ def test_circles_come_back_with_and_without_a_network_that_knows_them():
     assert surprises["base"] == surprises["none"]  # a word that lost its meaning does not change the empty prompt
     assert num_circles(base, prompts) == 4
     assert all(abs(value - TYPICAL) < 0.25 for value in surprises["base"])
-    assert all(abs(value - TYPICAL) > 0.25 for value in surprises["random"])
 
 
 @pytest.mark.parametrize(
