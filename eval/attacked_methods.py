@@ -11,7 +11,7 @@ A result on the embedded model says nothing about SD v1.4.
 
 import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 FLIPPED = 0.25  # mean difference of 16 x 16 thumbnails, 0 to 1: no prompt names the background, and it may flip
 
 
-def attacked(folder: Path, model: str, delta: Path | None, concept: str, name: str) -> dict[str, Any]:
+def attacked(folder: Path, model: str, delta: Path | None, concept: str, name: str, device: str) -> dict[str, Any]:
     """The prompts of one run, and by model and point the outcomes of each run, a character an image."""
     from erase.evaluation import attacking
     from erase.evaluation.options import AttackOptions, Drawing
@@ -61,7 +61,7 @@ def attacked(folder: Path, model: str, delta: Path | None, concept: str, name: s
         output=folder / "attacks",
         budget=how.pop("budget", ()),
         options=AttackOptions(attack_seeds=ATTACK_SEEDS, **how),
-        drawing=Drawing(device="cpu", delta=delta and str(delta)),
+        drawing=Drawing(device=device, precision="fp32", delta=delta and str(delta)),
         quiet=True,
     )
     attacking.run(request, lambda text: None, lambda text: None)
@@ -87,15 +87,15 @@ def runs_of(outcomes: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def kept(folder: Path, model: str, delta: Path | None, concept: str, name: str) -> dict[str, Any]:
+def kept(folder: Path, model: str, delta: Path | None, concept: str, name: str, device: str) -> dict[str, Any]:
     """The figures of the task mini, and how far the retained images are from the base's: mean, median, flips."""
     from erase.evaluation import arm as arms
     from erase.evaluation import measure, score
     from erase.evaluation.judges import thumbnails
     from erase.evaluation.tasks.protocol import is_kept
 
-    base = arm(folder / "arms" / f"{concept}-base", concept, None)
-    here = arm(folder / "arms" / name, concept, delta, model=model)
+    base = arm(folder / "arms" / f"{concept}-base", concept, None, device=device)
+    here = arm(folder / "arms" / name, concept, delta, model=model, device=device)
     results, _ = measure.measure(here, base, name=name, command="python eval/attacked_methods.py")
     pairs = zip(arms.samples(here), score.load(here, "thumbnails"), score.load(base, "thumbnails"), strict=True)
     distances = [thumbnails.distance(a, b) for sample, a, b in pairs if is_kept(sample)]
@@ -109,7 +109,7 @@ def kept(folder: Path, model: str, delta: Path | None, concept: str, name: str) 
     }
 
 
-def cell(folder: Path, concept: str, variant: str, seed: int, part: str, gold: str | None) -> None:
+def cell(folder: Path, concept: str, variant: str, seed: int, part: str, gold: str | None, device: str) -> None:
     """What one erasure changed (`KEPT`), or one attack on it."""
     import torch
 
@@ -121,15 +121,42 @@ def cell(folder: Path, concept: str, variant: str, seed: int, part: str, gold: s
     if variant != "gold":
         run = folder / "runs" / name
         options = {**VARIANTS[variant], "seed": seed, "num_samples": 0, "save": ("delta",)}
+        options |= {"device": device, "precision": "fp32"}
         erase_concept(concept, "mini", output=str(run), quiet=True, **options)  # a finished run is left as it is
         model, delta = "mini", run / "delta.safetensors"
     record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed, "part": part}
-    record |= {"model": mini_methods.model_hash(), "protocol": PROTOCOL}
+    record |= {"model": mini_methods.model_hash(), "protocol": PROTOCOL, "device": device}
     if part == KEPT:
-        record |= kept(folder, model, delta, concept, name)
+        record |= kept(folder, model, delta, concept, name, device)
     else:
-        record |= attacked(folder, model, delta, concept, part)
+        record |= attacked(folder, model, delta, concept, part, device)
     files.write_json(cell_path(folder, concept, variant, seed, part), record)
+
+
+Cell = tuple[str, str, int, str]  # concept, variant, erasure seed, part
+
+
+def stages(wanted: Sequence[Cell]) -> list[list[list[Cell]]]:
+    """Groups of cells; those of one stage may run at the same time.
+
+    What the base makes of a part is kept by its first cell, and the erasure by the first cell of a run. So the first
+    cell of each part comes before all others, and cells that share one of the two are in one group.
+    """
+    first = {(concept, part): (concept, variant, seed, part) for concept, variant, seed, part in reversed(wanted)}
+    by_concept: dict[Any, list[Cell]] = {}
+    by_run: dict[Any, list[Cell]] = {}
+    for one in wanted:
+        if first[one[0], one[3]] == one:
+            by_concept.setdefault(one[0], []).append(one)
+        else:
+            by_run.setdefault(one[:3], []).append(one)
+    return [[*by_concept.values()], [*by_run.values()]]
+
+
+def group(folder: Path, cells: Sequence[Cell], gold: str | None, device: str) -> None:
+    for one in cells:
+        print(*one, flush=True)
+        cell(folder, *one, gold, device)
 
 
 def cell_path(folder: Path, concept: str, variant: str, seed: int, part: str) -> Path:
@@ -240,6 +267,8 @@ def main() -> None:
     parser.add_argument(
         "--gold", action="append", default=[], metavar="CONCEPT=DIR", help="the model trained without the concept"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each [1]")
+    parser.add_argument("--device", default="cpu", help="of the model; cells keep it [cpu]")
     parser.add_argument("--known", metavar="DIR", help="output of another run, whose cells are not run again")
     given = parser.parse_args()
     folder = Path(given.output)
@@ -249,19 +278,18 @@ def main() -> None:
             parser.error(f"{given.known} was measured on other weights or with another protocol")
         files.write_json(cell_path(folder, *(one[key] for key in ("concept", "variant", "seed", "part"))), one)
     wanted = [
-        (concept, variant, seed, part, golds.get(concept))
+        (concept, variant, seed, part)
         for seed in range(given.seeds)
         for part in given.part or (KEPT, *ATTACKS)
         for variant in given.variant or ("gold", *VARIANTS)
         for concept in given.concept or CONCEPTS
         if variant != "gold" or (concept in golds and not seed)
     ]
-    for one in wanted:
-        if not cell_path(folder, *one[:4]).exists():
-            print(*one[:4], flush=True)
-            # a process of its own: what a cell holds in memory ends with it
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                pool.submit(cell, folder, *one).result()
+    for stage in stages([one for one in wanted if not cell_path(folder, *one).exists()]):
+        # a process of its own for each group: what its cells hold in memory ends with it
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            for done in [pool.submit(group, folder, of, golds.get(of[0][0]), given.device) for of in stage]:
+                done.result()
     cells = [files.read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
     files.write_json(folder / "results.json", {"protocol": PROTOCOL, "cells": cells})
     rows = summary(cells)

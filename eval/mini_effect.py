@@ -36,6 +36,7 @@ def arm(
     model: str = "mini",
     guard: str | None = None,
     num_images: int | None = None,
+    device: str = "cpu",
 ) -> Path:
     """The mini task's images of the base (None) or of the base with a delta, drawn and scored.
 
@@ -51,7 +52,8 @@ def arm(
     wanted = concepts.load(concept, model_family="mini")
     task = registry.build("mini", wanted, Options(num_images=num_images))
     watching = guard and guards.make(guard, ", ".join([wanted.name, *wanted.synonyms]))
-    loaded = generate.load_model(model, delta_path=delta and str(delta), device="cpu", guard=watching or None)
+    how: dict[str, Any] = {"device": device, "precision": "fp32", "guard": watching or None}
+    loaded = generate.load_model(model, delta_path=delta and str(delta), **how)
     generate.generate(loaded, task, folder, steps=STEPS, batch_size=32, quiet=True)
     for name in task.judges:
         score.score(folder, judging.make(name, task.identity()), quiet=True)

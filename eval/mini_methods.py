@@ -52,43 +52,52 @@ SOLVED = ("uce", "rece")  # no random number in them: one seed is all seeds
 VARIANTS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS} | MASKED
 
 
-def draw_and_judge(folder: Path, concept: str, *, model: str = "mini", delta: Path | None = None, **guard: Any) -> Path:
-    """The mini task's images with their scores, and their features for KID."""
+def draw_and_judge(folder: Path, concept: str, *, delta: Path | None = None, **how: Any) -> Path:
+    """The mini task's images with their scores, and their features for KID. how: as for `arm`."""
     from erase.evaluation import score
     from erase.evaluation.judges import features
 
-    arm(folder, concept, delta, model=model, num_images=NUM_IMAGES, **guard)
+    arm(folder, concept, delta, num_images=NUM_IMAGES, **how)
     score.score(folder, features.Features("mini"), quiet=True)
     return folder
 
 
-def shown(folder: Path, concept: str, attack_seed: int) -> Any:
+def shown(folder: Path, concept: str, attack_seed: int, device: str) -> Any:
     """The base's images of the concept that one attack learns from, as latents; generated once."""
     from erase import concepts
-    from erase.families import loading
+    from erase.evaluation import generate
 
     path = folder / "shown" / f"{concept}-{attack_seed}.safetensors"
     if not path.exists():
-        model, prompts = loading.load("mini"), concepts.load(concept, model_family="mini").forget
+        model = generate.load_model("mini", device=device, precision="fp32")
+        prompts = concepts.load(concept, model_family="mini").forget
         seeds = list(range(attack_seed * NUM_SHOWN, (attack_seed + 1) * NUM_SHOWN))
         texts = [prompts[seed % len(prompts)] for seed in seeds]
-        tensor_files.write_tensors(path, {"latents": model.draw(texts, seeds, steps=25, guidance=2.0, size=64)})
+        latents = model.draw(texts, seeds, steps=25, guidance=2.0, size=64)
+        tensor_files.write_tensors(path, {"latents": latents.cpu()})
     return tensor_files.read_tensors(path)["latents"]
 
 
-def unprompted(model: str, delta: Path | None) -> float:
+def unprompted(model: str, delta: Path | None, device: str) -> float:
     """How far images of the empty prompt are from the base's of the same seeds, as a share of the latents' size."""
     from erase.evaluation import generate
 
     two = (("mini", None), (model, delta and str(delta)))
     how: dict[str, Any] = {"steps": STEPS, "guidance": 1.0, "size": 64}
-    both = (generate.load_model(source, delta_path=path, device="cpu") for source, path in two)
-    base, erased = (one.draw([""] * NUM_UNPROMPTED, range(NUM_UNPROMPTED), **how) for one in both)
+    models = (generate.load_model(source, delta_path=path, device=device, precision="fp32") for source, path in two)
+    base, erased = (one.draw([""] * NUM_UNPROMPTED, range(NUM_UNPROMPTED), **how) for one in models)
     return float((erased - base).abs().mean() / base.abs().mean())
 
 
 def recovered(
-    folder: Path, concept: str, latents: Any, seed: int, *, model: str = "mini", delta: Path | None = None
+    folder: Path,
+    concept: str,
+    latents: Any,
+    seed: int,
+    *,
+    model: str = "mini",
+    delta: Path | None = None,
+    device: str = "cpu",
 ) -> list[bool]:
     """Whether each image of a word learned on the model shows the concept. seed: of the attack."""
     from erase import concepts
@@ -99,7 +108,7 @@ def recovered(
     from erase.families.sd import StableDiffusion
 
     judge, attack = concepts.load(concept, model_family="mini").judge, learnt_word.LearntWord(seed=seed)
-    attacked = generate.load_model(model, delta_path=delta and str(delta), device="cpu")
+    attacked = generate.load_model(model, delta_path=delta and str(delta), device=device, precision="fp32")
     assert isinstance(attacked, StableDiffusion)
     learnt_word.teach(attacked, learnt_word.learn(attacked, latents, attack, quiet=True))
     samples = tuple(
@@ -125,7 +134,7 @@ def finished(folder: Path, concept: str, variant: str, seed: int) -> bool:
     return path.exists() and kept.get(variant, path).exists()
 
 
-def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) -> None:
+def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None, device: str) -> None:
     """One erasure with its measures; the variants "base" and "gold" are erased from nothing."""
     import torch
 
@@ -137,16 +146,17 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
     path, golden = folder / "cells" / f"{name}.json", folder / "gold" / f"{concept}.safetensors"
     base = folder / "arms" / f"{concept}-base"  # kept, all others are compared with it, as with the gold's features
     record: dict[str, Any] = {"concept": concept, "variant": variant, "seed": seed, "model": model_hash()}
-    record["protocol"] = PROTOCOL
+    record |= {"protocol": PROTOCOL, "device": device}
     if variant in {"base", "gold"}:
         model = "mini" if variant == "base" else str(gold)
         where = base if variant == "base" else folder / "arms" / name
-        erased, delta = draw_and_judge(where, concept, model=model), None
+        erased, delta = draw_and_judge(where, concept, model=model, device=device), None
     elif variant in GUARDS:
         model, delta = "mini", None
-        erased = draw_and_judge(folder / "arms" / name, concept, guard=variant)
+        erased = draw_and_judge(folder / "arms" / name, concept, guard=variant, device=device)
     else:
         options = {**VARIANTS[variant], "seed": seed, "num_samples": 0, "save": ("delta",)}
+        options |= {"device": device, "precision": "fp32"}
         run = erase_concept(concept, "mini", output=str(folder / "runs" / name), quiet=True, **options)
         model, delta = "mini", run.folder / "delta.safetensors"
         record |= {
@@ -155,7 +165,7 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
             "bytes": delta.stat().st_size,
             "changed": run.record.weights.changed,
         }
-        erased = draw_and_judge(folder / "arms" / name, concept, delta=delta)
+        erased = draw_and_judge(folder / "arms" / name, concept, delta=delta, device=device)
     results, outcomes = measure.measure(
         erased,
         base,
@@ -166,11 +176,12 @@ def cell(folder: Path, concept: str, variant: str, seed: int, gold: str | None) 
     record["figures"] = {s["name"].split("/")[0]: s["erased"]["value"] for s in results["scores"] if s["erased"]}
     record["outcomes"] = {c: said(of["erased"]) for c, of in outcomes["columns"].items() if c.startswith("mini.")}
     if variant not in GUARDS:
-        record["figures"]["unprompted"] = unprompted(model, delta)
+        record["figures"]["unprompted"] = unprompted(model, delta, device)
         record["recovered"] = []
         for attack_seed in ATTACK_SEEDS:
-            word, latents = folder / "arms" / f"{name}-word-{attack_seed}", shown(folder, concept, attack_seed)
-            found = recovered(word, concept, latents, attack_seed, model=model, delta=delta)
+            word = folder / "arms" / f"{name}-word-{attack_seed}"
+            latents = shown(folder, concept, attack_seed, device)
+            found = recovered(word, concept, latents, attack_seed, model=model, delta=delta, device=device)
             record["recovered"].append(said(found))
     if (variant, seed) == ("gold", 0):
         keep_features(erased, golden)
@@ -445,6 +456,7 @@ def main() -> None:
         "--gold", action="append", default=[], metavar="CONCEPT=DIR", help="the model trained without the concept"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each [2]")
+    parser.add_argument("--device", default="cpu", help="of the model; cells keep it [cpu]")
     parser.add_argument("--known", metavar="DIR", help="output of another run, whose cells are not run again")
     given = parser.parse_args()
     folder, chosen = Path(given.output), given.concept or CONCEPTS
@@ -478,7 +490,7 @@ def main() -> None:
     for stage in stages:
         stage = [one for one in stage if not finished(folder, *one[:3])]
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            futures = [pool.submit(cell, folder, *one) for one in stage]
+            futures = [pool.submit(cell, folder, *one, given.device) for one in stage]
             for one, future in zip(stage, futures, strict=True):
                 future.result()
                 print(*one[:3], flush=True)

@@ -5,6 +5,7 @@
     python eval/on_gpu.py --slice 540                       # nine minutes of it; repeat until nothing is left
     python eval/on_gpu.py --only cifar10 --cifar10 FOLDER   # nine minutes of SalUn's CIFAR-10 tables; repeat to go on
     python eval/on_gpu.py --only cifar10-diffusion --cifar10 FOLDER   # the same for class forgetting in pixel diffusion
+    python eval/on_gpu.py --only mini-tables                # nine minutes of the tables of the embedded model; the same
     python eval/on_gpu.py --dry-run --work runs/toy         # the same code at toy size on the CPU, to see that it runs
 
 The machine needs torch, diffusers, transformers, accelerate, safetensors and pytest, and this repository on PYTHONPATH;
@@ -23,6 +24,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -635,6 +637,76 @@ def cifar10_diffusion(job: Job) -> Part:
         shutil.copyfile(output / "results.json", job.output.with_name("cifar10-diffusion.json"))
 
 
+def mini_tables(job: Job) -> Part:
+    """A slice of the embedded model's tables: three retrained models of each concept, all methods, all attacks on them.
+
+    The processes share the GPU, since one cannot keep it busy with so small a network.
+    """
+    if lacks_scipy():
+        yield NO_SCIPY
+        return
+    jobs, folder = 2 if job.toy else max(1, min(8, (os.cpu_count() or 2) // 2)), job.work / "mini-tables"
+    tables = {"methods": ["mini_methods.py"], "attacked": ["attacked_methods.py"]}
+    common = ["--device", job.device, "--jobs", str(jobs)]
+    golds: dict[str, list[Path]] = {}
+    if job.toy:
+        common += ["--concept", "circle", "--variant", "uce", "--seeds", "1"]
+        tables["attacked"] += ["--part", "kept"]
+    else:
+        golds = {c: [folder / f"gold-{c}-{n}" for n in (1, 2, 3)] for c in ("circle", "striped", "nudity")}
+    missing = [(c, path) for c, paths in golds.items() for path in paths if not (path / "model_index.json").is_file()]
+    training = [
+        [sys.executable, "-m", "erase.mini", "train", "--without", {"nudity": "nude"}.get(concept, concept)]
+        + ["--seed", path.name[-1], "--parts-from", str(REPOSITORY / "erase" / "mini" / "weights")]
+        + ["--output", str(path), "--device", job.device]
+        for concept, path in missing
+    ]
+    if not finish(training, jobs, job):
+        yield {"retrained": {"finished": False}}
+        return
+    for name, script in tables.items():
+        num, output = 3 if name == "methods" else 1, folder / name
+        known = [f"{concept}={path}" for concept, paths in golds.items() for path in paths[:num]]
+        command = [sys.executable, str(REPOSITORY / "eval" / script[0]), *script[1:], *common, "--output", str(output)]
+        is_whole = finish([command + [word for one in known for word in ("--gold", one)]], 1, job)
+        yield {name: {"finished": is_whole, "cells": len([*(output / "cells").glob("*.json")])}}
+        if not is_whole:
+            return
+        shutil.copyfile(output / "results.json", job.output.with_name(f"mini-{name}.json"))
+
+
+def finish(commands: Sequence[Sequence[str]], at_once: int, job: Job) -> bool:
+    """Run the commands, so many at once; whether all ended before the slice did. Those left are stopped.
+
+    Raises:
+        RuntimeError: one failed; its last line.
+    """
+    waiting, running = list(commands), list[tuple[subprocess.Popen[str], str, Path]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                log = job.work / f"log-{len(waiting)}.txt"
+                how: dict[str, Any] = {"env": offline() | {"OMP_NUM_THREADS": "1"}, "cwd": REPOSITORY, "text": True}
+                how |= {"stderr": subprocess.STDOUT, "start_new_session": True}
+                command = waiting.pop(0)
+                with log.open("w", encoding="utf-8") as output:
+                    running.append((subprocess.Popen(command, stdout=output, **how), Path(command[1]).name, log))
+            if job.seconds_left <= 20:
+                return False
+            time.sleep(0.2)
+            for one, name, log in [*running]:
+                if one.poll() is not None:
+                    running.remove((one, name, log))
+                    if one.returncode:
+                        what = last_line(log.read_text(encoding="utf-8", errors="replace"))
+                        raise RuntimeError(f"{name} ended with {one.returncode}: {what}")
+        return True
+    finally:
+        for one, *_ in running:
+            os.killpg(one.pid, signal.SIGKILL)
+            one.wait()
+
+
 def random_cifar(folder: Path, num_train: int, num_test: int) -> Path:
     """CIFAR-10's binary version with random images: a label byte and 3,072 pixels each."""
     import numpy as np
@@ -1142,8 +1214,10 @@ PARTS: dict[str, Callable[[Job], Part]] = {
     "classifiers": classifiers,
     "cifar10": cifar10,
     "cifar10-diffusion": cifar10_diffusion,
+    "mini-tables": mini_tables,
 }
-SLICED = ("cifar10", "cifar10-diffusion")  # which need CIFAR-10's images and many slices
+WITH_CIFAR10 = ("cifar10", "cifar10-diffusion")
+SLICED = (*WITH_CIFAR10, "mini-tables")  # which need many slices
 
 
 def run_part(name: str, job: Job) -> None:
@@ -1202,7 +1276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only",
         default=",".join(default),
         metavar="A,B",
-        help=f"parts to run, also {' and '.join(SLICED)} [{','.join(default)}]",
+        help=f"parts to run, also {', '.join(SLICED)} [{','.join(default)}]",
     )
     parser.add_argument("--output", default="eval/results/on-gpu.json", help="JSON to write [%(default)s]")
     parser.add_argument("--work", default="runs/on-gpu", help="folder for models and runs, 10 GB [%(default)s]")
@@ -1229,7 +1303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     for name in ("output", "work", "cifar10"):
         setattr(given, name, str(Path(getattr(given, name)).resolve()))
-    if {*SLICED} & {*names} and not given.dry_run and not Path(given.cifar10).is_dir():
+    if {*WITH_CIFAR10} & {*names} and not given.dry_run and not Path(given.cifar10).is_dir():
         parser.error(f"--cifar10 is {given.cifar10}; give the folder of CIFAR-10's images")
     Path(given.work).mkdir(parents=True, exist_ok=True)
     device = "cpu" if given.dry_run else "cuda"

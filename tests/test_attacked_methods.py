@@ -76,3 +76,15 @@ def test_every_variant_has_settings_that_a_run_accepts(script):
     assert len(names) == len(script.VARIANTS)
     for options in script.VARIANTS.values():
         Settings(concept="circle", model="mini", **options)
+
+
+def test_cells_that_share_an_erasure_or_the_bases_images_never_run_at_the_same_time(script):
+    order = [(s, p, v, c) for s in (0, 1) for p in ("kept", "noise") for v in ("salun", "ca") for c in ("circle", "x")]
+    wanted = [(c, v, s, p) for s, p, v, c in order if (c, v, s, p) != ("circle", "salun", 0, "noise")]
+    stages = script.stages(wanted)
+    assert sorted(one for stage in stages for group in stage for one in group) == sorted(wanted)
+    assert [*map(len, stages[0])] == [2, 2]
+    assert {(c, p) for group in stages[0] for c, _, _, p in group} == {(c, p) for c, _, _, p in wanted}
+    for stage in stages:
+        runs = [{one[:3] for one in group} for group in stage]
+        assert sum(map(len, runs)) == len(set.union(*runs))

@@ -301,3 +301,23 @@ def test_the_script_itself_runs_at_toy_size(bare, tmp_path):
     parts, code = bare(str(SCRIPT), "--dry-run", *places)
     assert code == 0 and all(figures["part_seconds"] > 0 for figures in parts.values()) and len(parts) == 9
     assert parts["tests"]["tests"] == parts["tests"]["skipped"] > 10, "without a GPU each is skipped, but collected"
+
+
+def test_commands_of_a_slice_run_side_by_side_and_those_left_are_stopped(on_gpu, tmp_path):
+    def job(seconds: float) -> Any:
+        return on_gpu.Job(tmp_path / "x.json", tmp_path, "cpu", True, on_gpu.time.monotonic() + seconds, tmp_path)
+
+    def command(text: str) -> list[str]:
+        return [sys.executable, "-c", text]
+
+    met = "import pathlib, time\npathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    assert on_gpu.finish([command(met.format(one, other)), command(met.format(other, one))], 2, job(60))
+    pid = tmp_path / "pid"
+    sleeps = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    assert not on_gpu.finish([command(sleeps)], 1, job(22))
+    if pid.exists():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+    with pytest.raises(RuntimeError, match="ended with 1: ValueError: no memory left"):
+        on_gpu.finish([command("raise ValueError('no memory left')")], 1, job(60))

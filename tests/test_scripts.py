@@ -101,7 +101,7 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
         module.main()
 
     start(cells)
-    assert asked == [("circle", "base", 0, None), ("circle", "relabel", 0, None)]
+    assert asked == [("circle", "base", 0, None, "cpu"), ("circle", "relabel", 0, None, "cpu")]
     line = next(line for line in capsys.readouterr().out.splitlines() if "`salun`" in line)
     columns = [column.strip() for column in line.strip("|").split("|")]
     assert columns[2].startswith("25% [") and columns[3:6] == ["0%", "75%", "100%"] and columns[6] == "-"
