@@ -103,3 +103,32 @@ def test_an_interrupted_command_trains_the_epochs_that_are_left(monkeypatch, tmp
     assert (tmp_path / "stopped" / "training.safetensors").is_file()
     assert command("stopped") == whole and epochs == [0, 1, 2, 2, 3, 4]
     assert not (tmp_path / "stopped" / "training.safetensors").exists()
+
+
+def test_an_unlearning_that_is_interrupted_takes_the_finished_original(monkeypatch, tmp_path):
+    """`unlearn-classifier run` trains the original once; one of another seed is trained anew."""
+    monkeypatch.setattr(data, "load", lambda name, cache_dir, **_: toy_dataset())
+    how: dict[str, Any] = {"network": "mlp", "train_epochs": 2, "train_learning_rate": 0.05, "batch_size": 8}
+    trainings: list[int] = []
+    train = run.train
+    monkeypatch.setattr(run, "train", lambda *given, **named: (trainings.append(given[3]), train(*given, **named)))
+
+    def command(name: str, seed: int = 0) -> dict[str, Any]:
+        chosen = Settings(
+            data="toy", method="ft", epochs=1, forget="20%", output=str(tmp_path / name), seed=seed, **how
+        )
+        return run.run(chosen, tmp_path).record
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole = command("whole")
+    for seed in (1, 0):  # the folder then holds the original of seed 1, which seed 0 cannot use
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(run, "unlearn", stop)
+            command("stopped", seed)
+    assert trainings == [0, 1, 0]
+    found = command("stopped")
+    assert trainings == [0, 1, 0] and found["seconds"]["train"] > 0
+    names = ("model_hash", "original_hash", "weights")
+    assert {name: found[name] for name in names} == {name: whole[name] for name in names}

@@ -171,17 +171,26 @@ def trained(
 
     state: file from which an interrupted training continues; trainings of less than a minute write none.
     """
-    assert settings.network is not None
-    sizes = (len(dataset.classes), dataset.channels, dataset.size)
-    shape = Shape(settings.network, *sizes, dataset.mean, dataset.std)
+    shape = _shape(settings, dataset)
     model = networks.build(shape, settings.seed).to(device_of(settings))
-    recipe = recipes(settings, dataset)[0]
     how: dict[str, Any] = {"num_classes": len(dataset.classes), "quiet": quiet}
     if state is not None:
-        content = tensor_files.content_hash({"x": images.x.cpu(), "y": images.y.cpu()})
-        how["checkpoint"] = Checkpoint(state, f"{recipe} {shape} seed {settings.seed} images {content}")
-    train(model, images, recipe, settings.seed, **how)
+        how["checkpoint"] = Checkpoint(state, _training(settings, dataset, images))
+    train(model, images, recipes(settings, dataset)[0], settings.seed, **how)
     return model, shape
+
+
+def _shape(settings: Settings, dataset: Dataset) -> Shape:
+    assert settings.network is not None
+    sizes = (len(dataset.classes), dataset.channels, dataset.size)
+    return Shape(settings.network, *sizes, dataset.mean, dataset.std)
+
+
+def _training(settings: Settings, dataset: Dataset, images: Images) -> str:
+    """What `trained` trains, as text that differs for every other training."""
+    recipe, shape = recipes(settings, dataset)[0], _shape(settings, dataset)
+    content = tensor_files.content_hash({"x": images.x.cpu(), "y": images.y.cpu()})
+    return f"{recipe} {shape} seed {settings.seed} images {content}"
 
 
 def training_images(dataset: Dataset, chosen: Split, without_forget: bool) -> Images:
@@ -275,11 +284,16 @@ def _original(
 ) -> tuple[Classifier, Shape, dict[str, float]]:
     seconds: dict[str, float] = {}
     if settings.model is None:
+        images, path = training_images(dataset, chosen, False), folder / "original" / records.MODEL
+        training = _training(settings, dataset, images)
+        if path.is_file():  # of this command, which was interrupted after it
+            original, shape, header = networks.load(path)
+            if header.get("training") == training:
+                return original.to(device_of(settings)), shape, {"train": header["seconds"]}
         with _timing(seconds, "train"):
-            images = training_images(dataset, chosen, False)
-            original, shape = trained(settings, dataset, images, state=folder / "original" / records.STATE, quiet=quiet)
-        header = {"data": settings.data, "seed": settings.seed}
-        networks.save(folder / "original" / records.MODEL, original, shape, header)
+            original, shape = trained(settings, dataset, images, state=path.with_name(records.STATE), quiet=quiet)
+        header = {"data": settings.data, "seed": settings.seed, "training": training, "seconds": seconds["train"]}
+        networks.save(path, original, shape, header)
         return original, shape, seconds
     if Path(settings.model).suffix in salun_checkpoint.SUFFIXES:
         how: dict[str, Any] = {"allow_pickle": settings.allow_pickle, "tell": tell}
