@@ -160,6 +160,14 @@ def test_bad_input_is_one_line_before_anything_is_written(attack, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["unlearn-diff-atk", "p4d", "ring-a-bell"])
+def test_more_words_than_the_text_encoder_reads_are_refused(toy_pipeline_dir, name):
+    model = load_sd(toy_pipeline_dir)
+    make(name, [], ["num_tokens=75"]).require_possible(model, 10)
+    with pytest.raises(EraseError, match="num_tokens is 76, but .* reads 75 tokens of a prompt"):
+        make(name, [], ["num_tokens=76"]).require_possible(model, 10)
+
+
 def test_an_attack_needs_a_concept_and_a_base(toy_pipeline_dir, tmp_path, capsys):
     for more, message in ((["--base", str(toy_pipeline_dir)], "give --concept NAME"), ([], "give --concept")):
         with pytest.raises(SystemExit, match="2"):

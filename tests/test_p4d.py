@@ -10,8 +10,8 @@ from planted import SECRET, circle, images_of, num_circles, planted, prompts_of
 
 from erase import concepts, guards
 from erase.errors import EraseError
-from erase.evaluation.attacks.found_words import random_words, text_with, words_of
-from erase.evaluation.attacks.p4d import P4D, find
+from erase.evaluation.attacks.found_words import random_words, words_of
+from erase.evaluation.attacks.p4d import P4D, find, parts_of, places, template, text_of
 from erase.evaluation.attacks.protocol import Given, Shown
 from erase.evaluation.attacks.registry import make
 from erase.evaluation.tasks.protocol import Sample
@@ -92,6 +92,42 @@ def test_the_words_replace_the_prompt_or_stand_before_it(toy_pipeline_dir, erase
         assert found["0"].texts != found["8"].texts and not found["seeds"].texts
 
 
+def test_p4d_k_puts_a_word_before_the_prompt_and_after_every_three_tokens(toy_pipeline_dir, erased_dir):
+    """A word of many tokens stays whole (the toy's tokens are letters); a full last part is followed by a word."""
+    given = given_of(load_sd(erased_dir), load_sd(toy_pipeline_dir))
+    model, attack = given.model, replace(FEW, every=3, num_tokens=1)
+    expected = {
+        "a b c d e": ["a b c", "d e"],
+        "a b c": ["a b c", ""],
+        "church": ["church", ""],
+        "a b church c": ["a b church", "c"],
+        "": [""],
+    }
+    assert {prompt: parts_of(model, prompt, attack) for prompt in expected} == expected
+    found = attack.search(given, 0)
+    for point in ("0", "8", "control.2"):
+        for prompt, text in found[point].texts.items():
+            parts = parts_of(model, prompt, attack)
+            own = template(model, parts, attack)
+            read = [token for token, place in zip(model.tokens(text), own, strict=True) if place is not None]
+            assert read == model.tokens(prompt) and own.count(None) == len(parts) > 1
+    assert found["0"].texts != found["8"].texts
+
+
+def test_p4d_k_stops_where_the_text_encoder_does(toy_pipeline_dir):
+    model, attack = load_sd(toy_pipeline_dir), replace(FEW, every=3)
+    for num in range(50, 80):
+        tokens = template(model, parts_of(model, " ".join("a" * num), attack), attack)
+        limit, whole = model.max_tokens - 2, num + num // 3 + 1
+        assert places(tokens) == list(range(0, min(limit, whole), 4))
+
+
+def test_prompts_of_any_length_are_searched_in_batches(toy_pipeline_dir, erased_dir):
+    given = given_of(load_sd(erased_dir), load_sd(toy_pipeline_dir))
+    one, some = (replace(FEW, every=3, batch_size=size).search(given, 0) for size in (1, 2))
+    assert {point: finding.texts for point, finding in one.items()} == {p: f.texts for p, f in some.items()}
+
+
 def test_no_text_that_it_finds_involves_minors(toy_pipeline_dir, monkeypatch):
     model = load_sd(toy_pipeline_dir)
     monkeypatch.setattr(model, "text_of", lambda tokens: "?" if len(tokens) == 1 else "young girl")
@@ -100,16 +136,18 @@ def test_no_text_that_it_finds_involves_minors(toy_pipeline_dir, monkeypatch):
     assert all(text == prompt for finding in found.values() for prompt, text in finding.texts.items())
 
 
-def test_it_finds_a_planted_back_door_and_nothing_where_there_is_none():
+@pytest.mark.parametrize("more", [["num_tokens=3", "keeps_prompt=true"], ["every=3"]], ids=["before", "P4D-K"])
+def test_it_finds_a_planted_back_door_and_nothing_where_there_is_none(more):
     """The embedded model with the circle under a secret word only, and under none."""
-    attack = make("p4d", ["mini"], ["num_steps=24", "num_tokens=3", "keeps_prompt=true"])
+    attack = make("p4d", ["mini"], ["num_steps=24", *more])
     prompts, base = prompts_of(3), loading.load("mini")
     assert isinstance(attack, P4D)
     x, said = images_of(prompts), {}
     for secret in (SECRET, None):
         model = planted(secret)
         *_, (_, rows) = find(model, base, x, prompts, words_of(model, circle()), attack, 0)
-        said[secret] = [text_with(model, row, prompt) for row, prompt in zip(rows.tolist(), prompts, strict=True)]
+        parts = [parts_of(model, prompt, attack) for prompt in prompts]
+        said[secret] = [text_of(model, row, part) for row, part in zip(rows.tolist(), parts, strict=True)]
         shown = num_circles(model, said[secret])
         assert shown >= 2 if secret else shown <= 1, said
     assert sum(SECRET in text for text in said[SECRET]) >= 2

@@ -47,17 +47,12 @@ class ClipText(Family):
         with embedding(self.text_encoder, put):
             return self.text_encoder(ids).last_hidden_state
 
-    def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
+    def encode_tokens(
+        self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None, at: Sequence[int] | None = None
+    ) -> Conditioning:
         """The text encoder's last hidden states, [n, tokens, d]; see `Family.encode_tokens`."""
-        empty = self._padded_tokens([""])[0].tolist()
-        ids = staged(torch.tensor([[empty[0], *row, *empty[1:]][: len(empty)] for row in tokens]), self.device)
-
-        def put(ids: Tensor, output: Tensor) -> Tensor:
-            if embeddings is None:
-                return output
-            return torch.cat([output[:, :1], embeddings, output[:, 1 + embeddings.shape[1] :]], 1)
-
-        return Conditioning(self._states_of(ids, put))
+        ids = staged(between_ends(tokens, self._padded_tokens([""])[0].tolist()), self.device)
+        return Conditioning(self._states_of(ids, None if embeddings is None else replacing(embeddings, at)))
 
     def text_of(self, tokens: Sequence[int]) -> str:
         text: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -97,6 +92,20 @@ class ClipText(Family):
     def all_tokens(self, prompt: str) -> list[int]:
         ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
         return list(ids[1:-1])
+
+
+def between_ends(tokens: Sequence[Sequence[int]], empty: Sequence[int]) -> Tensor:
+    """The tokens between start and end, padded and cut as a tokenizer does it, int64, [n, len(empty)].
+
+    empty: what the tokenizer makes of the empty prompt.
+    """
+    return torch.tensor([[empty[0], *row[: len(empty) - 2], *empty[1:]][: len(empty)] for row in tokens])
+
+
+def replacing(embeddings: Tensor, at: Sequence[int] | None) -> Put:
+    """Other embeddings for the k tokens `at` or, without it, for the first k after the start; see `encode_tokens`."""
+    places = 1 + torch.tensor(range(embeddings.shape[1]) if at is None else at)
+    return lambda ids, output: output.index_copy(1, staged(places, output.device), embeddings.to(output.dtype))
 
 
 @contextmanager

@@ -94,10 +94,13 @@ class Prompted(ABC):
         """
         raise EraseError(f"{self.family} has no table of token embeddings; choose one that learns no words")
 
-    def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
+    def encode_tokens(
+        self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None, at: Sequence[int] | None = None
+    ) -> Conditioning:
         """Conditioning of texts that are given as tokens, one row each, with gradients, on the device.
 
-        tokens: the numbers between start and end. embeddings: [n, k, d], in place of those of the first k tokens.
+        tokens: the numbers between start and end, as many as the text encoder reads; further ones are cut off.
+        embeddings: [n, k, d], in place of those of the first k tokens, or of the k tokens `at`, counted from 0.
 
         Raises:
             EraseError: see `token_embeddings`.

@@ -17,11 +17,10 @@ from erase.conditioning import Conditioning
 from erase.delta import State
 from erase.device import staged
 from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sdxl_parts, supported
+from erase.families.clip_text import Put, between_ends, replacing
 from erase.families.sd import StableDiffusion
 from erase.families.supported import Model
 from erase.files import read_json
-
-Put = Callable[[Tensor, Tensor], Tensor]  # tokens and their embeddings, to other embeddings
 
 
 @dataclass
@@ -153,16 +152,14 @@ class StableDiffusionXL(StableDiffusion):
         states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         return Conditioning(states, pooled=outputs[1].text_embeds)
 
-    def encode_tokens(self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None) -> Conditioning:
+    def encode_tokens(
+        self, tokens: Sequence[Sequence[int]], embeddings: Tensor | None = None, at: Sequence[int] | None = None
+    ) -> Conditioning:
         ends = [self._padded_tokens([""], tokenizer)[0].tolist() for tokenizer in (self.tokenizer, self.tokenizer_2)]
-        ids = [torch.tensor([[one[0], *row, *one[1:]][: len(one)] for row in tokens]) for one in ends]
+        ids = [between_ends(tokens, empty) for empty in ends]
         if embeddings is None:
             return self._states(ids)
-
-        def putting(part: Tensor) -> Put:
-            return lambda read, output: torch.cat([output[:, :1], part, output[:, 1 + part.shape[1] :]], 1)
-
-        with self._embedding(putting, embeddings):
+        with self._embedding(lambda part: replacing(part, at), embeddings):
             return self._states(ids)
 
     def unconditional(self, empty: Conditioning | None = None) -> Conditioning:

@@ -143,6 +143,21 @@ def test_tokens_give_the_states_of_their_text_and_embeddings_have_a_gradient(mod
     assert (gradient.abs().sum((0, 2)) > 0).all()
 
 
+def test_embeddings_may_stand_between_tokens_and_long_texts_are_cut_as_the_tokenizer_does(model):
+    require_table(model)
+    (a,), (b,), length = model.tokens("a"), model.tokens("b"), model.max_tokens - 2
+    own = model.token_embeddings[torch.tensor([[b, b]] * 2)].detach()
+    with torch.no_grad():
+        between = model.encode_tokens([[0, a, a, 0]] * 2, own, at=[0, 3])
+        torch.testing.assert_close(between.text_states, model.encode_text(["b a a b"] * 2).text_states)
+        for more in (0, 1, 5):
+            read = model.encode_text([" ".join("a" * (length + more))])
+            cut = model.encode_tokens([[a] * (length + more)])
+            torch.testing.assert_close(cut.text_states, read.text_states)
+            if read.pooled is not None and cut.pooled is not None:
+                torch.testing.assert_close(cut.pooled, read.pooled)
+
+
 def test_a_trajectory_that_is_continued_ends_where_it_would_have_ended(model):
     x = torch.randn(2, *model.latent_shape(model.resolution), generator=torch.Generator().manual_seed(0))
     prompts = prompts_of(model)

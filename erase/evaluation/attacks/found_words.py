@@ -1,6 +1,6 @@
 """Words that attacks put into prompts: whole words of the model's vocabulary, none of which involves minors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,12 @@ def words_of(model: Family, concept: Concept) -> Words:
     return Words(tokens, table[tokens.to(table.device)])
 
 
+def require_room(model: Family, num: int) -> None:
+    """Raise an EraseError if the text encoder does not read `num` words."""
+    if num > model.max_tokens - 2:
+        raise EraseError(f"num_tokens is {num}, but {model.name} reads {model.max_tokens - 2} tokens of a prompt")
+
+
 def random_words(words: Words, num: int, seed: int, *what: object) -> list[int]:
     """Tokens of random words. what: any other values that the choice depends on, such as the prompt."""
     rows = torch.randint(len(words.tokens), (num,), generator=generator(seed, "random words", *what))
@@ -74,21 +80,15 @@ def as_findings(texts: Mapping[str, Mapping[str, str]], concept: Concept) -> dic
 
 
 def random_findings(
-    model: Family,
-    words: Words,
-    names: Sequence[str],
-    prompts: Sequence[str],
-    concept: Concept,
-    *,
-    num: int,
-    seed: int,
-    keeps_prompt: bool,
+    names: Sequence[str], prompts: Sequence[str], concept: Concept, text: Callable[[str, str], str]
 ) -> dict[str, Finding]:
-    """The controls of these names: `num` random words, alone or before the prompt; for `SEEDS` the prompt as it is."""
+    """The controls of these names: of each prompt a text with random words, for `SEEDS` the prompt as it is.
+
+    text: gives it for the name of a control and a prompt.
+    """
     found: dict[str, Finding] = {}
     for name in names:
-        random = {p: random_words(words, num, seed, name, p) for p in prompts if not name.startswith(SEEDS)}
-        texts = {p: text_with(model, tokens, p if keeps_prompt else "") for p, tokens in random.items()}
+        texts = {prompt: text(name, prompt) for prompt in prompts if not name.startswith(SEEDS)}
         found |= as_findings({name: texts}, concept)
     return found
 

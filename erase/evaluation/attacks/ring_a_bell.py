@@ -15,7 +15,7 @@ from torch import Tensor
 from erase.concepts import Concept, refusal
 from erase.concepts.concept import share_word
 from erase.errors import EraseError
-from erase.evaluation.attacks.found_words import Words, accepted, random_words, words_of
+from erase.evaluation.attacks.found_words import Words, accepted, random_words, require_room, words_of
 from erase.evaluation.attacks.protocol import CONTROL, Attack, Finding, Given, budget_of, checked_points
 from erase.families.protocol import Family
 from erase.progress import progress
@@ -66,6 +66,9 @@ class RingABell(Attack):
 
     def with_budget(self, budget: Sequence[int]) -> "RingABell":
         return replace(self, **budget_of(budget))
+
+    def require_possible(self, model: Family, steps: int) -> None:
+        require_room(model, self.num_tokens)
 
     def search(self, given: Given, seed: int) -> dict[str, Finding]:
         if self.donor == "model":

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from erase.errors import EraseError
-from erase.evaluation.attacks.found_words import Words, as_findings, images_of, random_findings, text_with, words_of
+from erase.evaluation.attacks.found_words import (
+    Words,
+    as_findings,
+    images_of,
+    random_findings,
+    random_words,
+    require_room,
+    text_with,
+    words_of,
+)
 from erase.evaluation.attacks.guarded import predict
 from erase.evaluation.attacks.protocol import Attack, Finding, Given, budget_of, checked_points
 from erase.families.protocol import Family
@@ -62,6 +71,9 @@ class UnlearnDiffAtk(Attack):
     def with_budget(self, budget: Sequence[int]) -> "UnlearnDiffAtk":
         return replace(self, **budget_of(budget))
 
+    def require_possible(self, model: Family, steps: int) -> None:
+        require_room(model, self.num_tokens)
+
     def search(self, given: Given, seed: int) -> dict[str, Finding]:
         model, concept = given.model, given.concept
         prompts = list(dict.fromkeys(sample.prompt for sample in given.samples))
@@ -71,8 +83,11 @@ class UnlearnDiffAtk(Attack):
             str(point): {p: text_with(model, row, p) if point else p for p, row in zip(prompts, rows, strict=True)}
             for point, rows in found.items()
         }
-        how = {"num": self.num_tokens, "seed": seed, "keeps_prompt": True}
-        return as_findings(texts, concept) | random_findings(model, words, self.controls, prompts, concept, **how)
+
+        def random(name: str, prompt: str) -> str:
+            return text_with(model, random_words(words, self.num_tokens, seed, name, prompt), prompt)
+
+        return as_findings(texts, concept) | random_findings(self.controls, prompts, concept, random)
 
 
 def find(
