@@ -1,12 +1,11 @@
 """`erase-concept`: parses arguments, calls one function, prints a few lines; the only place that prints or exits."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from erase import concepts
-from erase.commandline import Command, Parser, add_config_file, add_options, one_line, serve, silence_libraries
+from erase.commandline import Command, Parser, add_config_file, add_options, one_line, say, serve, silence_libraries
 from erase.errors import EraseError, no_file, printable
 from erase.options import config_file, model_classes
 from erase.options.declare import flag
@@ -84,13 +83,15 @@ def _erase(arguments: list[str]) -> None:
             concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
     silence_libraries(quiet)
     from erase.runs.job import run
+    from erase.runs.machine import leave_group
 
     try:
         result = run(settings, quiet=quiet, tell=_tell if rank_and_world()[0] == 0 else lambda line: None)
     except KeyboardInterrupt:
         again = "the same command without --overwrite" if settings.overwrite else "the same command"
-        print(f"erase-concept: interrupted; {again} continues", file=sys.stderr)
+        say(f"erase-concept: interrupted; {again} continues")
         raise SystemExit(130) from None
+    leave_group()
     if not result.is_main_process:
         return
     from erase.runs import folders

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO
 from erase import progress
 from erase.errors import EraseError, printable
 from erase.options.declare import MIXED_PRECISION, flag, forms_of
-from erase.processes import require_shareable
+from erase.processes import is_first_to_say, require_shareable
 from erase.words import did_you_mean
 
 
@@ -43,7 +43,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+        line = f"{self.prog}: {one_line(message)}"
+        self.exit(2, f"{line}\n" if is_first_to_say(line) else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = [_dashes(arg) for arg in (sys.argv[1:] if args is None else args)]
@@ -134,11 +135,11 @@ def _errors_in_one_line(prog: str, interrupted: str) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename is not None else ""
         reason = f"{where}{error.strerror}"
     except KeyboardInterrupt:
-        print(f"{prog}: {interrupted}", file=sys.stderr)
+        say(f"{prog}: {interrupted}")
         raise SystemExit(130) from None
     else:
         return
-    print(f"{prog}: {one_line(reason)}", file=sys.stderr)
+    say(f"{prog}: {one_line(reason)}")
     raise SystemExit(2)
 
 
@@ -189,6 +190,12 @@ def _shown_default(item: Field[Any]) -> str:
     if isinstance(default, tuple):
         default = ", ".join(default)
     return item.metadata.get("shown") or ("" if default is None or isinstance(default, bool) else str(default))
+
+
+def say(line: str) -> None:
+    """Print the line on stderr, in one of several processes that all have it to say."""
+    if is_first_to_say(line):
+        print(line, file=sys.stderr)
 
 
 def one_line(message: str) -> str:

@@ -3,9 +3,11 @@
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from erase.errors import EraseError
 
+ASKED = timedelta(seconds=10)  # for an answer of the launcher's store
 _FSDP = "ACCELERATE_USE_FSDP"
 # what accelerate launch says in the environment -> what its config calls it
 _OTHER_WAYS = {
@@ -32,6 +34,19 @@ def local_rank(num_gpus: int) -> int:
         return int(given)
     is_task = "WORLD_SIZE" not in os.environ and rank_and_world()[1] > 1
     return int(os.environ.get("SLURM_LOCALID", "0")) if is_task and num_gpus > 1 else 0
+
+
+def is_first_to_say(line: str) -> bool:
+    """Whether no other process of the launcher has said this line; True where they cannot ask one another."""
+    if rank_and_world()[1] == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(address, port, is_master=False, timeout=ASKED).add(f"erase/said/{line}", 1) == 1
+    except RuntimeError:  # the launcher has ended
+        return True
 
 
 def require_shareable(prog: str, command: str, shared: Collection[str]) -> None:

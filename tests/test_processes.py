@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from erase import cli, device, erase_concept, processes
 from erase.classification import cli as classification
@@ -16,6 +19,7 @@ from erase.evaluation import arm
 from erase.evaluation import cli as evaluation
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_LOCALID")
+NAMES += ("TORCHELASTIC_USE_AGENT_STORE",)
 SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 
@@ -160,6 +164,123 @@ def test_two_processes_generate_the_bytes_of_one_in_batches_and_only_the_first_s
     images[9].write_bytes(b"half")
     generated("two", *launcher)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+BAD = {
+    "option": "--concept church --stepz 3",
+    "setting": "--concept church --model nowhere --density 2",
+    "model": "--concept church --model nowhere --output run",
+}
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+    """Starts the same command in two processes with a store, as torchrun does, which would end one with the other."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    how = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    how |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+
+    def launch(words: str, **options: Any) -> list[subprocess.Popen[str]]:
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "erase.cli", *words.split()],
+                env={**how, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+                **options,
+            )
+            for rank in range(2)
+        ]
+
+    yield launch
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_an_error_of_all_processes_is_one_line_and_exit_code_2_in_each(launch, tmp_path):
+    for arguments in BAD.values():
+        started = launch(arguments + " --device cpu --quiet", cwd=tmp_path)
+        told = [process.communicate()[1] for process in started]
+        assert [process.returncode for process in started] == [2, 2], told
+        assert "".join(told).count("\n") == 1 and "erase-concept: " in "".join(told), told
+
+
+def test_a_process_group_of_another_size_than_the_launchers_is_refused(launched, toy_pipeline_dir, tmp_path):
+    """Each process would believe itself alone and write to the same folder."""
+    launched({})
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(EraseError, match="process group has 2 processes, but its environment is that of 1"):
+            erase_concept("church", str(toy_pipeline_dir), output=str(tmp_path / "run"), device="cpu")
+    finally:
+        dist.destroy_process_group()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variables", [{}, TORCHRUN, {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}])
+def test_an_error_is_told_where_nobody_can_say_whether_another_process_told_it(launched, monkeypatch, variables):
+    launched(variables)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")  # nobody listens there
+    monkeypatch.setattr(processes, "ASKED", timedelta(seconds=0.1))
+    assert processes.is_first_to_say("erase-concept: a line")
+
+
+SCRIPT = """\
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from erase import Concept, EraseError, erase_concept
+from erase.evaluation import arm, generate, sources
+from erase.evaluation.options import Options
+from erase.processes import rank_and_world
+
+own, base, work = sys.argv[1:]
+how = dict(resolution=8, batch_size=4, num_train_steps=1, num_forget=4, num_retain=4, num_samples=0)
+how |= dict(device="cpu", num_inference_steps=2, quiet=True)
+
+
+def erased(name, model):
+    concept = Concept(name, "object", (f"a {name}",), ("a dog",), retain=("a tree", "a house"), others=("a horse",))
+    run = erase_concept(concept, model, output=f"{work}/{name}", **how)
+    assert run.record.weights.changed  # whole, in every process
+    return str(run.folder)
+
+
+if own == "own":
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+model = erased("cow", erased("cat", base))
+assert dist.is_initialized() and (own != "own" or dist.group.WORLD is group)
+rank, world = rank_and_world()
+(Path(work) / "own.txt").write_text("a cat\\na dog\\na house")
+task = sources.make_task("prompts", Options(prompts=f"{work}/own.txt"), None, base)
+how_drawn = dict(steps=2, batch_size=1, rank=rank, world=world, quiet=True)
+generate.generate(generate.load_model(model, device="cpu"), task, Path(work) / "images", **how_drawn)
+dist.barrier()
+assert len(arm.complete_records(Path(work) / "images")) == len(task.samples)
+dist.destroy_process_group()
+try:
+    erased("hen", base)
+except EraseError as error:
+    assert "has ended its process group" in str(error)
+else:
+    raise AssertionError("a second group was begun")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("group", ["own", "none"])
+def test_one_script_erases_twice_and_evaluates_in_two_processes(toy_pipeline_dir, tmp_path, group):
+    """The second erasure begins with the folder of the first. The process group stays until the script ends it."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += [str(tmp_path / "script.py"), group, str(toy_pipeline_dir), str(tmp_path)]
+    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

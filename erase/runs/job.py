@@ -33,7 +33,7 @@ class Run:
     folder: the run folder, a diffusers pipeline.
     is_new: False where the folder held the finished run already.
     added: forms that were written beside such a run.
-    is_main_process: False in the other processes of a distributed run, which may end before the folder is whole.
+    is_main_process: False in the other processes of a distributed run.
     """
 
     folder: Path
@@ -43,11 +43,7 @@ class Run:
 
     @cached_property
     def record(self) -> RunRecord:
-        """What run.json holds.
-
-        Raises:
-            EraseError: the run is not finished yet, which can happen outside the main process.
-        """
+        """What run.json holds."""
         return folders.read_finished(self.folder)
 
 
@@ -108,7 +104,9 @@ def run(
     given = [concept] if isinstance(concept, Concept) else list(concept or [None] * len(settings.concept))
     decided = decide(settings, given, quiet=quiet, tell=tell)
     with watch.watched():
-        return _run(decided, started)
+        result = _run(decided, started)
+        decided.accelerator.wait_for_everyone()  # the folder is whole when any process goes on
+        return result
 
 
 def _run(decided: Decisions, started: float) -> Run:
@@ -150,7 +148,8 @@ def _carry_out(decided: Decisions, started: float) -> Run:
         mask = choose_mask(decided, data.shown, data.shards)
     with timed("train"):
         trained = phases.train(decided, data, mask)
-    accelerator.end_training()
+    for tracker in cast(Any, accelerator).trackers:
+        tracker.finish()  # `end_training` would end the process group too, which a second run of the script needs
     if not accelerator.is_main_process:
         return Run(decided.folder, is_main_process=False)
     gc.collect()

@@ -9,9 +9,10 @@ from pathlib import Path
 import accelerate
 import diffusers
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     AutocastKwargs,
     InitProcessGroupKwargs,
@@ -36,15 +37,26 @@ def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) 
 
     Raises:
         EraseError: processes that do not know one another, a way to shard the model that is none here, a tracker that
-            is not installed, or fewer processes than the launcher was asked for.
+            is not installed, a process group that was ended, or another number of processes than the launcher was
+            asked for.
     """
     require_group()
     require_fsdp2()
     _, wanted = rank_and_world()
+    if dist.is_initialized() and dist.get_world_size() != wanted:
+        raise EraseError(
+            f"this script's process group has {dist.get_world_size()} processes, but its environment is that of "
+            f"{wanted}; start the script with torchrun or accelerate launch"
+        )
+    if wanted > 1 and PartialState._shared_state and not dist.is_initialized():
+        raise EraseError(
+            "this script has ended its process group, and a second one would wait without end; call "
+            "destroy_process_group (or accelerate's end_training) after the last run"
+        )
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if settings.report_to and not available[settings.report_to]():
         raise missing(settings.report_to)
-    # a process may make several runs, each with its own device and precision
+    # a process may make several runs, each with its own device and precision, but one process group
     AcceleratorState._reset_state(reset_partial_state=wanted == 1)
     with fsdp_hidden():
         accelerator = Accelerator(
@@ -62,6 +74,12 @@ def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) 
             "on CPUs start with: torchrun --nproc_per_node N -m erase.cli ... --device cpu"
         )
     return accelerator
+
+
+def leave_group() -> None:
+    """End the process group, if there is one; NCCL warns about a process that exits without this."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def versions() -> dict[str, str]:
