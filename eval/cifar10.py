@@ -35,7 +35,7 @@ from erase.files import default_cache_dir
 RESULTS = Path(__file__).resolve().parent / "results"
 TRAINED = (ORIGINAL, RETRAIN, AGAIN)
 TUNING_SEED = 0  # no table uses it
-FACTORS = (0.1, 0.3, 1.0, 3.0)
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 STEP_SIZE = {"iu": "alpha", "fisher": "alpha"} | dict.fromkeys(
     ("salun-do", "scrub-do", "sfron-do"), "forget_learning_rate"
 )  # methods whose step size is not the learning rate
