@@ -17,17 +17,17 @@ class Completion(Attack):
     """Which share of the steps the base takes.
 
     percents: of the sampler's steps, rising; at 0 the model generates alone. Fractions of a step are rounded up.
+    empty_prompt: the model continues with the empty prompt, so that nothing depends on what it makes of words.
     """
 
     about = "the initial latents: those after the base's first steps with the concept's prompt"
     needs = "the base's images of the concept, not finished"
     unit = "% of the steps by the base"
-    control = (
-        "the base takes as many steps, with prompts of other things; the model continues with the concept's prompt"
-    )
+    control = "the base takes as many steps, with prompts of other things; the model continues as before"
     limits = ("After many steps of the base any model shows the concept; compare with a retrained model.",)
 
     percents: tuple[int, ...] = (0, 5, 10, 20)
+    empty_prompt: bool = False
 
     def __post_init__(self) -> None:
         if not self.percents or sorted(set(self.percents)) != list(self.percents) or self.percents[-1] > 90:
@@ -59,4 +59,5 @@ class Completion(Attack):
         x = torch.stack([torch.randn(base.latent_shape(given.size), generator=one) for one in noise])
         index, c, empty = torch.full((len(batch),), start), base.encode_text(asked), base.unconditional()
         x, _ = base.trajectory(x, index, c, empty, steps=given.steps, guidance=guidance)
-        return model.draw_from(x.cpu(), prompts, start=start, steps=given.steps, guidance=guidance)
+        said = [""] * len(batch) if self.empty_prompt else prompts
+        return model.draw_from(x.cpu(), said, start=start, steps=given.steps, guidance=guidance)
