@@ -79,7 +79,8 @@ def _erase(arguments: list[str]) -> None:
     chosen["concept"] = tuple(dict.fromkeys(chosen.get("concept", ())))  # each once
     settings = Settings(**chosen)
     for name in settings.concept:  # misspelt or refused: an error before the seconds in which torch is imported
-        if settings.kind or not model_classes.class_concept(name, str(settings.base or settings.model)):
+        model = str(settings.base or settings.model)
+        if settings.kind or not model_classes.class_concept(name, model, settings.config):
             concepts.find(name, settings.kind, forget=settings.forget, anchor=settings.anchor, retain=settings.retain)
     silence_libraries(quiet)
     from erase.runs.job import run

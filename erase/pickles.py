@@ -54,10 +54,21 @@ def load(path: str | Path) -> tuple[Any, list[str]]:
 
 
 def tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The state dict in a file of `torch.save`, and the names of stubs; see `load`.
+    """The state dict in a file of `torch.save`, and the names of stubs; see `load`. Of several, the last of `states`.
 
-    The file holds the state dict itself or, under "state_dict", "model" or "unet", among other things; whatever is no
-    tensor is left out.
+    Raises:
+        EraseError: the file cannot be read, or holds no state dict.
+    """
+    found, stubs = states(path)
+    return found[-1], stubs
+
+
+def states(path: str | Path) -> tuple[list[dict[str, torch.Tensor]], list[str]]:
+    """The state dicts in a file of `torch.save`, and the names of stubs; see `load`.
+
+    The file holds a state dict itself or, under "state_dict", "model" or "unet", among other things; or it holds a list
+    of states, as DDIM's code writes them: weights, optimizer, step and, last, the moving average of the weights.
+    Whatever is no tensor is left out.
 
     Raises:
         EraseError: the file cannot be read, or holds no state dict.
@@ -66,10 +77,21 @@ def tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     for key in ("state_dict", "model", "unet"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    found = {k: v for k, v in content.items() if torch.is_tensor(v)} if isinstance(content, dict) else {}
-    if not found or not all(isinstance(name, str) for name in found):
+    parts = [part for part in (content if isinstance(content, list) else [content]) if isinstance(part, dict)]
+    found = [{k: v for k, v in part.items() if torch.is_tensor(v)} for part in parts]
+    found = [part for part in found if part]
+    if not found or not all(isinstance(name, str) for part in found for name in part):
         raise EraseError(f"{path} holds no weights by name (a state dict); give the file of torch.save that does")
     return found, stubs
+
+
+def require_allowed(path: str | Path, allow_pickle: bool) -> None:
+    """Raise an EraseError for a file of `torch.save` that the user has not allowed."""
+    if not allow_pickle:
+        raise EraseError(
+            f"{path} is a pickle, which can run code when loaded; "
+            "use a .safetensors file, or pass --allow-pickle if you trust its source"
+        )
 
 
 def stubbed(path: str | Path, stubs: list[str]) -> str:

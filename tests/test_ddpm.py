@@ -13,6 +13,7 @@ from toy_ddpm import CLASSES, write
 
 from erase import cli, concepts, delta, erase_concept, masks
 from erase.errors import EraseError
+from erase.evaluation import cli as evaluation
 from erase.families import loading
 from erase.families.protocol import Family
 from erase.options import model_classes
@@ -197,6 +198,18 @@ def test_other_pixel_models_are_refused_by_name(file, values, message, toy_ddpm_
     with pytest.raises(EraseError, match=message) as error:
         loading.load(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", [cli.main, evaluation.main])
+def test_a_folder_without_class_names_is_told_what_it_lacks(command, toy_ddpm_dir, tmp_path, capsys):
+    """It is not asked for --kind, which is for the free text of other models."""
+    folder = altered(Path(shutil.copytree(toy_ddpm_dir, tmp_path / "model")), "model_index.json", id2label=None)
+    first = [] if command is cli.main else ["generate", "--task", "images", "--output", str(tmp_path / "images")]
+    with pytest.raises(SystemExit) as end:
+        command([*first, "--concept", "cat", "--model", str(folder)])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and "model_index.json has no class names; add them by their labels" in told
+    assert "--kind" not in told and len(told.splitlines()) == 1
 
 
 def test_a_learned_variance_is_refused(tmp_path):

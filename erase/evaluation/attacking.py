@@ -94,7 +94,7 @@ def run(request: Request, tell: Callable[[str], None], note: Callable[[str], Non
     Raises:
         EraseError: something of the request is wrong; before the first image is generated, whatever it is.
     """
-    concept = concept_of(request.concept, request.kind, request.model)
+    concept = concept_of(request.concept, request.kind, request.model, request.drawing.config)
     if concept is None:
         raise EraseError(f"an attack needs a concept, and {request.model} names none; give --concept NAME")
     for name in request.attacks:

@@ -174,7 +174,7 @@ def write_report(
 
 def _job(request: Request, model: str, name: str) -> Job:
     drawing = request.drawing
-    concept = concept_of(request.concept, request.kind, model)
+    concept = concept_of(request.concept, request.kind, model, drawing.config)
     task, guard = make_task(name, request.options, concept, model), make_guard(drawing, concept)
     if task.judges and request.judges:
         raise EraseError(f"--judge goes with the tasks prompts and images; {name} has {', '.join(task.judges)}")

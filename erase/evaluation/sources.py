@@ -59,8 +59,8 @@ def erased_concepts(model: str) -> list[Concept]:
     return list(found.concepts) if found else []
 
 
-def concept_of(name: str | None, kind: Any, model: str) -> Concept | None:
-    """The concept of this name, else the one that the run folder says was erased."""
+def concept_of(name: str | None, kind: Any, model: str, config: str | None = None) -> Concept | None:
+    """The concept of this name, else the one that the run folder says was erased. config: `Drawing.config`."""
     made, erased = run_record(model), erased_concepts(model)
     if name:
         known = [part for part in erased if part.name.lower() == name.lower().replace("_", " ")]
@@ -69,7 +69,7 @@ def concept_of(name: str | None, kind: Any, model: str) -> Concept | None:
         is_mini = vocabulary.is_embedded(model) or bool(made and "mini" in {made.model.name, made.model.origin})
         if is_mini:
             vocabulary.require_name(name)
-        of_class = None if kind else model_classes.class_concept(name, model)
+        of_class = None if kind else model_classes.class_concept(name, model, config)
         return of_class or concepts.find(name, kind, model_family="mini" if is_mini else None)
     if len(erased) > 1:
         raise EraseError(f"{model} erased {', '.join(part.name for part in erased)}; choose one with --concept")

@@ -8,6 +8,7 @@ import torch
 from erase.delta import Layout, State, layout_of, require_layout
 from erase.errors import EraseError
 from erase.families import architecture
+from erase.families.ddpm import UNETS
 from erase.families.pipeline_folder import (
     WEIGHTS,
     cast,
@@ -89,9 +90,10 @@ def _layout(base: Path, part: str) -> Layout:
 
     name, config = architecture.components(base)[part], read_json(base / part / "config.json")
     with torch.device("meta"):
-        if hasattr(diffusers, name):
-            return layout_of(getattr(diffusers, name).from_config(dict(config)).state_dict())
-        cls: Any = getattr(transformers, name)
+        cls: Any = UNETS.get(name) or getattr(diffusers, name, None)
+        if cls is not None:
+            return layout_of(cls.from_config(dict(config)).state_dict())
+        cls = getattr(transformers, name)
         return layout_of(cls(cls.config_class.from_dict(dict(config))).state_dict())
 
 

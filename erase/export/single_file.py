@@ -1,4 +1,4 @@
-"""A run's result as a single checkpoint file, in the layout that ComfyUI and A1111 load."""
+"""A run's result as a single checkpoint file, in the layout of the original code, which ComfyUI and A1111 load."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +19,13 @@ def save_single_file(
     *,
     weights: State | None = None,
     part: str | None = None,
-    dtype: Literal["fp16", "fp32"] = "fp16",
+    dtype: Literal["fp16", "fp32"] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all networks of a pipeline folder as one checkpoint in the original layout of its family.
 
     weights: those of the trained network, which is `part`, by default the family's (the UNet); None: the folder's.
+    dtype: of the written weights; None is the family's `checkpoint_dtype`.
     provenance: JSON-serialisable; goes into the header.
 
     Raises:
@@ -36,6 +37,6 @@ def save_single_file(
     problem = family.no_checkpoint(folder)
     if problem:
         raise EraseError(f"{folder}: {problem}; use the folder")
-    number = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+    number = {"fp16": torch.float16, "fp32": torch.float32}[dtype or family.checkpoint_dtype]
     tensors = {name: cast(tensor, number) for name, tensor in family.checkpoint(folder, weights).items()}
     write_tensors(path, tensors, provenance)

@@ -15,20 +15,22 @@ from torch.nn import Parameter
 
 from erase.concepts import label_of, refusal
 from erase.conditioning import Conditioning
+from erase.delta import State
 from erase.errors import EraseError
-from erase.families import architecture, components, pipeline_folder, sd_parts, unet_file
+from erase.families import architecture, components, ddim_checkpoint, pipeline_folder, sd_parts, unet_file
 from erase.families.discrete import DiscreteDiffusion
 from erase.families.modes import evaluating, predicting
+from erase.families.side_by_side_unet import SideBySideUNet2DModel
 from erase.families.start import Start
 from erase.families.stored_unet import reading
 from erase.families.supported import Model
 from erase.files import text_hash
 from erase.guards import Guard
-from erase.options.model_classes import read_classes
+from erase.options.model_classes import PIPELINES, no_classes, read_classes
 from erase.options.model_defaults import read_defaults
 from erase.words import did_you_mean
 
-UNETS: Mapping[str, Any] = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+UNETS: Mapping[str, Any] = {cls.__name__: cls for cls in (UNet2DModel, UNet2DConditionModel, SideBySideUNet2DModel)}
 _LABELS = "class_embedding."
 _TIME = ("time_embedding.", "conv_out.", "conv_norm_out.")
 _CAPTION = re.compile(r"(?i)an? (?:image|photo|picture|drawing) of (?:an?|the) ")  # of image folders
@@ -51,7 +53,7 @@ class PixelDiffusion(DiscreteDiffusion):
     """
 
     family = "ddpm"
-    pipelines = ("DDIMPipeline", "DDPMPipeline")
+    pipelines = PIPELINES
     parts = ("unet", "classes")
     data_parts = ("classes",)
     scopes: ClassVar[Mapping[str, Callable[[str], bool]]] = {
@@ -64,11 +66,13 @@ class PixelDiffusion(DiscreteDiffusion):
     }
     guidance_scale = 3.0
     takes_guards = False
+    checkpoint_dtype = "fp32"
     pipeline_tag = "unconditional-image-generation"
     tags = ("ddpm", "class-conditional")
     models = (
         Model("Class-conditional pixel models, epsilon prediction", read=False, written=False),
         Model("Class-conditional pixel models, v prediction", read=False, written=False),
+        Model("Selective Amnesia's and SFRon's checkpoints (DDIM's UNet)", options="--config ddpm-cifar10"),
         Model("the embedded pixel model, `mini-pixel`", read=False, written=False),
     )
 
@@ -106,7 +110,7 @@ class PixelDiffusion(DiscreteDiffusion):
             return f"a {name} with the component {surplus[0]!r}"
         config = components.require_types(folder / "unet" / "config.json", UNETS[found["unet"]])
         if config.get("num_class_embeds") is None:
-            return "an unconditional pixel model; only class-conditional ones have a concept to forget"
+            return ddim_checkpoint.UNCONDITIONAL
         return None
 
     @classmethod
@@ -151,6 +155,26 @@ class PixelDiffusion(DiscreteDiffusion):
                 for note in unet_file.put_into(network, weights_file, allow_pickle=allow_pickle):
                     tell(note)
         return network
+
+    @classmethod
+    def knows_file(cls, shapes: Mapping[str, Sequence[int]]) -> bool:
+        return ddim_checkpoint.knows(shapes)
+
+    @classmethod
+    def convert(
+        cls, path: Path, *, allow_pickle: bool = False, config: str | None = None, cache_dir: Path | None = None
+    ) -> tuple[Path, list[str]]:
+        how: dict[str, Any] = {"allow_pickle": allow_pickle, "config": config, "cache_dir": cache_dir}
+        return ddim_checkpoint.convert(path, **how)
+
+    @classmethod
+    def no_checkpoint(cls, folder: Path) -> str | None:
+        is_published = architecture.components(folder)["unet"] == SideBySideUNet2DModel.__name__
+        return None if is_published else super().no_checkpoint(folder)
+
+    @classmethod
+    def checkpoint(cls, folder: Path, network: State | None = None) -> dict[str, Tensor]:
+        return ddim_checkpoint.tensors_of(network or pipeline_folder.read_weights(folder / cls.part))
 
     def stored_network(self) -> Any:
         return self.read_network(self.folder, allow_pickle=self.allow_pickle, weights_file=self.weights_file)
@@ -255,10 +279,7 @@ def require_fit(folder: Path, unet: Any, classes: Sequence[str]) -> None:
     """Raise an EraseError where the UNet is not one of these classes and a null class."""
     config, where = unet.config, f"{folder}/unet/config.json"
     if not classes:
-        raise EraseError(
-            f"{folder}/model_index.json has no class names; add them by their labels, such as "
-            '"id2label": {"0": "airplane", "1": "automobile"}'
-        )
+        raise no_classes(folder)
     if not isinstance(unet.class_embedding, torch.nn.Embedding):
         raise EraseError(f"{where}: class_embed_type is {config['class_embed_type']!r}; it must be null, a table")
     if unet.class_embedding.num_embeddings != len(classes) + 1:

@@ -55,11 +55,8 @@ def convert(
         EraseError: the file is damaged, of another kind of model, or a pickle and `allow_pickle` is False; its configs
             or its VAE cannot be found; or the cache cannot be written.
     """
-    if path.suffix != ".safetensors" and not allow_pickle:
-        raise EraseError(
-            f"{path} is a pickle, which can run code when loaded; "
-            "use a .safetensors file, or pass --allow-pickle if you trust its source"
-        )
+    if path.suffix != ".safetensors":
+        pickles.require_allowed(path, allow_pickle)
     stored = shapes(path, allow_pickle=allow_pickle)
     _require_known(path, kind_of(stored))
     configs = None if config is None else _config_folder(config, path, family)
@@ -95,7 +92,7 @@ def convert(
         pipeline_folder.write_pipeline(pipeline, folder)
         return notes
 
-    return _kept("converted", text_hash(content)[:32], cache_dir, make)
+    return in_cache("converted", text_hash(content)[:32], cache_dir, make)
 
 
 def _config_folder(config: str, path: Path, family: type[Family]) -> Path:
@@ -166,10 +163,10 @@ def keep(pipeline: Any, family: type[Family], cache_dir: Path | None = None) -> 
         pipeline_folder.write_pipeline(pipeline, folder)
         return []
 
-    return _kept("pipelines", text_hash(content)[:32], cache_dir, make)[0]
+    return in_cache("pipelines", text_hash(content)[:32], cache_dir, make)[0]
 
 
-def _kept(kind: str, key: str, cache_dir: Path | None, make: Callable[[Path], list[str]]) -> tuple[Path, list[str]]:
+def in_cache(kind: str, key: str, cache_dir: Path | None, make: Callable[[Path], list[str]]) -> tuple[Path, list[str]]:
     """The folder of this key in the cache and its notes: verified if it is there, made otherwise."""
     folder = (cache_dir or default_cache_dir()) / kind / key
     try:

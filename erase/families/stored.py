@@ -4,7 +4,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from diffusers import ModelMixin
 from torch import Tensor
@@ -14,12 +14,16 @@ from erase.errors import EraseError
 
 
 class Stored(ABC):
-    """What a model of one architecture is on disk; a part of `erase.families.protocol.Family`."""
+    """What a model of one architecture is on disk; a part of `erase.families.protocol.Family`.
+
+    checkpoint_dtype: of the weights in the single checkpoint files that are written.
+    """
 
     family: ClassVar[str] = ""
     pipelines: ClassVar[tuple[str, ...]] = ()
     pipeline_module: ClassVar[str] = "diffusers"
     licences: ClassVar[Mapping[str, str]] = {}
+    checkpoint_dtype: ClassVar[Literal["fp16", "fp32"]] = "fp16"
 
     @classmethod
     def other_kind(cls, folder: Path) -> str | None:

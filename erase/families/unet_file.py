@@ -48,11 +48,7 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], list[str]]
         raise EraseError(f"{no_file(path)}; give a file of UNet weights (.safetensors)")
     if path.suffix not in PICKLES:
         raise EraseError(f"{path} is no file of weights; give .safetensors, or .pt, .pth, .bin or .ckpt")
-    if not allow_pickle:
-        raise EraseError(
-            f"{path} is a pickle, which can run code when loaded; "
-            "use a .safetensors file, or pass --allow-pickle if you trust its source"
-        )
+    pickles.require_allowed(path, allow_pickle)
     stored, stubs = pickles.tensors(path)
     return stored, [pickles.stubbed(path, stubs)] if stubs else []
 

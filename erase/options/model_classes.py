@@ -9,6 +9,13 @@ from erase.files import read_json
 MINI_PIXEL = "mini-pixel"
 MINI_PIXEL_DIR = Path(__file__).parents[1] / "mini" / "pixel" / "weights"
 
+PIPELINES = ("DDIMPipeline", "DDPMPipeline")  # of pixel models
+# --config's names for the classes of published checkpoints, in the order of their labels
+PUBLISHED = {
+    "ddpm-cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "ddpm-stl10": ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
+}
+
 
 def read_classes(folder: Path) -> tuple[str, ...]:
     """The class names in a pipeline folder's model_index.json, in the order of their labels; () if it has none.
@@ -32,16 +39,38 @@ def read_classes(folder: Path) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def classes_of(model: str) -> tuple[str, ...]:
-    """The class names of a model folder, or of the embedded pixel model; () for every other model."""
-    return read_classes(MINI_PIXEL_DIR if model == MINI_PIXEL else Path(model).expanduser())
+def classes_of(model: str, config: str | None = None) -> tuple[str, ...]:
+    """The class names of a model folder, or of the embedded pixel model; () for every other model.
+
+    config: for a checkpoint file, a key of `PUBLISHED` or a folder that has the names.
+    """
+    path = MINI_PIXEL_DIR if model == MINI_PIXEL else Path(model).expanduser()
+    if config is None or path.is_dir():
+        return read_classes(path)
+    return PUBLISHED.get(config) or read_classes(Path(config).expanduser())
 
 
-def class_concept(name: str, model: str) -> Concept | None:
-    """The concept that a class of this model is; None for a model without class names, and for a .toml file.
+def class_concept(name: str, model: str, config: str | None = None) -> Concept | None:
+    """The concept that a class of this model is; None for a model without classes, and for a .toml file.
+
+    config: see `classes_of`.
 
     Raises:
-        EraseError: the model has class names, but not this one.
+        EraseError: the model has class names, but not this one; or it is a folder that should have them and has none.
     """
-    classes = () if name.lower().endswith(".toml") else classes_of(model)
-    return of_class(name, classes) if classes else None
+    if name.lower().endswith(".toml"):
+        return None
+    if classes := classes_of(model, config):
+        return of_class(name, classes)
+    index = Path(model).expanduser() / "model_index.json"
+    if index.is_file() and read_json(index).get("_class_name") in PIPELINES:
+        raise no_classes(index.parent)
+    return None
+
+
+def no_classes(folder: Path) -> EraseError:
+    """What to say of a pixel model's folder without class names."""
+    return EraseError(
+        f"{folder}/model_index.json has no class names; add them by their labels, such as "
+        '"id2label": {"0": "airplane", "1": "automobile"}'
+    )

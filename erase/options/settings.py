@@ -224,7 +224,8 @@ class Settings(Training, Erasure):
     )
     config: str | None = option(
         None,
-        "diffusers folder with the configs and the tokenizer of a single-file model, for work offline",
+        "diffusers folder with the configs and the tokenizer of a single-file model, for work offline; for a pixel "
+        "model's checkpoint its class names: ddpm-cifar10, ddpm-stl10, or a folder with id2label",
         group="files",
         metavar="DIR",
     )

@@ -37,7 +37,7 @@ def find_concept(settings: Settings, name: str, concept: Concept | None, model: 
     given = {"forget": settings.forget, "anchor": settings.anchor, "retain": settings.retain}
     is_mini = model.is_mini if model else vocabulary.is_embedded(settings.model)
     if concept is None and not settings.kind:
-        concept = model_classes.class_concept(name, str(settings.base or settings.model))
+        concept = model_classes.class_concept(name, str(settings.base or settings.model), settings.config)
     if concept is None:
         if is_mini and not (settings.kind and settings.forget and settings.anchor):
             vocabulary.require_preset(name)

@@ -10,15 +10,22 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from toy_sd3 import clip_tokenizer
 
 from erase import delta, erase_concept, guards
 from erase.concepts import Concept
 from erase.errors import EraseError
 from erase.export.single_file import save_single_file
-from erase.families import architecture, loading, registry
+from erase.families import architecture, ddim_checkpoint, loading, registry
 from erase.families.loading import MINI_DIR
+from erase.families.side_by_side_unet import SideBySideUNet2DModel
 from erase.options.model_classes import MINI_PIXEL_DIR
 
 Folders = Callable[[str], Path]  # from the name of a fixture to a copy of its folder
@@ -56,6 +63,17 @@ def as_second(folder: Path) -> Path:
     return folder
 
 
+def as_published(folder: Path) -> Path:
+    """A class-conditional model whose network is DDIM's, as small as its groups of 32 channels allow."""
+    shape: Any = dict(side=16, channels=(32,), attends=(True,), layers=1, num_classes=3)
+    torch.manual_seed(0)
+    unet: Any = SideBySideUNet2DModel(**ddim_checkpoint.network_options(**shape))
+    index = json.loads((folder / "model_index.json").read_text())
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler(clip_sample=False)).save_pretrained(folder)  # pyright: ignore
+    edit(folder / "model_index.json", id2label=index["id2label"])
+    return folder
+
+
 BUILT: dict[str, Callable[[Folders], Path]] = {
     "Stable Diffusion 1.1 to 1.5 and fine-tunes of it": lambda folders: folders("toy_pipeline_dir"),
     "Stable Diffusion 1 with an LCM-LoRA merged": lambda folders: with_scheduler(
@@ -81,6 +99,7 @@ BUILT: dict[str, Callable[[Folders], Path]] = {
     "Class-conditional pixel models, v prediction": lambda folders: with_scheduler(
         folders("toy_ddpm_dir"), prediction_type="v_prediction"
     ),
+    "Selective Amnesia's and SFRon's checkpoints (DDIM's UNet)": lambda folders: as_published(folders("toy_ddpm_dir")),
     "the embedded pixel model, `mini-pixel`": lambda folders: MINI_PIXEL_DIR,
     "SDXL-Lightning": lambda folders: with_scheduler(folders("toy_sdxl_dir"), timestep_spacing="trailing"),
 }
@@ -93,7 +112,7 @@ def folders(request, tmp_path) -> Folders:
 
 
 def test_every_row_has_a_model_of_its_kind():
-    assert ROWS.keys() == BUILT.keys() and len(ROWS) == 14
+    assert ROWS.keys() == BUILT.keys() and len(ROWS) == 15
 
 
 @pytest.mark.parametrize("name", BUILT)

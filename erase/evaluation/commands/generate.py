@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
     given.quiet = given.quiet or rank > 0
     from erase.evaluation import generate, sources
 
-    concept = sources.concept_of(given.concept, given.kind, given.model)
+    concept = sources.concept_of(given.concept, given.kind, given.model, drawing.config)
     task = sources.make_task(given.task, options, concept, given.model)
     notes_of(given)(task.note)
     model = sources.source_of(given.model, drawing, sources.make_guard(drawing, concept)).load(drawing)
