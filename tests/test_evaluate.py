@@ -24,12 +24,14 @@ from transformers import (
 )
 
 from erase import concepts, erase_concept, files
-from erase.evaluation import arm, cli, generate, score
+from erase.evaluation import arm, cli, generate, score, sources
+from erase.evaluation.options import Drawing
 from erase.evaluation.report import pool
 from erase.export.single_file import save_single_file
 from erase.families import loading, sd
 
 FAST = ("--steps", 2, "--device", "cpu", "--quiet")
+FEW = {"num_forget": 2, "num_retain": 2, "num_inference_steps": 2, "mask": "none"}
 
 
 @pytest.fixture
@@ -446,6 +448,27 @@ def test_weights_that_are_not_those_of_run_json_are_refused(command, pair, toy_p
         assert code == 2 and f"says that the {role} model's network is 000000000000" in err
     files.write_json(tmp_path / "run" / "run.json", record | {"model": right})
     assert command(*arguments)[0] == 0
+
+
+@pytest.mark.parametrize("how", [{"method": "uce"}, {"scope": "text-first", "num_train_steps": 1, **FEW}])
+def test_a_run_that_kept_its_delta_only_is_its_base_with_the_delta(toy_pipeline_dir, tmp_path, how):
+    out = str(tmp_path / "run")
+    kept: dict[str, Any] = {
+        "save": ("delta",),
+        "num_samples": 0,
+        "quiet": True,
+        "device": "cpu",
+        "cache_dir": str(tmp_path),
+    }
+    run = erase_concept("church", str(toy_pipeline_dir), output=out, **kept, **how)
+    assert not (run.folder / "model_index.json").exists()
+    models = sources.compared(out, Drawing(), None, concept=None, base=None, gold=None)
+    hashes = {}
+    for role, source in models.sources.items():
+        model = source.load(Drawing())
+        hashes[role] = generate.network_hash(model, generate.model_hashes(model), models.made_from)
+    sources.check_origin(models, hashes)
+    assert models.is_checked and hashes["erased"] == run.record.model.result_hash != hashes["base"]
 
 
 def test_two_evaluations_that_share_a_base_wait_for_each_other(

@@ -66,3 +66,10 @@ def test_a_method_without_anchors_would_erase_the_host_too(toy_pipeline_dir, tmp
         out = str(tmp_path / "run")
         erase_concept(CONCEPT, str(toy_pipeline_dir), output=out, erase_from="kitten", method="esd-x", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "host"), [("circle", "square"), ("striped", "scientist")])
+def test_the_embedded_model_takes_only_hosts_that_prompts_of_the_concept_say(name, host):
+    """It draws one thing on an image, so prompts made of two concepts mean nothing to it."""
+    with pytest.raises(EraseError, match=f"^--erase-from is '{host}', but no forget prompt of '{name}' says it"):
+        find_concept(Settings(name, "mini", erase_from=host), name, None, None)

@@ -21,17 +21,17 @@ _IN_STYLE = (
 )
 
 
-def erased_from(concept: Concept, host: str) -> Concept:
+def erased_from(concept: Concept, host: str, *, free_text: bool = True) -> Concept:
     """The concept as an attribute of `host` alone: it is forgotten where the host has it, and retained elsewhere.
 
     Forget prompts are those of the concept that say the host's words, with their anchors; if there is none, they are
     made from both, and the anchor is the host without the attribute. The concept's other forget prompts and all anchors
     become retain prompts.
 
-    host: such as "scientist".
+    host: such as "scientist". free_text: whether the model knows prompts that are made from both.
 
     Raises:
-        EraseError: no words, the concept itself, or see `Concept`.
+        EraseError: no words, the concept itself, no prompt that says both where none can be made, or see `Concept`.
     """
     host = " ".join(host.split())
     if not refusal.plain(host).split():
@@ -41,6 +41,11 @@ def erased_from(concept: Concept, host: str) -> Concept:
             f"--erase-from names the concept {concept.name!r} itself; name what has it, or leave the option out"
         )
     inside = [pair for pair in concept.pairs() if _says(pair[0], host)]
+    if not inside and not free_text:
+        raise EraseError(
+            f"--erase-from is {host!r}, but no forget prompt of {concept.name!r} says it, and the model "
+            f"knows no others; name a word of these prompts, such as one of {concept.forget[0]!r}"
+        )
     elsewhere = [forget for forget, _ in concept.pairs() if not _says(forget, host)]
     if not inside:
         templates = _IN_STYLE if concept.kind == "style" else _WITH

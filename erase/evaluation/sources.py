@@ -17,7 +17,7 @@ from erase.families.protocol import Family
 from erase.mini import vocabulary
 from erase.options import model_classes
 from erase.runs import record
-from erase.runs.record import Models, RunRecord
+from erase.runs.record import DELTA, Models, RunRecord
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,11 @@ def make_task(name: str, options: Options, concept: Concept | None, model: str) 
 
 
 def source_of(model: str, drawing: Drawing, guard: Any) -> Source:
-    """The model with all that is applied to it."""
+    """The model with all that is applied to it; a run that kept its delta only is its base with the delta."""
+    made = run_record(model)
+    if made and not (drawing.delta or drawing.unet) and not (Path(model) / "model_index.json").is_file():
+        config = drawing.config or made.settings.get("config")
+        return Source(made.model.name, None, str(Path(model) / DELTA), config, drawing.revision, guard)
     return Source(model, drawing.unet, drawing.delta, drawing.config, drawing.revision, guard)
 
 

@@ -46,7 +46,7 @@ def find_concept(settings: Settings, name: str, concept: Concept | None, model: 
             concept = concepts.in_prompts_of_the_code(concept)
     concept = concepts.override(concept, **{key: value or None for key, value in given.items()})
     if settings.erase_from is not None:
-        concept = concepts.erased_from(concept, settings.erase_from)
+        concept = concepts.erased_from(concept, settings.erase_from, free_text=not is_mini)
     if is_mini:
         require_known(concept, settings)
     if model and not model.is_mini and concept.judge.get("type") == "mini" and not settings.forget:
