@@ -12,7 +12,7 @@ from torch import Tensor
 
 from erase import concepts, delta, erase_concept, masks, methods
 from erase.concepts import Concept
-from erase.data import prompt_states
+from erase.data import latents, prompt_states
 from erase.errors import EraseError
 from erase.families import scope, stored_unet
 from erase.methods.inputs import Text
@@ -414,6 +414,17 @@ def test_the_runs_seed_is_speeds(toy_pipeline_dir, tmp_path):
         for seed in (0, 1)
     ]
     assert [record.method["seed"] for record in found] == [0, 1]
+
+
+def test_a_closed_form_with_a_saliency_mask_generates_no_retain_images(toy_pipeline_dir, tmp_path, monkeypatch):
+    """Its retain set is prompts, and the mask is computed from images of the concept."""
+    gathered: list[latents.Data] = []
+    gather = latents.gather
+    monkeypatch.setattr(latents, "gather", lambda *what, **how: gathered.append(gather(*what, **how)) or gathered[-1])
+    options = {**OPTIONS, "method": "uce", "mask": "saliency", "num_samples": 0, "num_forget": 4, "num_retain": 5}
+    erase_concept("church", str(toy_pipeline_dir), output=str(tmp_path / "run"), cache_dir=str(tmp_path), **options)
+    (data,) = gathered
+    assert len(data.forget) == 4 and len(data.retain) == 1 and not data.retain.mean.any()
 
 
 def test_a_saliency_mask_and_rounded_weights_go_with_a_closed_form(toy_pipeline_dir, tmp_path):

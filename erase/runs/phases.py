@@ -70,7 +70,7 @@ def images_of(decided: Decisions, kind: str) -> latents.Data:
         replace(
             plan,
             images=kind,
-            retains=method.retains,
+            retains=isinstance(method, TrainedMethod) and method.retains,
             retain_names=isinstance(method, TrainedMethod) and not method.retain_images,
         ),
         model_hash=decided.base_hash,
