@@ -246,7 +246,8 @@ def gaps(results: Mapping[str, Any], name: str) -> str:
 
 def _shown(of_seeds: Sequence[float], *, signed: bool = False) -> str:
     text = shown(vars(over_seeds("", of_seeds)))
-    return "0.0" if text == "-0.0" else f"+{text}" if signed and not text.startswith(("-", "0.0")) else text
+    text = text.removeprefix("-") if text.startswith("-0.0") else text
+    return f"+{text}" if signed and not text.startswith(("-", "0.0")) else text
 
 
 def beside(results: Mapping[str, Any], name: str, published: Mapping[str, Any]) -> str:

@@ -148,6 +148,7 @@ def test_every_gap_is_stated_with_its_sign_against_the_same_seed():
     salun = dict(zip(head, next(line for line in lines if line[0] == "salun"), strict=True))
     assert salun["seeds"] == "2" and salun["UA"] == "1.0" and salun["gap UA"].startswith("-4.0 ±")
     assert salun["gap RA"] == "-1.0" and salun["gap TA"].startswith("0.0 ±") and salun["gap MIA"].startswith("+1.5 ±")
+    assert cifar10._shown([-0.0006, 0.0004], signed=True).startswith("0.0 ±")  # a mean of -0.01 %
     assert salun["average gap"].startswith("1.9 ±")
     assert [line[0] for line in lines] == ["retrain", "salun", "ga"] and lines[2][1] == "diverged"
 
