@@ -89,6 +89,14 @@ def _find(device: str | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def place_of(network: nn.Module) -> torch.device:
+    """Where the network computes, also where accelerate keeps its weights elsewhere until then."""
+    for module in network.modules() if hasattr(network, "_hf_hook") else ():
+        if (where := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+            return torch.device(where)
+    return next(network.parameters()).device
+
+
 def staged(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     """The tensor on the device. Neither the host nor the GPU waits: a copy to a GPU starts from pinned memory."""
     if where.type != "cuda" or tensor.device.type != "cpu":

@@ -193,6 +193,28 @@ def test_a_gpu_without_memory_halves_the_batch_and_draws_the_same(model, tmp_pat
     assert all(np.abs(p - plenty[name]).max() <= 1 for name, p in pixels(tmp_path / "little").items())
 
 
+def test_a_vae_without_memory_decodes_one_by_one_and_nothing_is_drawn_again(model, tmp_path, monkeypatch):
+    task = make_task(2)
+    generate.generate(model, task, tmp_path / "plenty", quiet=True)
+    draw, decode, drawn = sd.StableDiffusion.draw, sd.StableDiffusion.decode, []
+
+    def counted(self: sd.StableDiffusion, prompts: Any, *rest: Any, **options: Any) -> torch.Tensor:
+        drawn.extend(prompts)
+        return draw(self, prompts, *rest, **options)
+
+    def small(self: sd.StableDiffusion, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+        if batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, latents, batch_size)
+
+    monkeypatch.setattr(sd.StableDiffusion, "draw", counted)
+    monkeypatch.setattr(sd.StableDiffusion, "decode", small)
+    generate.generate(model, task, tmp_path / "little", quiet=True)
+    assert len(drawn) == len(task.samples)
+    plenty = pixels(tmp_path / "plenty")
+    assert all(np.abs(p - plenty[name]).max() <= 1 for name, p in pixels(tmp_path / "little").items())
+
+
 def test_images_that_are_not_finite_or_flat_are_an_outcome_of_their_own(model, tmp_path, monkeypatch):
     task = replace(make_task(3), samples=tuple(replace(s, height=None, guidance=None) for s in make_task(3).samples))
     decode = sd.StableDiffusion.decode

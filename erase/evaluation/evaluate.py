@@ -211,7 +211,7 @@ def _check_source(
     request: Request, source: Source, jobs: Sequence[Job], judges: Sequence[Mapping[str, Judge]]
 ) -> tuple[str, ...]:
     """Load the model once: it exists, fits its delta, and has no other images in its folders. Returns its notes."""
-    drawing, model = request.drawing, source.load(request.drawing)
+    drawing, model = request.drawing, source.load(request.drawing, only_generates=True)
     hashes = generate.model_hashes(model)
     for job, made in zip(jobs, judges, strict=True):
         for role in (role for role, own in job.models.sources.items() if own == source):
@@ -239,7 +239,7 @@ def _draw_and_score(request: Request, role: str, source: Source, job: Job, judge
     early: Early = {}
     with jsonl.alone(folder):  # many runs may share one base
         if not (folder / arm.MANIFEST).exists() or arm.missing(folder):
-            model = source.load(drawing)
+            model = source.load(drawing, only_generates=True)
             how["batch_size"] = generate.together(drawing.generation_batch_size, model, folder)
             how |= {"quiet": request.quiet, "role": role, "judges": list(judges.values())}
             early = generate.generate(model, job.task, folder, **how)

@@ -41,10 +41,13 @@ def load_model(
     device: str | None = None,
     precision: str | None = None,
     guard: Guard | None = None,
+    only_generates: bool = False,
     **options: Any,
 ) -> Family:
     """A model to generate with, and a delta and a guard if they are given.
 
+    only_generates: store the network in the precision that generating rounds it to, and let networks that a GPU cannot
+        hold at once take turns there (`Family.take_turns`). Images are the same; there are no gradients.
     options: arguments of `erase.families.loading.load`.
 
     Raises:
@@ -57,10 +60,16 @@ def load_model(
         changed = model.training(change.component)
         changed.put_weights(delta.apply(changed.state_of(changed.network), change))
         model.name = f"{source} + {Path(delta_path).name}"
-    model.to(compute.device)
     if guard and not model.takes_guards:
         raise EraseError(f"--guard: guards do not know the family {model.family} of {source}; leave it out")
     model.guard, model.precision = guard, compute.precision
+    if not only_generates:
+        model.to(compute.device)
+        return model
+    if compute.precision != "fp32":
+        model.store_hashes()
+        model.round_network(DTYPES[compute.precision])
+    memory.place_to_generate(model, compute.device, model.resolution)
     return model
 
 
@@ -239,7 +248,7 @@ def generate(
 
 def _is_repaid(model: Family, task: SampleSet, settings: Mapping[str, Any]) -> bool:
     """Whether the task has so many images that compiling the network saves more time than it takes."""
-    can = model.device.type == "cuda" and model.guard is None
+    can = model.device.type == "cuda" and model.guard is None and not model.takes_turns
     return can and len(task.samples) * settings["steps"] >= COMPILE_FROM
 
 
@@ -305,7 +314,7 @@ def _drawn(
     size = size_of(batch[0], settings)
     try:
         latents = draw(batch, size, guidance_of(batch[0], settings))
-        images = model.decode(latents, min(len(batch), DECODED))
+        images = _decoded(model, latents)
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise EraseError(
@@ -315,6 +324,17 @@ def _drawn(
         half = (len(batch) + 1) // 2
         return [one for part in (batch[:half], batch[half:]) for one in _drawn(model, part, settings, draw)]
     return [(sample, z, x, len(batch)) for sample, z, x in zip(batch, latents, images, strict=True)]
+
+
+def _decoded(model: Family, latents: Tensor) -> Tensor:
+    """Their images, one by one where the GPU's memory is too small for several at once."""
+    try:
+        return model.decode(latents, min(len(latents), DECODED))
+    except torch.OutOfMemoryError:
+        if len(latents) == 1:
+            raise
+        torch.cuda.empty_cache()
+        return model.decode(latents, 1)
 
 
 def _store(folder: Path, name: str, sample: Sample, latents: Tensor, image: Tensor) -> dict[str, Any]:

@@ -31,13 +31,15 @@ class Source:
     revision: str | None = None
     guard: Any = None
 
-    def load(self, drawing: Drawing) -> Family:
+    def load(self, drawing: Drawing, *, only_generates: bool = False) -> Family:
+        """See `generate.load_model`."""
         return generate.load_model(
             self.model,
             delta_path=self.delta,
             device=drawing.device,
             precision=drawing.precision,
             guard=self.guard,
+            only_generates=only_generates,
             allow_pickle=drawing.allow_pickle,
             config=self.config,
             revision=self.revision,

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
-from erase.device import staged
+from erase.device import place_of, staged
 from erase.families.protocol import Family
 
 Put = Callable[[Tensor, Tensor], Tensor]  # tokens and their embeddings, to other embeddings
@@ -31,12 +31,12 @@ class ClipText(Family):
         refusal.refuse(prompts, "prompt")
         states = []
         for start in range(0, len(prompts), batch_size):
-            ids = staged(self._padded_tokens(prompts[start : start + batch_size]), self.text_encoder.device)
+            ids = staged(self._padded_tokens(prompts[start : start + batch_size]), place_of(self.text_encoder))
             states.append(self._states_of(ids).cpu())
         return Conditioning(torch.cat(states))
 
     def _on_device(self, prompts: Sequence[str]) -> Conditioning:
-        ids = staged(self._padded_tokens(prompts), self.text_encoder.device)
+        ids = staged(self._padded_tokens(prompts), place_of(self.text_encoder))
         return Conditioning(self.text_encoder(ids).last_hidden_state)
 
     def _states_of(self, ids: Tensor, put: Put | None = None) -> Tensor:

@@ -1,16 +1,16 @@
 """What families of latent diffusion share: the VAE's passes, and parts that are freed and loaded again."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from erase.delta import State, content_hash, of_component
-from erase.device import rounded, staged
+from erase.device import place_of, rounded, staged
 from erase.errors import EraseError
-from erase.families import components, pipeline_folder
+from erase.families import components, pipeline_folder, turns
 from erase.families.protocol import Family
 from erase.families.vocabulary import tokenizer_hash
 
@@ -40,12 +40,18 @@ class LatentFamily(Family):
         found = None if self.weights_file else pipeline_folder.stored_weights(self.folder / self.part)
         return super().stored_weights() if found is None or found.keys() != self.network.state_dict().keys() else found
 
-    def to(self, device: torch.device) -> None:
-        for part in {self.part, *self.loaded_again}:
-            getattr(self, part).to(device)
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        return list(dict.fromkeys([*super().networks, *(getattr(self, part) for part in self.loaded_again)]))
 
     def release(self) -> None:
         """Free the parts in `loaded_again`; each is loaded again when it is next used."""
+        if self.takes_turns:
+            where = self.device
+            turns.end(self.networks)
+            self.stored_hashes = {}
+            self.network.to(where)
+            cast(Any, self.denoiser).to(where)
         for part in self.loaded_again.keys() & vars(self).keys():
             delattr(self, part)
 
@@ -60,6 +66,8 @@ class LatentFamily(Family):
 
     def hash_of(self, part: str) -> str:
         """The network's is the one that deltas and run.json state, whatever the precision."""
+        if (self.part, part) in self.stored_hashes:
+            return self.stored_hashes[self.part, part]
         if part.startswith("tokenizer"):
             return tokenizer_hash(getattr(self, part))
         state = getattr(self, part).state_dict()
@@ -90,7 +98,7 @@ class LatentFamily(Family):
         """
 
         def encode() -> Tensor:
-            posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist  # pyright: ignore
+            posterior = self.vae.encode(images.to(place_of(self.vae), self.vae.dtype)).latent_dist  # pyright: ignore
             return torch.stack([posterior.mean, posterior.std]).float().cpu()
 
         mean, std = self._by_vae(encode)
@@ -101,11 +109,11 @@ class LatentFamily(Family):
     def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
         """Images in [-1, 1], [n, 3, h * vae_scale, w * vae_scale], on the CPU."""
         factor, images = self.vae.config["scaling_factor"], []
-        shift, unit = (moment.to(self.vae.device) for moment in self._latent_moments())
+        shift, unit = (moment.to(place_of(self.vae)) for moment in self._latent_moments())
         for chunk in latents.split(batch_size):
 
             def decode(chunk: Tensor = chunk) -> Tensor:
-                z = chunk.to(self.vae.device, self.vae.dtype) / factor
+                z = chunk.to(place_of(self.vae), self.vae.dtype) / factor
                 return self.vae.decode(z * unit.to(z) + shift.to(z)).sample.float()  # pyright: ignore
 
             images.append(self._by_vae(decode).clamp(-1, 1).cpu())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from erase.device import DTYPES, rounded, staged
+from erase.device import DTYPES, place_of, rounded, staged
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def predicting(network: Any, precision: str) -> Iterator[None]:
 
     A network on a GPU takes timesteps from the CPU without a wait.
     """
-    where: torch.device = next(network.parameters()).device
+    where: torch.device = place_of(network)
     if precision == "fp32" and where.type != "cuda":
         yield
         return

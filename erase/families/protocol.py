@@ -5,6 +5,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -14,7 +15,9 @@ from torch.nn import Parameter
 
 from erase import delta
 from erase.conditioning import Conditioning
+from erase.device import place_of
 from erase.errors import EraseError
+from erase.families import turns
 from erase.families.prompted import Prompted
 from erase.families.prompted import TokenRun as TokenRun
 from erase.families.scope import inside, no_scope
@@ -54,6 +57,7 @@ class Family(Stored, Prompted):
     guard: an inference-time guard that is active whenever the model generates.
     notes: lines for the user about how the model was loaded.
     precision: of the network and the VAE in passes without gradients; their outputs are float32.
+    stored_hashes: what `hash_of` said of `parts` whose weights cannot be read any more, by `part` and theirs.
     """
 
     part: ClassVar[str] = "unet"
@@ -75,6 +79,7 @@ class Family(Stored, Prompted):
     guard: Guard | None
     notes: tuple[str, ...]
     precision: str
+    stored_hashes: Mapping[tuple[str, str], str] = MappingProxyType({})
 
     # --- the network that is trained ---
 
@@ -148,13 +153,34 @@ class Family(Stored, Prompted):
         """
         return inside(dict(self.network.named_parameters()), scope, self.scopes)
 
-    @abstractmethod
     def to(self, device: torch.device) -> None:
         """Move the network and all other parts to the device."""
+        for network in self.networks:
+            network.to(device)
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return place_of(self.network)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All networks that determine an image, each once; loaded again if they were released."""
+        return list(dict.fromkeys([self.denoiser, self.network]))
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether its networks are on the device only while they compute; see `take_turns`."""
+        return hasattr(self.denoiser, "_hf_hook")
+
+    def take_turns(self, device: torch.device, room: int) -> None:
+        """Let each network come to the device when it computes, and the others go back to the CPU then.
+
+        For images alone, until `release`: a network has no gradients meanwhile. Results are the same bits.
+
+        room: bytes of the device for weights. A network with more comes one layer at a time, in each of its passes.
+        """
+        self.store_hashes()
+        turns.begin(self.networks, device, room)
 
     def round_network(self, dtype: torch.dtype) -> None:
         """Store the network's weights in `dtype`, until `reload_network`."""
@@ -399,6 +425,10 @@ class Family(Stored, Prompted):
     @abstractmethod
     def hash_of(self, part: str) -> str:
         """Content hash of one of `parts`."""
+
+    def store_hashes(self) -> None:
+        """Let `hash_of` say from here on what it says now, whatever becomes of the weights."""
+        self.stored_hashes = {(self.part, part): self.hash_of(part) for part in self.parts}
 
     @property
     def is_mini(self) -> bool:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.delta import State
-from erase.device import staged
+from erase.device import place_of, staged
 from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sdxl_parts, supported
 from erase.families.clip_text import Put, between_ends, replacing
 from erase.families.sd import StableDiffusion
@@ -103,11 +103,6 @@ class StableDiffusionXL(StableDiffusion):
         stored = (pipeline_folder.stored_dtype(folder / part) for part in ("text_encoder", "text_encoder_2"))
         return any(dtype != "float32" for dtype in stored)
 
-    def to(self, device: torch.device) -> None:
-        super().to(device)
-        second: Any = self.text_encoder_2
-        second.to(device)
-
     def blank_inputs(self, num: int, size: int, dtype: torch.dtype) -> dict[str, Any]:
         pooled = self.unet.config["projection_class_embeddings_input_dim"] - self._sizes_width
         added = {"text_embeds": torch.empty(num, pooled, dtype=dtype), "time_ids": torch.empty(num, 6, dtype=dtype)}
@@ -148,7 +143,7 @@ class StableDiffusionXL(StableDiffusion):
     def _states(self, ids: Sequence[Tensor]) -> Conditioning:
         """The second last hidden states of each encoder, without its final norm, as the pipeline takes them."""
         encoders: list[Any] = [self.text_encoder, self.text_encoder_2]
-        outputs = [e(staged(i, e.device), output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
+        outputs = [e(staged(i, place_of(e)), output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
         states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         return Conditioning(states, pooled=outputs[1].text_embeds)
 

@@ -41,11 +41,6 @@ class TextTrained(ClipText, DiscreteDiffusion):
     def denoiser(self) -> ModelMixin:
         return cast(ModelMixin, self.unet)
 
-    def to(self, device: torch.device) -> None:
-        super().to(device)
-        denoiser: Any = self.denoiser
-        denoiser.to(device)
-
     def stored_network(self) -> Any:
         return self.read_network(self.folder, allow_pickle=self.allow_pickle)
 

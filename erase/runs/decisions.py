@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,12 @@ def decide(
     accelerator = make_accelerator(settings, folder, compute)
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else files.default_cache_dir()
     model = _load(settings, cache_dir, tell)
+    model.precision = compute.precision
     parts = find_concepts(settings, given, model)
     everything = [*parts, *(earlier.concepts if earlier else [])]
     concept = concepts.unite(everything)
     given_settings = settings
-    at_once = _at_once(settings, model, folder, accelerator)
+    at_once = _at_once(settings, model, folder, compute, accelerator)
     settings, default = _filled(settings, concept, model, compute, accelerator.num_processes, at_once)
     require_rank(settings, method)
     require_storage(settings, method)
@@ -240,10 +242,26 @@ def announce(decided: Decisions) -> None:
         tell(
             f"{settings.method} as published needs at least {least} steps; with {steps} some of its loops are left out"
         )
-    if settings.low_memory and not processes.is_sharded():
+    is_gpu = decided.compute.device.type == "cuda"
+    if (settings.low_memory or is_gpu) and not processes.is_sharded():
         needs = needed_memory(settings, model, decided.parameters)
-        phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
-        tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
+        if settings.low_memory:
+            phases = ", ".join(f"{phase} {need / 1e9:.1f}" for phase, need in needs.items())
+            tell(f"needs about {max(needs.values()) / 1e9:.1f} GB of memory ({phases})")
+        if is_gpu and (line := _too_much(decided, needs)):
+            tell(line)
+
+
+def _too_much(decided: Decisions, needs: Mapping[str, int]) -> str | None:
+    """A line about the phase that the GPU has too little memory for, by the estimate. Images alone adapt to it."""
+    there = (w.nbytes for network in decided.model.networks for w in network.parameters() if w.device.type == "cuda")
+    room = device.free_memory(decided.compute.device) + sum(there)
+    phase, most = max(((phase, needs.get(phase, 0)) for phase in ("mask", "training", "solving")), key=itemgetter(1))
+    need = most - memory.LIBRARIES
+    if need <= room:
+        return None
+    less = "a smaller --density or --scope" if decided.settings.low_memory else "--low-memory"
+    return f"{phase} needs about {need / 1e9:.1f} GB of the GPU's memory, and {room / 1e9:.1f} GB are free; try {less}"
 
 
 def _consistent_method(settings: Settings) -> methods.TrainedMethod | methods.ClosedForm:
@@ -294,12 +312,11 @@ def _place(model: Family, settings: Settings, compute: device.Compute) -> None:
     """Put the model on its device, ready to generate. Weights that are to be rounded never get there in float32."""
     if (dtype := dtype_to_generate(settings)) != torch.float32:
         model.round_network(dtype)
-    model.to(compute.device)
-    model.precision = compute.precision
+    memory.place_to_generate(model, compute.device, settings.resolution or model.resolution)
     model.use_attention(settings.attention)
 
 
-def _at_once(settings: Settings, model: Family, folder: Path, accelerator: Accelerator) -> int:
+def _at_once(settings: Settings, model: Family, folder: Path, compute: device.Compute, accelerator: Accelerator) -> int:
     """Images generated together: what fits the free memory of every process's GPU, or what the run was begun with."""
     if settings.low_memory:
         return SD_DEFAULTS["generation_batch_size"]
@@ -307,7 +324,7 @@ def _at_once(settings: Settings, model: Family, folder: Path, accelerator: Accel
         begun = folders.read(folder).identity["settings"].get("generation_batch_size")
         if isinstance(begun, int):
             return begun
-    found = memory.images_at_once(model, settings.resolution or model.resolution)
+    found = memory.images_at_once(model, settings.resolution or model.resolution, compute.device)
     return min(gather_object([found])) if accelerator.num_processes > 1 else found
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from diffusers import DiffusionPipeline
 
 from erase import delta, masks, methods
@@ -104,7 +105,13 @@ def run(
     given = [concept] if isinstance(concept, Concept) else list(concept or [None] * len(settings.concept))
     decided = decide(settings, given, quiet=quiet, tell=tell)
     with watch.watched():
-        result = _run(decided, started)
+        try:
+            result = _run(decided, started)
+        except torch.OutOfMemoryError as error:
+            raise EraseError(
+                "the GPU's memory is too small for this run; repeat it with --overwrite and --low-memory, a smaller "
+                "--density or --scope, or --generation-batch-size 1"
+            ) from error
         decided.accelerator.wait_for_everyone()  # the folder is whole when any process goes on
         return result
 

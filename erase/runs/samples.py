@@ -15,6 +15,7 @@ from erase.families.protocol import Family
 from erase.files import replacing
 from erase.options.settings import Settings
 from erase.runs.planning import dtype_to_generate
+from erase.training import memory
 
 FIRST_SEED = 900_000_000  # far from the seeds that training data are drawn from
 
@@ -41,7 +42,7 @@ def write_samples(
     if dtype != torch.float32:
         model.round_network(dtype)
     if where is not None:
-        model.to(where)
+        memory.place_to_generate(model, where, settings.resolution or model.resolution)
     for role in ("erased", "base"):
         if role == "base":
             model.reload_network(dtype)

@@ -158,11 +158,16 @@ def to_generate(model: Family, num: int, resolution: int, *, held: torch.dtype, 
     networks = [part for part in others if isinstance(part, nn.Module)]  # not a pixel model's class names
     numbers = sum(parameter.numel() for part in networks for parameter in part.parameters())
     copy = weights * computed.itemsize if computed != held else 0
+    return 4 * numbers + weights * held.itemsize + copy + _pass_of(model, num, resolution, computed)
+
+
+def _pass_of(model: Family, num: int, resolution: int, dtype: torch.dtype) -> int:
+    """Bytes that a pass without gradients holds at its peak, beside the weights."""
     with FakeTensorMode(), torch.no_grad():
-        ghost, inputs = _ghost(model, computed), model.blank_inputs(num, resolution, computed)
+        ghost, inputs = _ghost(model, dtype), model.blank_inputs(num, resolution, dtype)
         with _Living() as living:
             ghost(**inputs)
-    return 4 * numbers + weights * held.itemsize + copy + living.peak
+    return living.peak
 
 
 class _Living(TorchDispatchMode):
@@ -196,14 +201,32 @@ def part_of_batch(model: Family, resolution: int) -> int:
     return max(1, SMALL // activations(model, 1, resolution, torch.float32, checkpointing=True))
 
 
-def images_at_once(model: Family, resolution: int) -> int:
+def place_to_generate(model: Family, where: torch.device, resolution: int) -> None:
+    """Put the model on the device; what a GPU cannot hold at once while 8 images are generated takes turns there.
+
+    resolution: side of the images, in pixels.
+    """
+    free = int(0.9 * device.free_memory(where))
+    held, computed = model.denoiser.dtype, device.DTYPES[model.precision]
+    needed = to_generate(model, 2 * FEW_IMAGES, resolution, held=held, computed=computed) if free > 0 else 0
+    if needed <= free or not model.trains_denoiser:
+        model.to(where)
+    else:
+        model.take_turns(where, free - _pass_of(model, 2, resolution, computed))
+
+
+def images_at_once(model: Family, resolution: int, where: torch.device | None = None) -> int:
     """Images that are generated together: 8, on a GPU with room for them 16 or 32.
 
     An image takes no more than what its two passes, with and without words, would keep for a backward pass.
+
+    where: the device on which the model will be, in float32, if it is not there yet.
     """
-    free = device.free_memory(model.device)
-    if free <= 0:
+    free = device.free_memory(where or model.device)
+    if free <= 0 or model.takes_turns:
         return FEW_IMAGES
+    if where is not None:
+        free -= sum(weights.nbytes for network in model.networks for weights in network.parameters())
     each = 2 * activations(model, 1, resolution, device.DTYPES[model.precision], checkpointing=False)
     return next((num for num in (32, 16) if num * each <= 0.9 * free), FEW_IMAGES)
 

@@ -28,7 +28,9 @@ def run(arguments: list[str]) -> None:
     concept = sources.concept_of(given.concept, given.kind, given.model, drawing.config)
     task = sources.make_task(given.task, options, concept, given.model)
     notes_of(given)(task.note)
-    model = sources.source_of(given.model, drawing, sources.make_guard(drawing, concept)).load(drawing)
+    model = sources.source_of(given.model, drawing, sources.make_guard(drawing, concept)).load(
+        drawing, only_generates=True
+    )
     for line in model.notes:
         notes_of(given)(line)
     generate.generate(
