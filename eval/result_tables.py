@@ -164,19 +164,6 @@ def cifar10_gaps(protocol: str, name: str) -> str:
     return cifar10.gaps(stored(f"classification-cifar10-{protocol}.json"), name)
 
 
-def cifar10_finished(protocol: str) -> str:
-    """How many cells of a protocol's tables were measured."""
-    found = stored(f"classification-cifar10-{protocol}.json")["tables"]
-    lines = []
-    for table in cifar10.PROTOCOLS[protocol].tables:
-        cells, seeds = found.get(table.name, {}).get("cells", []), cifar10.PROTOCOLS[protocol].seeds
-        work = cifar10.Work(cifar10.PROTOCOLS[protocol], "data/cifar10", Path(), ["all"])
-        total = len(work.lines(table, seeds[0])) * len(seeds)
-        with_cells = sorted({one["seed"] for one in cells})
-        lines.append([table.name, f"{len(cells)} of {total}", ", ".join(map(str, with_cells)) or "none"])
-    return mini_methods.markdown(["statistics", "finished cells", "seeds"], lines)
-
-
 def pixel(concept: str) -> str:
     """Class forgetting on the embedded pixel model: all references and methods that were measured for the class."""
     rows = pixel_methods.summary(stored("pixel-methods/results.json")["cells"])
@@ -291,7 +278,6 @@ for _name, _shares in {
             TABLES[f"{_name} {_share} without MIA"] = functools.partial(without_mia, _name, _share)
 for _name in ("small", "tiny"):
     if (RESULTS / f"classification-cifar10-{_name}.json").is_file():
-        TABLES[f"cifar10-{_name} finished"] = functools.partial(cifar10_finished, _name)
         for _table in cifar10.PROTOCOLS[_name].tables:
             TABLES[f"cifar10-{_name} {_table.name}"] = functools.partial(cifar10_gaps, _name, _table.name)
 for _concept in dict.fromkeys(cell["concept"] for cell in stored("pixel-methods/results.json")["cells"]):

@@ -48,7 +48,7 @@ def make_accelerator(settings: Settings, folder: Path, compute: device.Compute) 
             f"this script's process group has {dist.get_world_size()} processes, but its environment is that of "
             f"{wanted}; start the script with torchrun or accelerate launch"
         )
-    if wanted > 1 and PartialState._shared_state and not dist.is_initialized():
+    if wanted > 1 and PartialState._shared_state.get("num_processes", 1) > 1 and not dist.is_initialized():
         raise EraseError(
             "this script has ended its process group, and a second one would wait without end; call "
             "destroy_process_group (or accelerate's end_training) after the last run"
