@@ -39,6 +39,8 @@ def test_a_reader_that_closes_the_pipe_ends_a_command_without_a_traceback(module
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_inspect_ends_quietly_when_its_reader_does(tmp_path: Path, unbuffered: str):
     base = {"unet.w": torch.zeros(8)}
     delta.save(tmp_path / "delta.safetensors", delta.difference(base, {"unet.w": torch.ones(8)}))

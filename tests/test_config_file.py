@@ -159,6 +159,8 @@ def test_a_record_repeats_methods_without_alpha_or_with_alpha_among_their_hyperp
     assert second["method"] == json.loads((first.folder / "run.json").read_text())["method"]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_record_of_a_run_repeats_it_to_the_bit(tmp_path, toy_pipeline_dir):
     """Also where the run chose values by itself, and where another folder is asked for; nothing is overwritten."""
     how: dict[str, Any] = {"num_train_steps": 2, "num_forget": 3, "num_retain": 3, "num_inference_steps": 2}

@@ -28,6 +28,8 @@ def change(model: Any, base: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_training_is_that_of_two_adams(toy_pipeline_dir, cache_dir, tmp_path, clip):
     """An independent transcription in float64 with torch's AdamW, 20 steps; one Adam for the sum is far away."""
     recipe = replace(DUAL, num_steps=20, learning_rate=1e-3, checkpoint_every=50, weight_decay=0.1, max_grad_norm=clip)

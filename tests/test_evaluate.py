@@ -188,6 +188,8 @@ def test_unet_only_weights_are_evaluated_on_a_base(command, erased_dir, toy_pipe
     assert {one["unet"] for one in hashes} == expected and len({one["vae"] for one in hashes}) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_model_erased_from_a_single_file_offline_is_evaluated(command, tiny_pipeline_dir, tmp_path):
     """The base is read with the config that run.json names (4.3)."""
     base = tmp_path / "model.safetensors"

@@ -52,6 +52,8 @@ assert not any(name.split(".")[0] == "erase" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_stock_diffusers_in_a_fresh_process_predicts_exactly_what_the_model_in_memory_predicts(
     tiny_pipeline_dir, tmp_path
 ):

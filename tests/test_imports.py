@@ -200,6 +200,8 @@ def test_what_the_help_needs_loads_no_library(module):
     assert run_python(code).split() == ["True"]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_module_imports_without_the_modules_that_windows_lacks():
     """The libraries are there already: they choose other modules on Windows. The memory of the process is then not
     measured. (4.7)
@@ -224,6 +226,8 @@ print("process" in peak_memory())
     assert run_python(code, ",".join(importable)) == "False\n"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_module_imports_without_any_extra():
     """The control is in the same process: the optional packages cannot be imported there."""
     code = """

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_laws_of_the_kernels_hold_in_tritons_interpreter(tmp_path):
     """In a process of its own: the interpreter is chosen when Triton is imported, and would stay."""
     pytest.importorskip("triton")

@@ -286,6 +286,8 @@ def test_an_all_black_model_passes_no_rule_of_nudenet(tmp_path):
             assert gate.unmet(results, [f"{column.name}{rule}"]), f"{column.name}{rule}"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_quality_of_the_base_to_itself_is_nothing_and_to_real_images_is_the_same(tmp_path, monkeypatch):
     from erase.evaluation import kid, quality
     from erase.evaluation.judges import features

@@ -101,6 +101,8 @@ def test_a_lora_is_stored_and_all_weights_are_not():
     assert FEW.keeps_tensors and not replace(FEW, kind="full").keeps_tensors
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_model_that_lost_the_word_learns_it_again_from_its_images_and_not_from_others():
     """The embedded model, whose "circle" means a square. A few steps on circles suffice, as many on others do not."""
     attack = make("relearn", ["mini"], ["num_steps=60", "at=60"])

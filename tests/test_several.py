@@ -103,6 +103,8 @@ def announced(parts: list[Concept], model, folder, **options: Any) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_announcement_names_the_anchor_that_is_trained(toy_pipeline_dir, tmp_path):
     """A lorry becomes a cat and the cat a dog, so the lorry becomes a dog; the control is the lorry alone."""
     lorry = replace(LORRY, anchor=("a cat",))

@@ -110,6 +110,8 @@ class Reading(Relabel):
             yield name, term
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_method_that_reads_its_loss_is_seen(toy_pipeline_dir, tmp_path):
     """Control."""
     assert waits_of(toy_pipeline_dir, Reading(), tmp_path / "t.pt", free=0) == ["_local_scalar_dense"] * 20

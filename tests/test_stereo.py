@@ -48,6 +48,8 @@ def test_batches_hold_the_words_found_so_far(toy_pipeline_dir, cache_dir):
 
 
 @pytest.mark.parametrize("method", [STEREO, RECARE])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_training_is_that_of_the_equations(toy_pipeline_dir, tmp_path, monkeypatch, method):
     """An independent transcription in float64 with torch's Adam, 20 steps; from the searched weights it is far away.
 

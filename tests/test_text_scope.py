@@ -191,6 +191,8 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_folder_predicts_in_a_fresh_process_what_the_erased_model_predicts(run, toy_pipeline_dir, tmp_path):
     change = delta.load(run / "delta.safetensors")
     assert change.component == "text_encoder" and all("encoder.layers." in name for name in change.changed)

@@ -188,6 +188,8 @@ def test_a_whole_run_with_a_mask_records_its_method(toy_pipeline_dir, tmp_path, 
         assert run.record.data["num_retain"] == (2 if method.retains else 1)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_method_of_another_package_runs_from_the_command_line(toy_pipeline_dir, tmp_path):
     """Its change is inside the mask, undone exactly, and the same as that of the same call in Python."""
     flags = {"--concept": "cat", "--kind": "object", "--model": str(toy_pipeline_dir), "--method": EXAMPLE}
