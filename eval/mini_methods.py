@@ -490,7 +490,7 @@ def main() -> None:
     for stage in stages:
         stage = [one for one in stage if not finished(folder, *one[:3])]
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            futures = [pool.submit(cell, folder, *one, given.device) for one in stage]
+            futures = [pool.submit(cell, folder, c, v, s, gold, given.device) for c, v, s, gold in stage]
             for one, future in zip(stage, futures, strict=True):
                 future.result()
                 print(*one[:3], flush=True)
