@@ -6,7 +6,7 @@
     python eval/on_gpu.py --only cifar10 --cifar10 FOLDER   # nine minutes of SalUn's CIFAR-10 tables; repeat to go on
     python eval/on_gpu.py --only cifar10-diffusion --cifar10 FOLDER   # the same for class forgetting in pixel diffusion
     python eval/on_gpu.py --only mini-tables                # nine minutes of the tables of the embedded model; the same
-    python eval/on_gpu.py --dry-run --work runs/toy         # the same code at toy size on the CPU, to see that it runs
+    python eval/on_gpu.py --dry-run                         # the same code at toy size on the CPU, to see that it runs
 
 The machine needs torch, diffusers, transformers, accelerate, safetensors and pytest, and this repository on PYTHONPATH;
 no network and no other package. Every part is a process of its own and writes its figures into one JSON file as soon as
@@ -42,6 +42,7 @@ from typing import Any
 from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = Path("eval/results")  # of real runs only
 PART_SECONDS = 240  # a part that takes longer is stopped and recorded as failed; a dry run has four times as long
 SLICE_SECONDS = 540  # of the parts SLICED, which are stopped then and continue when they are started again
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pytest")
@@ -1278,7 +1279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="A,B",
         help=f"parts to run, also {', '.join(SLICED)} [{','.join(default)}]",
     )
-    parser.add_argument("--output", default="eval/results/on-gpu.json", help="JSON to write [%(default)s]")
+    parser.add_argument("--output", help="JSON to write [eval/results/on-gpu.json; of a dry run on-gpu.json in --work]")
     parser.add_argument("--work", default="runs/on-gpu", help="folder for models and runs, 10 GB [%(default)s]")
     parser.add_argument(
         "--cifar10",
@@ -1293,8 +1294,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="begin no part that might take longer than this; the same command continues with what is not finished, "
         "and ends with exit code 3 while something is left",
     )
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU: shows that the script runs")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="toy sizes on the CPU: shows that the script runs; writes into the folder dry-run of --work",
+    )
     given = parser.parse_args(arguments[2:] if part else arguments)
+    if given.dry_run and not part:
+        given.work = str(Path(given.work) / "dry-run")  # so that a real run does not continue with toy cells
+    given.output = given.output or str(Path(given.work) / "on-gpu.json" if given.dry_run else RESULTS / "on-gpu.json")
     names = given.only.split(",")
     if given.slice is not None and given.slice < PART_SECONDS + 15:
         parser.error(f"--slice is {given.slice}; a part may take {PART_SECONDS + 15} seconds, so give at least these")
@@ -1303,6 +1311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     for name in ("output", "work", "cifar10"):
         setattr(given, name, str(Path(getattr(given, name)).resolve()))
+    if given.dry_run and Path(given.output).is_relative_to(REPOSITORY / RESULTS):
+        parser.error(f"--dry-run writes no results into {RESULTS}, which is for real ones; choose another --output")
     if {*WITH_CIFAR10} & {*names} and not given.dry_run and not Path(given.cifar10).is_dir():
         parser.error(f"--cifar10 is {given.cifar10}; give the folder of CIFAR-10's images")
     Path(given.work).mkdir(parents=True, exist_ok=True)

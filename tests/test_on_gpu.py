@@ -132,6 +132,31 @@ def test_every_figure_is_on_the_disk_before_the_next_is_measured(start, tmp_path
     assert [len(figures) for figures in seen] == [1, 2, 3]
 
 
+def test_results_of_a_dry_run_do_not_land_among_real_ones(on_gpu, monkeypatch, tmp_path, capsys):
+    """Neither the JSON file nor its neighbours, and a real run does not continue the toy cells of its work folder."""
+    given: list[Any] = []
+    monkeypatch.setattr(on_gpu, "run_parts", lambda names, options: given.append(options) or (0, []))
+    monkeypatch.setattr(on_gpu, "has_cuda", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    assert on_gpu.main([]) == on_gpu.main(["--dry-run"]) == on_gpu.main(["--dry-run", "--work", "w"]) == 0
+    real, dry, elsewhere = given
+    assert (real.output, real.work) == (str(tmp_path / "eval/results/on-gpu.json"), str(tmp_path / "runs/on-gpu"))
+    assert (dry.output, dry.work) == (f"{real.work}/dry-run/on-gpu.json", f"{real.work}/dry-run")
+    assert (elsewhere.output, elsewhere.work) == (str(tmp_path / "w/dry-run/on-gpu.json"), str(tmp_path / "w/dry-run"))
+    for folder in (str(SCRIPT.parent / "results"), str(SCRIPT.parent / "results" / "mine")):
+        with pytest.raises(SystemExit) as stop:
+            on_gpu.main(["--dry-run", "--output", f"{folder}/on-gpu.json"])
+        assert stop.value.code == 2 and "--dry-run writes no results into" in capsys.readouterr().err
+
+
+def test_a_part_of_a_dry_run_works_in_the_folder_that_its_parent_made(on_gpu, monkeypatch, tmp_path):
+    seen: list[Any] = []
+    monkeypatch.setattr(on_gpu, "PARTS", {"looks": lambda job: seen.append(job) or iter(())})
+    places = ["--output", str(tmp_path / "x.json"), "--work", str(tmp_path / "work")]
+    assert on_gpu.main(["part", "looks", "--dry-run", *places]) == 0
+    assert seen[0].work == tmp_path / "work" and seen[0].output == tmp_path / "x.json"
+
+
 def test_slices_of_the_cifar_10_tables_are_longer_and_continue(on_gpu, tmp_path, monkeypatch):
     """Four cells of ft; a slice that is stopped says that it is not finished, and the next one has them all."""
     import time
