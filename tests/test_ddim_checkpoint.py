@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from erase import cli, delta
 from erase.errors import EraseError
+from erase.evaluation import cli as evaluation
 from erase.families import ddim_checkpoint, loading
 from erase.families.ddim_checkpoint import network_options
 from erase.families.side_by_side_unet import SideBySideUNet2DModel
@@ -237,3 +239,40 @@ def test_a_pickle_needs_permission_and_classes_need_names(weights, names, tmp_pa
             load(path, config)
     save_file(weights, tmp_path / "ckpt.safetensors")
     assert loading.load(tmp_path / "ckpt.safetensors", config=names, cache_dir=tmp_path / "cache").classes == CLASSES
+
+
+@pytest.mark.parametrize("states", ["four", "five", "no average", "bare", "safetensors", "old"])
+@pytest.mark.parametrize("config", [None, "ddpm-cifar", "folder"])
+def test_a_concept_of_a_checkpoint_without_class_names_is_answered_with_the_choices(
+    states, config, weights, tmp_path, capsys
+):
+    """In one line, by both commands; no class is known, so a preset's name and a misspelt one get the same answer."""
+    path = tmp_path / ("ckpt.safetensors" if states == "safetensors" else "ckpt.pth")
+    if states == "safetensors":
+        save_file(weights, path)
+    elif states == "old":  # of torch before 1.6
+        torch.save([weights, {}, 1, weights], path, _use_new_zipfile_serialization=False)
+    else:
+        write(path, weights, states=states)
+    (tmp_path / "folder").mkdir()
+    read = ["--model", str(path), *([] if config is None else ["--config", str(tmp_path / config)])]
+    commands: list[Any] = [(cli.main, [*read, "--output", str(tmp_path / "run")])]
+    commands += [(evaluation.main, ["generate", "--task", "mini-pixel", *read, "--output", str(tmp_path / "run")])]
+    for (main, arguments), concept in product(commands, ("airplane", "church")):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--concept", concept])
+        said = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and len(said.splitlines()) == 1, said
+        assert f"{path} is a pixel model without class names" in said and "unknown concept" not in said
+        assert "give --config ddpm-cifar10 or ddpm-stl10, or --config DIR" in said
+        assert (f"--config {tmp_path / str(config)} names no classes" in said) == (config is not None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_files_are_not_taken_for_such_a_checkpoint(weights, tmp_path, capsys):
+    """Another layout keeps the answer about presets, and a file that is not there is none."""
+    save_file({"temb.dense.1.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    for name in ("other.safetensors", "missing.pth"):
+        with pytest.raises(SystemExit):
+            cli.main(["--concept", "airplane", "--model", str(tmp_path / name), "--output", str(tmp_path / "run")])
+        assert "unknown concept 'airplane'" in capsys.readouterr().err

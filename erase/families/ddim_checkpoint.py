@@ -22,7 +22,7 @@ from erase.families.components import one_line, require_finite
 from erase.families.pipeline_folder import write_pipeline
 from erase.families.side_by_side_unet import SideBySideUNet2DModel
 from erase.files import file_hash, read_json, text_hash, write_json
-from erase.options.model_classes import PUBLISHED, read_classes
+from erase.options.model_classes import PUBLISHED, read_classes, unnamed
 from erase.tensor_files import read_tensors
 
 _TABLE = "class_embedding.weight"  # theirs are two tensors: the classes' rows and the null class's
@@ -94,11 +94,7 @@ def _classes(path: Path, config: str | None) -> tuple[str, ...]:
         return PUBLISHED[str(config)]
     if config is not None and (classes := read_classes(Path(config).expanduser())):
         return classes
-    given = "" if config is None else f", and --config {config} names no classes"
-    raise EraseError(
-        f"{path} is a pixel model without class names{given}; give --config {' or '.join(PUBLISHED)}, or --config DIR "
-        "where DIR/model_index.json has id2label"
-    )
+    raise unnamed(path, config)
 
 
 def _network(path: Path, stored: Mapping[str, Tensor], num_classes: int) -> SideBySideUNet2DModel:

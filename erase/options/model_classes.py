@@ -56,7 +56,8 @@ def class_concept(name: str, model: str, config: str | None = None) -> Concept |
     config: see `classes_of`.
 
     Raises:
-        EraseError: the model has class names, but not this one; or it is a folder that should have them and has none.
+        EraseError: the model has class names, but not this one; or it is a folder or a checkpoint that should have them
+            and has none.
     """
     if name.lower().endswith(".toml"):
         return None
@@ -65,7 +66,26 @@ def class_concept(name: str, model: str, config: str | None = None) -> Concept |
     index = Path(model).expanduser() / "model_index.json"
     if index.is_file() and read_json(index).get("_class_name") in PIPELINES:
         raise no_classes(index.parent)
+    if _is_pixel_checkpoint(Path(model).expanduser()):
+        raise unnamed(model, config)
     return None
+
+
+def _is_pixel_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint in DDIM's layout. No code in it runs: its names are text near the beginning."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"temb.dense.0.weight" in file.read(2**20)
+
+
+def unnamed(path: str | Path, config: str | None) -> EraseError:
+    """What to say of a checkpoint of a pixel model whose classes --config does not name."""
+    given = "" if config is None else f", and --config {config} names no classes"
+    return EraseError(
+        f"{path} is a pixel model without class names{given}; give --config {' or '.join(PUBLISHED)}, or --config DIR "
+        "where DIR/model_index.json has id2label"
+    )
 
 
 def no_classes(folder: Path) -> EraseError:
