@@ -10,6 +10,7 @@ result; the pooled states of c_S belong to c_S too, and sizes are those of the p
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +26,41 @@ from erase.errors import EraseError
 from erase.words import did_you_mean
 
 Inputs = dict[str, Any]  # of a network's forward, by name
+Forward = Callable[[Callable[..., Any], Inputs], Any]  # of the network's own forward and its inputs
 
 
 @dataclass(frozen=True)
-class SLD:
+class Guard(ABC):
+    """Steers away from something while a pipeline generates.
+
+    text: c_S, what to steer away from.
+    needs_guidance: whether the pipeline must generate with classifier-free guidance.
+    """
+
+    needs_guidance: ClassVar[bool] = True
+
+    text: str
+
+    @contextmanager
+    def on(self, pipeline: Any, c_s: Conditioning | None = None) -> Iterator[None]:
+        """Guard what the pipeline generates inside; outside, pipeline and network are as they were found.
+
+        c_s: states of `text`, one row, if they are there already.
+
+        Raises:
+            EraseError: the guard needs guidance, and the pipeline generates without; or see `network_of`.
+        """
+        forward, begin = self._acting(pipeline, _encode(pipeline, self.text) if c_s is None else c_s)
+        with _between(pipeline, forward, begin):
+            yield
+
+    @abstractmethod
+    def _acting(self, pipeline: Any, c_s: Conditioning) -> tuple[Forward, Callable[[], None]]:
+        """What the network's calls go through, and what is called when the pipeline is."""
+
+
+@dataclass(frozen=True)
+class SLD(Guard):
     """Safe Latent Diffusion (Schramowski et al., CVPR 2023, arXiv:2211.05105), its presets by `PRESETS`.
 
     phi   = min(1, guidance |eps(c_p) - eps(c_S)|)       (the paper writes max; its code does this)
@@ -39,26 +71,16 @@ class SLD:
 
     One more network pass in each step, batched with the two of guidance: 1.5 times the time.
 
-    text: c_S, what to steer away from. guidance: s_S; below 1 nothing is guarded at all.
+    guidance: s_S; below 1 nothing is guarded at all.
     """
 
-    needs_guidance: ClassVar[bool] = True
-
-    text: str
     warmup: int = 10
     guidance: float = 1000.0
     threshold: float = 0.01
     momentum_scale: float = 0.3
     momentum_beta: float = 0.4
 
-    @contextmanager
-    def on(self, pipeline: Any) -> Iterator[None]:
-        """Guard what the pipeline generates inside; outside, pipeline and network are as they were found.
-
-        Raises:
-            EraseError: the pipeline generates without classifier-free guidance.
-        """
-        c_s = _encode(pipeline, self.text)
+    def _acting(self, pipeline: Any, c_s: Conditioning) -> tuple[Forward, Callable[[], None]]:
         step, nu = 0, torch.zeros(())
 
         def begin() -> None:
@@ -78,8 +100,7 @@ class SLD:
             step += 1
             return _with_prediction(output, torch.cat([eps_0, eps_p]).to(predicted.dtype))
 
-        with _between(pipeline, forward, begin):
-            yield
+        return forward, begin
 
     def away(self, eps_0: Tensor, eps_p: Tensor, eps_s: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
         """gamma and the next nu."""
@@ -101,34 +122,21 @@ class SLD:
 
 
 @dataclass(frozen=True)
-class NegativePrompt:
+class NegativePrompt(Guard):
     """eps = eps(c_S) + s_g (eps(c_p) - eps(c_S)): the pipeline's negative prompt, in the place of any that it is given.
 
-    text: c_S, what to steer away from. It costs nothing.
+    It costs nothing.
     """
 
-    needs_guidance: ClassVar[bool] = True
-
-    text: str
-
-    @contextmanager
-    def on(self, pipeline: Any) -> Iterator[None]:
-        """Guard what the pipeline generates inside; outside, pipeline and network are as they were found.
-
-        Raises:
-            EraseError: the pipeline generates without classifier-free guidance.
-        """
-        c_s = _encode(pipeline, self.text)
-
+    def _acting(self, pipeline: Any, c_s: Conditioning) -> tuple[Forward, Callable[[], None]]:
         def forward(predict: Callable[..., Any], given: Inputs) -> Any:
             return predict(**_with_text(given, slice(_half(pipeline, given)), c_s))
 
-        with _between(pipeline, forward, lambda: None):
-            yield
+        return forward, lambda: None
 
 
 @dataclass(frozen=True)
-class NAG:
+class NAG(Guard):
     """Normalized Attention Guidance (Chen et al., 2025, arXiv:2505.21179), with or without classifier-free guidance.
 
     z+, z- are what a text attention layer gives an image token for the prompt and for c_S, before its last map.
@@ -140,27 +148,21 @@ class NAG:
     One more row in each network pass, for z-: twice the time without guidance, 1.5 times with it. Pooled states are
     those of the prompt.
 
-    text: c_S, what to steer away from. scale: 1 changes nothing. tau: largest growth of a norm. alpha: share of g.
+    scale: 1 changes nothing. tau: largest growth of a norm. alpha: share of g.
     """
 
     needs_guidance: ClassVar[bool] = False
 
-    text: str
     scale: float = 3.0
     tau: float = 2.5
     alpha: float = 0.5
 
-    @contextmanager
-    def on(self, pipeline: Any) -> Iterator[None]:
-        """Guard what the pipeline generates inside; outside, pipeline and network are as they were found."""
-        c_s = _encode(pipeline, self.text)
-
+    def _acting(self, pipeline: Any, c_s: Conditioning) -> tuple[Forward, Callable[[], None]]:
         def forward(predict: Callable[..., Any], given: Inputs) -> Any:
             start = _half(pipeline, given) if pipeline.do_classifier_free_guidance else 0
             return self.forward(network_of(pipeline), predict, given, c_s, start)
 
-        with _between(pipeline, forward, lambda: None):
-            yield
+        return forward, lambda: None
 
     def forward(
         self, network: nn.Module, predict: Callable[..., Any], given: Inputs, c_s: Conditioning, start: int
@@ -195,8 +197,6 @@ class NAG:
         z_g = z_g * (self.tau / grown.clamp(min=self.tau))
         return (self.alpha * z_g + (1 - self.alpha) * z_p).to(dtype)
 
-
-Guard = SLD | NAG | NegativePrompt
 
 # of the authors' release, by their names
 PRESETS: dict[str, Callable[[str], Guard]] = {
@@ -301,7 +301,7 @@ def _between(pipeline: Any, forward: Callable[..., Any], begin: Callable[[], Non
 
 
 @contextmanager
-def through(network: Any, forward: Callable[[Callable[..., Any], Inputs], Any]) -> Iterator[None]:
+def through(network: Any, forward: Forward) -> Iterator[None]:
     """Inside, the network's calls go through `forward(predict, given)`; `predict` is what was there before.
 
     Raises:

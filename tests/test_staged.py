@@ -17,7 +17,7 @@ from toy_training import gathered, made
 from erase import guards
 from erase.evaluation import generate
 from erase.families import loading, start
-from erase.families.discrete import DiscreteDiffusion
+from erase.families.pipelined import PipelineFamily
 
 HOW: dict[str, Any] = {"guidance": 2.0, "size": 8}
 PNDM = {"skip_prk_steps": True}  # as Stable Diffusion's own
@@ -39,7 +39,7 @@ def test_images_wait_once_whatever_the_number_of_steps(toy_pipeline_dir, monkeyp
             model.scheduler = getattr(diffusers, sampler).from_config(scheduler.config, **PNDM)
         how: dict[str, Any] = {"sampler": "dpm++" if sampler == "dpm++" else "model"}
         assert waits(model, 4, **how) == waits(model, 8, **how) == ["copy to cpu"]
-        monkeypatch.setattr("erase.families.discrete.stepping_on_host", lambda scheduler: torch.no_grad())
+        monkeypatch.setattr("erase.families.pipelined.stepping_on_host", lambda scheduler: torch.no_grad())
         assert len(waits(model, 8, **how)) > (5 if sampler in {"DDIMScheduler", "PNDMScheduler"} else 1)
 
 
@@ -51,25 +51,36 @@ def test_no_precision_waits_for_timesteps(toy_pipeline_dir, precision):
         assert waits(model, 3) == ["copy to cpu"]
 
 
+@pytest.mark.parametrize("folder", ["toy_pipeline_dir", "toy_sd3_dir"])
 @pytest.mark.parametrize("guard", guards.PRESETS)
-def test_a_guard_waits_in_no_step(toy_pipeline_dir, guard):
-    """It encodes its text once for each batch."""
+def test_a_guard_waits_in_no_step(request, folder, guard):
+    """Nor before the first one. Control: a text that the pipeline encodes."""
     with pretend_device.gpu():
-        model = load_sd(toy_pipeline_dir, device="cuda")
+        model: Any = loading.load(request.getfixturevalue(folder), device="cuda")
         model.guard = guards.make(guard, "a cat")
-        assert waits(model, 3) == waits(model, 6)
+        assert waits(model, 3) == waits(model, 6) == ["copy to cpu"]
+        model.guard = Encoding("a cat")
+        assert len(waits(model, 3)) > 1
 
 
-def test_the_inputs_of_announced_images_are_there_before_the_wait_for_these(toy_pipeline_dir, monkeypatch):
-    """And they are copied without a wait: the text states, the noise."""
+class Encoding(guards.NegativePrompt):
+    def on(self, pipeline: Any, c_s: Any = None) -> Any:
+        return super().on(pipeline)
+
+
+@pytest.mark.parametrize("guard", [None, "sld-max"])
+@pytest.mark.parametrize("folder", ["toy_pipeline_dir", "toy_sd3_dir"])
+def test_the_inputs_of_announced_images_are_there_before_the_wait_for_these(request, monkeypatch, folder, guard):
+    """And they are copied without a wait: the text states, the guard's too, and the noise."""
     events: list[str] = []
-    begin = DiscreteDiffusion._start
+    begin = PipelineFamily._start
     monkeypatch.setattr(
-        DiscreteDiffusion, "_start", lambda *given: events.append(f"start {given[1].seeds}") or begin(*given)
+        PipelineFamily, "_start", lambda *given: events.append(f"start {given[1].seeds}") or begin(*given)
     )
     monkeypatch.setattr(pretend_device, "_saw", events.append)
     with pretend_device.gpu(), pretend_device.waits():
-        model = load_sd(toy_pipeline_dir, device="cuda")
+        model: Any = loading.load(request.getfixturevalue(folder), device="cuda")
+        model.guard = guards.make(guard, "a tree") if guard else None
         events.clear()
         model.announce(["a dog"], [2], **HOW)
         model.draw(["a cat"], [1], steps=2, **HOW)
@@ -77,6 +88,20 @@ def test_the_inputs_of_announced_images_are_there_before_the_wait_for_these(toy_
         events.clear()
         model.draw(["a dog"], [2], steps=2, **HOW)
         assert events == ["copy to cpu"]
+
+
+def test_inputs_that_were_made_for_another_guard_are_not_used(toy_pipeline_dir):
+    with pretend_device.gpu():
+        model = load_sd(toy_pipeline_dir, device="cuda")
+        found = []
+        for announced in (True, False):
+            model.guard = guards.make("negative", "a boat")
+            if announced:
+                model.announce(["a dog"], [2], **HOW)
+            model.draw(["a cat"], [1], steps=2, **HOW)
+            model.guard = guards.make("negative", "a tree")
+            found.append(model.draw(["a dog"], [2], steps=2, **HOW))
+        assert torch.equal(*found)
 
 
 def test_what_was_announced_and_is_not_drawn_is_not_used(toy_pipeline_dir):
@@ -92,13 +117,13 @@ def test_what_was_announced_and_is_not_drawn_is_not_used(toy_pipeline_dir):
 def starts(monkeypatch) -> list[bool]:
     """Of each batch that is drawn: whether its inputs were made while the one before was computed."""
     found: list[bool] = []
-    draw = DiscreteDiffusion.draw
+    draw = PipelineFamily.draw
 
     def noting(self: Any, *given: Any, **how: Any) -> Any:
         found.append(self._ready is not None)
         return draw(self, *given, **how)
 
-    monkeypatch.setattr(DiscreteDiffusion, "draw", noting)
+    monkeypatch.setattr(PipelineFamily, "draw", noting)
     return found
 
 
@@ -114,7 +139,7 @@ def test_training_images_are_staged_ahead_and_the_same_bits(toy_pipeline_dir, tm
             found.append(gathered(model, made("salun"), tmp_path / name, batch_size=1).forget.mean)
         if name == "ahead":
             assert starts == [False, True, True, True, False, True, True], "four forget images, three retain images"
-            monkeypatch.setattr(DiscreteDiffusion, "announce", silent)
+            monkeypatch.setattr(PipelineFamily, "announce", silent)
             starts.clear()
     assert not any(starts) and torch.equal(*found) and found[0].std() > 0.1
 
@@ -130,7 +155,7 @@ def test_images_for_evaluation_are_staged_ahead_and_the_same_bits(toy_pipeline_d
         model = generate.load_model(str(toy_pipeline_dir))
         generate.generate(model, task, tmp_path / "ahead", batch_size=2, quiet=True)
         assert starts == [False, *[True] * (len(starts) - 1)] and len(starts) >= 4
-        monkeypatch.setattr(DiscreteDiffusion, "announce", silent)
+        monkeypatch.setattr(PipelineFamily, "announce", silent)
         generate.generate(model, task, tmp_path / "plain", batch_size=2, quiet=True)
     assert images(tmp_path / "ahead") == images(tmp_path / "plain") and len(images(tmp_path / "plain")) == 7
 
@@ -140,14 +165,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_next_one_is_what_it_was(toy
     with pretend_device.gpu():
         model = generate.load_model(str(toy_pipeline_dir))
         generate.generate(model, task, tmp_path / "whole", batch_size=1, quiet=True)
-        plain = DiscreteDiffusion._drawn
+        plain = PipelineFamily._drawn
 
         def drawn(self: Any, begun: start.Start, *given: Any, **how: Any) -> Any:
             if len(begun.noise) > 1:
                 raise torch.OutOfMemoryError("out of memory")
             return plain(self, begun, *given, **how)
 
-        monkeypatch.setattr(DiscreteDiffusion, "_drawn", drawn)
+        monkeypatch.setattr(PipelineFamily, "_drawn", drawn)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         generate.generate(model, task, tmp_path / "halved", batch_size=2, quiet=True)
     assert images(tmp_path / "whole") == images(tmp_path / "halved")

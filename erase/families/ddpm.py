@@ -253,22 +253,23 @@ class PixelDiffusion(DiscreteDiffusion):
         return latents.float().clamp(-1, 1).cpu()
 
     @torch.no_grad()
-    def _drawn(self, start: Start, unet: Any, scheduler: SchedulerMixin, *, steps: int, guidance: float) -> Tensor:
+    def _drawn(
+        self, start: Start, network: Any, scheduler: Any, *, guidance: float, num_inference_steps: int
+    ) -> Tensor:
         """Images by the scheduler's own steps; guidance is u + guidance (c - u), of raw outputs."""
-        stepper: Any = scheduler
         c = start.c if start.empty is None else Conditioning.cat([start.c, start.empty])
-        stepper.set_timesteps(steps)
-        x = start.noise if not start.generators else start.noise * stepper.init_noise_sigma
-        how = {"generator": start.generators or None} if "generator" in signature(stepper.step).parameters else {}
-        with evaluating(unet), predicting(unet, self.precision):
-            for time in stepper.timesteps:
-                seen = stepper.scale_model_input(x, time)
+        scheduler.set_timesteps(num_inference_steps)
+        x = start.noise if not start.generators else start.noise * scheduler.init_noise_sigma
+        how = {"generator": start.generators or None} if "generator" in signature(scheduler.step).parameters else {}
+        with evaluating(network), predicting(network, self.precision):
+            for time in scheduler.timesteps:
+                seen = scheduler.scale_model_input(x, time)
                 seen = seen if start.empty is None else seen.repeat(2, 1, 1, 1)
-                output = unet(seen.to(unet.dtype), time, **self.inputs_of(seen, c)).sample.float()
+                output = network(seen.to(network.dtype), time, **self.inputs_of(seen, c)).sample.float()
                 if start.empty is not None:
                     conditional, null = output.chunk(2)
                     output = null + guidance * (conditional - null)
-                x = stepper.step(output, time, x, return_dict=False, **how)[0]
+                x = scheduler.step(output, time, x, return_dict=False, **how)[0]
         return x
 
     def _on_device(self, prompts: Sequence[str]) -> Conditioning:

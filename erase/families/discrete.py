@@ -1,8 +1,6 @@
 """Diffusion on a schedule of discrete timesteps: noise, predictions, and images by diffusers' pipelines or DDIM."""
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,14 +21,14 @@ from erase.errors import EraseError
 from erase.families import (
     sd_parts,
 )
-from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
+from erase.families.pipelined import PipelineFamily
 from erase.families.protocol import Sampler
-from erase.families.start import Request, Start, stepping_on_host
+from erase.families.start import Request
 
 
-class DiscreteDiffusion(LatentFamily):
-    """A family whose UNet predicts noise or velocity at discrete timesteps, and which a pipeline of diffusers samples.
+class DiscreteDiffusion(PipelineFamily):
+    """A family whose UNet predicts noise or velocity at discrete timesteps.
 
     scheduler: the model's own, which generates its images. alphas_cumprod: of its schedule, [num_timesteps].
     prediction_type: "epsilon" or "v_prediction".
@@ -40,12 +38,6 @@ class DiscreteDiffusion(LatentFamily):
     scheduler: SchedulerMixin
     alphas_cumprod: Tensor
     prediction_type: str
-    _announced: Request | None = None
-    _ready: Start | None = None  # of what was announced
-
-    @abstractmethod
-    def assembled(self, unet: UNet2DConditionModel, scheduler: SchedulerMixin) -> Any:
-        """diffusers' pipeline of the model's parts with this UNet and scheduler."""
 
     def read_schedule(self) -> None:
         """Take the schedule from `scheduler`.
@@ -95,53 +87,6 @@ class DiscreteDiffusion(LatentFamily):
             return DPMSolverMultistepScheduler.from_config(self.scheduler.config, use_karras_sigmas=True)  # pyright: ignore
         return type(self.scheduler).from_config(self.scheduler.config)  # pyright: ignore
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance: float,
-        size: int | tuple[int, int],
-        sampler: Sampler = "model",
-        network: UNet2DConditionModel | None = None,
-    ) -> Tensor:
-        """Latents [n, 4, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
-        refusal.refuse(prompts, "prompt")
-        request, scheduler = Request.of(prompts, seeds, guidance, size), self.sampler(sampler)
-        start, self._ready = self._ready, None
-        if start is None or start.request != request:
-            start = self._start(request)
-        return self._fetched(self._drawn(start, network or self.unet, scheduler, steps=steps, guidance=guidance))
-
-    def announce(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, size: int | tuple[int, int]
-    ) -> None:
-        self._announced = Request.of(prompts, seeds, guidance, size)
-
-    def _fetched(self, latents: Tensor) -> Tensor:
-        """The latents on the CPU. While a GPU still computes them, the images that are announced get their inputs."""
-        if self._announced is not None and latents.device.type == "cuda":
-            self._ready, self._announced = self._start(self._announced), None
-        return latents.cpu()
-
-    @torch.no_grad()
-    def _start(self, request: Request, noise: Tensor | None = None) -> Start:
-        """What the images of a request begin with. noise: None for that of their seeds."""
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        if noise is None:
-            channels = self.latent_shape(request.height)[0]
-            shape = (1, channels, request.height // self.vae_scale, request.width // self.vae_scale)
-            noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
-        c, empty = self._on_device(request.prompts), None
-        if request.is_guided:
-            empty = self.unconditional(self._on_device([""] * len(request.prompts)))
-        return Start(request, self._staged(noise), generators, c, empty)
-
-    @abstractmethod
-    def _on_device(self, prompts: Sequence[str]) -> Conditioning:
-        """What the network sees for the prompts, encoded in one batch, on the model's device."""
-
     def draw_from(
         self,
         latents: Tensor,
@@ -162,28 +107,8 @@ class DiscreteDiffusion(LatentFamily):
 
         scheduler.set_timesteps = set_timesteps
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
-        begun = self._start(Request.of(prompts, (), guidance, (height, width)), latents)
-        return self._drawn(begun, self.unet, scheduler, steps=steps, guidance=guidance).cpu()
-
-    def _drawn(
-        self, start: Start, unet: UNet2DConditionModel, scheduler: SchedulerMixin, *, steps: int, guidance: float
-    ) -> Tensor:
-        """Latents by diffusers' own pipeline, on the model's device."""
-        pipeline = self.assembled(unet, scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        guarded = self.guard.on(pipeline) if self.guard else nullcontext()
-        with evaluating(unet), predicting(unet, self.precision), stepping_on_host(scheduler), guarded:
-            return pipeline(
-                **start.text(),
-                latents=start.noise,
-                generator=start.generators or None,
-                height=start.request.height,
-                width=start.request.width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="latent",
-                return_dict=False,
-            )[0]  # pyright: ignore
+        begun = self._start(Request.of(prompts, (), guidance, (height, width), self.guard), latents)
+        return self._drawn(begun, self.unet, scheduler, guidance=guidance, num_inference_steps=steps).cpu()
 
     def _ddim(self, prediction_type: str) -> DDIMScheduler:
         """DDIM steps on the model's schedule, for predictions of this type.

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
-from erase.families.latent import LatentFamily
 from erase.families.modes import evaluating, predicting
+from erase.families.pipelined import PipelineFamily
 from erase.families.protocol import Sampler
-from erase.families.start import stepping_on_host
+from erase.families.start import Request
 
 
-class RectifiedFlow(LatentFamily):
+class RectifiedFlow(PipelineFamily):
     """A family whose noisy latents are x_s = (1 - s) x_0 + s eps and whose network predicts v = eps - x_0.
 
     So the noise in x_s is x_s + (1 - s) v. Timestep t, 0 to 999, stands for the noise level s at that place of the
@@ -32,10 +31,6 @@ class RectifiedFlow(LatentFamily):
     def read_schedule(self) -> None:
         """Take the noise levels from `scheduler`."""
         self.sigmas = self.sampler().sigmas[: self.num_timesteps].flip(0)
-
-    @abstractmethod
-    def assembled(self, network: Any, scheduler: Any) -> Any:
-        """diffusers' pipeline of the model's parts with this network and scheduler."""
 
     @abstractmethod
     def inputs_of(self, c: Conditioning) -> dict[str, Any]:
@@ -88,41 +83,15 @@ class RectifiedFlow(LatentFamily):
         x = self._followed(x, c, empty, index, steps=steps, guidance=guidance)
         return x, self._staged(times[index])
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance: float,
-        size: int | tuple[int, int],
-        sampler: Sampler = "model",
-        network: Any = None,
-    ) -> Tensor:
-        """Latents [n, c, height / 8, width / 8], by diffusers' own pipeline; see `Family.draw`."""
-        height, width = (size, size) if isinstance(size, int) else size
-        draws = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        how: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": steps, "generator": draws}
-        return self._drawn(prompts, network or self.network, self.sampler(sampler), guidance=guidance, **how)
-
     def draw_from(self, latents: Tensor, prompts: Sequence[str], *, start: int, steps: int, guidance: float) -> Tensor:
         """By Euler steps of the flow; see `Family.draw_from`."""
+        refusal.refuse(prompts, "prompt")
         levels = self.sigmas.cpu()[self.times(steps)[start:]].tolist()
         plain: Any = self.scheduler.config
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(plain, shift=1.0)  # the levels have the shift
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
-        how: dict[str, Any] = {"height": height, "width": width, "sigmas": levels, "latents": latents.to(self.device)}
-        return self._drawn(prompts, self.network, scheduler, guidance=guidance, **how)
-
-    def _drawn(self, prompts: Sequence[str], network: Any, scheduler: Any, *, guidance: float, **more: Any) -> Tensor:
-        """Latents by diffusers' own pipeline, behind the guard. more: its further arguments."""
-        refusal.refuse(prompts, "prompt")
-        pipeline = self.assembled(network, scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        guarded = self.guard.on(pipeline) if self.guard else nullcontext()
-        with evaluating(network), predicting(network, self.precision), stepping_on_host(scheduler), guarded:
-            how: dict[str, Any] = {"output_type": "latent", "return_dict": False}
-            return pipeline(list(prompts), guidance_scale=guidance, **how, **more)[0].cpu()
+        begun = self._start(Request.of(prompts, (), guidance, (height, width), self.guard), latents)
+        return self._drawn(begun, self.network, scheduler, guidance=guidance, sigmas=levels).cpu()
 
     def _followed(
         self, x: Tensor, c: Conditioning, empty: Conditioning, to: Tensor, *, steps: int, guidance: float

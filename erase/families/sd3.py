@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -17,6 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
+from erase.device import place_of, staged
 from erase.families import architecture, components, pipeline_folder, sd3_parts, unet_file
 from erase.families.flow import RectifiedFlow
 from erase.families.protocol import TokenRun
@@ -178,15 +180,30 @@ class StableDiffusion3(RectifiedFlow):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
-        """By diffusers' own pipeline: states [len(prompts), 77 + 256, d] and pooled states, on the CPU."""
+        """States [len(prompts), 77 + 256, d] and pooled states, on the CPU."""
         refusal.refuse(prompts, "prompt")
-        pipeline, found = self.assembled(self.transformer, self.scheduler), []
-        how: dict[str, Any] = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
-        for start in range(0, len(prompts), batch_size):
-            part = list(prompts[start : start + batch_size])
-            states, _, pooled, _ = pipeline.encode_prompt(part, device=self.device, **how)
-            found.append(Conditioning(states, pooled=pooled).to("cpu"))
+        parts = (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
+        found = [self._on_device(part).to("cpu") for part in parts]
         return Conditioning.cat(found) if found else self.encode_text([""])[:0]
+
+    def _on_device(self, prompts: Sequence[str]) -> Conditioning:
+        """As by the pipeline's `encode_prompt`, whose tokens wait for the GPU."""
+        lengths = (self.tokenizer.model_max_length,) * 2 + (T5_TOKENS,)
+        parts: list[tuple[Any, Any]] = [
+            (self.tokenizer, self.text_encoder),
+            (self.tokenizer_2, self.text_encoder_2),
+            (self.tokenizer_3, self.text_encoder_3),
+        ]
+        outputs = []
+        for (tokenizer, encoder), length in zip(parts, lengths, strict=True):
+            how: dict[str, Any] = {"padding": "max_length", "max_length": length, "truncation": True}
+            ids = tokenizer(list(prompts), return_tensors="pt", **how)["input_ids"]
+            outputs.append(encoder(staged(ids, place_of(encoder)), output_hidden_states=True))
+        first, second, t5 = outputs
+        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        clip = F.pad(clip, (0, t5.last_hidden_state.shape[-1] - clip.shape[-1]))
+        pooled = torch.cat([first.text_embeds, second.text_embeds], -1)
+        return Conditioning(torch.cat([clip, t5.last_hidden_state], 1), pooled=pooled)
 
     @property
     def max_tokens(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from erase.conditioning import Conditioning
+from erase.guards import Guard
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Request:
     """Images that are generated together.
 
     seeds: one for each image; () where the noise is given. height, width: in pixels. is_guided: whether each step also
-        needs the unconditional prediction.
+        needs the unconditional prediction. guard: that acts on them.
     """
 
     prompts: tuple[str, ...]
@@ -25,12 +26,20 @@ class Request:
     height: int
     width: int
     is_guided: bool
+    guard: Guard | None
 
     @classmethod
-    def of(cls, prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: int | tuple[int, int]) -> Self:
+    def of(
+        cls,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance: float,
+        size: int | tuple[int, int],
+        guard: Guard | None,
+    ) -> Self:
         """From the arguments of `Family.draw`."""
         height, width = (size, size) if isinstance(size, int) else size
-        return cls(tuple(prompts), tuple(seeds), height, width, guidance > 1)
+        return cls(tuple(prompts), tuple(seeds), height, width, guidance > 1, guard)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +48,7 @@ class Start:
 
     noise: [n, c, h, w]. generators: one for each image, after its noise, for samplers that add noise in each step.
     c: of the prompts. empty: of the unconditional branch, with as many rows; None without guidance.
+    c_s: of the guard's text, one row; None without a guard.
     """
 
     request: Request
@@ -46,9 +56,10 @@ class Start:
     generators: list[torch.Generator]
     c: Conditioning
     empty: Conditioning | None
+    c_s: Conditioning | None
 
     def text(self) -> dict[str, Tensor]:
-        """Text states as arguments of a pipeline for Stable Diffusion."""
+        """Text states as arguments of a pipeline."""
         named: dict[str, Tensor | None] = {"prompt_embeds": self.c.states, "pooled_prompt_embeds": self.c.pooled}
         if self.empty is not None:
             named |= {"negative_prompt_embeds": self.empty.states, "negative_pooled_prompt_embeds": self.empty.pooled}
