@@ -17,12 +17,14 @@ import toy_training as toy
 from accelerate import Accelerator
 from bench import launches
 from loaded import load_sd
+from test_null_space import few_states
 from torch.nn import Parameter
 
 from erase import masks
 from erase.methods.relabel import Relabel
 from erase.optim import DualAdam, MaskedAdam, cuda
 from erase.training import loop
+from erase.training.null_space import NullSpace
 
 
 @pytest.fixture
@@ -74,34 +76,50 @@ def test_a_step_of_the_optimizer_is_one_kernel_however_many_tensors_there_are(ke
         assert overhead(40, MaskedAdam) - overhead(4, MaskedAdam) >= 36
 
 
-def train(folder: Path, tmp_path: Path, scope: str, method: Any, **changes: Any) -> tuple[float, int]:
+def train(folder: Path, tmp_path: Path, name: str, scope: tuple[str, ...], **changes: Any) -> tuple[float, int]:
     """Operations of a step, and the number of tensors that are trained."""
     model: Any = load_sd(folder)
+    method: Any = Relabel(balancing="nash") if name == "nash" else toy.made("sdd" if name == "sdd" else "relabel")
     data = toy.gathered(model, method, tmp_path / "cache")
-    parameters = {name: p for name, p in model.unet.named_parameters() if scope in name}
-    mask = masks.random_mask({name: p.shape for name, p in parameters.items()}, 0.5, seed=0)
+    parameters = {n: p for n, p in model.unet.named_parameters() if any(part in n for part in scope)}
+    shapes = {n: p.shape for n, p in parameters.items()}
+    mask = masks.random_mask(shapes, 0.5, seed=0, by_rows=model.is_text_map)
     accelerator = Accelerator(cpu=True)
+    null = NullSpace(model, few_states(model), 0, parameters, mask) if name == "null space" else None
 
     def take(num: int) -> None:
-        recipe = replace(toy.RECIPE, num_steps=num, checkpoint_every=100, max_grad_norm=1.0, **changes)
+        recipe = replace(toy.RECIPE, num_steps=num, checkpoint_every=100, max_grad_norm=1.0, dual=name == "dual")
         path = tmp_path / "none.safetensors"
-        loop.train(model, method, data, parameters, mask, recipe, accelerator, state_path=path, quiet=True)
+        how: dict[str, Any] = {"state_path": path, "quiet": True, "null": null}
+        loop.train(model, method, data, parameters, mask, recipe, accelerator, **how)
 
     return launches.num_launches(launches.per_step(take, 1, 3)), len(parameters)
 
 
 SLOW = [pytest.mark.slow, pytest.mark.ci]
+OTHERS = ("nash", "dual", "sdd", "null space")
 
 
-@pytest.mark.parametrize("how", ["plain", pytest.param("nash", marks=SLOW), pytest.param("dual", marks=SLOW)])
+@pytest.mark.parametrize("how", ["plain", *(pytest.param(how, marks=SLOW) for how in OTHERS)])
 def test_a_training_step_loops_over_no_tensors(kernels, monkeypatch, toy_pipeline_dir, tmp_path, how):
     """Between cross-attention alone and the whole UNet the backward passes grow, by the operations that make the
-    gradients: at most two for a tensor in each of two branches. Balancing adds six for its inner products."""
-    method = Relabel(balancing="nash") if how == "nash" else Relabel()
+    gradients: 1.25 for a tensor in both branches together, half of that with one branch."""
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones(self.shape, dtype=torch.bool))
-    changes: dict[str, Any] = {"dual": True} if how == "dual" else {}
-    some, few = train(toy_pipeline_dir, tmp_path, ".attn2.", method, **changes)
-    more, many = train(toy_pipeline_dir, tmp_path, "", method, **changes)
+    some, few = train(toy_pipeline_dir, tmp_path, how, (".attn2.",))
+    more, many = train(toy_pipeline_dir, tmp_path, how, ("",))
     each = (more - some) / (many - few)
     assert few < 25 and many > 200 and some > 300
-    assert each <= {"plain": 2.2, "nash": 14, "dual": 2.2}[how]
+    assert each <= (0.7 if how == "sdd" else 1.3)
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_projections_are_few_operations_however_many_text_maps_there_are(toy_pipeline_dir, density):
+    model, found = load_sd(toy_pipeline_dir), []
+    for part in ("mid_block.attentions.0.transformer_blocks.0.attn2.", ".attn2."):
+        parameters = {n: p for n, p in model.unet.named_parameters() if part in n and model.is_text_map(n)}
+        mask = masks.random_mask({n: p.shape for n, p in parameters.items()}, density, 0, by_rows=model.is_text_map)
+        null = NullSpace(model, few_states(model), 0, parameters, mask)
+        moved = {name: torch.ones(int(bits.sum())) for name, bits in mask.items()}
+        found.append((len(parameters), launches.counted(lambda null=null, moved=moved: null.project(moved))))
+    (few, of_few), (many, of_many) = found
+    assert few < many and of_few == of_many and of_few["mm"] == 1

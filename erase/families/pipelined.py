@@ -48,7 +48,7 @@ class PipelineFamily(LatentFamily):
         if start is None or start.request != request:
             start = self._start(request)
         how: dict[str, Any] = {"guidance": guidance, "num_inference_steps": steps}
-        return self._fetched(self._drawn(start, network or self.network, self.sampler(sampler), **how))
+        return self._fetched(self._drawn(start, network or self.denoiser, self.sampler(sampler), **how))
 
     def announce(
         self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, size: int | tuple[int, int]

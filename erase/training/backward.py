@@ -119,11 +119,22 @@ def _combine(balance: Balance | None, optimizer: MaskedAdam, gradients: Mapping[
 def _weights(balance: Balance, forget: list[Tensor], retain: list[Tensor]) -> tuple[Tensor, Tensor]:
     """w_f and w_r, which `balance` computes from the inner products of the two gradients."""
 
-    def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
-        parts = [(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]
-        return torch.stack(parts).cumsum(0)[-1]  # in this order
+    products = torch.zeros(3, dtype=torch.float64, device=forget[0].device)
+    for part in _batched(forget):
+        f, r = (torch.cat([each.view(-1) for each in gradient[part]]).double() for gradient in (forget, retain))
+        products += torch.stack([f @ f, f @ r, r @ r])
+    return balance(*products)
 
-    return balance(product(forget, forget), product(forget, retain), product(retain, retain))
+
+def _batched(tensors: list[Tensor]) -> Iterator[slice]:
+    """Places of tensors that have 2^22 values together, or of one with more, so that few operations see them all."""
+    start = size = 0
+    for place, tensor in enumerate(tensors):
+        if place > start and size + tensor.numel() > 2**22:
+            yield slice(start, place)
+            start, size = place, 0
+        size += tensor.numel()
+    yield slice(start, len(tensors))
 
 
 def one_by_one(loss: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> Iterator[tuple[str, Tensor]]:

@@ -46,12 +46,15 @@ class Exchanged:
     def move(self, moved: dict[str, Tensor], halt: Tensor | None = None) -> None:
         """Set the masked weights so far from these values; if `halt` is given and not 0, leave them.
 
-        `moved` is emptied meanwhile, to save memory.
+        `moved` is emptied, and its tensors are used.
         """
-        wanted = {name: value + moved.pop(name) for name, value in self.values.items()}
+        wanted = {name: moved.pop(name) for name in self.values}
+        torch._foreach_add_([*wanted.values()], [*self.values.values()])
         if halt is not None:
-            now = self._optimizer.masked_weights()
-            wanted = {name: torch.where(halt == 0, wanted.pop(name), value) for name, value in now.items()}
+            now, goes = self._optimizer.masked_weights(), (halt == 0).to(next(iter(wanted.values())).dtype)
+            torch._foreach_mul_([*wanted.values()], goes)
+            torch._foreach_mul_([*now.values()], 1 - goes)
+            torch._foreach_add_([*wanted.values()], [now[name] for name in wanted])
         self._optimizer.exchange(wanted)
 
     def take(self) -> None:
@@ -64,7 +67,11 @@ class Exchanged:
 
     def follow(self, decay: float, halt: Tensor | None = None) -> None:
         """Let these values follow the model's: decay * value + (1 - decay) * now. A `halt` that is not 0 stops them."""
-        weights = self._optimizer.masked_weights()
-        share = 1 - decay if halt is None else ((halt == 0) * (1 - decay)).to(next(iter(weights.values())).dtype)
-        for name, now in weights.items():
-            self.values[name].lerp_(now, share)
+        now, values = self._optimizer.masked_weights(), [*self.values.values()]
+        present = [now[name] for name in self.values]
+        if halt is None:
+            torch._foreach_lerp_(values, present, 1 - decay)
+            return
+        torch._foreach_sub_(present, values)
+        torch._foreach_mul_(present, ((halt == 0) * (1 - decay)).to(values[0].dtype))
+        torch._foreach_add_(values, present)

@@ -47,30 +47,24 @@ class NullSpace:
                 "of the text states; raise it (SPEED uses 0.1), or retain fewer prompts"
             )
         self._P = P.to(model.device, torch.float32 if model.device.type == "mps" else torch.float64)
-        self._whole = {name: _whole_rows(mask[name]) for name in names} if mask is not None else {}
         self._names = names
-        if mask is not None and not any(rows.any() for rows in self._whole.values()):
+        if mask is not None and not any(mask[name].all(dim=1).any() for name in names):
             raise EraseError(
                 "--null-space changes whole rows of keys and values, and the mask has none; use --mask none"
             )
-        self._places = {
-            name: _places(mask[name], rows).to(model.device)
-            for name, rows in self._whole.items()
-            if mask is not None and not mask[name].all()
-        }
+        self._places = None  # of the weights in whole rows among the masked ones of all text maps; None: all of them
+        if mask is not None and not all(mask[name].all() for name in names):
+            counted = torch.cat([_in_whole_rows(mask[name]) for name in names])
+            self._places = counted.nonzero()[:, 0].to(model.device)
 
     def project(self, moved: Mapping[str, Tensor]) -> None:
         """Replace every change by its projection, in place. moved: by parameter, [masked weights]."""
-        for name in self._names:
-            change = moved[name]
-            inside = self._places.get(name)
-            rows = change if inside is None else change[inside]
-            kept = (rows.view(-1, self.of).to(self._P) @ self._P).reshape(-1).to(change)
-            if inside is None:
-                change.copy_(kept)
-            else:
-                change.zero_()
-                change[inside] = kept
+        changes = [moved[name] for name in self._names]
+        every = torch.cat(changes)
+        rows = every if self._places is None else every[self._places]
+        kept = (rows.view(-1, self.of).to(self._P) @ self._P).reshape(-1).to(every)
+        every = kept if self._places is None else torch.zeros_like(every).index_copy_(0, self._places, kept)
+        torch._foreach_copy_(changes, every.split([len(change) for change in changes]))
 
 
 def text_maps(model: Family, parameters: Mapping[str, Tensor]) -> list[str]:
@@ -85,14 +79,9 @@ def text_maps(model: Family, parameters: Mapping[str, Tensor]) -> list[str]:
     return names
 
 
-def _whole_rows(mask: Tensor) -> Tensor:
-    """bool, [rows]."""
-    return mask.all(dim=1)
-
-
-def _places(mask: Tensor, whole: Tensor) -> Tensor:
-    """int64: which of the masked weights, counted in the mask's order, are in whole rows."""
-    return whole.repeat_interleave(mask.sum(dim=1)).nonzero()[:, 0]
+def _in_whole_rows(mask: Tensor) -> Tensor:
+    """bool, [masked weights]: whether each is in a row of which the mask has all."""
+    return mask.all(dim=1).repeat_interleave(mask.sum(dim=1))
 
 
 def by_rows(model: Family, scores: Mapping[str, Tensor]) -> None:
