@@ -7,7 +7,8 @@ The small protocol of a public re-run of SalUn: a UNet of about ten million weig
 density and without one, 1,000 steps at 1e-4, beside the base and the copied label row. FA is the share of 500 images of
 the forgotten class in which a classifier of real images, trained here, sees it; FID compares 500 images of each other
 class with all real ones in that classifier's features. FIDs in other features are no FIDs of this table.
-Every call works for `--seconds`, saves its state and ends with exit code 3 as long as work is left.
+Every call works for `--seconds`, saves its state and ends with exit code 3 as long as work is left. A call that is
+interrupted or killed loses a minute of a training.
 """
 
 import argparse
@@ -28,11 +29,13 @@ from torch import Tensor, nn
 
 from erase import erase_concept, files, tensor_files
 from erase.classification import data as labelled
+from erase.commandline import reporting
 from erase.concepts import of_class
 from erase.errors import EraseError
 from erase.families import loading
 
 FORGET = "airplane"
+SAVE_SECONDS = 60  # of a training, after which its state is saved
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VARIANTS: dict[str, dict[str, Any]] = {
     "salun": {"method": "salun"},
@@ -133,8 +136,9 @@ def sliced(
     run: Run, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, total: int, step: Callable[[int], None],
     more: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Call `step` for every number below `total`, continuing from NAME.pt and saving there when the slice is over.
+    """Call `step` for every number below `total`, continuing from NAME.pt.
 
+    The state is saved there every minute, since a machine can be lost at any moment, and when the slice is over.
     more: further state, which is restored in place.
     """
     path, start = run.folder / f"{name}.pt", 0
@@ -146,10 +150,14 @@ def sliced(
             for ours, stored in zip(tensors, state[key], strict=True):
                 ours.copy_(stored)
         start = state["step"]
+    saved = time.monotonic()
     for number in range(start, total):
-        if number % 20 == 0 and time.monotonic() > run.ends:
+        now = time.monotonic()
+        if now > run.ends or now - saved > SAVE_SECONDS:
             state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": number, **more}
             files.write_pickle(path, state)
+            saved = now
+        if now > run.ends:
             print(f"{name}: {number:,} of {total:,} steps", flush=True)
             raise OutOfTime
         step(number)
@@ -356,7 +364,7 @@ def work(data: str, output: str | Path, *, seconds: float, device: str, sizes: S
     """One slice; the results when all is done, else None."""
     folder = Path(output)
     dataset = labelled.load(data, folder / "cache")
-    if len(dataset.classes) == len(CLASSES) and FORGET not in dataset.classes:  # CIFAR's files without their names
+    if dataset.name == "cifar10" and FORGET not in dataset.classes:  # CIFAR's files without their names
         dataset = replace(dataset, classes=CLASSES)
     if FORGET not in dataset.classes:
         raise EraseError(f"{data} has no class {FORGET!r}; give the folder of CIFAR-10's images")
@@ -377,7 +385,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that everything runs")
     given = parser.parse_args()
     how: dict[str, Any] = {"seconds": given.seconds, "device": given.device}
-    results = work(given.data, given.output, sizes=SMOKE if given.smoke else Sizes(), **how)
+    with reporting(Path(__file__).name, "interrupted; the same command continues from its state of a minute before"):
+        if given.device == "cuda" and not torch.cuda.is_available():
+            raise EraseError("torch sees no CUDA device; --device cpu --smoke shows that everything runs")
+        results = work(given.data, given.output, sizes=SMOKE if given.smoke else Sizes(), **how)
     if results is None:
         print("not done yet: the same command continues")
         sys.exit(3)

@@ -22,6 +22,8 @@ from typing import Any
 import mini_methods
 
 from erase import files, tensor_files
+from erase.commandline import reporting
+from erase.errors import EraseError
 
 PROTOCOL = 1  # raise it when cells measure something else
 CONCEPTS = ("circle", "heart", "house")
@@ -280,9 +282,18 @@ def main() -> None:
         "--gold", action="append", default=[], metavar="CONCEPT=DIR", help="the model trained without the concept"
     )
     parser.add_argument("--known", metavar="DIR", help="output of another run, whose cells are not run again")
-    given = parser.parse_args()
+    with reporting(Path(__file__).name, "interrupted; the same command continues"):
+        run(parser.parse_args())
+
+
+def run(given: argparse.Namespace) -> None:
+    """Every cell that is asked for and has no file yet, then results.json and the tables.
+
+    Raises:
+        EraseError: an option is wrong, or a finished cell was measured on another model or with another protocol.
+    """
     folder = Path(given.output)
-    golds = dict(text.split("=", 1) for text in given.gold)
+    golds = retrained(given.gold)
     if given.known:
         if (gold := Path(given.known) / "gold").is_dir():
             shutil.copytree(gold, folder / "gold", dirs_exist_ok=True)
@@ -292,7 +303,7 @@ def main() -> None:
     for path in (folder / "cells").glob("*.json"):
         one = files.read_json(path)
         if (one["model"], one["protocol"]) != (model_hash(), PROTOCOL):
-            parser.error(f"{path} was measured on other weights or with another protocol; choose another --output")
+            raise EraseError(f"{path} was measured on other weights or with another protocol; choose another --output")
     order = [*REFERENCES, *VARIANTS]
     for seed in range(given.seeds):
         for concept in given.concept or CONCEPTS:
@@ -306,6 +317,19 @@ def main() -> None:
     files.write_json(folder / "results.json", {"protocol": PROTOCOL, "cells": cells})
     rows = summary(cells)
     print("\n\n".join(f"**{c}**\n\n{table(of)}" for c in CONCEPTS if (of := [r for r in rows if r["concept"] == c])))
+
+
+def retrained(given: Sequence[str]) -> dict[str, str]:
+    """The folder of each concept's retrained model, from --gold."""
+    for text in given:
+        concept, _, folder = text.partition("=")
+        if not folder:
+            raise EraseError(f"--gold is {text!r}; give CONCEPT=DIR, such as circle=runs/without-circle")
+        if concept not in CONCEPTS:
+            raise EraseError(f"--gold names {concept!r}; choose {', '.join(CONCEPTS)}")
+        if not (Path(folder) / "model_index.json").is_file():
+            raise EraseError(f"{folder} has no model_index.json; give the folder of a trained model")
+    return dict(text.split("=", 1) for text in given)
 
 
 if __name__ == "__main__":

@@ -182,8 +182,11 @@ def test_a_requirement_on_the_attack_is_an_exit_code(attack, capsys):
     assert "attack.learnt-word>0.99 is not met" in capsys.readouterr().err
 
 
-def test_a_quick_look_says_so_and_is_another_protocol(attack, tmp_path, capsys):
-    whole, quick = attack(), attack("--quick", output=tmp_path / "quick")
+def test_a_quick_look_says_so_and_is_another_protocol(attack, capsys):
+    """In a folder of its own, so that the same command without --quick runs after it."""
+    attack("--quick")
+    whole = attack()
+    quick = whole.with_name(f"{whole.name}-quick")
     assert "(quick)" in capsys.readouterr().out
     assert results_of(quick)["name"].endswith("(quick)")
     assert results_of(quick)["limits"][0].startswith("A quick look")

@@ -132,7 +132,7 @@ def command(toy_pipeline_dir, erased_dir, tmp_path):
         few = [option for option in FEW if not option.startswith(("--budget", "--set"))]
         what = ["--judge", JUDGES.give(Bright), "--attack", "latent-inversion", *few, "--budget=1", "--quick"]
         cli.main(["attack", *models, *what, "--quiet", "--output", str(tmp_path / "out"), *more])
-        return tmp_path / "out" / "erased" / "attack-latent-inversion"
+        return tmp_path / "out" / "erased" / "attack-latent-inversion-quick"
 
     return command
 

@@ -129,6 +129,31 @@ def test_published_cells_are_taken_over_unless_the_weights_are_others(monkeypatc
         assert stop.value.code == 2 and f"with protocol 1; this is {module.PROTOCOL}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--known", "missing"), "missing/results.json cannot be read"),
+        (("--gold", "circle"), "--gold is 'circle'; give CONCEPT=DIR, such as circle=runs/without-circle"),
+        (("--gold", "moon=runs/without-moon"), "--gold names 'moon'; choose circle, heart, house"),
+        (("--gold", "circle=runs/missing"), "runs/missing has no model_index.json"),
+    ],
+)
+def test_bad_options_of_the_pixel_table_are_answered_in_one_line_before_any_cell(
+    given, message, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("pixel_methods")
+    cells: list[Any] = []
+    monkeypatch.setattr(module, "cell", lambda *what: cells.append(what))
+    monkeypatch.setattr(sys, "argv", ["pixel_methods.py", "--output", str(tmp_path), *given])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.startswith("pixel_methods.py: ") and said.count("\n") == 1
+    assert not cells
+
+
 @pytest.mark.slow
 def test_one_step_of_stable_diffusion_xl_is_measured_phase_by_phase(tmp_path):
     """The same run on a network of a few numbers."""

@@ -181,7 +181,8 @@ def _job(
     device = choose(request.drawing.device, "fp32").device.type
     source = judging.sources(request.judge_models).get(judge)
     looking = judging.make(judge, task.identity(), source=source, device=device)
-    return Job(name, attack, task, looking, request.output / models.label / f"attack-{file_name(name)}")
+    folder = f"attack-{file_name(name)}" + ("-quick" if options.quick else "")
+    return Job(name, attack, task, looking, request.output / models.label / folder)
 
 
 def presets_of(base: Family, concept: Concept, *, quick: bool = False) -> list[str]:
