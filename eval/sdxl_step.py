@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from on_gpu import VOCABULARY, make_tokenizer
+from gpu_parts.models import VOCABULARY, make_tokenizer
 from PIL import Image
 from sdxl_memory import NUM_WEIGHTS, OTHER_WEIGHTS, UNET
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -38,8 +38,8 @@ TOY_UNET |= {"attention_head_dim": (2, 2, 2), "transformer_layers_per_block": 1,
 TOY_UNET |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16}
 
 
-def build(folder: Path, toy: bool) -> None:
-    """Write the base model's architecture with random weights in float16, part by part."""
+def build(folder: Path, toy: bool, device: str = "cpu") -> None:
+    """Write the base model's architecture with random weights in float16, part by part. device: where they are made."""
 
     def words(width: int, layers: int, activation: str) -> CLIPTextConfig:
         width, layers = (16, 2) if toy else (width, layers)
@@ -61,7 +61,8 @@ def build(folder: Path, toy: bool) -> None:
     torch.set_default_dtype(torch.float16)
     try:
         for (name, make), num in zip(makers.items(), (NUM_WEIGHTS, *OTHER_WEIGHTS), strict=True):
-            part = make()
+            with torch.device(device):
+                part = make()
             if not toy and sum(weights.numel() for weights in part.parameters()) != num:
                 raise SystemExit(f"the {name} is not Stable Diffusion XL's any more; diffusers' defaults have changed")
             part.save_pretrained(folder / name)

@@ -8,9 +8,9 @@ from typing import Any
 
 import cifar10_diffusion as recipe
 import numpy as np
-import on_gpu
 import pytest
 import torch
+from gpu_parts import models
 from torch import nn
 
 from erase.evaluation import quality
@@ -98,7 +98,7 @@ def test_a_training_that_is_killed_continues_from_a_state_of_a_minute_before(tmp
 @pytest.mark.slow
 @pytest.mark.ci
 def test_slices_end_with_their_state_and_the_last_one_has_every_row(tmp_path: Path):
-    data = str(on_gpu.random_cifar(tmp_path / "data", 64, 32))
+    data = str(models.random_cifar(tmp_path / "data", 64, 32))
     how: Any = {"device": "cpu", "sizes": recipe.SMOKE}
     assert recipe.work(data, tmp_path / "out", seconds=-1, **how) is None
     assert (tmp_path / "out" / "judge.pt").is_file()

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gpu_parts import models, sliced, steps
+from gpu_parts.job import Job
 
 SCRIPT = Path(__file__).resolve().parent.parent / "eval" / "on_gpu.py"
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pytest")
@@ -159,15 +162,13 @@ def test_a_part_of_a_dry_run_works_in_the_folder_that_its_parent_made(on_gpu, mo
 
 def test_slices_of_the_cifar_10_tables_are_longer_and_continue(on_gpu, tmp_path, monkeypatch):
     """Four cells of ft; a slice that is stopped says that it is not finished, and the next one has them all."""
-    import time
-
     monkeypatch.setenv("ERASE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
 
     def slice_of(seconds: float) -> dict[str, Any]:
         ends = time.monotonic() + seconds
-        job = on_gpu.Job(tmp_path / "on-gpu.json", tmp_path / "work", "cpu", True, ends, tmp_path)
-        return {name: value for figures in on_gpu.cifar10(job) for name, value in figures.items()}
+        job = Job(tmp_path / "on-gpu.json", tmp_path / "work", "cpu", True, ends, tmp_path)
+        return {name: value for figures in sliced.cifar10(job) for name, value in figures.items()}
 
     assert on_gpu.limit("cifar10", False) == 540 and on_gpu.limit("mini", False) == 240
     assert not slice_of(1)["finished"]
@@ -192,22 +193,23 @@ def test_an_unknown_part_and_a_missing_gpu_are_one_line(on_gpu, tmp_path, capsys
     assert not (tmp_path / "x.json").exists()
 
 
-def test_the_tokenizer_has_the_real_ones_size_and_cuts_at_77_tokens(on_gpu):
-    tokenizer = on_gpu.make_tokenizer()
+def test_the_tokenizer_has_the_real_ones_size_and_cuts_at_77_tokens():
+    tokenizer = models.make_tokenizer()
     ids = tokenizer("a photo of a person " * 30, truncation=True, max_length=77)["input_ids"]
     assert len(tokenizer) == 49_408 and tokenizer.model_max_length == 77
     assert len(ids) == 77 and ids[0] == 49_406 and ids[-1] == 49_407
 
 
-def test_ticks_are_the_seconds_of_steady_steps(on_gpu):
+def test_ticks_are_the_seconds_of_steady_steps():
     """The first interval allocates and is left out; a loop that passes by less often than twice is noticed."""
 
     class Method:
         def loss(self, value: int) -> int:
             return value + 1
 
-    ticks = on_gpu.Ticks(SimpleNamespace(on_cuda=False))
-    method = on_gpu.with_ticks(Method(), "loss", ticks)
+    somewhere: Any = SimpleNamespace(on_cuda=False)
+    ticks = steps.Ticks(somewhere)
+    method = steps.with_ticks(Method(), "loss", ticks)
     assert [method.loss(number) for number in range(4)] == [1, 2, 3, 4] and isinstance(method, Method)
     assert len(ticks.seconds()) == 2
     method.loss(0)
@@ -306,6 +308,7 @@ def test_every_part_runs_at_toy_size_with_the_needed_packages_only(bare, tmp_pat
         parts["low-memory"]["8 GB, --low-memory --density 0.1"]["fits"]
         and parts["low-memory"]["24 GB, no option"]["fits"]
     )
+    assert parts["turns"]["8 GB"]["fits"] and parts["turns"]["same images"]
     assert parts["steps"]["training step"]["ratio"] > 0 and parts["steps"]["optimizer"]["repeats"] >= 2
     judged = {name: figures for part in parts.values() for name, figures in part.items() if "is_met" in str(figures)}
     assert len(judged) >= 13 and all(figures.get("ratio", figures.get("value", 1)) > 0 for figures in judged.values())
@@ -324,25 +327,25 @@ def test_the_script_itself_runs_at_toy_size(bare, tmp_path):
     """Every part and every command in a process of its own, the collection of the GPU tests included (1.4)."""
     places = ["--output", str(tmp_path / "on-gpu.json"), "--work", str(tmp_path / "work")]
     parts, code = bare(str(SCRIPT), "--dry-run", *places)
-    assert code == 0 and all(figures["part_seconds"] > 0 for figures in parts.values()) and len(parts) == 9
+    assert code == 0 and all(figures["part_seconds"] > 0 for figures in parts.values()) and len(parts) == 10
     assert parts["tests"]["tests"] == parts["tests"]["skipped"] > 10, "without a GPU each is skipped, but collected"
 
 
-def test_commands_of_a_slice_run_side_by_side_and_those_left_are_stopped(on_gpu, tmp_path):
+def test_commands_of_a_slice_run_side_by_side_and_those_left_are_stopped(tmp_path):
     def job(seconds: float) -> Any:
-        return on_gpu.Job(tmp_path / "x.json", tmp_path, "cpu", True, on_gpu.time.monotonic() + seconds, tmp_path)
+        return Job(tmp_path / "x.json", tmp_path, "cpu", True, time.monotonic() + seconds, tmp_path)
 
     def command(text: str) -> list[str]:
         return [sys.executable, "-c", text]
 
     met = "import pathlib, time\npathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    assert on_gpu.finish([command(met.format(one, other)), command(met.format(other, one))], 2, job(60))
+    assert sliced.finish([command(met.format(one, other)), command(met.format(other, one))], 2, job(60))
     pid = tmp_path / "pid"
     sleeps = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
-    assert not on_gpu.finish([command(sleeps)], 1, job(22))
+    assert not sliced.finish([command(sleeps)], 1, job(22))
     if pid.exists():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.read_text()), 0)
     with pytest.raises(RuntimeError, match="ended with 1: ValueError: no memory left"):
-        on_gpu.finish([command("raise ValueError('no memory left')")], 1, job(60))
+        sliced.finish([command("raise ValueError('no memory left')")], 1, job(60))

@@ -1,0 +1,1 @@
+"""The parts of eval/on_gpu.py."""
