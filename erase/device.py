@@ -97,6 +97,11 @@ def place_of(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """In which the weights are stored, all alike; diffusers' own `dtype` asks every module, in each pass."""
+    return next(network.parameters()).dtype
+
+
 def staged(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     """The tensor on the device. Neither the host nor the GPU waits: a copy to a GPU starts from pinned memory."""
     if where.type != "cuda" or tensor.device.type != "cpu":

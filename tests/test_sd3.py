@@ -66,7 +66,9 @@ def test_the_noise_is_that_of_the_flow(model, pipeline):
     torch.testing.assert_close(model(noisy, t, c), noisy + (1 - times.view(-1, 1, 1, 1) / 1000) * v)
 
     class Exact(torch.nn.Module):
-        dtype = torch.float32
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, **_: Any) -> Any:
             return type("Output", (), {"sample": eps - x})

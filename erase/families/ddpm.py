@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from erase.concepts import label_of, refusal
 from erase.conditioning import Conditioning
 from erase.delta import State
+from erase.device import dtype_of
 from erase.errors import EraseError
 from erase.families import architecture, components, ddim_checkpoint, pipeline_folder, sd_parts, unet_file
 from erase.families.discrete import DiscreteDiffusion
@@ -265,7 +266,7 @@ class PixelDiffusion(DiscreteDiffusion):
             for time in scheduler.timesteps:
                 seen = scheduler.scale_model_input(x, time)
                 seen = seen if start.empty is None else seen.repeat(2, 1, 1, 1)
-                output = network(seen.to(network.dtype), time, **self.inputs_of(seen, c)).sample.float()
+                output = network(seen.to(dtype_of(network)), time, **self.inputs_of(seen, c)).sample.float()
                 if start.empty is not None:
                     conditional, null = output.chunk(2)
                     output = null + guidance * (conditional - null)

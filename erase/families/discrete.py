@@ -17,6 +17,7 @@ from torch import Tensor
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
+from erase.device import dtype_of
 from erase.errors import EraseError
 from erase.families import (
     sd_parts,
@@ -55,7 +56,7 @@ class DiscreteDiffusion(PipelineFamily):
 
     def predict(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The noise that `network` sees in `x`; v predictions are converted: eps = sqrt(a) v + sqrt(1 - a) x."""
-        output = network(x.to(self.unet.dtype), t, **self.inputs_of(x, c)).sample.float()
+        output = network(x.to(dtype_of(self.unet)), t, **self.inputs_of(x, c)).sample.float()
         if self.prediction_type == "epsilon":
             return output
         a = self._alphas_at(t, x)
@@ -63,7 +64,7 @@ class DiscreteDiffusion(PipelineFamily):
 
     def inputs_of(self, x: Tensor, c: Conditioning) -> dict[str, Any]:
         """The UNet's arguments other than latents and timesteps."""
-        return {"encoder_hidden_states": c.text_states.to(self.unet.dtype)}
+        return {"encoder_hidden_states": c.text_states.to(dtype_of(self.unet))}
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) x + sqrt(1 - a_t) eps, with diffusers' alphas_cumprod; t: int64, [n], 0 to 999."""

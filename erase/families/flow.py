@@ -10,6 +10,7 @@ from torch import Tensor
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
+from erase.device import dtype_of
 from erase.families.modes import evaluating, predicting
 from erase.families.pipelined import PipelineFamily
 from erase.families.protocol import Sampler
@@ -44,7 +45,7 @@ class RectifiedFlow(PipelineFamily):
 
     def _velocity(self, network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         time = self._levels(t, x).view(-1) * self.num_timesteps
-        return network(hidden_states=x.to(network.dtype), timestep=time, **self.inputs_of(c)).sample.float()
+        return network(hidden_states=x.to(dtype_of(network)), timestep=time, **self.inputs_of(c)).sample.float()
 
     def add_noise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_s = (1 - s) x + s eps; t: int64, [n], 0 to 999."""

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from erase.delta import State, content_hash, of_component
-from erase.device import place_of, rounded, staged
+from erase.device import dtype_of, place_of, rounded, staged
 from erase.errors import EraseError
 from erase.families import components, pipeline_folder, turns
 from erase.families.protocol import Family
@@ -98,7 +98,7 @@ class LatentFamily(Family):
         """
 
         def encode() -> Tensor:
-            posterior = self.vae.encode(images.to(place_of(self.vae), self.vae.dtype)).latent_dist  # pyright: ignore
+            posterior = self.vae.encode(images.to(place_of(self.vae), dtype_of(self.vae))).latent_dist  # pyright: ignore
             return torch.stack([posterior.mean, posterior.std]).float().cpu()
 
         mean, std = self._by_vae(encode)
@@ -113,7 +113,7 @@ class LatentFamily(Family):
         for chunk in latents.split(batch_size):
 
             def decode(chunk: Tensor = chunk) -> Tensor:
-                z = chunk.to(place_of(self.vae), self.vae.dtype) / factor
+                z = chunk.to(place_of(self.vae), dtype_of(self.vae)) / factor
                 return self.vae.decode(z * unit.to(z) + shift.to(z)).sample.float()  # pyright: ignore
 
             images.append(self._by_vae(decode).clamp(-1, 1).cpu())

@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
-from erase.device import place_of, staged
+from erase.device import dtype_of, place_of, staged
 from erase.families import architecture, components, pipeline_folder, sd3_parts, unet_file
 from erase.families.flow import RectifiedFlow
 from erase.families.protocol import TokenRun
@@ -173,7 +173,7 @@ class StableDiffusion3(RectifiedFlow):
 
     def inputs_of(self, c: Conditioning) -> dict[str, Any]:
         assert c.pooled is not None
-        dtype = self.transformer.dtype
+        dtype = dtype_of(self.transformer)
         return {"encoder_hidden_states": c.text_states.to(dtype), "pooled_projections": c.pooled.to(dtype)}
 
     # --- text ---

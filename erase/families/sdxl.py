@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from erase.concepts import refusal
 from erase.conditioning import Conditioning
 from erase.delta import State
-from erase.device import place_of, staged
+from erase.device import dtype_of, place_of, staged
 from erase.families import architecture, checkpoint, compvis, layers, pipeline_folder, scope, sdxl_parts, supported
 from erase.families.clip_text import Put, between_ends, replacing
 from erase.families.sd import StableDiffusion
@@ -121,7 +121,7 @@ class StableDiffusionXL(StableDiffusion):
         if sizes is None:
             height, width = (side * self.vae_scale for side in x.shape[2:])
             sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x.device).expand(len(x), -1)
-        dtype = self.unet.dtype
+        dtype = dtype_of(self.unet)
         added = {"text_embeds": c.pooled.to(dtype), "time_ids": sizes.to(dtype)}
         return super().inputs_of(x, c) | {"added_cond_kwargs": added}
 
