@@ -101,6 +101,7 @@ def test_every_erase_command_is_accepted(monkeypatch, tmp_path):
     finished = Path("runs/second/run.json")  # of the run before, in one of the pages
     finished.parent.mkdir(parents=True)
     finished.write_text(json.dumps({"status": "done", "settings": {"concept": ["church"]}}))
+    concepts.write(concepts.load("nudity"), "nudity.toml")  # by eval-concept words, in another one
     monkeypatch.syspath_prepend(tmp_path)
     given = of_program("erase-concept")
     jobs = [command for command in given if command[0].startswith("--") and command[0] != "--list"]

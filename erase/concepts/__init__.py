@@ -15,4 +15,5 @@ from erase.concepts.presets import find as find
 from erase.concepts.presets import load as load
 from erase.concepts.presets import names as names
 from erase.concepts.presets import preset_key as preset_key
+from erase.concepts.presets import write as write
 from erase.concepts.reference import in_prompts_of_the_code as in_prompts_of_the_code

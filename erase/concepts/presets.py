@@ -1,12 +1,14 @@
 """Concepts from presets and .toml files."""
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from erase import files
 from erase.concepts import refusal
 from erase.concepts.concept import Concept, FreeKind, override, type_name
 from erase.concepts.describe import describe
@@ -70,6 +72,21 @@ def find(
             )
     concept = describe(name, kind) if kind else load(name, model_family=model_family)
     return override(concept, forget=forget or None, anchor=anchor or None, retain=retain or None)
+
+
+def write(concept: Concept, path: str | Path) -> None:
+    """Write the concept as a .toml that `load` reads; it has no tables of model families."""
+    content = asdict(concept)
+    judge = content.pop("judge")
+    lines = [f"{key} = {_toml(value)}" for key, value in content.items()]
+    if judge:
+        lines += ["", "[judge]", *(f"{_toml(key)} = {_toml(value)}" for key, value in judge.items())]
+    files.write_text(path, "\n".join(lines) + "\n")
+
+
+def _toml(value: Any) -> str:
+    """A string, number or list. JSON writes them as TOML does, but for the character that deletes."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _presets_dir() -> Path:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from erase.commandline import Command, Parser, serve, silence_libraries
-from erase.evaluation.commands import attack, compare, export, generate, listing, report, run, score, verify
+from erase.evaluation.commands import attack, compare, export, generate, listing, report, run, score, verify, words
 from erase.version import __version__
 
 DESCRIPTION = """\
@@ -21,6 +21,7 @@ commands (each has its own --help):
   export    write outcomes as a table, or figures into a model card
   verify    hash all images and score some of them again
   list      show all tasks, judges and attacks
+  words     find words that occur with a concept, as retain prompts for erase-concept
 
 examples:
   eval-concept run --model runs/circle --task mini
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Command] = {
     "export": export.run,
     "verify": verify.run,
     "list": listing.run,
+    "words": words.run,
 }
 
 if __name__ == "__main__":
