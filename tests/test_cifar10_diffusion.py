@@ -109,5 +109,6 @@ def test_slices_end_with_their_state_and_the_last_one_has_every_row(tmp_path: Pa
         "row copy",
     ]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert {one["num_real"] for one in results["cells"]} == {36}, "four images of each class, whatever the folder holds"
     text = recipe.table(results)
     assert "salun --mask random" in text and "(published)" in text
