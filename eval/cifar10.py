@@ -18,11 +18,12 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from erase import files
-from erase.classification import records
+from erase.classification import data, records
 from erase.classification.cells import AGAIN, ORIGINAL, RETRAIN, Bench, Row, cell
 from erase.classification.compare import rows
 from erase.classification.membership import GAP_OVER, average_gap
@@ -31,6 +32,7 @@ from erase.classification.settings import Settings
 from erase.classification.summary import over_seeds, shown
 from erase.errors import EraseError, printable
 from erase.files import default_cache_dir
+from erase.tensor_files import content_hash
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TRAINED = (ORIGINAL, RETRAIN, AGAIN)
@@ -90,6 +92,13 @@ class Work:
     shadows: int = 0
     quiet: bool = True
 
+    @cached_property
+    def images(self) -> str:
+        """A hash of all pixels and labels, whatever their folder and format."""
+        dataset = data.load(self.data, default_cache_dir(), quiet=self.quiet)
+        parts = {"train": dataset.train, "test": dataset.test}
+        return content_hash({f"{part}.{what}": getattr(images, what) for part, images in parts.items() for what in "xy"})
+
     def settings(self, table: Table, seed: int) -> Settings:
         options = {"data": self.data, **self.protocol.settings, **table.settings}
         return Settings(**options, seed=seed, output=str(self.output))
@@ -136,8 +145,13 @@ def _identity(work: Work, row: Row, seed: int) -> dict[str, Any]:
     return records.identity(replace(row.settings, seed=seed).resolved()) | {"shadows": work.shadows}
 
 
+def settings_hash(identity: Mapping[str, Any]) -> str:
+    """Of a cell's settings, without the folder of its images."""
+    return files.text_hash({name: value for name, value in identity.items() if name != "data"})
+
+
 def take_over(work: Work, seed: int, tables: Sequence[str], known: Mapping[str, Any]) -> None:
-    """Write the files of published cells of a seed that were measured with the same settings.
+    """Write the files of published cells of a seed that were measured with the same settings on the same images.
 
     If not all cells of the seed are published, the original model is trained here first, since the other cells begin
     with it. Another processor can train another one; then the published cells do not fit and are not used.
@@ -147,10 +161,13 @@ def take_over(work: Work, seed: int, tables: Sequence[str], known: Mapping[str, 
     for table, row in wanted:
         path, identity = _path(work, table, row, seed), _identity(work, row, seed)
         for one in known.get("tables", {}).get(table.name, {}).get("cells", []):
-            same = (one["label"], one["seed"]) == (row.label, seed) and one["settings"] == files.text_hash(identity)
+            same = (one["label"], one["seed"]) == (row.label, seed) and one["settings"] == settings_hash(identity)
             if same:
                 found[table.name, row.label] = path, {**one, "settings": identity}
     missing = {name: pair for name, pair in found.items() if not pair[0].is_file()}
+    if missing and known.get("images") != work.images:
+        print(f"seed {seed}: the published cells are of other images and are not used", flush=True)
+        return
     originals = [(table, row) for table, row in wanted if (table.name, row.label) in found and row.label == ORIGINAL]
     if missing and len(found) < len(wanted) and originals:
         table, row = originals[0]
@@ -183,10 +200,10 @@ def write(work: Work, path: Path) -> None:
     def short(one: dict[str, Any]) -> dict[str, Any]:
         scores = {name: {"value": s["value"], "n": s["n"]} for name, s in one.get("scores", {}).items()}
         kept = {name: one[name] for name in ("label", "seed", "split", "seconds", "diverged") if name in one}
-        return {**kept, "settings": files.text_hash(one["settings"]), **({"scores": scores} if scores else {})}
+        return {**kept, "settings": settings_hash(one["settings"]), **({"scores": scores} if scores else {})}
 
     tables = {name: {"cells": [short(one) for one in cells]} for name, cells in finished(work).items()}
-    files.write_json(path, {"settings": dict(work.protocol.settings), "tables": tables})
+    files.write_json(path, {"settings": dict(work.protocol.settings), "images": work.images, "tables": tables})
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """eval/cifar10.py: cells in any order, continued after an interrupt, in tables beside published figures."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from erase.classification import cells, run
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
 import cifar10  # noqa: E402
 
+PROTOCOLS = dict(cifar10.PROTOCOLS)
 TOY = {"network": "mlp", "train_epochs": 1, "epochs": 1, "learning_rate": 0.01, "batch_size": 8}
 TABLES = (
     cifar10.Table("10%", {"forget": "25%", "batch_norm": "moving"}),
@@ -102,6 +104,33 @@ def test_published_cells_are_taken_over_if_their_settings_are_the_same(trainings
     Path("other.json").write_text(json.dumps(known))
     start("--output", "new", "--known", "other.json")
     assert len(trainings) == 6
+
+
+def test_published_cells_fit_the_same_images_in_any_folder_and_no_others(trainings, capsys):
+    start("--seeds", "1")
+    shutil.copytree("data", "elsewhere/images")
+    trainings.clear()
+    start("--seeds", "1", "--data", "elsewhere/images", "--output", "moved", "--known", "out/results.json")
+    assert not trainings
+    path = Path("elsewhere/images/test/dark/0.png")
+    Image.fromarray(np.full((4, 4, 3), 7, np.uint8)).save(path)
+    capsys.readouterr()
+    start("--seeds", "1", "--data", "elsewhere/images", "--output", "changed", "--known", "out/results.json")
+    assert len(trainings) == 3
+    assert "the published cells are of other images and are not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny"])
+def test_published_cells_have_the_settings_of_their_protocol(name):
+    """Else the command of the page would run all of them again."""
+    known = json.loads((cifar10.RESULTS / f"classification-cifar10-{name}.json").read_text())
+    work = cifar10.Work(PROTOCOLS[name], "anywhere", Path("out"), ["all"])
+    assert known["images"]
+    for table in work.protocol.tables:
+        cells = {(one["label"], one["seed"]): one["settings"] for one in known["tables"][table.name]["cells"]}
+        for seed in work.protocol.seeds:
+            for row in work.lines(table, seed):
+                assert cells[row.label, seed] == cifar10.settings_hash(cifar10._identity(work, row, seed)), row.label
 
 
 def test_cells_of_a_seed_that_is_not_complete_need_the_same_original_model(trainings, capsys):
