@@ -96,8 +96,8 @@ class Work:
     def images(self) -> str:
         """A hash of all pixels and labels, whatever their folder and format."""
         dataset = data.load(self.data, default_cache_dir(), quiet=self.quiet)
-        parts = {"train": dataset.train, "test": dataset.test}
-        return content_hash({f"{part}.{what}": getattr(images, what) for part, images in parts.items() for what in "xy"})
+        train, test = dataset.train, dataset.test
+        return content_hash({"train.x": train.x, "train.y": train.y, "test.x": test.x, "test.y": test.y})
 
     def settings(self, table: Table, seed: int) -> Settings:
         options = {"data": self.data, **self.protocol.settings, **table.settings}
