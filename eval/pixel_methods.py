@@ -22,7 +22,7 @@ from typing import Any
 import mini_methods
 
 from erase import files, tensor_files
-from erase.commandline import reporting
+from erase.commandline import reporting, silence_libraries
 from erase.errors import EraseError
 
 PROTOCOL = 1  # raise it when cells measure something else
@@ -282,6 +282,7 @@ def main() -> None:
         "--gold", action="append", default=[], metavar="CONCEPT=DIR", help="the model trained without the concept"
     )
     parser.add_argument("--known", metavar="DIR", help="output of another run, whose cells are not run again")
+    silence_libraries()
     with reporting(Path(__file__).name, "interrupted; the same command continues"):
         run(parser.parse_args())
 

@@ -136,3 +136,26 @@ def test_drawings_are_written_in_a_folder_for_each_class(tmp_path: Path):
     main(["drawings", "--output", str(tmp_path / "real"), "--num-each", "2", "--without", "moon"])
     assert sorted(path.name for path in (tmp_path / "real").iterdir()) == sorted({*drawings.CLASSES} - {"moon"})
     assert len([*(tmp_path / "real").rglob("*.png")]) == 18
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "erase.mini: interrupted; the same command continues"),
+        (EraseError("wrong"), 2, "erase.mini: wrong"),
+        (FileNotFoundError(2, "No such file or directory", "parts"), 2, "erase.mini: parts: No such file or directory"),
+    ],
+)
+def test_a_training_that_is_interrupted_or_given_bad_input_ends_with_one_line(
+    raised, code, said, monkeypatch, tmp_path, capsys
+):
+    from erase.mini.__main__ import main
+    from erase.mini.pixel import train
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(train, "train", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--model", "mini-pixel", "--output", str(tmp_path)])
+    assert stop.value.code == code and capsys.readouterr().err.strip() == said

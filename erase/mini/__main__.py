@@ -1,8 +1,8 @@
 """Train the embedded model, measure it, or show drawings of its world."""
 
 import argparse
-import sys
 
+from erase.commandline import reporting, silence_libraries
 from erase.errors import EraseError
 
 STAGES = ("judge", "vae", "unet", "decoder")  # as in job.py, whose import takes seconds
@@ -44,11 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     draw = commands.add_parser("world", help="write a sheet of real drawings, every object in every style")
     draw.add_argument("--output", default="world.png", help="PNG to write [world.png]")
     given = parser.parse_args(argv)
-    try:
+    silence_libraries()
+    with reporting("erase.mini", "interrupted; the same command continues"):
         _COMMANDS[given.command](given)
-    except EraseError as error:
-        print(f"erase.mini: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def _train(given: argparse.Namespace) -> None:
