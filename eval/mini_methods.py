@@ -8,8 +8,8 @@ from the base's images of the concept ("recovered": how often it shows the conce
 given, models that were trained without the concept are attacked alike; several of one concept (`--gold` repeated) show
 how far two retrainings are apart. A finished cell is kept, so the same command continues;
 `--known eval/results/mini-methods-protocol-2` takes over the cells that were measured so far and the features of the
-models trained without circle, striped and nude, so that only what is new beside them is run. The published tables are
-still of protocol 1.
+models trained without circle, striped and nude, so that only what is new beside them is run. The published tables of
+circle and striped are still of protocol 1.
 A result on the embedded model says nothing about SD v1.4.
 """
 
@@ -422,7 +422,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     shown = [concept for concept in CONCEPTS if any(row["concept"] == concept for row in rows)]
     names = ("gold", *METHODS)
-    looks = {name: (f"C{i % 10}", "osD^v"[i % 5] if i < 10 else "PX*<>"[i % 5]) for i, name in enumerate(names)}
+    markers = ("osD^v", "PX*<>", "hdp8H")  # no two methods look alike
+    looks = {name: (f"C{i % 10}", markers[i // 10][i % 5]) for i, name in enumerate(names)}
     looks["gold"] = ("black", "*")
     sheet = Figure(figsize=(4.4 * len(shown) + 1.8, 4.4), layout="constrained")
     handles: dict[str, Any] = {}
