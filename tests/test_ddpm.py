@@ -241,3 +241,17 @@ def test_the_result_opens_with_stock_diffusers_and_predicts_the_same(toy_ddpm_di
     torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-6)  # bits depend on how weights lie in memory
     state = ours.unet.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("scope", "said"),
+    [
+        ("xattn-kv", "choose one of this model's"),
+        ("xattn", "choose one of this model's"),
+        ("ful", "did you mean full?"),
+    ],
+)
+def test_a_scope_of_other_models_is_taken_for_no_slip(toy_ddpm_dir, scope, said):
+    with pytest.raises(EraseError, match=f"--scope is '{scope}', which this model does not have; .*") as error:
+        loading.load(toy_ddpm_dir).trainable(scope)
+    assert said in str(error.value)

@@ -41,5 +41,6 @@ def inside(
 def no_scope(scope: str, scopes: Iterable[str]) -> EraseError:
     """What to say of an unknown scope. scopes: those of the model."""
     known = list(scopes)
-    hint = did_you_mean(scope, known) or "choose one of this model's "
+    guess = "" if scope in SCOPES else did_you_mean(scope, known)  # a scope of other models is no slip
+    hint = guess or "choose one of this model's "
     return EraseError(f"--scope is {scope!r}, which this model does not have; {hint}({', '.join(known)})")
