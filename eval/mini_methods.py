@@ -8,8 +8,8 @@ from the base's images of the concept ("recovered": how often it shows the conce
 given, models that were trained without the concept are attacked alike; several of one concept (`--gold` repeated) show
 how far two retrainings are apart. A finished cell is kept, so the same command continues;
 `--known eval/results/mini-methods-protocol-2` takes over the cells that were measured so far and the features of the
-models trained without circle, striped and nude, so that only what is new beside them is run. The published tables of
-circle and striped are still of protocol 1.
+models trained without circle, striped and nude, so that only what is new beside them is run. The published table of
+striped is still of protocol 1.
 A result on the embedded model says nothing about SD v1.4.
 """
 
