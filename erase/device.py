@@ -98,7 +98,10 @@ def place_of(network: nn.Module) -> torch.device:
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """In which the weights are stored, all alike; diffusers' own `dtype` asks every module, in each pass."""
+    """The dtype of the network's weights, which all have the same one.
+
+    diffusers' own `dtype` walks through all modules, which takes milliseconds in every pass.
+    """
     return next(network.parameters()).dtype
 
 

@@ -1,6 +1,6 @@
 """Words that occur with a concept, found by CLIP in images of it: CARE (Kim et al., ICLR 2026).
 
-An erasure that retains them keeps more of what stands beside the concept: of "nudity", person and skin.
+Retained, they keep what stands beside the concept: beside "nudity" for instance person and skin.
 """
 
 import warnings
