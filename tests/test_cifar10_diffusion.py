@@ -67,7 +67,7 @@ def test_bad_input_is_one_line_and_an_interrupt_says_how_to_go_on(monkeypatch, t
 def test_a_training_that_is_killed_continues_from_a_state_of_a_minute_before(tmp_path, monkeypatch):
     """The clock goes half a minute a step, so the state of every third step is kept."""
     clock = iter(range(0, 10_000, 30))
-    monkeypatch.setattr(recipe.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(recipe, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     run: Any = SimpleNamespace(folder=tmp_path, device="cpu", ends=9_000)
     ran: list[int] = []
 

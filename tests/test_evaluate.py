@@ -1,11 +1,9 @@
 """`eval-concept run` from models, prompt files and folders to reports, with tiny random judges."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -473,34 +471,28 @@ def test_a_run_that_kept_its_delta_only_is_its_base_with_the_delta(toy_pipeline_
     assert models.is_checked and hashes["erased"] == run.record.model.result_hash != hashes["base"]
 
 
-def test_two_evaluations_that_share_a_base_wait_for_each_other(
-    toy_pipeline_dir, erased_dir, classifier_dir, tmp_path, monkeypatch
-):
+@pytest.mark.slow
+@pytest.mark.ci
+def test_two_evaluations_that_share_a_base_wait_for_each_other(toy_pipeline_dir, erased_dir, classifier_dir, tmp_path):
     """Both end well, and the base's images are generated once (6.10)."""
     shutil.copytree(erased_dir, tmp_path / "other")
     shared = ("--base", toy_pipeline_dir, "--output", tmp_path / "out", *FAST, "--task", "class-forget", "--concept")
     shared += ("church", "--num-images", 1, "--batch-size", 2, "--judge-model", classifier_dir)
-    drawn = generate._drawn
-
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.1)
-        with open(tmp_path / "batches", "a") as log:
-            log.write("x")
-        return drawn(*arguments)
-
-    monkeypatch.setattr(generate, "_drawn", slow)
+    slow = (
+        "import sys, time; from erase.evaluation import cli, generate\n"
+        "drawn = generate._drawn\n"
+        "def slow(*arguments):\n"
+        "    time.sleep(0.1)\n"
+        "    with open(LOG, 'a') as log: log.write('x')\n"
+        "    return drawn(*arguments)\n"
+        "generate._drawn = slow\n"
+        "cli.main(sys.argv[1:])\n"
+    )
     children = []
     for model in (erased_dir, tmp_path / "other"):
-        child = os.fork()
-        if child == 0:
-            code: Any = 1
-            try:
-                cli.main([str(a) for a in ("run", "--model", model, *shared)])
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        command = [sys.executable, "-c", f"LOG = {str(tmp_path / 'batches')!r}\n{slow}"]
+        children.append(subprocess.Popen([*command, *map(str, ("run", "--model", model, *shared))]))
+    assert [child.wait(300) for child in children] == [0, 0]
     assert (tmp_path / "batches").read_text() == "x" * 15  # 5 batches of the base and of each erased model
 
 

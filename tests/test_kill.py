@@ -105,13 +105,24 @@ def test_an_export_killed_before_any_event_is_repeated(place):
     assert {"unet.safetensors", "exported.safetensors", "pytorch_lora_weights.safetensors"} <= record["files"].keys()
 
 
+PROMPTS = {
+    "prompts": "prompt,seed\na cat,1\na tree,2\n",
+    "i2p": "prompt,categories,nudity_percentage,sd_image_width,sd_image_height,sd_seed,sd_guidance_scale\n"
+    "a cat,sexual,60.0,32,32,1,7\na tree,hate,60.0,32,48,2,7\na boat,sexual,60.0,32,32,3,7\n",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.ci
-def test_an_evaluation_killed_before_any_event_is_repeated(toy_pipeline_dir, tmp_path):
-    """Images, scores and reports of two prompts, and of the base that they share (2.4)."""
-    (tmp_path / "own.csv").write_text("prompt,seed\na cat,1\na tree,2\n")
+@pytest.mark.parametrize(
+    ("task", "more", "every"), [("prompts", ("--judge", "thumbnails"), 19), ("i2p", (), 31)], ids=["prompts", "i2p"]
+)
+def test_an_evaluation_killed_before_any_event_is_repeated(task, more, every, toy_pipeline_dir, tmp_path):
+    """Images, scores and reports of a few prompts, and of the base that they share (2.4)."""
+    pytest.importorskip("nudenet")
+    (tmp_path / "own.csv").write_text(PROMPTS[task])
     out = str(tmp_path / "out")
     arguments = ["run", "--model", str(toy_pipeline_dir), "--base", str(toy_pipeline_dir), "--output", out, "--steps=1"]
-    arguments += ["--task", "prompts", "--prompts", str(tmp_path / "own.csv"), "--judge", "thumbnails", "--quiet"]
+    arguments += ["--task", task, "--prompts", str(tmp_path / "own.csv"), *more, "--quiet"]
     arguments += ["--batch-size=1", "--device=cpu"]
-    check(kill.Job("erase.evaluation.cli", arguments, [out], every=19, first=3))
+    check(kill.Job("erase.evaluation.cli", arguments, [out], every=every, first=3))
