@@ -22,6 +22,7 @@ import mini_methods
 from mini_effect import arm
 
 from erase import files
+from erase.commandline import reporting
 
 PROTOCOL = 1  # raise it when cells measure something else
 CONCEPTS = mini_methods.CONCEPTS
@@ -301,4 +302,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("attacked_methods.py", "interrupted; the same command continues"):
+        main()

@@ -15,7 +15,6 @@ their absolute values hides that a method can be far off in opposite directions.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,7 +29,7 @@ from erase.classification.membership import GAP_OVER, average_gap
 from erase.classification.presets import PRESETS
 from erase.classification.settings import Settings
 from erase.classification.summary import over_seeds, shown
-from erase.errors import EraseError, printable
+from erase.commandline import reporting
 from erase.files import default_cache_dir
 from erase.tensor_files import content_hash
 
@@ -358,19 +357,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--seeds has {seed}; choose {', '.join(map(str, protocol.seeds))}")
     output = Path(given.output or f"runs/cifar10-{given.protocol}")
     work = Work(protocol, given.data, output, given.methods, given.shadows, given.quiet)
-    try:
-        stored = Path(given.known or RESULTS / f"classification-cifar10-{given.protocol}.json")
-        known = files.read_json(stored) if given.known or stored.is_file() else {}
-        if given.tune:
-            tune(work, tables)
-            return
-        if not given.print:
-            run(work, seeds, tables, known)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
-    except EraseError as error:
-        parser.exit(2, f"cifar10.py: {printable(error)}\n")
+    stored = Path(given.known or RESULTS / f"classification-cifar10-{given.protocol}.json")
+    known = files.read_json(stored) if given.known or stored.is_file() else {}
+    if given.tune:
+        tune(work, tables)
+        return
+    if not given.print:
+        run(work, seeds, tables, known)
     results = {"tables": {name: {"cells": cells} for name, cells in finished(work).items()}}
     published = files.read_json(RESULTS / "published-cifar10.json")
     for name in tables:
@@ -380,4 +373,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("cifar10.py", "interrupted; the same command continues"):
+        main()

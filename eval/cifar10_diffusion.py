@@ -389,9 +389,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu [cuda]")
     parser.add_argument("--seconds", type=float, default=540, help="length of this slice [540]")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that everything runs")
-    given = parser.parse_args()
-    how: dict[str, Any] = {"seconds": given.seconds, "device": given.device}
     with reporting(Path(__file__).name, "interrupted; the same command continues from its state of a minute before"):
+        given = parser.parse_args()
+        how: dict[str, Any] = {"seconds": given.seconds, "device": given.device}
         if given.device == "cuda" and not torch.cuda.is_available():
             raise EraseError("torch sees no CUDA device; --device cpu --smoke shows that everything runs")
         results = work(given.data, given.output, sizes=SMOKE if given.smoke else Sizes(), **how)

@@ -8,10 +8,12 @@ import argparse
 from pathlib import Path
 
 from erase import erase_concept, words
-from erase.evaluation.cli import main
+from erase.commandline import reporting
+from erase.evaluation import cli
 from erase.evaluation.tasks.class_forget import IMAGENETTE
 
-if __name__ == "__main__":
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="model to erase from [%(default)s]")
     parser.add_argument("--concept", action="append", help="class; may be repeated [all ten]")
@@ -20,4 +22,11 @@ if __name__ == "__main__":
     root = Path(given.output)
     for concept in given.concept or [name.lower() for name in IMAGENETTE]:
         run = erase_concept(concept, given.model, output=str(root / words.slug(concept)))
-        main(["run", "--model", str(run.folder), "--task", "class-forget", "--output", str(root / "reports"), *options])
+        cli.main(
+            ["run", "--model", str(run.folder), "--task", "class-forget", "--output", str(root / "reports"), *options]
+        )
+
+
+if __name__ == "__main__":
+    with reporting("class_forget.py", "interrupted; the same command continues"):
+        main()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from erase import erase_concept
-from erase.evaluation.cli import main
+from erase.commandline import reporting
+from erase.evaluation import cli
 
 METHODS: dict[str, dict[str, Any]] = {
     "salun": {},
@@ -17,7 +18,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "no-mask": {"mask": "none"},
 }
 
-if __name__ == "__main__":
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", required=True, help="preset or .toml")
     parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="model to erase from [%(default)s]")
@@ -30,6 +32,11 @@ if __name__ == "__main__":
         for seed in range(given.seeds):
             output = root / f"{name}-{seed}"
             erase_concept(given.concept, given.model, output=str(output), seed=seed, num_samples=0, **settings)
-            main(["run", "--model", str(output), "--task", given.task, "--output", str(root / "reports"), *options])
+            cli.main(["run", "--model", str(output), "--task", given.task, "--output", str(root / "reports"), *options])
             reports.append(f"{name}={root / 'reports' / output.name / given.task}")
-    main(["compare", *reports, "--output", str(root / "compared")])
+    cli.main(["compare", *reports, "--output", str(root / "compared")])
+
+
+if __name__ == "__main__":
+    with reporting("compare_methods.py", "interrupted; the same command continues"):
+        main()

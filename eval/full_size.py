@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from erase.commandline import reporting
+
 NUM_WEIGHTS, NUM_ONES = 859_520_964, 429_760_482
 
 
@@ -117,4 +119,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("full_size.py"):
+        main()

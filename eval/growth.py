@@ -2,5 +2,8 @@
 
 from bench.growth import main
 
+from erase.commandline import reporting
+
 if __name__ == "__main__":
-    main()
+    with reporting("growth.py"):
+        main()

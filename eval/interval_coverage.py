@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from erase import files, statistics
+from erase.commandline import reporting
 
 World = tuple[str, Callable[[np.random.Generator], tuple[Any, float]]]
 
@@ -125,4 +126,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("interval_coverage.py"):
+        main()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from erase import files
+from erase.commandline import reporting
 
 STEPS = 15  # of the images that are judged; the embedded model's own 25 show the judge no more
 CONCEPTS = ("circle", "moon", "striped", "nudity")
@@ -166,4 +167,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("mini_effect.py", "interrupted; the same command continues"):
+        main()

@@ -24,6 +24,7 @@ from typing import Any
 from mini_effect import STEPS, arm
 
 from erase import files, tensor_files
+from erase.commandline import reporting
 from erase.methods import METHODS
 
 CONCEPTS = ("circle", "striped", "nudity")
@@ -514,4 +515,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("mini_methods.py", "interrupted; the same command continues"):
+        main()

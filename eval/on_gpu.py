@@ -96,7 +96,6 @@ def run_parts(names: Sequence[str], given: argparse.Namespace) -> tuple[int, lis
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    sys.path.insert(0, str(REPOSITORY))
     if arguments[:1] == ["limited"]:
         commands.limited(float(arguments[1]), arguments[2], arguments[3:])
         return 0
@@ -174,4 +173,8 @@ def has_cuda() -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.path.insert(0, str(REPOSITORY))
+    from erase.commandline import reporting
+
+    with reporting("on_gpu.py", "interrupted; the same command continues"):
+        raise SystemExit(main())

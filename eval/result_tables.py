@@ -24,6 +24,7 @@ from erase import files
 from erase.classification import compare
 from erase.classification.membership import GAP_OVER
 from erase.classification.summary import over_seeds, shown
+from erase.commandline import reporting
 from erase.families.architecture import refused_kinds
 from erase.families.registry import FAMILIES
 
@@ -323,4 +324,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("result_tables.py"):
+        main()

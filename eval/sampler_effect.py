@@ -18,6 +18,7 @@ from mini_effect import arm
 from mini_methods import NUM_IMAGES, model_hash
 
 from erase import files
+from erase.commandline import reporting
 
 OWN, FAST = "DDIM, 25 steps", "DPM++ 2M Karras, 20 steps"
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -142,4 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("sampler_effect.py", "interrupted; the same command continues"):
+        main()

@@ -25,6 +25,7 @@ from sdxl_memory import NUM_WEIGHTS, OTHER_WEIGHTS, UNET
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from erase import erase_concept, files
+from erase.commandline import reporting
 from erase.concepts import Concept
 from erase.runs import job, outputs, phases
 from erase.runs.machine import versions
@@ -169,4 +170,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("sdxl_step.py"):
+        main()

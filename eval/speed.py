@@ -2,5 +2,8 @@
 
 from bench.compare import main
 
+from erase.commandline import reporting
+
 if __name__ == "__main__":
-    main()
+    with reporting("speed.py"):
+        main()

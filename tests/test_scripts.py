@@ -1,5 +1,6 @@
 """The batch scripts in eval/ ask the right things of the commands that do the work."""
 
+import argparse
 import importlib
 import runpy
 import subprocess
@@ -163,3 +164,26 @@ def test_one_step_of_stable_diffusion_xl_is_measured_phase_by_phase(tmp_path):
     found = read_json(tmp_path / "out.json")
     assert {"loading", "training"} <= found["phases"].keys() <= {"loading", "images", "mask", "training", "writing"}
     assert 0 < found["changed"] <= found["ones"] == found["weights"] // 10
+
+
+RESUMED = ("attacked_methods", "cifar10", "cifar10_diffusion", "class_forget", "compare_methods", "mini_effect",
+           "mini_methods", "on_gpu", "pixel_methods", "sampler_effect")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in SCRIPTS.glob("*.py") if "__main__" in p.read_text("utf-8")))
+def test_an_interrupt_of_a_script_is_one_line(name, monkeypatch, capsys):
+    """sdxl_memory has no options and computes for seconds; i2p is one call of eval-concept, which reports itself."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    if name in ("sdxl_memory", "i2p"):
+        pytest.skip("reports elsewhere or nothing")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert stop.value.code == 130 and said.startswith(f"{name}.py: interrupted") and said.count("\n") == 1
+    assert (name in RESUMED) == ("the same command continues" in said)
