@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from erase.classification import cells, run
+from erase.commandline import reporting
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
 import cifar10  # noqa: E402
@@ -53,7 +54,8 @@ def trainings(monkeypatch) -> list[int]:
 
 
 def start(*options: str) -> None:
-    cifar10.main(["--data", "data", "--output", "out", "--methods", "ft", "salun", "--quiet", *options])
+    with reporting("cifar10.py", "interrupted; the same command continues"):
+        cifar10.main(["--data", "data", "--output", "out", "--methods", "ft", "salun", "--quiet", *options])
 
 
 def test_every_cell_is_run_once_and_tables_share_their_trained_models(trainings, capsys):

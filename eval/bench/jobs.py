@@ -1,6 +1,7 @@
 """The jobs that `bench` times: each is prepared once in a process of its own, and then done as often as asked."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def serve(pipe: Any, job: Job, size: str) -> None:
 
     An answer that is a text says why the job cannot be done here.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent, and the parent this process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no word about image processors that nobody uses
     jobs = globals()[job.name](size, *job.arguments)
     try:
