@@ -80,8 +80,9 @@ def test_an_interrupted_command_continues_and_seeds_may_come_in_any_order(traini
         return whole(label, *rest)
 
     monkeypatch.setattr(cells, "_model", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         start("--seeds", "2")
+    assert stop.value.code == 130
     assert len(list(Path("out").rglob("cells/*.json"))) == 3
     monkeypatch.setattr(cells, "_model", whole)
     start("--seeds", "2")

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,25 +60,25 @@ def serve(pipe: Any, job: Job, size: str) -> None:
     except EraseError as error:
         turn = error
     before = _resident()
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):  # the parent has closed the pipe
+        while True:
             asked = pipe.recv()
-        except EOFError:
-            break
-        if isinstance(turn, EraseError):
-            pipe.send(str(turn))
-        elif asked == "ready":
-            pipe.send({})
-        elif asked == "turn":
-            wall, cpu = time.perf_counter(), _cpu_seconds()
-            measured = turn()
-            pipe.send({"cpu_seconds": _cpu_seconds() - cpu, "wall_seconds": time.perf_counter() - wall, **measured})
-        else:
-            import resource
+            if isinstance(turn, EraseError):
+                pipe.send(str(turn))
+            elif asked == "ready":
+                pipe.send({})
+            elif asked == "turn":
+                wall, cpu = time.perf_counter(), _cpu_seconds()
+                measured = turn()
+                pipe.send({"cpu_seconds": _cpu_seconds() - cpu, "wall_seconds": time.perf_counter() - wall, **measured})
+            else:
+                import resource
 
-            peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-            peak *= 1 if sys.platform == "darwin" else 1024
-            pipe.send({"peak_bytes": peak, "extra_bytes": max(0, peak - before)})
+                peak = max(
+                    resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+                )
+                peak *= 1 if sys.platform == "darwin" else 1024
+                pipe.send({"peak_bytes": peak, "extra_bytes": max(0, peak - before)})
     jobs.close()
 
 
