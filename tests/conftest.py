@@ -1,5 +1,6 @@
 """What all tests share: no network, no cache but a temporary one, one thread, and two random pipelines."""
 
+import gc
 import os
 import shutil
 
@@ -40,6 +41,15 @@ from transformers import (
 from erase import tensor_files
 
 torch.set_num_threads(1)  # two on a busy machine wait for each other, and another count gives other roundings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_for_the_garbage_collector() -> Iterator[None]:
+    """A run collects garbage before it writes; over all objects of the imported libraries that takes a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
