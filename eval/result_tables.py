@@ -176,9 +176,9 @@ def without_mia(name: str, forget: str) -> str:
     return mini_methods.markdown(["", "gap over UA, RA, TA, MIA", "gap over UA, RA, TA"], lines)
 
 
-def cifar10_gaps(protocol: str, name: str) -> str:
+def cifar10_gaps(results: str, name: str) -> str:
     """Every method's figures and their gaps to retraining, of the seeds that are finished."""
-    return cifar10.gaps(stored(f"classification-cifar10-{protocol}.json"), name)
+    return cifar10.gaps(stored(f"classification-cifar10-{results}.json"), name)
 
 
 def pixel(concept: str) -> str:
@@ -293,10 +293,10 @@ for _name, _shares in {
         TABLES[f"{_name} {_share}"] = functools.partial(classifier, _name, _share)
         if _name == "drawings":
             TABLES[f"{_name} {_share} without MIA"] = functools.partial(without_mia, _name, _share)
-for _name in ("small", "tiny"):
-    if (RESULTS / f"classification-cifar10-{_name}.json").is_file():
-        for _table in cifar10.PROTOCOLS[_name].tables:
-            TABLES[f"cifar10-{_name} {_table.name}"] = functools.partial(cifar10_gaps, _name, _table.name)
+for _path in sorted(RESULTS.glob("classification-cifar10-*.json")):
+    _name = _path.stem.removeprefix("classification-cifar10-")
+    for _table in stored(_path.name)["tables"]:
+        TABLES[f"cifar10-{_name} {_table}"] = functools.partial(cifar10_gaps, _name, _table)
 for _concept in dict.fromkeys(cell["concept"] for cell in stored("pixel-methods/results.json")["cells"]):
     TABLES[f"pixel {_concept}"] = functools.partial(pixel, _concept)
 for _attack in ("", *attacked_methods.ATTACKS):

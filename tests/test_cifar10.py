@@ -122,15 +122,17 @@ def test_published_cells_fit_the_same_images_in_any_folder_and_no_others(trainin
     assert "the published cells are of other images and are not used" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiny"])
-def test_published_cells_have_the_settings_of_their_protocol(name):
+@pytest.mark.parametrize(
+    ("name", "shadows", "tables", "seeds"), [("tiny", 0, "moving frozen", range(1, 6)), ("tiny-lira", 2, "moving", [1])]
+)
+def test_published_cells_have_the_settings_of_their_protocol(name, shadows, tables, seeds):
     """Else the command of the page would run all of them again."""
     known = json.loads((cifar10.RESULTS / f"classification-cifar10-{name}.json").read_text())
-    work = cifar10.Work(PROTOCOLS[name], "anywhere", Path("out"), ["all"])
-    assert known["images"]
-    for table in work.protocol.tables:
+    work = cifar10.Work(PROTOCOLS["tiny"], "anywhere", Path("out"), ["all"], shadows)
+    assert known["images"] and [*known["tables"]] == tables.split()
+    for table in [one for one in work.protocol.tables if one.name in known["tables"]]:
         cells = {(one["label"], one["seed"]): one["settings"] for one in known["tables"][table.name]["cells"]}
-        for seed in work.protocol.seeds:
+        for seed in seeds:
             for row in work.lines(table, seed):
                 assert cells[row.label, seed] == cifar10.settings_hash(cifar10._identity(work, row, seed)), row.label
 
