@@ -420,6 +420,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     shown = [concept for concept in CONCEPTS if any(row["concept"] == concept for row in rows)]
     names = ("gold", *METHODS)
@@ -443,6 +444,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         scale = "log" if all(x > 0 for _, x, _ in points) else "linear"  # what changed no image has no logarithm
         ax.set(title=concept, xscale=scale, xlabel="drift of retained images (lower is better)", ylim=(-0.03, 1.03))
         ax.set_ylabel("concept recovered by a learned word (lower is better)")
+        if scale == "log":
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
     ordered = [handles[name] for name in names if name in handles]
     sheet.legend(handles=ordered, loc="outside right center", fontsize=8)
     sheet.savefig(path, dpi=110)

@@ -40,7 +40,6 @@ CELLS = {
     "KID to retrained x 1000": "KID to retrained, x 1000",
     "s": "seconds",
 }
-PRESENT = ("circle", "nudity")  # concepts of which all methods were measured with the present protocol
 SUMMARY = ("base", "gold", "salun", "esd-x", "ca", "uce", "speed")  # README shows these
 
 
@@ -86,17 +85,8 @@ def rows_of(name: str) -> tuple[dict[str, Any], ...]:
 
 @functools.cache
 def method_rows() -> tuple[dict[str, Any], ...]:
-    """Of the concepts in PRESENT by the present protocol and methods, of the others by those before.
-
-    The present cells have no seconds, since other work kept the machine busy meanwhile.
-    """
-    found = []
-    for concept in mini_methods.CONCEPTS:
-        if concept in PRESENT:
-            found += [row | {"seconds": []} for row in of_concept(rows_of("methods-protocol-2"), concept)]
-        else:
-            found += of_concept(rows_of("methods"), concept)
-    return tuple(found)
+    """The cells have no seconds, since other work kept the machine busy meanwhile."""
+    return tuple(row | {"seconds": []} for row in rows_of("methods-protocol-2"))
 
 
 def of_concept(rows: Sequence[dict[str, Any]], concept: str) -> list[dict[str, Any]]:
